@@ -1,0 +1,79 @@
+"""The entropy regularizer: holds every head's attention entropy near a learned threshold (arXiv 2501.03489, Algorithm 1).
+
+    delta   = entropy - theta ln T            (nats; ln T, not the causal maximum)
+    penalty = delta^2  where |delta| > margin ln T, else 0
+    loss    = CE + coefficient * mean over layers, mean over heads of the penalty
+
+At which granularity delta is taken is a choice, since the published code differs from the published algorithm:
+
+`per_query` (the published code and results): delta for every sequence and query position, the penalty averaged over them.
+`per_head` (Algorithm 1): the entropy is averaged over positions and sequences first, then delta is taken once a head.
+
+The published code sums over the sequences and positions of a micro-batch, so its lambda scales with their number; `coefficient`
+here multiplies a mean: coefficient = lambda * micro_batch_size * T, 1e-5 * 128 * 128 = 0.164 for the paper's CodeParrot runs.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RegularizerConfig:
+    """Strength and shape of the entropy penalty; it acts where the architecture is regularized."""
+
+    coefficient: float = field(
+        default=0.164,
+        metadata={"help": "Weight of the penalty in the loss, per token (1/nat^2): the paper's lambda * micro-batch * T."},
+    )
+    margin: float = field(
+        default=0.20,
+        metadata={"help": "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper 0 to 0.30."},
+    )
+    granularity: Literal["per_query", "per_head"] = field(
+        default="per_query",
+        metadata={
+            "help": "'per_query' penalizes each query's entropy (published code); 'per_head' the head's mean entropy "
+            "over one micro-batch of all data-parallel ranks (published algorithm)."
+        },
+    )
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.coefficient < 0:
+            faults.append(f"regularizer.coefficient = {self.coefficient} must not be negative; 0 turns the penalty off")
+        if not 0 <= self.margin < 1:
+            faults.append(f"regularizer.margin = {self.margin} must lie in [0, 1): it is a fraction of ln T")
+        return faults
+
+
+def penalty(entropy: Tensor, threshold: Tensor, max_entropy_nats: float, margin: float) -> Tensor:
+    """delta^2 where |delta| > margin * max_entropy, else 0 (two-sided; the full delta is squared).
+
+    Args:
+        entropy: nats, any shape that `threshold` broadcasts to.
+        threshold: theta as a fraction of max_entropy_nats.
+    """
+    delta = entropy - threshold * max_entropy_nats
+    return torch.where(delta.abs() > margin * max_entropy_nats, delta.square(), 0.0)
+
+
+def entropy_penalty(
+    entropies_BNT: list[Tensor], thresholds_N: list[Tensor], config: RegularizerConfig, seq_length: int
+) -> Tensor:
+    """The regularizer of a whole model on one process: a scalar, before the coefficient.
+
+    Args:
+        entropies_BNT: one tensor of entropies in nats for each layer.
+        thresholds_N: theta of each layer's heads.
+        seq_length: T of ln T.
+    """
+    max_entropy = math.log(seq_length)
+    entropy_LBNT = torch.stack(entropies_BNT)
+    threshold_LN = torch.stack([threshold.to(entropy_LBNT.dtype) for threshold in thresholds_N])
+    if config.granularity == "per_head":
+        return penalty(entropy_LBNT.mean(dim=(1, 3)), threshold_LN, max_entropy, config.margin).mean()
+    return penalty(entropy_LBNT, threshold_LN[:, None, :, None], max_entropy, config.margin).mean()

@@ -1,0 +1,224 @@
+"""The decoder: embedding, blocks, head. Every architecture of arXiv 2501.03489 is one setting of `ModelConfig`.
+
+Tensor names carry their shape:
+    T tokens of a sequence    B sequences    D model width    N attention heads    H head width    F FFN width
+    V vocabulary (padded)
+The sequence comes first, [T, B, D], as in Megatron: a slice of positions is then contiguous in memory.
+
+A `Transformer` may hold a range of the layers only, with or without the two ends; parameter names are those of the whole
+model in either case, so that `layers.7.attention.threshold` means the same parameter under every layout.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from model.config import ModelConfig
+from model.cross_entropy import linear_cross_entropy
+from model.entropy_attention import entropy_attention
+from model.normalized_weights import SpectralNormalization, WeightNormalization
+from model.rotary import rotate
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
+
+
+class Embedding(nn.Module):
+    """Word embedding plus, where positions are learned, position embedding: tokens [T, B] -> [T, B, D]."""
+
+    def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
+        super().__init__()
+        self.word = nn.Embedding(padded_vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.seq_length, config.hidden_size) if config.positions == "learned" else None
+
+    def forward(self, tokens_TB: Tensor) -> Tensor:
+        x_TBD = self.word(tokens_TB)
+        if self.position is not None:
+            x_TBD = x_TBD + self.position.weight[: tokens_TB.shape[0]].unsqueeze(1)
+        return x_TBD
+
+
+class Attention(nn.Module):
+    """Causal softmax attention, softmax_j(q_i . k_j / (t_i sqrt(H))), with the entropy of every row.
+
+    Query and key have a bias, value and output none. Query, key and value are one matrix, stacked head by head, so that
+    a range of heads is a range of its rows.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, width = config.num_attention_heads, config.head_width
+        self.head_width = width
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * heads * width, bias=False)
+        self.query_bias = nn.Parameter(torch.empty(heads, width))
+        self.key_bias = nn.Parameter(torch.empty(heads, width))
+        self.output = nn.Linear(heads * width, config.hidden_size, bias=False)
+        self.rotary = config.positions == "rotary"
+        self.temperature_form = config.temperature_form
+        shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[config.temperature or "none"]
+        self.temperature_parameter = nn.Parameter(torch.empty(shape)) if shape else None
+        self.threshold = nn.Parameter(torch.empty(heads)) if config.regularized else None
+
+    def temperature(self) -> Tensor | None:
+        """The positive divisor of the logits, [N] or [N, T], or None where there is none."""
+        if self.temperature_parameter is None:
+            return None
+        if self.temperature_form == "exp":
+            return self.temperature_parameter.float().exp()
+        return self.temperature_parameter
+
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
+        qkv = self.query_key_value(x_TBD)
+        q_TBNH, k_TBNH, v_TBNH = qkv.view(*qkv.shape[:2], -1, 3, self.head_width).unbind(3)
+        q_TBNH, k_TBNH = q_TBNH + self.query_bias, k_TBNH + self.key_bias
+        if self.rotary:
+            q_TBNH, k_TBNH = rotate(q_TBNH), rotate(k_TBNH)
+        temperature = self.temperature()
+        if temperature is not None and temperature.dim() == 2:
+            temperature = temperature[:, : qkv.shape[0]]
+        q_BNTH, k_BNTH, v_BNTH = (x.permute(1, 2, 0, 3) for x in (q_TBNH, k_TBNH, v_TBNH))
+        out_BNTH, entropy_BNT = entropy_attention(q_BNTH, k_BNTH, v_BNTH, temperature=temperature)
+        return self.output(out_BNTH.permute(2, 0, 1, 3).flatten(2)), entropy_BNT
+
+
+class FeedForward(nn.Module):
+    """FFN sub-block with its residual: beta * x + (1 / alpha) * FFN(x) where scaled (paper Eq. 8), else x + FFN(x).
+
+    FFN is one D x D matrix where fused, else W_down act(W_up x).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, ffn_width = config.hidden_size, config.ffn_hidden_size or 4 * config.hidden_size
+        self.fused = nn.Linear(width, width, bias=False) if config.fused_ffn else None
+        self.up = None if config.fused_ffn else nn.Linear(width, ffn_width, bias=False)
+        self.down = None if config.fused_ffn else nn.Linear(ffn_width, width, bias=False)
+        self.activation = ACTIVATIONS[config.activation or "identity"]
+        self.alpha = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
+        self.beta = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
+
+    def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
+        y_TBD = self.fused(x_TBD) if self.fused is not None else self.down(self.activation(self.up(x_TBD)))
+        if self.alpha is None:
+            return residual_TBD + y_TBD
+        return self.beta * residual_TBD + y_TBD / self.alpha
+
+
+class Block(nn.Module):
+    """Pre-norm block (paper Eq. 1-4): Xs = X + MHA(LN1(X)); Xout = Xs + FFN(LN2(Xs)), the norms absent where 'none'."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size) if config.norm == "layernorm" else nn.Identity()
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size) if config.norm == "layernorm" else nn.Identity()
+        self.ffn = FeedForward(config)
+        normalize_weights(self, config)
+
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, B, D] -> [T, B, D] and entropy in nats [B, N, T]."""
+        attended_TBD, entropy_BNT = self.attention(self.attention_norm(x_TBD))
+        x_TBD = x_TBD + attended_TBD
+        return self.ffn(self.ffn_norm(x_TBD), x_TBD), entropy_BNT
+
+
+class Head(nn.Module):
+    """Final norm and vocabulary projection; rows of the weight beyond `vocab_size` are padding and never win probability."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, padded_vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.norm = nn.LayerNorm(config.hidden_size) if config.final_norm else nn.Identity()
+        self.weight = nn.Parameter(torch.empty(padded_vocab_size, config.hidden_size))
+
+    def forward(self, x_TBD: Tensor, labels_TB: Tensor | None = None) -> Tensor:
+        """Logits [T, B, vocab_size], or with labels the cross-entropy in nats summed over tokens, a float32 scalar."""
+        x_TBD = self.norm(x_TBD)
+        if labels_TB is None:
+            return F.linear(x_TBD, self.weight[: self.vocab_size])
+        return linear_cross_entropy(x_TBD, self.weight, labels_TB, vocab_size=self.vocab_size)
+
+
+class Transformer(nn.Module):
+    """The whole model, or the part of it that one pipeline stage holds.
+
+    Args:
+        config: resolved sizes and ingredients.
+        vocab_size: tokens of the dataset's tokenizer.
+        padded_vocab_size: rows of the embedding, at least vocab_size (matrix products want multiples of 128).
+        layers: which blocks are held; all by default.
+        first, last: whether the embedding and the head are held. With both and a tied head they share one parameter.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        padded_vocab_size: int | None = None,
+        layers: Iterable[int] | None = None,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        padded_vocab_size = padded_vocab_size or vocab_size
+        self.config = config
+        self.embedding = Embedding(config, padded_vocab_size) if first else None
+        held = range(config.num_layers) if layers is None else layers
+        self.layers = nn.ModuleDict({str(layer): Block(config) for layer in held})
+        self.head = Head(config, vocab_size, padded_vocab_size) if last else None
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Makes embedding and head one parameter where both are held and the head is tied."""
+        if self.embedding is not None and self.head is not None and self.config.tied_head:
+            self.head.weight = self.embedding.word.weight
+
+    def hidden_states(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Runs embedding and layers as far as they are held.
+
+        Args:
+            x: tokens [T, B] where the embedding is held, else hidden states [T, B, D].
+
+        Returns:
+            Hidden states [T, B, D] and the entropy in nats of each layer held, [B, N, T].
+        """
+        x = self.embedding(x) if self.embedding is not None else x
+        entropies_BNT = []
+        for layer in self.layers.values():
+            x, entropy_BNT = layer(x)
+            entropies_BNT.append(entropy_BNT)
+        return x, entropies_BNT
+
+    def forward(self, tokens_TB: Tensor, labels_TB: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The whole model: logits [T, B, V], or the summed cross-entropy in nats with labels, and every layer's entropy."""
+        assert self.head is not None, "only a model that holds its head has an output"
+        x_TBD, entropies_BNT = self.hidden_states(tokens_TB)
+        return self.head(x_TBD, labels_TB), entropies_BNT
+
+
+def normalize_weights(block: Block, config: ModelConfig) -> None:
+    """Registers weight or spectral normalization at the linears that the configuration's placement names."""
+    for normalization, placement in ((WeightNormalization, config.weight_norm), (SpectralNormalization, config.spectral_norm)):
+        for name, arguments in normalized_linears(config, placement or "none").items():
+            linear = block.get_submodule(name)
+            rows, columns = linear.weight.shape
+            sizes = (rows,) if normalization is WeightNormalization else (rows, columns)
+            parametrize.register_parametrization(linear, "weight", normalization(*sizes, **arguments), unsafe=True)
+
+
+def normalized_linears(config: ModelConfig, placement: str) -> dict[str, dict[str, int]]:
+    """Linears of a block that `placement` (say 'QK+FFN') normalizes, with how many of the stacked matrices it means."""
+    attention, _, ffn = placement.partition("+") if placement.startswith("Q") else ("", "", placement)
+    linears: dict[str, dict[str, int]] = {}
+    if attention:
+        count = {"QK": 2, "QKV": 3, "QKVO": 3}[attention]
+        linears["attention.query_key_value"] = {"slots": 3, "normalized": count, "head_width": config.head_width}
+    if attention == "QKVO":
+        linears["attention.output"] = {}
+    if ffn == "FFN":
+        linears.update({"ffn.fused": {}} if config.fused_ffn else {"ffn.up": {}, "ffn.down": {}})
+    return linears

@@ -1,0 +1,144 @@
+"""The one door to DeepSpeed's engine: a training step, an evaluation, a checkpoint, for every layout.
+
+With one pipeline stage this is DeepSpeed's plain engine (ZeRO 1 to 3), with more its pipeline engine (ZeRO 1).
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.initialize import named_parameters
+from model.normalized_weights import update_spectral_norms
+from parallel.config import ParallelConfig
+from parallel.megatron import Groups, ModelParallelUnit
+from parallel.pipeline import PipelineStage
+from parallel.stage import Stage, StageStatistics
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens and next tokens, each [T, B] int64 on the device."""
+
+ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine needs to know of a run."""
+
+    parallel: ParallelConfig
+    micro_batch_size: int
+    num_micro_batches: int
+    bf16: bool
+    gradient_clipping: float
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    deepspeed: dict[str, Any]
+
+
+class Engine:
+    """A stage with its optimizer.
+
+    Args:
+        stage: built on this rank's device, in float32.
+        config: batch sizes, precision, optimizer.
+    """
+
+    def __init__(self, stage: Stage, groups: Groups, config: EngineConfig) -> None:
+        import deepspeed
+
+        self.stage, self.groups, self.config = stage, groups, config
+        self.pipelined = groups.grid.pp > 1
+        optimizer = torch.optim.AdamW(
+            parameter_groups(stage, config.weight_decay),
+            lr=0.0,
+            betas=config.betas,
+            eps=config.epsilon,
+            fused=torch.cuda.is_available(),
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partitioning
+            self.engine, *_ = deepspeed.initialize(
+                model=PipelineStage(stage, groups) if self.pipelined else stage,
+                optimizer=optimizer,
+                config=deepspeed_config(config, groups),
+                mpu=None if self.pipelined else ModelParallelUnit(groups),
+                dist_init_required=False,
+            )
+        check_alignment(stage)
+
+    def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float) -> StageStatistics:
+        """Runs `num_micro_batches` and one optimizer step; nothing is fetched from the device."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        update_spectral_norms(self.stage)
+        self.engine.train()
+        if self.pipelined:
+            self.engine.train_batch(micro_batches)
+        else:
+            for _ in range(self.config.num_micro_batches):
+                tokens, labels = next(micro_batches)
+                self.engine.backward(self.engine(tokens, labels))
+                self.engine.step()
+        return self.stage.take_statistics()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterator[MicroBatch], count: int) -> StageStatistics:
+        """Runs `count` micro-batches forward; the cross-entropy is a sum over tokens whose label is not negative."""
+        self.engine.eval()
+        self.stage.statistics = None
+        if self.pipelined:
+            self.engine.eval_batch(micro_batches, num_micro_batches=count, bcast_loss=False)
+        else:
+            for _ in range(count):
+                self.engine(*next(micro_batches))
+        return self.stage.take_statistics()
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """The global L2 norm before clipping at the last step, equal on all ranks; NaN if it was not computed."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else norm
+
+
+def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, apart from everything else, which does not.
+
+    Apart also because ZeRO makes one flat buffer of a group: a single odd-sized scalar in it would shift every matrix behind it off the
+    16-byte grid that Hopper's fast matrix products need.
+    """
+    matrices, others = [], []
+    for name, parameter in named_parameters(stage):
+        (matrices if name.endswith("weight") and parameter.dim() == 2 else others).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
+    """DeepSpeed's configuration: what is derived from ours, over the user's `deepspeed` section."""
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.num_micro_batches,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        # Partitioned activations are silently wrong under sequence parallelism.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if config.bf16:
+        # float32 accumulation with the update fused into the backward pass; only ZeRO-1 knows it.
+        derived["bf16"] = {"enabled": True}
+        if config.parallel.zero_stage == 1:
+            derived["bf16"]["immediate_grad_update"] = True
+            derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    merged = {"steps_per_print": 2**31, **config.deepspeed, **derived}
+    merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
+    return merged
+
+
+def check_alignment(stage: Stage) -> None:
+    """Asserts that every matrix starts on a 16-byte boundary of its flat buffer."""
+    for name, parameter in named_parameters(stage):
+        if parameter.is_cuda and parameter.dim() == 2 and name.endswith("weight") and parameter.numel():
+            assert parameter.data_ptr() % ALIGNMENT_BYTES == 0, f"{name} is not {ALIGNMENT_BYTES}-byte aligned"

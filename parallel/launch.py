@@ -1,0 +1,78 @@
+"""Starting a process: which accelerator, which backend, which rank.
+
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as DeepSpeed's launcher, torchrun and
+the Slurm scripts set them; without them the process is a world of one.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+
+
+class LaunchError(RuntimeError):
+    """The processes cannot find each other; one clear line."""
+
+
+def choose_accelerator() -> None:
+    """Tells DeepSpeed which accelerator to use; call before anything imports deepspeed."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication start before the products behind it
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_device() -> torch.device:
+    """This process's device; CUDA devices are taken by local rank."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def initialize_distributed(timeout_s: float = 600.0) -> None:
+    """Joins the process group: NCCL with GPUs, gloo without.
+
+    Raises:
+        LaunchError: no port is free, or the other ranks do not answer.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
+        )
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {rank()} of {world_size()} cannot join the others at {address} ({cause}); if the port is taken, choose "
+            "another with deepspeed --master_port"
+        ) from None
+    _join_deepspeed()
+
+
+def _join_deepspeed() -> None:
+    import deepspeed
+    import deepspeed.ops
+
+    # Else the CPU backend compiles a shared-memory operator at start (50 s) and leaves its segments behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,156 @@
+"""The one door to megatron-core: process groups, tensor-parallel layers, and what must be lent to it on a CPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core import tensor_parallel as mcore
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from parallel.grid import RankGrid
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The grid with this rank's process group along each axis."""
+
+    grid: RankGrid
+    tensor: ProcessGroup
+    data: ProcessGroup
+    pipeline: ProcessGroup
+    tensor_pipeline: ProcessGroup  # all ranks of one replica
+
+    @property
+    def embedding_ends(self) -> ProcessGroup | None:
+        """First and last stage of this rank's pipeline, which share a tied embedding; None on stages between."""
+        return parallel_state.get_embedding_group(check_initialized=False)
+
+
+def initialize_groups(grid: RankGrid) -> Groups:
+    """Creates every process group of the grid; torch.distributed must be initialized."""
+    if not torch.cuda.is_available():
+        _lend_cpu_device()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        create_gloo_process_groups=False,
+    )
+    return Groups(
+        grid=grid,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        tensor_pipeline=parallel_state.get_model_parallel_group(),
+    )
+
+
+class ModelParallelUnit:
+    """megatron-core's `parallel_state` completed to the `mpu` that DeepSpeed expects."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self._groups.tensor_pipeline
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.grid.tp * self._groups.grid.pp
+
+    def get_model_parallel_rank(self) -> int:
+        return torch.distributed.get_rank(self._groups.tensor_pipeline)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        grid = self._groups.grid
+        return [int(rank) for rank in grid.ranks[grid.stage, :, grid.tp_rank]]
+
+
+class ColumnParallelLinear(mcore.ColumnParallelLinear):
+    """Y = X W^T with the rows of W split: Y = [X W_1^T .. X W_p^T], each rank keeping its part of Y."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class RowParallelLinear(mcore.RowParallelLinear):
+    """Y = X W^T with the columns of W split: Y = sum_i X_i W_i^T, summed over ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:
+    """The column-parallel form of a bias-free linear layer; its weight is uninitialized."""
+    return ColumnParallelLinear(
+        linear.in_features,
+        linear.out_features,
+        config=_layer_config(groups, sequence_parallel),
+        init_method=nn.init.normal_,
+        bias=False,
+        tp_group=groups.tensor,
+    )
+
+
+def row_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool, input_is_parallel: bool) -> RowParallelLinear:
+    """The row-parallel form of a bias-free linear layer; its weight is uninitialized."""
+    return RowParallelLinear(
+        linear.in_features,
+        linear.out_features,
+        config=_layer_config(groups, sequence_parallel),
+        init_method=nn.init.normal_,
+        bias=False,
+        input_is_parallel=input_is_parallel,
+        skip_bias_add=False,
+        tp_group=groups.tensor,
+    )
+
+
+def vocab_parallel_embedding(embedding: nn.Embedding, groups: Groups) -> nn.Module:
+    """The vocabulary-parallel form of a word embedding; its weight is uninitialized."""
+    return mcore.VocabParallelEmbedding(
+        embedding.num_embeddings,
+        embedding.embedding_dim,
+        init_method=nn.init.normal_,
+        config=_layer_config(groups, False),
+        tp_group=groups.tensor,
+    )
+
+
+def copy_to_tensor_region(x: Tensor, groups: Groups) -> Tensor:
+    """Identity forward; sums gradients over tensor-parallel ranks backward."""
+    return mcore.copy_to_tensor_model_parallel_region(x, group=groups.tensor)
+
+
+def sum_both_ways(x: Tensor, groups: Groups) -> Tensor:
+    """Sum over tensor-parallel ranks, forward and backward: for a total on which every shard's output depends."""
+    total = mcore.reduce_from_tensor_model_parallel_region(x.clone(), group=groups.tensor)
+    return mcore.copy_to_tensor_model_parallel_region(total, group=groups.tensor)
+
+
+def scatter_to_sequence_region(x: Tensor, groups: Groups) -> Tensor:
+    """Keeps this rank's positions of [T, ...]; gathers gradients backward."""
+    return mcore.scatter_to_sequence_parallel_region(x, group=groups.tensor)
+
+
+def gather_from_sequence_region(x: Tensor, groups: Groups) -> Tensor:
+    """Gathers all positions of [T / tp, ...]; sums and scatters gradients backward."""
+    return mcore.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=groups.tensor)
+
+
+def _layer_config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=groups.grid.tp,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _lend_cpu_device() -> None:
+    """Lets megatron-core's sequence-parallel mappings allocate on the CPU: they ask CUDA for the current device."""
+    torch.cuda.current_device = lambda: torch.device("cpu")

@@ -1,0 +1,112 @@
+"""One pipeline stage in training: its part of the model, its part of the regularizer, and what it measures on the way."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.initialize import initialize
+from model.transformer import Transformer
+from parallel.config import ParallelConfig
+from parallel.megatron import Groups
+from parallel.regularizer import ShardedRegularizer
+from parallel.tensor import apply_tensor_parallel, cut, mark_split, padded_vocab_size, sum_replicated_gradients
+
+
+@dataclass
+class StageStatistics:
+    """Sums over micro-batches of what this rank saw, on the device; losses in nats per token."""
+
+    micro_batches: int
+    cross_entropy: Tensor
+    entropy_penalty: Tensor
+    entropy_LN: Tensor
+
+
+class Stage(nn.Module):
+    """Layers, ends and regularizer of one rank.
+
+    In training the result is the mean cross-entropy a token; in evaluation the sum, over labels that are not negative.
+    """
+
+    def __init__(self, transformer: Transformer, regularizer: ShardedRegularizer | None) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.regularizer = regularizer
+        self.statistics: StageStatistics | None = None
+
+    @property
+    def thresholds_LN(self) -> Tensor:
+        return torch.stack([block.attention.threshold for block in self.transformer.layers.values()])
+
+    def body(self, x: Tensor) -> Tensor:
+        """Tokens [T, B] or hidden states [T, B, D] to hidden states, with the penalty attached in training."""
+        x_TBD, entropies_BNT = self.transformer.hidden_states(x)
+        entropy_LBNT = torch.stack(entropies_BNT)
+        penalty = entropy_LBNT.new_zeros(())
+        if self.regularizer is not None and self.training:
+            penalty = self.regularizer.penalty(entropy_LBNT, self.thresholds_LN)
+            x_TBD = self.regularizer.attach(x_TBD, penalty)
+        self._record(entropy_LBNT.detach(), penalty.detach())
+        return x_TBD
+
+    def loss(self, x_TBD: Tensor, labels_TB: Tensor) -> Tensor:
+        """Hidden states and next tokens [T, B] to the cross-entropy, a float32 scalar."""
+        assert self.transformer.head is not None and self.statistics is not None
+        loss = self.transformer.head(x_TBD, labels_TB)
+        if self.training:
+            loss = loss / labels_TB.numel()
+        self.statistics.cross_entropy += loss.detach()
+        return loss
+
+    def forward(self, tokens_TB: Tensor, labels_TB: Tensor) -> Tensor:
+        return self.loss(self.body(tokens_TB), labels_TB)
+
+    def take_statistics(self) -> StageStatistics:
+        """What was summed since the last call."""
+        statistics, self.statistics = self.statistics, None
+        assert statistics is not None, "no micro-batch was run"
+        return statistics
+
+    def _record(self, entropy_LBNT: Tensor, penalty: Tensor) -> None:
+        entropy_LN = entropy_LBNT.mean(dim=(1, 3))
+        if self.statistics is None:
+            self.statistics = StageStatistics(0, torch.zeros_like(penalty), torch.zeros_like(penalty), torch.zeros_like(entropy_LN))
+        self.statistics.micro_batches += 1
+        self.statistics.entropy_penalty += penalty
+        self.statistics.entropy_LN += entropy_LN
+
+
+def build_transformer(
+    model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, vocab_size: int, seed: int, device: torch.device
+) -> Transformer:
+    """This rank's part of the model, initialized from the seed alone.
+
+    The order matters: shapes first (nothing allocated), then sharding, then memory, then values, then gradient hooks.
+    """
+    grid = groups.grid
+    with torch.device("meta"):
+        transformer = Transformer(
+            model,
+            vocab_size,
+            padded_vocab_size=padded_vocab_size(vocab_size, grid.tp),
+            layers=grid.layers(model.num_layers),
+            first=grid.is_first_stage,
+            last=grid.is_last_stage,
+        )
+        split = apply_tensor_parallel(transformer, groups, parallel.sequence_parallel)
+    transformer.to_empty(device=device)
+    transformer.tie_head()
+    mark_split(transformer, split)
+    initialize(transformer, model, vocab_size, seed, cut(transformer, groups))
+    sum_replicated_gradients(transformer, groups, parallel.sequence_parallel)
+    return transformer
+
+
+def recompute_activations(transformer: Transformer) -> None:
+    """Keeps only the input of each block; the block runs again in the backward pass."""
+    for block in transformer.layers.values():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

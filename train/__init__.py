@@ -1,0 +1,1 @@
+"""The application: configuration, the training loop, evaluation, pictures."""

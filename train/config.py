@@ -1,0 +1,369 @@
+"""The configuration: one frozen dataclass a section, read from one JSON file, every fault reported at once.
+
+Precedence: defaults < file < `section.key=value` on the command line. An example of the last:
+
+    python train/main.py --config configs/ereg.json model.num_layers=6 training.train_steps=100 --dry-run
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import ModelConfig
+from model.regularizer import RegularizerConfig
+from parallel.config import ParallelConfig
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message has one line a fault."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def _explained(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    path: str = _explained("datasets/quickstart", "A prepared dataset (python -m data.prepare); its tokenizer fixes the vocabulary.")
+    vocab_size: int | None = _explained(
+        None, "Expected vocabulary in tokens; an error if the dataset has another. --dry-run uses it where no dataset is there yet."
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = _explained(1e-3, "Peak learning rate; the paper's CodeParrot runs use 1e-3, Languini 6e-4.")
+    min_learning_rate: float = _explained(0.0, "Learning rate at the end of the decay.")
+    schedule: Literal["linear", "cosine", "wsd"] = _explained(
+        "linear", "Decay after warm-up: linear or cosine to the end, or 'wsd': constant, then linear over the last decay_fraction."
+    )
+    warmup_fraction: float = _explained(0.05, "Share of train_steps in which the rate rises linearly from 0; the paper uses 0.05.")
+    warmup_steps: int | None = _explained(None, "Warm-up in steps; overrides warmup_fraction where set.")
+    decay_fraction: float = _explained(0.2, "Share of train_steps over which 'wsd' decays.")
+    weight_decay: float = _explained(0.1, "Decoupled decay of matrices; norms, biases, alpha, beta, temperatures, thresholds have none.")
+    beta1: float = _explained(0.9, "Adam's decay of the first moment.")
+    beta2: float = _explained(0.999, "Adam's decay of the second moment; the paper uses 0.999 on CodeParrot, 0.95 on Languini.")
+    epsilon: float = _explained(1e-8, "Adam's denominator offset.")
+    gradient_clipping: float = _explained(1.0, "Largest global gradient norm (L2, over all ranks); 0 turns clipping off.")
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.learning_rate <= 0:
+            faults.append(f"optimizer.learning_rate = {self.learning_rate} must be positive")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            faults.append(
+                f"optimizer.min_learning_rate = {self.min_learning_rate} must lie between 0 and learning_rate = {self.learning_rate}"
+            )
+        for name in ("warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1]: it is a share of train_steps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
+        for name in ("weight_decay", "gradient_clipping"):
+            if getattr(self, name) < 0:
+                faults.append(f"optimizer.{name} = {getattr(self, name)} must not be negative")
+        if self.epsilon <= 0:
+            faults.append(f"optimizer.epsilon = {self.epsilon} must be positive")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            faults.append(f"optimizer.warmup_steps = {self.warmup_steps} must not be negative")
+        return faults
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batch sizes, length and precision of a run."""
+
+    micro_batch_size: int = _explained(8, "Sequences one data-parallel rank holds at a time; bounds activation memory.")
+    global_batch_size: int = _explained(512, "Sequences an optimizer step sees over all ranks and micro-batches.")
+    train_steps: int | None = _explained(None, "Optimizer steps of the run; set this or train_tokens.")
+    train_tokens: int | None = _explained(None, "Tokens of the run, rounded up to whole steps; set this or train_steps.")
+    seed: int = _explained(1, "Seed of the initial weights and of the order of samples.")
+    precision: Literal["auto", "bf16", "fp32"] = _explained(
+        "auto", "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are fp32."
+    )
+    activation_recompute: Literal["none", "full"] = _explained(
+        "none", "'full' keeps only each block's input and computes the block again in the backward pass: less memory, a third more compute."
+    )
+    compile: Literal["auto", "on", "off"] = _explained("auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs.")
+    evaluation_interval: int = _explained(500, "Steps between evaluations on the validation split; 0 evaluates only at the end.")
+    evaluation_samples: int = _explained(
+        2048, "Validation sequences an evaluation during training reads (the first ones, always the same); the last one reads all."
+    )
+
+    def faults(self) -> list[str]:
+        faults = []
+        for name in ("micro_batch_size", "global_batch_size", "evaluation_samples"):
+            if getattr(self, name) < 1:
+                faults.append(f"training.{name} = {getattr(self, name)} must be at least 1 (sequences)")
+        if (self.train_steps is None) == (self.train_tokens is None):
+            faults.append(
+                f"training.train_steps = {self.train_steps} and training.train_tokens = {self.train_tokens}: set exactly one of them"
+            )
+        for name in ("train_steps", "train_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                faults.append(f"training.{name} = {getattr(self, name)} must be at least 1")
+        if self.evaluation_interval < 0:
+            faults.append(f"training.evaluation_interval = {self.evaluation_interval} must not be negative; 0 evaluates only at the end")
+        if self.seed < 0:
+            faults.append(f"training.seed = {self.seed} must not be negative")
+        return faults
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and how much of a run is saved."""
+
+    interval: int = _explained(500, "Steps between checkpoints; 0 saves only at the end.")
+    keep: int = _explained(2, "Newest checkpoints kept; older ones are deleted after a newer one is complete.")
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.interval < 0:
+            faults.append(f"checkpoint.interval = {self.interval} must not be negative; 0 saves only at the end")
+        if self.keep < 1:
+            faults.append(f"checkpoint.keep = {self.keep} must be at least 1")
+        return faults
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes while it trains."""
+
+    interval: int = _explained(10, "Steps between fetches of metrics from the device; every step still has its row.")
+    tensorboard: bool = _explained(True, "Write scalars and head maps for TensorBoard.")
+    image_interval: int = _explained(100, "Steps between head maps in TensorBoard (multiples of logging.interval); 0 for none.")
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.interval < 1:
+            faults.append(f"logging.interval = {self.interval} must be at least 1 (steps)")
+        if self.image_interval < 0:
+            faults.append(f"logging.image_interval = {self.image_interval} must not be negative; 0 writes no images")
+        return faults
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig = ModelConfig()
+    regularizer: RegularizerConfig = RegularizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Passed through to DeepSpeed's own configuration; keys that other sections derive are refused."},
+    )
+    run_dir: str = _explained("runs/default", "Folder of this run: configuration, metrics, checkpoints, figures. A run found there continues.")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps, from train_steps or, rounded up, from train_tokens."""
+        if self.training.train_steps is not None:
+            return self.training.train_steps
+        assert self.training.train_tokens is not None
+        return -(-self.training.train_tokens // self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.model.seq_length
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // (self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size)
+
+    def num_micro_batches(self, world_size: int) -> int:
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads, merges, types and checks a configuration; ingredients of the architecture are filled in.
+
+    Raises:
+        ConfigError: the file cannot be read, or any value is wrong; all faults at once, each with its remedy.
+    """
+    tree = _read_json(Path(path))
+    faults: list[str] = []
+    for override in overrides or []:
+        _apply_override(tree, override, faults)
+    config = _build(Config, tree, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    faults = section_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return dataclasses.replace(config, model=config.model.resolved())
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """The inverse of `Config.as_dict`, with the same checks."""
+    faults: list[str] = []
+    config = _build(Config, tree, "", faults)
+    if faults or (faults := section_faults(config)):
+        raise ConfigError(faults)
+    return dataclasses.replace(config, model=config.model.resolved())
+
+
+def section_faults(config: Config) -> list[str]:
+    """Faults that need no knowledge of the world size or the dataset."""
+    faults = config.model.faults()
+    if not faults:
+        faults += config.parallel.faults(config.model.resolved())
+    for section in (config.regularizer, config.optimizer, config.training, config.checkpoint, config.logging):
+        faults += section.faults()
+    if not config.run_dir:
+        faults.append("run_dir is empty; name the folder of this run, say runs/first")
+    return faults + derived_key_faults(config)
+
+
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "the section optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_types": "training.precision",
+    "pipeline": "the pipeline's correctness under sequence parallelism",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_allow_untested_optimizer": "the section optimizer",
+}
+
+
+def derived_key_faults(config: Config) -> list[str]:
+    """Keys of the deepspeed section that would contradict what is derived from other sections."""
+    faults = []
+    for key, source in DERIVED_DEEPSPEED_KEYS.items():
+        node: Any = config.deepspeed
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            faults.append(f"deepspeed.{key} = {json.dumps(node)} is derived from {source}; remove it and set that instead")
+    return faults
+
+
+def world_faults(config: Config, world_size: int) -> list[str]:
+    """Faults of the sizes against the number of processes."""
+    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    if world_size % (tp * pp):
+        return [
+            f"the world size {world_size} is not a multiple of tensor_parallel_size({tp}) * pipeline_parallel_size({pp}) = "
+            f"{tp * pp}; launch a multiple of {tp * pp} processes (deepspeed --num_gpus {tp * pp} ...) or change the sizes"
+        ]
+    dp = config.data_parallel_size(world_size)
+    group = config.training.micro_batch_size * dp
+    if config.training.global_batch_size % group:
+        return [
+            f"training.global_batch_size = {config.training.global_batch_size} is not a multiple of micro_batch_size("
+            f"{config.training.micro_batch_size}) * data-parallel size({dp}) = {group}; change one of them"
+        ]
+    return []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such configuration file; shipped ones are in configs/"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: expected a JSON object with sections, found {type(tree).__name__}"])
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        faults.append(f"{override!r} is not of the form section.key=value")
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            faults.append(f"{override!r}: {section!r} is a value, not a section")
+            return
+    tree[last] = value
+
+
+def _build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any:
+    """One dataclass from one JSON object; faults are collected, and faulty keys keep their defaults."""
+    types_by_name = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        name = prefix + key
+        if key not in types_by_name:
+            near = difflib.get_close_matches(key, types_by_name, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(types_by_name)}"
+            faults.append(f"{name} is no known key; {hint}")
+        elif dataclasses.is_dataclass(types_by_name[key]):
+            if isinstance(value, dict):
+                values[key] = _build(types_by_name[key], value, f"{name}.", faults)
+            else:
+                faults.append(f"{name} = {json.dumps(value)} must be a section (a JSON object)")
+        else:
+            fitting = _fit(types_by_name[key], value)
+            if fitting is None:
+                faults.append(f"{name} = {json.dumps(value)} must be {_describe(types_by_name[key])}")
+            else:
+                values[key] = fitting[0]
+    return cls(**values)
+
+
+def _fit(expected: Any, value: Any) -> tuple[Any] | None:
+    """The value as the expected type, in a tuple, or None where it does not fit."""
+    origin = typing.get_origin(expected)
+    if origin is Literal:
+        matches = [choice for choice in typing.get_args(expected) if choice == value and type(choice) is type(value)]
+        return (value,) if matches else None
+    if origin in (typing.Union, types.UnionType):
+        return next((fit for option in typing.get_args(expected) if (fit := _fit(option, value)) is not None), None)
+    if origin is dict:
+        return (value,) if isinstance(value, dict) else None
+    if expected is types.NoneType:
+        return (None,) if value is None else None
+    if isinstance(value, bool):
+        return (value,) if expected is bool else None
+    if expected is float and isinstance(value, int | float):
+        return (float(value),) if abs(float(value)) < float("inf") else None
+    if expected is int and isinstance(value, float) and value.is_integer():
+        return (int(value),)  # 1e9 is how people write token counts
+    return (value,) if isinstance(value, expected) else None
+
+
+def _describe(expected: Any) -> str:
+    origin = typing.get_origin(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(expected))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(expected))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    return names.get(expected, "an object")
