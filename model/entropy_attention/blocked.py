@@ -1,0 +1,163 @@
+"""Attention with entropies in PyTorch, a block of query rows at a time: memory linear in T, gradients by hand.
+
+For one query row with scaled scores s_j, m the largest of them, e_j = exp(s_j - m) and l = sum_j e_j:
+
+    lse = m + ln l        p_j = e_j / l        H = ln l - sum_j e_j (s_j - m) / l
+
+which, unlike lse - sum_j p_j s_j, does not cancel for large scores. With upstream gradients dO of the output and dH of
+the entropy, and c = rowsum(dO o O),
+
+    dS_j = p_j (dP_j - c - dH (s_j - lse + H)),    dP_j = dO . v_j
+
+so that nothing of size T x T outlives a block. A short sequence is one block: then this is materialized attention.
+
+Tensor names carry their shape: B sequences, N query heads, K key heads, G = N / K query heads a key head, T tokens,
+H head width, R rows of a block times G, C keys that the block can see.
+"""
+
+import torch
+from torch import Tensor
+
+from model.entropy_attention.layout import empty_in_layout
+
+MASKED = -1e30  # finite, so that exp(MASKED) * MASKED is 0 and not NaN
+BLOCK_ROWS = 128
+SCORES_AT_ONCE = 2**20  # one block of scores should stay in the processor's cache
+
+
+def forward(
+    q_BNTH: Tensor,
+    k_BKTH: Tensor,
+    v_BKTH: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    causal: bool,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), lse [B, N, T] in nats."""
+    output_BNTH = empty_in_layout(q_BNTH)
+    lse_BNT = q_BNTH.new_empty(q_BNTH.shape[:3], dtype=_compute_type(q_BNTH))
+    entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
+    for batch in _batches(q_BNTH, k_BKTH):
+        k_BKTC, v_BKTC = k_BKTH[batch].to(lse_BNT.dtype), v_BKTH[batch].to(lse_BNT.dtype)
+        for rows, keys in _blocks(q_BNTH.shape[2], causal):
+            q_BKRH = _scaled_rows(q_BNTH[batch, :, rows], k_BKTH.shape[1], _factor(temperature, rows, scale))
+            s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
+            if causal:
+                _mask(s_BKRC, rows, MASKED)
+            max_BKR1 = s_BKRC.amax(-1, keepdim=True)
+            s_BKRC -= max_BKR1
+            e_BKRC = s_BKRC.exp()
+            sum_BKR1 = e_BKRC.sum(-1, keepdim=True)
+            shape = q_BNTH[batch, :, rows].shape
+            output_BNTH[batch, :, rows] = ((e_BKRC @ v_BKTC[:, :, keys]) / sum_BKR1).view(shape)
+            lse_BNT[batch, :, rows] = (max_BKR1 + sum_BKR1.log()).view(shape[:3])
+            if with_entropy:
+                mean_BKR1 = e_BKRC.mul_(s_BKRC).sum(-1, keepdim=True) / sum_BKR1
+                entropy_BNT[batch, :, rows] = (sum_BKR1.log() - mean_BKR1).view(shape[:3])
+    return output_BNTH, entropy_BNT, lse_BNT
+
+
+def backward(
+    grad_output_BNTH: Tensor,
+    grad_entropy_BNT: Tensor | None,
+    q_BNTH: Tensor,
+    k_BKTH: Tensor,
+    v_BKTH: Tensor,
+    temperature: Tensor | None,
+    output_BNTH: Tensor,
+    entropy_BNT: Tensor,
+    lse_BNT: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and of the temperature (None without one)."""
+    compute, key_heads = lse_BNT.dtype, k_BKTH.shape[1]
+    dq_BNTH, dk_BKTH, dv_BKTH = empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH)
+    score_gradient_BNT = torch.zeros_like(lse_BNT) if temperature is not None else None
+    for batch in _batches(q_BNTH, k_BKTH):
+        k_BKTC, v_BKTC = k_BKTH[batch].to(compute), v_BKTH[batch].to(compute)
+        dk_BKTC, dv_BKTC = torch.zeros_like(k_BKTC), torch.zeros_like(v_BKTC)
+        for rows, keys in _blocks(q_BNTH.shape[2], causal):
+            at = (batch, slice(None), rows)
+            factor = _factor(temperature, rows, scale)
+            q_BKRH = _scaled_rows(q_BNTH[at], key_heads, factor)
+            do_BKRH = _scaled_rows(grad_output_BNTH[at], key_heads, None, compute)
+            o_BKRH = _scaled_rows(output_BNTH[at], key_heads, None, compute)
+            column = do_BKRH.shape[:3] + (1,)
+            s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
+            s_BKRC -= lse_BNT[at].reshape(column)
+            if causal:
+                _mask(s_BKRC, rows, MASKED)
+            p_BKRC = s_BKRC.exp()
+            dv_BKTC[:, :, keys] += p_BKRC.transpose(-1, -2) @ do_BKRH
+            ds_BKRC = do_BKRH @ v_BKTC[:, :, keys].transpose(-1, -2)
+            constant_BKR1 = (do_BKRH * o_BKRH).sum(-1, keepdim=True)
+            if grad_entropy_BNT is not None:
+                dh_BKR1 = grad_entropy_BNT[at].reshape(column)
+                constant_BKR1 += dh_BKR1 * entropy_BNT[at].reshape(column)
+                ds_BKRC.addcmul_(s_BKRC, dh_BKR1, value=-1)
+            ds_BKRC.sub_(constant_BKR1).mul_(p_BKRC)
+            dk_BKTC[:, :, keys] += ds_BKRC.transpose(-1, -2) @ q_BKRH
+            dq_BNRH = (ds_BKRC @ k_BKTC[:, :, keys]).view(q_BNTH[at].shape)
+            dq_BNTH[at] = dq_BNRH * factor
+            if score_gradient_BNT is not None:
+                score_gradient_BNT[at] = (q_BKRH.view(dq_BNRH.shape) * dq_BNRH).sum(-1)
+        dk_BKTH[batch], dv_BKTH[batch] = dk_BKTC, dv_BKTC
+    return dq_BNTH, dk_BKTH, dv_BKTH, temperature_gradient(score_gradient_BNT, temperature)
+
+
+def temperature_gradient(score_gradient_BNT: Tensor | None, temperature: Tensor | None) -> Tensor | None:
+    """dL/dt = -(1/t) sum_j dS_ij s_ij, summed over what shares a temperature.
+
+    Args:
+        score_gradient_BNT: sum_j dS_ij s_ij for each row, which equals the scaled query times its gradient.
+        temperature: [N] or [N, T].
+    """
+    if score_gradient_BNT is None or temperature is None:
+        return None
+    shared = (0, 2) if temperature.dim() == 1 else 0
+    return (-score_gradient_BNT.sum(shared) / temperature).to(temperature.dtype)
+
+
+def _compute_type(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _batches(q_BNTH: Tensor, k_BKTH: Tensor) -> list[slice]:
+    """Ranges of sequences whose block of scores has about SCORES_AT_ONCE elements."""
+    sequences, heads, tokens, _ = q_BNTH.shape
+    at_once = max(1, SCORES_AT_ONCE // (heads * min(tokens, BLOCK_ROWS) * tokens))
+    return [slice(start, min(start + at_once, sequences)) for start in range(0, sequences, at_once)]
+
+
+def _blocks(tokens: int, causal: bool) -> list[tuple[slice, slice]]:
+    """(query rows, keys they can see) of every block."""
+    starts = range(0, tokens, BLOCK_ROWS)
+    rows = [slice(start, min(start + BLOCK_ROWS, tokens)) for start in starts]
+    return [(r, slice(0, r.stop if causal else tokens)) for r in rows]
+
+
+def _factor(temperature: Tensor | None, rows: slice, scale: float) -> Tensor | float:
+    """What a query row is multiplied by, scale / t: a number or [N, rows or 1, 1]."""
+    if temperature is None:
+        return scale
+    t_NR = temperature[:, None] if temperature.dim() == 1 else temperature[:, rows]
+    return (scale / t_NR).unsqueeze(-1)
+
+
+def _scaled_rows(
+    x_BNRH: Tensor, key_heads: int, factor: Tensor | float | None, compute: torch.dtype | None = None
+) -> Tensor:
+    """[B, N, rows, H] -> [B, K, G * rows, H] in the type of computation, times `factor`."""
+    x_BNRH = x_BNRH.to(compute or _compute_type(x_BNRH))
+    x_BNRH = x_BNRH if factor is None else x_BNRH * factor
+    return x_BNRH.reshape(x_BNRH.shape[0], key_heads, -1, x_BNRH.shape[3])
+
+
+def _mask(s_BKRC: Tensor, rows: slice, value: float) -> None:
+    """Overwrites the scores of keys after their query; only the last block of columns has any."""
+    size = rows.stop - rows.start
+    hidden = torch.ones(size, size, dtype=torch.bool, device=s_BKRC.device).triu(1)
+    s_BKGRC = s_BKRC.unflatten(2, (-1, size))
+    s_BKGRC[..., rows.start : rows.stop].masked_fill_(hidden, value)
