@@ -1,0 +1,43 @@
+"""Block sizes, warps and pipeline stages of every kernel, by type, head width and sequence length.
+
+A fixed table and no autotuning at run time: the same call always runs the same code. Chosen on an H200.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """BLOCK_M query rows by BLOCK_N keys a tile; key_major keeps tiles of the backward as [keys, rows]."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    key_major: bool = True
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Blocks of the kernels; `fused` is None where the backward takes the two kernels of long sequences."""
+
+    forward: Blocks
+    query: Blocks
+    key: Blocks
+    fused: Blocks | None
+
+
+def configuration(dtype: torch.dtype, width: int, tokens: int, causal: bool) -> Configuration:
+    """The table. `width` is the head width rounded up to a power of two."""
+    if dtype == torch.float32:
+        size = 32 if width <= 128 else 16
+        blocks = Blocks(size, size, 4, 2)
+        return Configuration(blocks, blocks, blocks, None)
+    if width > 128:
+        return Configuration(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1), None)
+    if width > 64:
+        return Configuration(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), None)
+    fused = Blocks(64, 128, 8, 2) if causal and tokens <= 1024 else None
+    return Configuration(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), fused)

@@ -1,0 +1,145 @@
+"""What the Triton kernels share: moving tiles, the factor of the logits, and the gradient of one tile of scores.
+
+Inside the kernels logits are in powers of two, x = s / ln 2, since exp2 is the hardware's exponential. The temperature mode
+is 0 (none), 1 (one per head: a number) or 2 (one per row: a vector).
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+MASKED = tl.constexpr(-1e30)  # finite, so that exp2(MASKED) * MASKED is 0 and not NaN
+
+
+@triton.jit
+def head_offset(batch, head, stride_batch, stride_head):
+    """Offset of one head of one sequence, in 64 bits: large batches have more than 2^31 elements."""
+    return batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+
+
+@triton.jit
+def load_rows(
+    pointer, start, stride, tokens, BLOCK: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows start .. start + BLOCK of one head as [BLOCK, HP], zeros beyond `tokens` rows (if CHECK) and H columns."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, HP)
+    pointers = pointer + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    if CHECK and H != HP:
+        tile = tl.load(pointers, mask=(start + rows < tokens)[:, None] & (columns < H)[None, :], other=0.0)
+    elif CHECK:
+        tile = tl.load(pointers, mask=(start + rows < tokens)[:, None], other=0.0)
+    elif H != HP:
+        tile = tl.load(pointers, mask=(columns < H)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    pointer, tile, start, stride, tokens, BLOCK: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr
+):
+    """Writes a [BLOCK, HP] tile as `load_rows` reads it."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, HP)
+    pointers = pointer + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    tile = tile.to(pointer.dtype.element_ty)
+    if CHECK and H != HP:
+        tl.store(pointers, tile, mask=(start + rows < tokens)[:, None] & (columns < H)[None, :])
+    elif CHECK:
+        tl.store(pointers, tile, mask=(start + rows < tokens)[:, None])
+    elif H != HP:
+        tl.store(pointers, tile, mask=(columns < H)[None, :])
+    else:
+        tl.store(pointers, tile)
+
+
+@triton.jit
+def load_vector(pointer, start, tokens, other, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """Elements start .. start + BLOCK of a row vector [T]."""
+    rows = start + tl.arange(0, BLOCK)
+    if CHECK:
+        vector = tl.load(pointer + rows, mask=rows < tokens, other=other)
+    else:
+        vector = tl.load(pointer + rows)
+    return vector
+
+
+@triton.jit
+def store_vector(pointer, vector, start, tokens, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    rows = start + tl.arange(0, BLOCK)
+    if CHECK:
+        tl.store(pointer + rows, vector, mask=rows < tokens)
+    else:
+        tl.store(pointer + rows, vector)
+
+
+@triton.jit
+def logit_factor(
+    temperature, head, start, tokens, scale_log2, MODE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
+):
+    """scale / (t ln 2): what q . k is multiplied by. A number, or with a temperature per row a vector [BLOCK]."""
+    if MODE == 0:
+        factor = scale_log2
+    elif MODE == 1:
+        factor = scale_log2 / tl.load(temperature + head)
+    else:
+        factor = scale_log2 / load_vector(temperature + head.to(tl.int64) * tokens, start, tokens, 1.0, BLOCK, CHECK)
+    return factor
+
+
+@triton.jit
+def along_rows(vector, MODE: tl.constexpr, KEY_MAJOR: tl.constexpr):
+    """A row vector (or in modes 0 and 1 a number) ready to broadcast over a tile of scores."""
+    if MODE != 2:
+        result = vector
+    elif KEY_MAJOR:
+        result = vector[None, :]
+    else:
+        result = vector[:, None]
+    return result
+
+
+@triton.jit
+def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTROPY: tl.constexpr):
+    """(slope, offset) such that dS = p (dP + slope * log2 p + offset), both times `factor` in mode 2.
+
+    With delta = rowsum(dO o O): dS = p (dP - delta - dH (s - lse + H)), and s - lse = ln 2 * log2 p.
+    """
+    offset = -delta
+    slope = offset
+    if ENTROPY:
+        offset -= grad_entropy * entropy
+        slope = -LN2 * grad_entropy
+    if MODE == 2:
+        offset *= factor
+        slope *= factor
+    return slope, offset
+
+
+@triton.jit
+def score_tile(
+    q, k, v, do, lse_log2, slope, offset, factor, first_row, first_key, tokens,
+    MASK: tl.constexpr, KEY_MAJOR: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probabilities p and score gradients of one tile, [M, N], or [N, M] if KEY_MAJOR (the factor is in dS in mode 2 only)."""
+    if KEY_MAJOR:
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    x = scores * along_rows(factor, MODE, KEY_MAJOR) - along_rows(lse_log2, 2, KEY_MAJOR)
+    p = tl.exp2(x)
+    if MASK:
+        rows = along_rows(first_row + tl.arange(0, q.shape[0]), 2, KEY_MAJOR)
+        keys = along_rows(first_key + tl.arange(0, k.shape[0]), 2, not KEY_MAJOR)
+        p = tl.where((keys <= rows) if CAUSAL else (keys < tokens), p, 0.0)
+    constant = along_rows(offset, 2, KEY_MAJOR)
+    if ENTROPY:
+        constant = x * along_rows(slope, 2, KEY_MAJOR) + constant
+    if MODE == 2:
+        ds = p * (dp * along_rows(factor, MODE, KEY_MAJOR) + constant)
+    else:
+        ds = p * (dp + constant)
+    return p, ds
