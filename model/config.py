@@ -64,23 +64,29 @@ class ModelConfig:
         None, "Width between the two FFN matrices in features; null means 4 * hidden_size; unused by a fused FFN."
     )
     norm: Literal["layernorm", "none"] | None = _explained(
-        None, "Normalization before attention and before the FFN (LN1, LN2); 'none' saves the costliest step of private inference."
+        None,
+        "Normalization before attention and before the FFN (LN1, LN2); 'none' saves the costliest step of private inference.",
     )
-    activation: Literal["gelu", "relu", "identity"] | None = _explained(None, "FFN activation; 'identity' makes the FFN linear.")
+    activation: Literal["gelu", "relu", "identity"] | None = _explained(
+        None, "FFN activation; 'identity' makes the FFN linear."
+    )
     fused_ffn: bool | None = _explained(
         None, "One D x D matrix instead of two, possible since a linear FFN is one linear map; 8 times fewer FLOPs."
     )
     scaled_ffn: bool | None = _explained(
-        None, "Learnable beta on the residual and 1/alpha on the FFN (paper Eq. 8), which keeps norm-free nets trainable."
+        None,
+        "Learnable beta on the residual and 1/alpha on the FFN (paper Eq. 8), which keeps norm-free nets trainable.",
     )
     temperature: Literal["none", "per_head", "per_position"] | None = _explained(
         None, "Learnable softmax temperature: none, one a head, or one a head and query position (the paper's H x T)."
     )
     temperature_form: Literal["exp", "raw"] = _explained(
-        "exp", "'exp' trains ln t and so keeps t positive; 'raw' trains t itself as in the paper, where it can cross zero."
+        "exp",
+        "'exp' trains ln t and so keeps t positive; 'raw' trains t itself as in the paper, where it can cross zero.",
     )
     temperature_init: float = _explained(
-        0.01, "Initial t (unitless divisor of the logits): 0.01 on CodeParrot, 0.1 on Languini; lifts tiny norm-free logits."
+        0.01,
+        "Initial t (unitless divisor of the logits): 0.01 on CodeParrot, 0.1 on Languini; lifts tiny norm-free logits.",
     )
     weight_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = _explained(
         None, "Linears whose weight is g V/||V|| per output row."
@@ -96,7 +102,9 @@ class ModelConfig:
         True, "LayerNorm after the last block, which the authors keep; false makes the network strictly softmax-only."
     )
     tied_head: bool = _explained(True, "Share the word embedding with the output head, as GPT-2 does.")
-    positions: Literal["learned", "rotary"] = _explained("learned", "Learned absolute positions (the paper) or rotary ones.")
+    positions: Literal["learned", "rotary"] = _explained(
+        "learned", "Learned absolute positions (the paper) or rotary ones."
+    )
     init_std: float = _explained(0.02, "Standard deviation of the normal initialization of every matrix.")
 
     def resolved(self) -> "ModelConfig":
@@ -123,7 +131,9 @@ class ModelConfig:
         if faults:
             return faults
         if self.ffn_hidden_size is not None and self.ffn_hidden_size < 1:
-            faults.append(f"model.ffn_hidden_size = {self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size")
+            faults.append(
+                f"model.ffn_hidden_size = {self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size"
+            )
         if self.hidden_size % self.num_attention_heads:
             faults.append(
                 f"model.hidden_size = {self.hidden_size} is not a multiple of model.num_attention_heads = "
@@ -141,7 +151,9 @@ class ModelConfig:
                 "is one matrix"
             )
         if model.weight_norm != "none" and model.spectral_norm != "none":
-            faults.append("model.weight_norm and model.spectral_norm are both set; choose one and leave the other 'none'")
+            faults.append(
+                "model.weight_norm and model.spectral_norm are both set; choose one and leave the other 'none'"
+            )
         if self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")
         if self.init_std <= 0:

@@ -62,7 +62,9 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, shard: VocabularyShard) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, shard: VocabularyShard
+    ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
@@ -85,7 +87,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_weight * grads[0].to(grad_weight.dtype), None, None, None
+        return (
+            grad_hidden * grads[0].to(grad_hidden.dtype),
+            grad_weight * grads[0].to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _softmax_cross_entropy(

@@ -55,7 +55,9 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     kind = name.rsplit(".", 1)[-1]
     if kind == "gain":  # g = ||V|| so that W = V at the start
         weight_name = name.removesuffix("gain") + "weight"
-        return initial_value(weight_name, torch.Size((shape[0], _columns(weight_name, config))), config, seed).norm(dim=1)
+        return initial_value(weight_name, torch.Size((shape[0], _columns(weight_name, config))), config, seed).norm(
+            dim=1
+        )
     if kind == "temperature_parameter":
         start = math.log(config.temperature_init) if config.temperature_form == "exp" else config.temperature_init
         return torch.full(shape, start)
@@ -89,5 +91,8 @@ def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int
 
 
 def _columns(weight_name: str, config: ModelConfig) -> int:
-    return (config.ffn_hidden_size or 4 * config.hidden_size) if weight_name.endswith("ffn.down.weight") else config.hidden_size
-
+    return (
+        (config.ffn_hidden_size or 4 * config.hidden_size)
+        if weight_name.endswith("ffn.down.weight")
+        else config.hidden_size
+    )

@@ -39,8 +39,9 @@ class WeightNormalization(nn.Module):
         self.gain = nn.Parameter(torch.empty(rows))
 
     def forward(self, weight: Tensor) -> Tensor:
-        norm = self.sum_over_column_shards(weight.float().square().sum(dim=1)).sqrt()
-        factor = (self.gain.float() / norm).to(weight.dtype)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        norm = self.sum_over_column_shards(weight.to(exact).square().sum(dim=1)).sqrt()
+        factor = (self.gain.to(exact) / norm).to(weight.dtype)
         if self.normalized < self.slots:
             slot = torch.arange(weight.shape[0], device=weight.device) // self.head_width % self.slots
             factor = torch.where(slot < self.normalized, factor, torch.ones_like(factor))
@@ -89,7 +90,9 @@ class SpectralNormalization(nn.Module):
         if self.slots == 1:
             return weight * inverse
         factor = torch.cat([inverse, inverse.new_ones(self.slots - self.normalized)])
-        return (weight.view(-1, self.slots, self.head_width, weight.shape[1]) * factor.view(1, -1, 1, 1)).view_as(weight)
+        return (weight.view(-1, self.slots, self.head_width, weight.shape[1]) * factor.view(1, -1, 1, 1)).view_as(
+            weight
+        )
 
     @torch.no_grad()
     def update(self, weight: Tensor, iterations: int = 1) -> None:

@@ -27,11 +27,15 @@ class RegularizerConfig:
 
     coefficient: float = field(
         default=0.164,
-        metadata={"help": "Weight of the penalty in the loss, per token (1/nat^2): the paper's lambda * micro-batch * T."},
+        metadata={
+            "help": "Weight of the penalty in the loss, per token (1/nat^2): the paper's lambda * micro-batch * T."
+        },
     )
     margin: float = field(
         default=0.20,
-        metadata={"help": "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper 0 to 0.30."},
+        metadata={
+            "help": "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper 0 to 0.30."
+        },
     )
     granularity: Literal["per_query", "per_head"] = field(
         default="per_query",

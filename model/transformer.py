@@ -57,7 +57,9 @@ class Attention(nn.Module):
         self.output = nn.Linear(heads * width, config.hidden_size, bias=False)
         self.rotary = config.positions == "rotary"
         self.temperature_form = config.temperature_form
-        shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[config.temperature or "none"]
+        shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[
+            config.temperature or "none"
+        ]
         self.temperature_parameter = nn.Parameter(torch.empty(shape)) if shape else None
         self.threshold = nn.Parameter(torch.empty(heads)) if config.regularized else None
 
@@ -66,7 +68,8 @@ class Attention(nn.Module):
         if self.temperature_parameter is None:
             return None
         if self.temperature_form == "exp":
-            return self.temperature_parameter.float().exp()
+            exact = torch.promote_types(self.temperature_parameter.dtype, torch.float32)
+            return self.temperature_parameter.to(exact).exp()
         return self.temperature_parameter
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +205,10 @@ class Transformer(nn.Module):
 
 def normalize_weights(block: Block, config: ModelConfig) -> None:
     """Registers weight or spectral normalization at the linears that the configuration's placement names."""
-    for normalization, placement in ((WeightNormalization, config.weight_norm), (SpectralNormalization, config.spectral_norm)):
+    for normalization, placement in (
+        (WeightNormalization, config.weight_norm),
+        (SpectralNormalization, config.spectral_norm),
+    ):
         for name, arguments in normalized_linears(config, placement or "none").items():
             linear = block.get_submodule(name)
             rows, columns = linear.weight.shape

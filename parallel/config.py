@@ -6,6 +6,16 @@ from typing import Any, Literal
 from model.config import ModelConfig
 
 
+VOCAB_MULTIPLE = 128
+"""Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank holds a multiple of 128 rows."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
 def _explained(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -20,7 +30,8 @@ class ParallelConfig:
         False, "Split activations between the tensor-parallel regions by position: 1/tp of their memory, same traffic."
     )
     zero_stage: Literal[1, 2, 3] = _explained(
-        1, "What ZeRO shards over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too (2 and 3 need pp=1)."
+        1,
+        "What ZeRO shards over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too (2 and 3 need pp=1).",
     )
 
     def faults(self, model: ModelConfig) -> list[str]:
@@ -39,7 +50,9 @@ class ParallelConfig:
                 f"parallel.tensor_parallel_size = {tp}; heads are split over those ranks, so change one of them"
             )
         if model.hidden_size % tp:
-            faults.append(f"model.hidden_size = {model.hidden_size} is not a multiple of parallel.tensor_parallel_size = {tp}")
+            faults.append(
+                f"model.hidden_size = {model.hidden_size} is not a multiple of parallel.tensor_parallel_size = {tp}"
+            )
         if not model.fused_ffn and model.ffn_hidden_size is not None and model.ffn_hidden_size % tp:
             faults.append(
                 f"model.ffn_hidden_size = {model.ffn_hidden_size} is not a multiple of parallel.tensor_parallel_size = {tp}"
@@ -60,7 +73,9 @@ class ParallelConfig:
                 "between steps; use zero_stage = 1 or 2"
             )
         if self.sequence_parallel and tp == 1:
-            faults.append("parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it splits over those ranks")
+            faults.append(
+                "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it splits over those ranks"
+            )
         if self.sequence_parallel and model.seq_length % tp:
             faults.append(
                 f"model.seq_length = {model.seq_length} is not a multiple of parallel.tensor_parallel_size = {tp}, which "

@@ -18,6 +18,7 @@ from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage
 from parallel.stage import Stage, StageStatistics
+from parallel.state import SavedState, load_pieces, save_pieces
 
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and next tokens, each [T, B] int64 on the device."""
@@ -88,13 +89,11 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch], count: int) -> StageStatistics:
         """Runs `count` micro-batches forward; the cross-entropy is a sum over tokens whose label is not negative."""
+        if not self.pipelined:
+            return evaluate_stage(self.stage, micro_batches, count)
         self.engine.eval()
         self.stage.statistics = None
-        if self.pipelined:
-            self.engine.eval_batch(micro_batches, num_micro_batches=count, bcast_loss=False)
-        else:
-            for _ in range(count):
-                self.engine(*next(micro_batches))
+        self.engine.eval_batch(micro_batches, num_micro_batches=count, bcast_loss=False)
         return self.stage.take_statistics()
 
     @property
@@ -102,6 +101,29 @@ class Engine:
         """The global L2 norm before clipping at the last step, equal on all ranks; NaN if it was not computed."""
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share of the training state, under global names (see parallel.state)."""
+        return save_pieces(self.stage, self._base_optimizer, self.groups)
+
+    def load_state_dict(self, saved: SavedState, vocab_size: int) -> None:
+        """Restores the training state, whatever layout saved it; raises KeyError where something is missing."""
+        load_pieces(self.stage, self._base_optimizer, self.groups, saved, vocab_size)
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW below DeepSpeed's wrapper; its parameters are this rank's flat float32 partitions."""
+        return self.engine.optimizer.optimizer
+
+
+@torch.no_grad()
+def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], count: int) -> StageStatistics:
+    """Runs `count` micro-batches forward through a stage that is the whole model's depth."""
+    stage.eval()
+    stage.statistics = None
+    for _ in range(count):
+        stage(*next(micro_batches))
+    return stage.take_statistics()
 
 
 def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:

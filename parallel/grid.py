@@ -71,7 +71,9 @@ class RankGrid:
         for rank in range(self.world_size):
             place = RankGrid(self.tp, self.pp, self.dp, rank)
             held = place.layers(num_layers)
-            lines.append(f"{rank:4d}  {place.stage:5d}  {place.dp_rank:4d}  {place.tp_rank:6d}  {held.start}-{held.stop - 1}")
+            lines.append(
+                f"{rank:4d}  {place.stage:5d}  {place.dp_rank:4d}  {place.tp_rank:6d}  {held.start}-{held.stop - 1}"
+            )
         return "\n".join(lines)
 
 

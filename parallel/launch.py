@@ -45,7 +45,9 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         LaunchError: no port is free, or the other ranks do not answer.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,15 +1,19 @@
 """The one door to megatron-core: process groups, tensor-parallel layers, and what must be lent to it on a CPU."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import ModelParallelConfig, parallel_state
-from megatron.core import tensor_parallel as mcore
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parallel.grid import RankGrid
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it names optional packages that are not needed here
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core import tensor_parallel as mcore
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) 
     )
 
 
-def row_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool, input_is_parallel: bool) -> RowParallelLinear:
+def row_parallel(
+    linear: nn.Linear, groups: Groups, sequence_parallel: bool, input_is_parallel: bool
+) -> RowParallelLinear:
     """The row-parallel form of a bias-free linear layer; its weight is uninitialized."""
     return RowParallelLinear(
         linear.in_features,

@@ -48,5 +48,3 @@ class PipelineStage(PipelineModule):
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing to do: tied copies are equal from the start, since initial values depend on the seed and the name alone."""
-
-

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from model.config import ModelConfig
 from model.initialize import initialize
 from model.transformer import Transformer
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, padded_vocab_size
 from parallel.megatron import Groups
 from parallel.regularizer import ShardedRegularizer
-from parallel.tensor import apply_tensor_parallel, cut, mark_split, padded_vocab_size, sum_replicated_gradients
+from parallel.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
 
 
 @dataclass
@@ -74,7 +74,9 @@ class Stage(nn.Module):
     def _record(self, entropy_LBNT: Tensor, penalty: Tensor) -> None:
         entropy_LN = entropy_LBNT.mean(dim=(1, 3))
         if self.statistics is None:
-            self.statistics = StageStatistics(0, torch.zeros_like(penalty), torch.zeros_like(penalty), torch.zeros_like(entropy_LN))
+            self.statistics = StageStatistics(
+                0, torch.zeros_like(penalty), torch.zeros_like(penalty), torch.zeros_like(entropy_LN)
+            )
         self.statistics.micro_batches += 1
         self.statistics.entropy_penalty += penalty
         self.statistics.entropy_LN += entropy_LN
@@ -110,3 +112,9 @@ def recompute_activations(transformer: Transformer) -> None:
     """Keeps only the input of each block; the block runs again in the backward pass."""
     for block in transformer.layers.values():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(transformer: Transformer) -> None:
+    """Compiles each block by itself: blocks are alike, so one compilation serves all."""
+    for block in transformer.layers.values():
+        block.forward = torch.compile(block.forward)

@@ -27,16 +27,7 @@ from model.transformer import Block, Embedding, Head, Transformer
 from parallel import megatron
 from parallel.megatron import Groups
 
-VOCAB_MULTIPLE = 128
-"""Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
-
 HEAD_SHARDED = ("query_bias", "key_bias", "temperature_parameter", "threshold")
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary rounded up so that every tensor-parallel rank holds a multiple of 128 rows."""
-    multiple = VOCAB_MULTIPLE * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 def apply_tensor_parallel(model: Transformer, groups: Groups, sequence_parallel: bool) -> dict[str, int]:
@@ -89,7 +80,7 @@ def cut(model: Transformer, groups: Groups) -> Callable[[str, Tensor], Tensor]:
         dim = parameters[name].partition_dim
         if dim is None:
             return whole
-        size = parameters[name].shape[dim]
+        size = getattr(parameters[name], "ds_shape", parameters[name].shape)[dim]  # ZeRO-3 leaves the shape empty
         start = min(size * groups.grid.tp_rank, whole.shape[dim])
         return whole.narrow(dim, start, min(size, whole.shape[dim] - start))
 
@@ -161,7 +152,9 @@ def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups
     before = old.parametrizations["weight"][0]
     rows, columns = new.weight.shape
     shape = {"slots": before.slots, "normalized": before.normalized, "head_width": before.head_width}
-    sums = {"sum_over_row_shards" if dim == 0 else "sum_over_column_shards": partial(megatron.sum_both_ways, groups=groups)}
+    sums = {
+        "sum_over_row_shards" if dim == 0 else "sum_over_column_shards": partial(megatron.sum_both_ways, groups=groups)
+    }
     after: nn.Module
     if isinstance(before, SpectralNormalization):
         after = SpectralNormalization(rows, columns, **shape, **sums)
@@ -171,7 +164,9 @@ def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups
 
 
 def _all_reduced(
-    x: Tensor, group: torch.distributed.ProcessGroup, op: torch.distributed.ReduceOp.RedOpType = torch.distributed.ReduceOp.SUM
+    x: Tensor,
+    group: torch.distributed.ProcessGroup,
+    op: torch.distributed.ReduceOp.RedOpType = torch.distributed.ReduceOp.SUM,
 ) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(x, op=op, group=group)

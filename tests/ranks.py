@@ -27,7 +27,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         processes = [
-            context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder)) for rank in range(world_size)
+            context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
+            for rank in range(world_size)
         ]
         for process in processes:
             process.start()
@@ -36,14 +37,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
-        results = [pickle.loads(path.read_bytes()) for rank in range(world_size) if (path := Path(folder, str(rank))).exists()]
+        results = [
+            pickle.loads(path.read_bytes()) for rank in range(world_size) if (path := Path(folder, str(rank))).exists()
+        ]
         errors = [text for ok, text in results if not ok]
         assert not errors, "\n".join(errors)
         assert not hung and len(results) == world_size, f"ranks {hung} hung; {len(results)} of {world_size} answered"
         return [value for _, value in results]
 
 
-def _rank_main(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: str) -> None:
+def _rank_main(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: str
+) -> None:
     import torch
 
     torch.set_num_threads(1)

@@ -35,9 +35,12 @@ def _explained(default: Any, text: str) -> Any:
 class DataConfig:
     """Where the tokens come from."""
 
-    path: str = _explained("datasets/quickstart", "A prepared dataset (python -m data.prepare); its tokenizer fixes the vocabulary.")
+    path: str = _explained(
+        "datasets/quickstart", "A prepared dataset (python -m data.prepare); its tokenizer fixes the vocabulary."
+    )
     vocab_size: int | None = _explained(
-        None, "Expected vocabulary in tokens; an error if the dataset has another. --dry-run uses it where no dataset is there yet."
+        None,
+        "Expected vocabulary in tokens; an error if the dataset has another. --dry-run uses it where no dataset is there yet.",
     )
 
 
@@ -48,16 +51,25 @@ class OptimizerConfig:
     learning_rate: float = _explained(1e-3, "Peak learning rate; the paper's CodeParrot runs use 1e-3, Languini 6e-4.")
     min_learning_rate: float = _explained(0.0, "Learning rate at the end of the decay.")
     schedule: Literal["linear", "cosine", "wsd"] = _explained(
-        "linear", "Decay after warm-up: linear or cosine to the end, or 'wsd': constant, then linear over the last decay_fraction."
+        "linear",
+        "Decay after warm-up: linear or cosine to the end, or 'wsd': constant, then linear over the last decay_fraction.",
     )
-    warmup_fraction: float = _explained(0.05, "Share of train_steps in which the rate rises linearly from 0; the paper uses 0.05.")
+    warmup_fraction: float = _explained(
+        0.05, "Share of train_steps in which the rate rises linearly from 0; the paper uses 0.05."
+    )
     warmup_steps: int | None = _explained(None, "Warm-up in steps; overrides warmup_fraction where set.")
     decay_fraction: float = _explained(0.2, "Share of train_steps over which 'wsd' decays.")
-    weight_decay: float = _explained(0.1, "Decoupled decay of matrices; norms, biases, alpha, beta, temperatures, thresholds have none.")
+    weight_decay: float = _explained(
+        0.1, "Decoupled decay of matrices; norms, biases, alpha, beta, temperatures, thresholds have none."
+    )
     beta1: float = _explained(0.9, "Adam's decay of the first moment.")
-    beta2: float = _explained(0.999, "Adam's decay of the second moment; the paper uses 0.999 on CodeParrot, 0.95 on Languini.")
+    beta2: float = _explained(
+        0.999, "Adam's decay of the second moment; the paper uses 0.999 on CodeParrot, 0.95 on Languini."
+    )
     epsilon: float = _explained(1e-8, "Adam's denominator offset.")
-    gradient_clipping: float = _explained(1.0, "Largest global gradient norm (L2, over all ranks); 0 turns clipping off.")
+    gradient_clipping: float = _explained(
+        1.0, "Largest global gradient norm (L2, over all ranks); 0 turns clipping off."
+    )
 
     def faults(self) -> list[str]:
         faults = []
@@ -69,7 +81,9 @@ class OptimizerConfig:
             )
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                faults.append(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1]: it is a share of train_steps")
+                faults.append(
+                    f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1]: it is a share of train_steps"
+                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
@@ -90,18 +104,27 @@ class TrainingConfig:
     micro_batch_size: int = _explained(8, "Sequences one data-parallel rank holds at a time; bounds activation memory.")
     global_batch_size: int = _explained(512, "Sequences an optimizer step sees over all ranks and micro-batches.")
     train_steps: int | None = _explained(None, "Optimizer steps of the run; set this or train_tokens.")
-    train_tokens: int | None = _explained(None, "Tokens of the run, rounded up to whole steps; set this or train_steps.")
+    train_tokens: int | None = _explained(
+        None, "Tokens of the run, rounded up to whole steps; set this or train_steps."
+    )
     seed: int = _explained(1, "Seed of the initial weights and of the order of samples.")
     precision: Literal["auto", "bf16", "fp32"] = _explained(
-        "auto", "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are fp32."
+        "auto",
+        "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are fp32.",
     )
     activation_recompute: Literal["none", "full"] = _explained(
-        "none", "'full' keeps only each block's input and computes the block again in the backward pass: less memory, a third more compute."
+        "none",
+        "'full' keeps only each block's input and computes the block again in the backward pass: less memory, a third more compute.",
     )
-    compile: Literal["auto", "on", "off"] = _explained("auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs.")
-    evaluation_interval: int = _explained(500, "Steps between evaluations on the validation split; 0 evaluates only at the end.")
+    compile: Literal["auto", "on", "off"] = _explained(
+        "auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs."
+    )
+    evaluation_interval: int = _explained(
+        500, "Steps between evaluations on the validation split; 0 evaluates only at the end."
+    )
     evaluation_samples: int = _explained(
-        2048, "Validation sequences an evaluation during training reads (the first ones, always the same); the last one reads all."
+        2048,
+        "Validation sequences an evaluation during training reads (the first ones, always the same); the last one reads all.",
     )
 
     def faults(self) -> list[str]:
@@ -117,7 +140,9 @@ class TrainingConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 faults.append(f"training.{name} = {getattr(self, name)} must be at least 1")
         if self.evaluation_interval < 0:
-            faults.append(f"training.evaluation_interval = {self.evaluation_interval} must not be negative; 0 evaluates only at the end")
+            faults.append(
+                f"training.evaluation_interval = {self.evaluation_interval} must not be negative; 0 evaluates only at the end"
+            )
         if self.seed < 0:
             faults.append(f"training.seed = {self.seed} must not be negative")
         return faults
@@ -145,7 +170,9 @@ class LoggingConfig:
 
     interval: int = _explained(10, "Steps between fetches of metrics from the device; every step still has its row.")
     tensorboard: bool = _explained(True, "Write scalars and head maps for TensorBoard.")
-    image_interval: int = _explained(100, "Steps between head maps in TensorBoard (multiples of logging.interval); 0 for none.")
+    image_interval: int = _explained(
+        100, "Steps between head maps in TensorBoard (multiples of logging.interval); 0 for none."
+    )
 
     def faults(self) -> list[str]:
         faults = []
@@ -170,9 +197,13 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Passed through to DeepSpeed's own configuration; keys that other sections derive are refused."},
+        metadata={
+            "help": "Passed through to DeepSpeed's own configuration; keys that other sections derive are refused."
+        },
     )
-    run_dir: str = _explained("runs/default", "Folder of this run: configuration, metrics, checkpoints, figures. A run found there continues.")
+    run_dir: str = _explained(
+        "runs/default", "Folder of this run: configuration, metrics, checkpoints, figures. A run found there continues."
+    )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -206,10 +237,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     faults: list[str] = []
     for override in overrides or []:
         _apply_override(tree, override, faults)
+    _let_override_win(tree, overrides or [])
     config = _build(Config, tree, "", faults)
-    if faults:
-        raise ConfigError(faults)
-    faults = section_faults(config)
+    faults += section_faults(config)
     if faults:
         raise ConfigError(faults)
     return dataclasses.replace(config, model=config.model.resolved())
@@ -219,7 +249,8 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     """The inverse of `Config.as_dict`, with the same checks."""
     faults: list[str] = []
     config = _build(Config, tree, "", faults)
-    if faults or (faults := section_faults(config)):
+    faults += section_faults(config)
+    if faults:
         raise ConfigError(faults)
     return dataclasses.replace(config, model=config.model.resolved())
 
@@ -260,7 +291,9 @@ def derived_key_faults(config: Config) -> list[str]:
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if node is not None:
-            faults.append(f"deepspeed.{key} = {json.dumps(node)} is derived from {source}; remove it and set that instead")
+            faults.append(
+                f"deepspeed.{key} = {json.dumps(node)} is derived from {source}; remove it and set that instead"
+            )
     return faults
 
 
@@ -314,6 +347,14 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
     tree[last] = value
 
 
+def _let_override_win(tree: dict[str, Any], overrides: list[str]) -> None:
+    """A run's length on the command line replaces the file's, also where the file states it in the other unit."""
+    named = {override.partition("=")[0] for override in overrides} & {"training.train_steps", "training.train_tokens"}
+    if len(named) == 1 and isinstance(tree.get("training"), dict):
+        other = {"training.train_steps": "train_tokens", "training.train_tokens": "train_steps"}[named.pop()]
+        tree["training"].pop(other, None)
+
+
 def _build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any:
     """One dataclass from one JSON object; faults are collected, and faulty keys keep their defaults."""
     types_by_name = typing.get_type_hints(cls)
@@ -332,7 +373,7 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> An
         else:
             fitting = _fit(types_by_name[key], value)
             if fitting is None:
-                faults.append(f"{name} = {json.dumps(value)} must be {_describe(types_by_name[key])}")
+                faults.append(f"{name} = {json.dumps(value)} must be {describe_type(types_by_name[key])}")
             else:
                 values[key] = fitting[0]
     return cls(**values)
@@ -359,11 +400,11 @@ def _fit(expected: Any, value: Any) -> tuple[Any] | None:
     return (value,) if isinstance(value, expected) else None
 
 
-def _describe(expected: Any) -> str:
+def describe_type(expected: Any) -> str:
     origin = typing.get_origin(expected)
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(expected))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(expected))
+        return " or ".join(describe_type(option) for option in typing.get_args(expected))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
     return names.get(expected, "an object")

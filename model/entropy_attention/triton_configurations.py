@@ -30,7 +30,7 @@ class Configuration:
 
 
 def configuration(dtype: torch.dtype, width: int, tokens: int, causal: bool) -> Configuration:
-    """The table. `width` is the head width rounded up to a power of two."""
+    """The table; `width` is the head width."""
     if dtype == torch.float32:
         size = 32 if width <= 128 else 16
         blocks = Blocks(size, size, 4, 2)

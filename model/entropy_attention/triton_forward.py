@@ -12,7 +12,6 @@ from model.entropy_attention.triton_tiles import (
     LN2,
     MASKED,
     along_rows,
-    head_offset,
     load_rows,
     logit_factor,
     store_rows,
@@ -22,13 +21,13 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _attend(
-    acc, row_sum, moment, row_max, q, k_ptr, v_ptr, stride_kt, stride_vt, factor, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-    PRECISION: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, start, stop, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Takes keys start .. stop into the running sums of one block of rows."""
     for n in tl.range(start, stop, BLOCK_N):
-        k = load_rows(k_ptr, n, stride_kt, tokens, BLOCK_N, H, HP, CHECK)
+        k = load_rows(key, batch, key_head, n)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
             rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
@@ -42,7 +41,7 @@ def _attend(
             moment = shrink * (moment + row_sum * (row_max - new_max)) + tl.sum(e * x, 1)
         row_sum = row_sum * shrink + tl.sum(e, 1)
         acc = acc * shrink[:, None]
-        v = load_rows(v_ptr, n, stride_vt, tokens, BLOCK_N, H, HP, CHECK)
+        v = load_rows(value, batch, key_head, n)
         acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_sum, moment, row_max
@@ -50,26 +49,20 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, entropy_ptr, temperature,
-    stride_qb, stride_qn, stride_qt, stride_kb, stride_kn, stride_kt,
-    stride_vb, stride_vn, stride_vt, stride_ob, stride_on, stride_ot,
-    scale_log2, heads, group, tokens,
+    query, key, value, output, lse, entropy, temperature, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
     blocks = tl.cdiv(tokens, BLOCK_M)
     program = tl.program_id(0)
     first_row = (blocks - 1 - program % blocks) * BLOCK_M
     batch, head = (program // blocks) // heads, (program // blocks) % heads
-    q_ptr += head_offset(batch, head, stride_qb, stride_qn)
-    k_ptr += head_offset(batch, head // group, stride_kb, stride_kn)
-    v_ptr += head_offset(batch, head // group, stride_vb, stride_vn)
-    o_ptr += head_offset(batch, head, stride_ob, stride_on)
+    key_head = head // group
     row_offset = (program // blocks).to(tl.int64) * tokens
 
     factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
-    q = load_rows(q_ptr, first_row, stride_qt, tokens, BLOCK_M, H, HP, not EVEN)
+    q = load_rows(query, batch, head, first_row)
     if MODE != 0:  # a negative temperature: move the sign into the query (exact), for the maximum is taken of q . k
         q = tl.where(along_rows(factor, MODE, False) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
         factor = tl.abs(factor)
@@ -81,19 +74,19 @@ def forward_kernel(
     stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
     unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
     acc, row_sum, moment, row_max = _attend(
-        acc, row_sum, moment, row_max, q, k_ptr, v_ptr, stride_kt, stride_vt, factor, first_row, 0, unmasked, tokens,
-        False, False, CAUSAL, ENTROPY, MODE, PRECISION, H, HP, BLOCK_M, BLOCK_N,
+        acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, 0, unmasked, tokens,
+        False, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc, row_sum, moment, row_max = _attend(
-        acc, row_sum, moment, row_max, q, k_ptr, v_ptr, stride_kt, stride_vt, factor, first_row, unmasked, stop, tokens,
-        True, not EVEN, CAUSAL, ENTROPY, MODE, PRECISION, H, HP, BLOCK_M, BLOCK_N,
+        acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, unmasked, stop, tokens,
+        True, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    store_rows(o_ptr, acc / row_sum[:, None], first_row, stride_ot, tokens, BLOCK_M, H, HP, not EVEN)
+    store_rows(output, batch, head, first_row, acc / row_sum[:, None])
     log2_sum = tl.log2(row_sum)
-    store_vector(lse_ptr + row_offset, row_max + log2_sum, first_row, tokens, BLOCK_M, not EVEN)
+    store_vector(lse + row_offset, row_max + log2_sum, first_row, tokens, BLOCK_M, not EVEN)
     if ENTROPY:
-        entropy = LN2 * (log2_sum - moment / row_sum)
+        nats = LN2 * (log2_sum - moment / row_sum)
         one_key = (first_row + tl.arange(0, BLOCK_M) == 0) if CAUSAL else (tl.arange(0, BLOCK_M) * 0 + tokens == 1)
-        entropy = tl.where((entropy < 0) | one_key, 0.0, entropy)  # rounding aside it is never negative; NaN stays NaN
-        store_vector(entropy_ptr + row_offset, entropy, first_row, tokens, BLOCK_M, not EVEN)
+        nats = tl.where((nats < 0) | one_key, 0.0, nats)  # rounding aside it is never negative; NaN stays NaN
+        store_vector(entropy + row_offset, nats, first_row, tokens, BLOCK_M, not EVEN)

@@ -7,8 +7,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.entropy_attention.blocked import temperature_gradient
 from model.entropy_attention.layout import empty_in_layout
@@ -16,6 +18,8 @@ from model.entropy_attention.triton_backward import key_kernel, query_kernel
 from model.entropy_attention.triton_configurations import Blocks, configuration
 from model.entropy_attention.triton_forward import forward_kernel
 from model.entropy_attention.triton_fused_backward import fused_kernel
+
+LOG2_E = math.log2(math.e)
 
 
 def forward(
@@ -28,22 +32,21 @@ def forward(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), lse [B, N, T] as a power of two."""
-    batch, heads, tokens, _ = q_BNTH.shape
+    batch, heads, tokens, width = q_BNTH.shape
     output_BNTH = empty_in_layout(q_BNTH)
     lse_BNT = torch.empty(q_BNTH.shape[:3], dtype=torch.float32, device=q_BNTH.device)
     entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
     mode, temperature = _temperature(temperature, q_BNTH, k_BKTH)
-    blocks = _configuration(q_BNTH, causal).forward
+    blocks = configuration(q_BNTH.dtype, width, tokens, causal).forward
     forward_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
-        q_BNTH,
-        k_BKTH,
-        v_BKTH,
-        output_BNTH,
+        _descriptor(q_BNTH, blocks.rows),
+        _descriptor(k_BKTH, blocks.keys),
+        _descriptor(v_BKTH, blocks.keys),
+        _descriptor(output_BNTH, blocks.rows),
         lse_BNT,
         entropy_BNT,
         temperature,
-        *_strides(q_BNTH, k_BKTH, v_BKTH, output_BNTH),
-        scale * math.log2(math.e),
+        scale * LOG2_E,
         heads,
         heads // k_BKTH.shape[1],
         tokens,
@@ -68,93 +71,102 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and of the temperature (None without one)."""
-    batch, heads, tokens, width = q_BNTH.shape
-    group = heads // k_BKTH.shape[1]
-    if grad_output_BNTH.stride(-1) != 1:
-        grad_output_BNTH = grad_output_BNTH.contiguous()
-    dq_BNTH, dk_BKTH, dv_BKTH = empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH)
+    tensors = {
+        "query": q_BNTH,
+        "key": k_BKTH,
+        "value": v_BKTH,
+        "output": output_BNTH,
+        "grad_output": grad_output_BNTH if _addressable(grad_output_BNTH) else grad_output_BNTH.contiguous(),
+        "grad_query": empty_in_layout(q_BNTH),
+        "grad_key": empty_in_layout(k_BKTH),
+        "grad_value": empty_in_layout(v_BKTH),
+    }
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     score_gradient_BNT = torch.empty_like(lse_BNT) if temperature is not None else None
-    rows = {
-        "lse_ptr": lse_BNT,
-        "slope_ptr": torch.empty_like(lse_BNT),
-        "offset_ptr": torch.empty_like(lse_BNT),
+    arguments = {
+        "lse": lse_BNT,
+        "entropy": entropy_BNT,
+        "grad_entropy": None if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
+        "slope": torch.empty_like(lse_BNT) if grad_entropy_BNT is not None else None,
+        "offset": torch.empty_like(lse_BNT),
         "temperature": kernel_temperature,
+        "score_gradient": score_gradient_BNT,
+        "scale_log2": scale * LOG2_E,
+        "heads": q_BNTH.shape[1],
+        "group": q_BNTH.shape[1] // k_BKTH.shape[1],
+        "tokens": q_BNTH.shape[2],
+        "ENTROPY": grad_entropy_BNT is not None,
     }
-    query_rows = {
-        "entropy_ptr": entropy_BNT,
-        "grad_entropy_ptr": grad_entropy_BNT.contiguous() if grad_entropy_BNT is not None else lse_BNT,
-        "score_gradient_ptr": score_gradient_BNT if score_gradient_BNT is not None else lse_BNT,
-    }
-    sizes = {"scale_log2": scale * math.log2(math.e), "heads": heads, "group": group, "tokens": tokens}
-    inputs = {"q": q_BNTH, "k": k_BKTH, "v": v_BKTH, "do": grad_output_BNTH}
-    chosen, entropy = _configuration(q_BNTH, causal), grad_entropy_BNT is not None
+    _launch_backward(tensors, arguments, mode, causal)
+    temperature_grad = temperature_gradient(score_gradient_BNT, temperature)
+    return tensors["grad_query"], tensors["grad_key"], tensors["grad_value"], temperature_grad
+
+
+def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode: int, causal: bool) -> None:
+    """The fused kernel where the configuration has one, else the two that own queries and keys."""
+    q_BNTH, key_programs = tensors["query"], tensors["key"].shape[0] * tensors["key"].shape[1]
+    batch, heads, tokens, width = q_BNTH.shape
+    chosen = configuration(q_BNTH.dtype, width, tokens, causal)
     if chosen.fused is not None:
         blocks = chosen.fused
-        padded = triton.next_power_of_2(width)
         single = tokens <= blocks.keys
-        scratch = torch.empty(0 if single else lse_BNT.numel() * padded, dtype=torch.float32, device=q_BNTH.device)
-        tensors = inputs | {"o": output_BNTH, "dq": dq_BNTH, "dk": dk_BKTH, "dv": dv_BKTH}
-        fused_kernel[(batch * heads // group,)](
-            **_named(tensors),
-            **rows,
-            **query_rows,
-            **sizes,
-            scratch_ptr=scratch,
-            ENTROPY=entropy,
+        rows = 0 if single else triton.cdiv(tokens, blocks.keys) * blocks.keys
+        scratch = torch.empty(batch * heads, rows, _padded(width), dtype=torch.float32, device=q_BNTH.device)
+        fused_kernel[(key_programs,)](
+            **_descriptors(tensors, blocks),
+            **arguments,
+            **_constants(q_BNTH, mode, blocks),
+            scratch=scratch,
             KEY_MAJOR=blocks.key_major,
             SINGLE=single,
-            **_constants(q_BNTH, mode, blocks),
         )
-    else:
-        blocks = chosen.query
-        query_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
-            **_named(inputs | {"o": output_BNTH, "dq": dq_BNTH}),
-            **rows,
-            **query_rows,
-            **sizes,
-            CAUSAL=causal,
-            ENTROPY=entropy,
-            **_constants(q_BNTH, mode, blocks),
-        )
-        blocks = chosen.key
-        key_kernel[(triton.cdiv(tokens, blocks.keys) * batch * heads // group,)](
-            **_named(inputs | {"dk": dk_BKTH, "dv": dv_BKTH}),
-            **rows,
-            **sizes,
-            CAUSAL=causal,
-            ENTROPY=entropy,
-            KEY_MAJOR=blocks.key_major,
-            **_constants(q_BNTH, mode, blocks),
-        )
-    return dq_BNTH, dk_BKTH, dv_BKTH, temperature_gradient(score_gradient_BNT, temperature)
+        return
+    blocks = chosen.query
+    owned = {name: x for name, x in tensors.items() if name not in ("grad_key", "grad_value")}
+    query_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
+        **_descriptors(owned, blocks), **arguments, **_constants(q_BNTH, mode, blocks), CAUSAL=causal
+    )
+    blocks = chosen.key
+    owned = {name: x for name, x in tensors.items() if name not in ("output", "grad_query")}
+    arguments = {name: x for name, x in arguments.items() if name not in ("entropy", "grad_entropy", "score_gradient")}
+    key_kernel[(triton.cdiv(tokens, blocks.keys) * key_programs,)](
+        **_descriptors(owned, blocks),
+        **arguments,
+        **_constants(q_BNTH, mode, blocks),
+        CAUSAL=causal,
+        KEY_MAJOR=blocks.key_major,
+    )
 
 
-def _configuration(q_BNTH: Tensor, causal: bool) -> Any:
-    return configuration(q_BNTH.dtype, triton.next_power_of_2(q_BNTH.shape[3]), q_BNTH.shape[2], causal)
-
-
-def _temperature(temperature: Tensor | None, q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[int, Tensor]:
-    """The kernels' temperature mode and a contiguous float32 tensor (any tensor in mode 0)."""
+def _temperature(temperature: Tensor | None, q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[int, Tensor | None]:
+    """The kernels' temperature mode and a contiguous float32 tensor for it."""
     if temperature is None:
-        return 0, q_BNTH
-    temperature = temperature.detach().float()
+        return 0, None
+    temperature = temperature.float()
     if temperature.dim() == 1 and q_BNTH.shape[1] != k_BKTH.shape[1]:
         # heads that share a key have temperatures of their own, so the factor belongs to the row
         temperature = temperature[:, None].expand(-1, q_BNTH.shape[2])
     return temperature.dim(), temperature.contiguous()
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+def _addressable(x_BNTH: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for x: it wants a contiguous last dimension and 16-byte alignment."""
+    size = x_BNTH.element_size()
+    aligned = x_BNTH.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x_BNTH.stride()[:3])
+    return aligned and x_BNTH.stride(3) == 1 and 0 not in x_BNTH.stride()
 
 
-def _named(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Pointers and strides under the kernels' argument names."""
-    arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        arguments |= {f"stride_{name}{dim}": stride for dim, stride in zip("bnt", tensor.stride()[:3], strict=True)}
-    return arguments
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _descriptor(x_BNTH: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x_BNTH, list(x_BNTH.shape), list(x_BNTH.stride()), [1, 1, rows, _padded(x_BNTH.shape[3])])
+
+
+def _descriptors(tensors: dict[str, Tensor], blocks: Blocks) -> dict[str, TensorDescriptor]:
+    of_keys = ("key", "value", "grad_key", "grad_value")
+    return {name: _descriptor(x, blocks.keys if name in of_keys else blocks.rows) for name, x in tensors.items()}
 
 
 def _constants(q_BNTH: Tensor, mode: int, blocks: Blocks) -> dict[str, Any]:
@@ -163,8 +175,7 @@ def _constants(q_BNTH: Tensor, mode: int, blocks: Blocks) -> dict[str, Any]:
         "EVEN": tokens % max(blocks.rows, blocks.keys) == 0,
         "MODE": mode,
         "PRECISION": "ieee" if q_BNTH.dtype == torch.float32 else "tf32",
-        "H": width,
-        "HP": max(16, triton.next_power_of_2(width)),
+        "HP": _padded(width),
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.keys,
         "num_warps": blocks.warps,

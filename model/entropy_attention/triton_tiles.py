@@ -12,45 +12,15 @@ MASKED = tl.constexpr(-1e30)  # finite, so that exp2(MASKED) * MASKED is 0 and n
 
 
 @triton.jit
-def head_offset(batch, head, stride_batch, stride_head):
-    """Offset of one head of one sequence, in 64 bits: large batches have more than 2^31 elements."""
-    return batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+def load_rows(tensor, batch, head, start):
+    """The descriptor's block of rows from `start` on, [BLOCK, HP]; zeros beyond the tensor's rows and columns."""
+    return tensor.load([batch, head, start, 0]).reshape(tensor.block_shape[2], tensor.block_shape[3])
 
 
 @triton.jit
-def load_rows(
-    pointer, start, stride, tokens, BLOCK: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr
-):
-    """Rows start .. start + BLOCK of one head as [BLOCK, HP], zeros beyond `tokens` rows (if CHECK) and H columns."""
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, HP)
-    pointers = pointer + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    if CHECK and H != HP:
-        tile = tl.load(pointers, mask=(start + rows < tokens)[:, None] & (columns < H)[None, :], other=0.0)
-    elif CHECK:
-        tile = tl.load(pointers, mask=(start + rows < tokens)[:, None], other=0.0)
-    elif H != HP:
-        tile = tl.load(pointers, mask=(columns < H)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def store_rows(
-    pointer, tile, start, stride, tokens, BLOCK: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr
-):
-    """Writes a [BLOCK, HP] tile as `load_rows` reads it."""
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, HP)
-    pointers = pointer + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    tile = tile.to(pointer.dtype.element_ty)
-    if CHECK and H != HP:
-        tl.store(pointers, tile, mask=(start + rows < tokens)[:, None] & (columns < H)[None, :])
-    elif CHECK:
-        tl.store(pointers, tile, mask=(start + rows < tokens)[:, None])
-    elif H != HP:
-        tl.store(pointers, tile, mask=(columns < H)[None, :])
-    else:
-        tl.store(pointers, tile)
+def store_rows(tensor, batch, head, start, tile):
+    """Writes a [BLOCK, HP] tile; what lies beyond the tensor's rows and columns is dropped."""
+    tensor.store([batch, head, start, 0], tile.to(tensor.dtype).reshape(tensor.block_shape))
 
 
 @triton.jit

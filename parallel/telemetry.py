@@ -1,0 +1,114 @@
+"""From what each rank measured to one number for the whole model: every reduction here is one sum over all ranks.
+
+A quantity that several ranks hold enters from one of them, a mean over data-parallel ranks enters with 1/dp from each, and a
+quantity split over ranks enters from each in its place; the sum then is the global value.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.megatron import Groups
+from parallel.stage import Stage, StageStatistics
+
+
+def loss_parts(statistics: StageStatistics, groups: Groups) -> Tensor:
+    """This rank's parts of (cross-entropy, entropy loss) a token of one step: [2], on the device."""
+    grid = groups.grid
+    holds_loss = grid.is_last_stage and grid.tp_rank == 0
+    cross_entropy = statistics.cross_entropy if holds_loss else torch.zeros_like(statistics.cross_entropy)
+    parts = torch.stack([cross_entropy.float(), statistics.entropy_penalty.float()])
+    return parts / (statistics.micro_batches * grid.dp)
+
+
+def sum_over_ranks(parts: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in float64 since it is small and read by people."""
+    total = parts.detach().to(torch.float64)
+    dist.all_reduce(total)
+    return total
+
+
+@dataclass(frozen=True)
+class HeadSnapshot:
+    """Every head and layer of the whole model at one moment; None where the architecture has no such parameter."""
+
+    entropy_nats: list[list[float]]  # [L][N]
+    threshold: list[list[float]] | None  # [L][N], fraction of ln T
+    temperature: list[list[float]] | None  # [L][N], mean over positions
+    temperature_min: list[float] | None  # [L]
+    temperature_max: list[float] | None
+    alpha: list[float] | None
+    beta: list[float] | None
+
+    def as_row(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+FIELDS_OF_HEADS = ("entropy", "threshold", "temperature", "temperature_min", "temperature_max")
+FIELDS_OF_LAYERS = ("alpha", "beta")
+
+
+@torch.no_grad()
+def head_snapshot(stage: Stage, statistics: StageStatistics, groups: Groups) -> HeadSnapshot:
+    """Collects entropies (mean over sequences and positions), thresholds, temperatures, alpha, beta; one reduction."""
+    grid, config = groups.grid, stage.transformer.config
+    first_head = grid.tp_rank * config.num_attention_heads // grid.tp
+    device = statistics.entropy_LN.device
+    heads = torch.zeros(
+        len(FIELDS_OF_HEADS), config.num_layers, config.num_attention_heads, dtype=torch.float64, device=device
+    )
+    layers = torch.zeros(len(FIELDS_OF_LAYERS), config.num_layers, dtype=torch.float64, device=device)
+    local_LN = statistics.entropy_LN / statistics.micro_batches
+    with whole_vectors(stage):
+        for row, (name, block) in enumerate(stage.transformer.layers.items()):
+            held = slice(first_head, first_head + local_LN.shape[1])
+            layer = int(name)
+            heads[0, layer, held] = local_LN[row].double() / grid.dp
+            if grid.dp_rank == 0:
+                heads[1:, layer, held] = _head_parameters(block.attention)
+            if grid.dp_rank == 0 and grid.tp_rank == 0 and block.ffn.alpha is not None:
+                layers[:, layer] = torch.stack([block.ffn.alpha, block.ffn.beta]).flatten().double()
+    flat = sum_over_ranks(torch.cat([heads.flatten(), layers.flatten()]))
+    heads_list = flat[: heads.numel()].view_as(heads).tolist()
+    layers_list = flat[heads.numel() :].view_as(layers).tolist()
+    tempered, scaled = config.temperature != "none", bool(config.scaled_ffn)
+    return HeadSnapshot(
+        entropy_nats=heads_list[0],
+        threshold=heads_list[1] if config.regularized else None,
+        temperature=heads_list[2] if tempered else None,
+        temperature_min=[min(row) for row in heads_list[3]] if tempered else None,
+        temperature_max=[max(row) for row in heads_list[4]] if tempered else None,
+        alpha=layers_list[0] if scaled else None,
+        beta=layers_list[1] if scaled else None,
+    )
+
+
+def _head_parameters(attention: torch.nn.Module) -> Tensor:
+    """Threshold and mean, least and greatest temperature of each head held: [4, N]."""
+    heads = attention.query_bias.shape[0]
+    values = torch.zeros(4, heads, dtype=torch.float64, device=attention.query_bias.device)
+    if attention.threshold is not None:
+        values[0] = attention.threshold.double()
+    temperature = attention.temperature()
+    if temperature is not None:
+        by_head = temperature.double().view(heads, -1)
+        values[1:] = torch.stack([by_head.mean(1), by_head.amin(1), by_head.amax(1)])
+    return values
+
+
+@contextlib.contextmanager
+def whole_vectors(stage: Stage) -> Iterator[None]:
+    """Inside, vectors and scalars that ZeRO-3 has partitioned are whole; without ZeRO-3 nothing happens. All ranks enter."""
+    small = [p for name, p in stage.named_parameters() if hasattr(p, "ds_id") and not name.endswith("weight")]
+    if not small:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(small):
+        yield

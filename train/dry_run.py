@@ -1,0 +1,76 @@
+"""What a configuration would run, without a GPU, a process group or a weight."""
+
+import json
+from collections import Counter
+
+from data.errors import DataError
+from data.manifest import load_manifest
+from model.config import ModelConfig
+from model.initialize import global_shapes
+from parallel.grid import RankGrid
+from parallel.config import padded_vocab_size
+from train.config import Config, ConfigError, world_faults
+from train.schedule import warmup_steps
+
+KINDS = {
+    "word embedding": ("embedding.word.",),
+    "position embedding": ("embedding.position.",),
+    "attention": (".attention.query_key_value.", ".attention.output.", ".attention.query_bias", ".attention.key_bias"),
+    "temperatures": (".temperature_parameter",),
+    "thresholds": (".threshold",),
+    "FFN": (".ffn.fused.", ".ffn.up.", ".ffn.down."),
+    "FFN scaling": (".ffn.alpha", ".ffn.beta"),
+    "norms": ("norm.",),
+    "head": ("head.weight",),
+}
+
+
+def parameter_counts(model: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Parameters of the unpadded model by kind; a tied head counts with the word embedding."""
+    counts: Counter[str] = Counter()
+    for name, shape in global_shapes(model, vocab_size).items():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+        counts[kind] += shape.numel()
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def print_plan(config: Config, world_size: int | None) -> None:
+    """Prints configuration, parameters, steps and ranks.
+
+    Raises:
+        ConfigError: the sizes do not fit the world, or neither dataset nor data.vocab_size tells the vocabulary.
+    """
+    parallel = config.parallel
+    ranks = world_size or parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    faults = world_faults(config, ranks)
+    if faults:
+        raise ConfigError(faults)
+    vocab_size, source = _vocab_size(config)
+    grid = RankGrid(
+        tp=parallel.tensor_parallel_size, pp=parallel.pipeline_parallel_size, dp=config.data_parallel_size(ranks)
+    )
+    counts = parameter_counts(config.model, vocab_size)
+    print(json.dumps(config.as_dict(), indent=2))
+    print(f"\nvocabulary        {vocab_size:,} tokens ({source}), padded to {padded_vocab_size(vocab_size, grid.tp):,}")
+    print(f"parameters        {sum(counts.values()):,}")
+    for kind, count in counts.items():
+        print(f"  {kind:<18}{count:>16,}")
+    print(
+        f"steps             {config.train_steps:,} ({warmup_steps(config.optimizer, config.train_steps):,} of warm-up)"
+    )
+    print(f"tokens            {config.train_steps * config.tokens_per_step:,} ({config.tokens_per_step:,} a step)")
+    print(
+        f"a step            {config.training.global_batch_size} sequences = {config.num_micro_batches(ranks)} micro-batches of "
+        f"{config.training.micro_batch_size} on {grid.dp} data-parallel ranks"
+    )
+    print(f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.tp} tensor shards\n")
+    print(grid.table(config.model.num_layers))
+
+
+def _vocab_size(config: Config) -> tuple[int, str]:
+    try:
+        return load_manifest(config.data.path).vocab_size, f"from {config.data.path}"
+    except DataError as error:
+        if config.data.vocab_size is None:
+            raise ConfigError([f"{error} (or set data.vocab_size to plan without the dataset)"]) from None
+        return config.data.vocab_size, "from data.vocab_size; the dataset is not there yet"

@@ -1,0 +1,97 @@
+"""Evaluates a run's newest checkpoint on the whole validation split, in one process, whatever layout trained it:
+
+    python -m train.evaluate --run runs/quickstart
+
+Writes evaluation.json: validation loss (nats a token), perplexity, and the mean entropy in nats of every head.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from parallel.launch import LaunchError, choose_accelerator
+from train.config import Config, ConfigError, config_from_dict
+from train.run_dir import RunError, read_config, write_atomically
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a run that has a checkpoint")
+    parser.add_argument("--data", metavar="DIR", help="another prepared dataset with the same tokenizer")
+    parser.add_argument("--samples", type=int, metavar="N", help="only the first N validation sequences (default: all)")
+    options = parser.parse_args(arguments)
+    choose_accelerator()
+    from train.checkpoint import CheckpointError
+
+    try:
+        row = evaluate(options.run, options.data, options.samples)
+    except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    write_atomically(options.run / "evaluation.json", json.dumps(row, indent=1) + "\n")
+    print(summary(row, options.run))
+    return 0
+
+
+def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]:
+    """The row of evaluation.json for a run's newest checkpoint; raises one of the errors `main` reports."""
+    from data.manifest import load_manifest
+    from parallel.engine import evaluate_stage
+    from train import checkpoint
+    from train.setup import build_stage, dataset_identity
+    from train.validation import validate
+
+    tree = read_config(run)
+    if tree is None:
+        raise RunError(f"{run}: holds no run (no config.json)")
+    config = single_process(config_from_dict(tree))
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    found = checkpoint.complete_checkpoints(run / "checkpoints")
+    if not found:
+        raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
+    marker = checkpoint.read_marker(found[-1])
+    manifest = load_manifest(config.data.path)
+    identity = dataset_identity(manifest)
+    checkpoint.check_fits(found[-1], marker, config, {key: identity[key] for key in ("vocab_size", "tokenizer_sha256")})
+    stage, groups = build_stage(config, manifest.vocab_size)
+    checkpoint.load_weights(found[-1], marker, stage, groups, manifest.vocab_size)
+    result = validate(stage, groups, config, samples, partial(evaluate_stage, stage))
+    return {
+        "step": marker["step"],
+        "tokens": marker["step"] * config.tokens_per_step,
+        "validation_loss": result.loss,
+        "validation_perplexity": result.perplexity,
+        "validation_tokens": result.tokens,
+        "max_entropy_nats": math.log(config.model.seq_length),
+        **result.heads.as_row(),
+    }
+
+
+def single_process(config: Config) -> Config:
+    """The same model and data on one process."""
+    return dataclasses.replace(config, parallel=type(config.parallel)())
+
+
+def summary(row: dict[str, Any], run: Path) -> str:
+    """What a person wants to know first."""
+    means = [sum(layer) / len(layer) for layer in row["entropy_nats"]]
+    lines = [
+        f"step {row['step']}: validation perplexity {row['validation_perplexity']:.3f} "
+        f"({row['validation_loss']:.4f} nats a token over {row['validation_tokens']:,} tokens)",
+        f"mean entropy of the heads by layer, in nats (ln T = {row['max_entropy_nats']:.2f}): "
+        + " ".join(f"{mean:.2f}" for mean in means),
+        f"written: {run}/evaluation.json; pictures: python -m train.figures --run {run}; curves: tensorboard --logdir {run}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

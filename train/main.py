@@ -1,0 +1,122 @@
+"""Trains a model:
+
+    deepspeed train/main.py --config configs/ereg.json [section.key=value ...]
+    python train/main.py --config configs/ereg.json --dry-run
+
+The same command on a run_dir that holds a run continues it. Exit status: 0 done, 1 failed while running, 2 cannot start as asked.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
+
+from data.errors import DataError  # noqa: E402
+from train.config import Config, ConfigError, load_config, world_faults  # noqa: E402
+from train.run_dir import RunError  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            from train.dry_run import print_plan
+
+            print_plan(config, options.world_size)
+            return 0
+        return train(config)
+    except (ConfigError, DataError, RunError) as error:
+        return report(error, 2)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train/main.py",
+        description="Trains an entropy-guided softmax-only transformer, or any architecture of its paper.",
+        epilog="Every key with its meaning and default: python -m train.describe",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/ereg.json"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="overrides of single keys, applied over the file"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would run (configuration, parameters, steps, ranks) and exit"
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="with --dry-run: number of processes (default: the smallest that fits)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
+    return parser.parse_intermixed_args(arguments)
+
+
+def train(config: Config) -> int:
+    """Checks what needs no device, then trains."""
+    from data.manifest import load_manifest
+    from parallel.launch import LaunchError, choose_accelerator, world_size
+
+    manifest = load_manifest(config.data.path)
+    faults = world_faults(config, world_size())
+    if config.data.vocab_size not in (None, manifest.vocab_size):
+        faults.append(
+            f"data.vocab_size = {config.data.vocab_size}, but the tokenizer of {config.data.path} has {manifest.vocab_size} tokens; "
+            "prepare the dataset with that vocabulary or change the key"
+        )
+    for split in ("train", "validation"):
+        if manifest.num_samples(split, config.model.seq_length) == 0:
+            faults.append(
+                f"{config.data.path}: its {split} split has {manifest.num_tokens(split)} tokens, fewer than one sample of "
+                f"model.seq_length = {config.model.seq_length}; prepare more text or shorten the sequence"
+            )
+    if faults:
+        raise ConfigError(faults)
+    choose_accelerator()
+    from train.checkpoint import CheckpointError
+    from train.trainer import TrainingError, run
+
+    try:
+        result = run(config, manifest)
+    except CheckpointError as error:
+        return report(error, 2)
+    except (LaunchError, TrainingError) as error:
+        return report(error, 1)
+    finally:
+        leave()
+    if is_rank_zero():
+        if result is None:
+            print(f"{config.run_dir} is complete at step {config.train_steps}; raise training.train_steps to go on")
+        else:
+            print(
+                f"done: validation perplexity {result.perplexity:.3f} ({result.loss:.4f} nats a token); see {config.run_dir}"
+            )
+    return 0
+
+
+def report(error: Exception, status: int) -> int:
+    """One line a fault, from one rank; the exit status."""
+    if is_rank_zero():
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+def is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

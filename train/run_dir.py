@@ -1,0 +1,150 @@
+"""The folder of a run and the rule that it holds one run of one model, written by one job at a time.
+
+config.json          resolved configuration, versions, git commit
+metrics.jsonl        a row for every step and every evaluation
+entropy.jsonl        a row for every logging step: entropies, thresholds, temperatures, alpha, beta
+evaluation.json      written by train.evaluate
+tensorboard/  checkpoints/  figures/
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+from train.config import Config
+
+
+class RunError(ValueError):
+    """The run folder cannot be used; one clear line."""
+
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "triton")
+
+
+class RunDirectory:
+    """An open run folder; only one process of a job opens it for writing.
+
+    Raises:
+        RunError: another live process trains there, or it holds a run of another model.
+    """
+
+    def __init__(self, path: str | Path, config: Config) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+        except OSError as error:
+            raise RunError(f"run_dir {self.path}: cannot be written ({error}); choose another run_dir") from None
+        check_same_model(self.path, config)
+        write_atomically(self.path / "config.json", json.dumps(description(config), indent=2) + "\n")
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _locked(self) -> IO[str]:
+        lock = (self.path / "run.lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RunError(
+                f"run_dir {self.path}: {holder} is training there; wait for it or choose another run_dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        return lock
+
+
+def check_same_model(path: Path, config: Config) -> None:
+    """Raises RunError where the folder holds a run whose model differs, naming the first keys that do."""
+    there = read_config(path)
+    if there is None:
+        return
+    here = config.as_dict()
+    differing = [
+        f"model.{key} is {there['model'].get(key)!r} there and {value!r} here"
+        for key, value in here["model"].items()
+        if there["model"].get(key) != value
+    ]
+    if differing:
+        raise RunError(
+            f"run_dir {path} holds a run of another model ({'; '.join(differing[:3])}); choose another run_dir"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The resolved configuration of the run in a folder, or None where there is no run."""
+    file = Path(path) / "config.json"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return dict(tree["config"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: damaged ({error}); restore it or choose another run_dir") from None
+
+
+def description(config: Config) -> dict[str, Any]:
+    """What config.json holds."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"config": config.as_dict(), "versions": versions, "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, marked '-dirty' where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class JsonLines:
+    """A file of one JSON object a line, cut back to the resumed step so that no step appears twice."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
+            write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps({key: finite_or_none(value) for key, value in row.items()}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite_or_none(value: Any) -> Any:
+    """NaN and infinities as None, since JSON has neither; lists item by item."""
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _step(line: str) -> float:
+    """The step of a row; a damaged line (a row cut off by a crash) sorts last and so is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,109 @@
+"""From a configuration to the parts of a run: groups, model, engine, data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.manifest import Manifest
+from data.stream import TokenStream
+from parallel.engine import Engine, EngineConfig, MicroBatch
+from parallel.grid import RankGrid
+from parallel.launch import initialize_distributed, local_device
+from parallel.megatron import Groups, initialize_groups
+from parallel.regularizer import ShardedRegularizer
+from parallel.stage import Stage, build_transformer, compile_blocks, recompute_activations
+from train.config import Config
+
+IGNORED_LABEL = -100
+
+
+def build_stage(config: Config, vocab_size: int) -> tuple[Stage, Groups]:
+    """Joins the process group and builds this rank's part of the model with its part of the regularizer."""
+    initialize_distributed()
+    parallel, training, device = config.parallel, config.training, local_device()
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    grid = RankGrid(tp=tp, pp=pp, dp=dist.get_world_size() // (tp * pp), rank=dist.get_rank())
+    groups = initialize_groups(grid)
+    transformer = build_transformer(
+        config.model, parallel, groups, vocab_size=vocab_size, seed=training.seed, device=device
+    )
+    if training.compile == "on" or (training.compile == "auto" and device.type == "cuda"):
+        compile_blocks(transformer)
+    if training.activation_recompute == "full":
+        recompute_activations(transformer)
+    return Stage(transformer, build_regularizer(config, groups)), groups
+
+
+def build_engine(config: Config, vocab_size: int) -> Engine:
+    """This rank's stage with its optimizer."""
+    training = config.training
+    stage, groups = build_stage(config, vocab_size)
+    engine_config = EngineConfig(
+        parallel=config.parallel,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+        bf16=training.precision == "bf16" or (training.precision == "auto" and local_device().type == "cuda"),
+        gradient_clipping=config.optimizer.gradient_clipping,
+        weight_decay=config.optimizer.weight_decay,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        epsilon=config.optimizer.epsilon,
+        deepspeed=config.deepspeed,
+    )
+    return Engine(stage, groups, engine_config)
+
+
+def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | None:
+    """The regularizer of this rank's heads and layers, or None where the architecture has none."""
+    if not config.model.regularized:
+        return None
+    return ShardedRegularizer(
+        config.regularizer,
+        groups,
+        num_layers=config.model.num_layers,
+        num_heads=config.model.num_attention_heads,
+        seq_length=config.model.seq_length,
+        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+    )
+
+
+def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
+    """This replica's stream; its tensor- and pipeline-parallel ranks read the same samples."""
+    return TokenStream(
+        Path(config.data.path),
+        split,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=grid.dp_rank,
+        data_parallel_size=grid.dp,
+        seed=config.training.seed,
+        limit_samples=limit_samples,
+    )
+
+
+def micro_batches(stream: TokenStream, device: torch.device) -> Iterator[MicroBatch]:
+    """Tokens and next tokens [T, B] on the device; labels of rows that do not count are ignored."""
+    for batch in stream:
+        tokens_BT = torch.from_numpy(batch)
+        if stream.valid_rows < tokens_BT.shape[0]:
+            labels_BT = tokens_BT[:, 1:].clone()
+            labels_BT[stream.valid_rows :] = IGNORED_LABEL
+        else:
+            labels_BT = tokens_BT[:, 1:]
+        yield _to_device(tokens_BT[:, :-1], device), _to_device(labels_BT, device)
+
+
+def _to_device(tokens_BT: Tensor, device: torch.device) -> Tensor:
+    tokens_TB = tokens_BT.t().contiguous()
+    return tokens_TB.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens_TB
+
+
+def dataset_identity(manifest: Manifest) -> dict[str, str | int]:
+    """What a checkpoint remembers of its dataset."""
+    return {
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "fingerprint": manifest.fingerprint,
+    }

@@ -1,0 +1,48 @@
+"""Plain cross-entropy and head entropies on the validation split, over all ranks."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from parallel.engine import MicroBatch
+from parallel.launch import local_device
+from parallel.megatron import Groups
+from parallel.stage import Stage, StageStatistics
+from parallel.telemetry import HeadSnapshot, head_snapshot, loss_parts, sum_over_ranks
+from train.config import Config
+from train.setup import micro_batches, open_stream
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean cross-entropy in nats per token (the regularizer acts only in training), and every head."""
+
+    loss: float
+    tokens: int
+    heads: HeadSnapshot
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+Evaluate = Callable[[Iterator[MicroBatch], int], StageStatistics]
+
+
+def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | None, evaluate: Evaluate) -> Validation:
+    """Reads the first `limit_samples` validation sequences (all for None), each once; all ranks call.
+
+    Args:
+        evaluate: runs so many micro-batches through the stage's layout.
+    """
+    grid = groups.grid
+    stream = open_stream(config, grid, "validation", limit_samples)
+    assert stream.num_batches is not None
+    statistics = evaluate(micro_batches(stream, local_device()), stream.num_batches)
+    stream.close()
+    heads = head_snapshot(stage, statistics, groups)
+    # The parts are means over micro-batches and replicas of sums over tokens.
+    summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.dp
+    samples = min(stream.manifest.num_samples("validation", config.model.seq_length), limit_samples or math.inf)
+    tokens = int(samples) * config.model.seq_length
+    return Validation(summed.item() / tokens, tokens, heads)
