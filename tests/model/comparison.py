@@ -1,4 +1,4 @@
-"""Runs a `Transformer` and the plain reference on the same random parameters and compares everything that training uses."""
+"""Runs a `Transformer` and the plain reference on the same random parameters and compares all that training uses."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -125,7 +125,7 @@ def reference_penalty(
 
 
 def assert_same(actual: Result, expected: Result) -> None:
-    """Agreement to 1e-10 relative; what is zero by symmetry may differ by 1e-13 of the largest gradient."""
+    """Agreement to 1e-10 relative; what is zero by symmetry may differ by 1e-12 of the largest gradient."""
     for name in ("loss", "cross_entropy", "logits_BTV", "entropy_LBNT"):
         torch.testing.assert_close(
             getattr(actual, name),

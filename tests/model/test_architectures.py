@@ -1,4 +1,4 @@
-"""Every architecture and every ingredient against the reference: loss, logits, entropies and all gradients in float64."""
+"""Every architecture and ingredient against the reference: loss, logits, entropies and all gradients in float64."""
 
 import dataclasses
 import math

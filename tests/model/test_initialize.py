@@ -1,0 +1,186 @@
+"""Initial values depend on the seed and a parameter's name alone: never on stages, shards, padding or depth."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import ModelConfig
+from model.initialize import generator, global_shapes, initialize, named_parameters
+from model.transformer import Transformer
+from tests.model.comparison import random_batch
+from tests.model.reference import RECIPES, Sizes, expected_shapes
+
+SIZES = Sizes()
+CONFIG = ModelConfig(num_layers=3, hidden_size=16, num_attention_heads=4, seq_length=12).resolved()
+VOCAB = 29
+
+
+def values(config: ModelConfig = CONFIG, seed: int = 1, **parts: object) -> dict[str, torch.Tensor]:
+    model = Transformer(config, VOCAB, **parts)
+    initialize(model, config, VOCAB, seed)
+    return {name: parameter.detach() for name, parameter in named_parameters(model)}
+
+
+def is_drawn(name: str) -> bool:
+    return not name.endswith(("temperature_parameter", "bias"))
+
+
+STAGES = {
+    "first of three": dict(layers=range(1), last=False),
+    "middle": dict(layers=range(1, 2), first=False, last=False),
+    "last": dict(layers=range(2, 3), first=False),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_starts_with_the_values_of_the_whole_model(stage: str, tied: bool) -> None:
+    config = dataclasses.replace(CONFIG, tied_head=tied)
+    whole = values(config)
+    held = values(config, **STAGES[stage])
+    assert held
+    for name, value in held.items():
+        source = "embedding.word.weight" if tied and name == "head.weight" else name
+        assert torch.equal(value, whole[source]), name
+
+
+def test_a_deeper_model_and_other_ingredients_share_what_they_share() -> None:
+    deep = values(dataclasses.replace(CONFIG, num_layers=5))
+    plain = values(dataclasses.replace(CONFIG, temperature="none", regularized=False))
+    for name, value in values().items():
+        assert torch.equal(deep[name], value)
+        assert name not in plain or torch.equal(plain[name], value)
+
+
+def test_nothing_around_a_parameter_changes_it() -> None:
+    """Neither torch's global generator nor a model built before."""
+    torch.manual_seed(5)
+    once = values()
+    torch.randn(100)
+    again = values()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_seeds_and_names_differ() -> None:
+    one, two = values(seed=1), values(seed=2)
+    matrices = [name for name, value in one.items() if value.dim() == 2 and is_drawn(name)]
+    assert len(matrices) == 2 + 3 * 3
+    assert all(not torch.equal(one[name], two[name]) for name in matrices)
+    starts = {tuple(one[name].flatten()[:4].tolist()) for name in matrices}
+    assert len(starts) == len(matrices), "two parameters share their random numbers"
+
+
+def test_generators_are_independent_of_how_seed_and_name_are_spelled_together() -> None:
+    assert generator(1, "1/x").initial_seed() != generator(11, "x").initial_seed()
+    assert generator(1, "a").initial_seed() == generator(1, "a").initial_seed()
+
+
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_matrices_have_the_configured_standard_deviation(std: float) -> None:
+    config = dataclasses.replace(CONFIG, hidden_size=64, ffn_hidden_size=None, init_std=std, fused_ffn=False).resolved()
+    for name, value in values(config).items():
+        if value.dim() == 2 and is_drawn(name):
+            error = 5 / math.sqrt(value.numel())
+            assert abs(float(value.mean())) < std * error, name
+            assert float(value.std()) == pytest.approx(std, rel=error), name
+
+
+def test_scalars_and_vectors_start_as_the_method_says() -> None:
+    config = dataclasses.replace(CONFIG, norm="layernorm", temperature_init=0.1, threshold_init=0.4)
+    start = {
+        "alpha": 1.0,
+        "beta": 1.0,
+        "threshold": 0.4,
+        "temperature_parameter": math.log(0.1),
+        "query_bias": 0.0,
+        "key_bias": 0.0,
+        "norm.weight": 1.0,
+        "norm.bias": 0.0,
+    }
+    seen = set()
+    for name, value in values(config).items():
+        for ending, expected in start.items():
+            if name.endswith(ending):
+                seen.add(ending)
+                assert bool((value == torch.tensor(expected)).all()), name
+    assert seen == set(start)
+    raw = values(dataclasses.replace(config, temperature_form="raw"))
+    assert bool((raw["layers.0.attention.temperature_parameter"] == torch.tensor(0.1)).all())
+
+
+@pytest.mark.parametrize("placement", ["QK", "FFN", "QKVO+FFN"])
+def test_gains_start_as_the_row_norms(placement: str) -> None:
+    """So that a weight-normalized network starts as the plain one: W = V."""
+    config = dataclasses.replace(CONFIG, fused_ffn=False, weight_norm=placement, ffn_hidden_size=40)
+    plain = Transformer(dataclasses.replace(config, weight_norm="none"), VOCAB)
+    normalized = Transformer(config, VOCAB)
+    for model, own in ((plain, plain.config), (normalized, config)):
+        initialize(model, own, VOCAB, seed=1)
+    tensors = dict(named_parameters(normalized))
+    gains = [name for name in tensors if name.endswith("gain")]
+    assert gains
+    for name in gains:
+        weight = tensors[name.removesuffix("gain") + "weight"]
+        torch.testing.assert_close(tensors[name], torch.linalg.vector_norm(weight, dim=1), rtol=1e-6, atol=0)
+    for linear in ("attention.query_key_value", "attention.output", "ffn.up", "ffn.down"):
+        effective = normalized.layers["1"].get_submodule(linear).weight
+        torch.testing.assert_close(effective, plain.layers["1"].get_submodule(linear).weight, rtol=1e-6, atol=1e-8)
+
+
+def test_padding_is_zero_and_the_rest_unpadded() -> None:
+    padded, unpadded = values(padded_vocab_size=128), values()
+    assert torch.count_nonzero(padded["embedding.word.weight"][VOCAB:]) == 0
+    assert torch.equal(padded["embedding.word.weight"][:VOCAB], unpadded["embedding.word.weight"])
+
+
+def test_padding_never_wins_probability() -> None:
+    """Zero logits would beat negative ones: the last layer's output is turned against every real token."""
+    model = Transformer(CONFIG, VOCAB, padded_vocab_size=128)
+    initialize(model, CONFIG, VOCAB, seed=1)
+    with torch.no_grad():
+        model.embedding.word.weight[:VOCAB] = -1.0
+        model.head.norm.weight.zero_()
+        model.head.norm.bias.fill_(1.0)
+    tokens_BT, labels_BT = random_batch(SIZES, 12)
+    logits_TBV, _ = model(tokens_BT.T)
+    assert logits_TBV.shape[-1] == VOCAB
+    loss, _ = model(tokens_BT.T, labels_BT.T)
+    assert loss.item() / labels_BT.numel() == pytest.approx(math.log(VOCAB), rel=1e-6)
+
+
+def test_a_shard_is_a_cut_of_the_whole() -> None:
+    """Halving the vocabulary through `cut` gives the two halves, and names reach `cut` as the whole model's."""
+    whole, seen = values(), []
+    config = CONFIG
+    model = Transformer(config, VOCAB, padded_vocab_size=20)
+
+    def second_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(name)
+        return tensor[20:] if name == "embedding.word.weight" else tensor
+
+    initialize(model, config, VOCAB, 1, second_half)
+    held = model.embedding.word.weight
+    assert torch.equal(held[:9], whole["embedding.word.weight"][20:])
+    assert torch.count_nonzero(held[9:]) == 0
+    assert seen == list(whole)
+
+
+@pytest.mark.parametrize("architecture", RECIPES)
+def test_global_shapes_are_those_of_the_method(architecture: str) -> None:
+    config = dataclasses.replace(ModelConfig(architecture=architecture), num_layers=3, hidden_size=16)
+    config = dataclasses.replace(config, num_attention_heads=4, seq_length=12).resolved()
+    shapes = {name: tuple(shape) for name, shape in global_shapes(config, VOCAB).items()}
+    assert shapes == expected_shapes(RECIPES[architecture], SIZES)
+
+
+def test_initial_loss_is_that_of_a_guess() -> None:
+    config = dataclasses.replace(CONFIG, hidden_size=64, num_attention_heads=4)
+    model = Transformer(config, VOCAB)
+    initialize(model, config, VOCAB, seed=1)
+    tokens_BT, labels_BT = random_batch(SIZES, 12)
+    logits_TBV, _ = model(tokens_BT.T)
+    loss = F.cross_entropy(logits_TBV.flatten(0, 1), labels_BT.T.flatten())
+    assert float(loss) == pytest.approx(math.log(VOCAB), rel=0.05)
