@@ -83,14 +83,15 @@ def backward(
     }
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     score_gradient_BNT = torch.empty_like(lse_BNT) if temperature is not None else None
+    unread = lse_BNT  # stands in for pointers that the kernel's mode leaves alone
     arguments = {
         "lse": lse_BNT,
         "entropy": entropy_BNT,
-        "grad_entropy": None if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
-        "slope": torch.empty_like(lse_BNT) if grad_entropy_BNT is not None else None,
+        "grad_entropy": unread if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
+        "slope": unread if grad_entropy_BNT is None else torch.empty_like(lse_BNT),
         "offset": torch.empty_like(lse_BNT),
         "temperature": kernel_temperature,
-        "score_gradient": score_gradient_BNT,
+        "score_gradient": unread if score_gradient_BNT is None else score_gradient_BNT,
         "scale_log2": scale * LOG2_E,
         "heads": q_BNTH.shape[1],
         "group": q_BNTH.shape[1] // k_BKTH.shape[1],
