@@ -75,7 +75,7 @@ class OptimizerConfig:
         faults = []
         if self.learning_rate <= 0:
             faults.append(f"optimizer.learning_rate = {self.learning_rate} must be positive")
-        if not 0 <= self.min_learning_rate <= self.learning_rate:
+        elif not 0 <= self.min_learning_rate <= self.learning_rate:
             faults.append(
                 f"optimizer.min_learning_rate = {self.min_learning_rate} must lie between 0 and learning_rate = {self.learning_rate}"
             )
@@ -300,6 +300,8 @@ def derived_key_faults(config: Config) -> list[str]:
 def world_faults(config: Config, world_size: int) -> list[str]:
     """Faults of the sizes against the number of processes."""
     tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    if world_size < 1:
+        return [f"the world size {world_size} must be at least 1"]
     if world_size % (tp * pp):
         return [
             f"the world size {world_size} is not a multiple of tensor_parallel_size({tp}) * pipeline_parallel_size({pp}) = "

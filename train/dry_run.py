@@ -7,8 +7,8 @@ from data.errors import DataError
 from data.manifest import load_manifest
 from model.config import ModelConfig
 from model.initialize import global_shapes
-from parallel.grid import RankGrid
 from parallel.config import padded_vocab_size
+from parallel.grid import RankGrid
 from train.config import Config, ConfigError, world_faults
 from train.schedule import warmup_steps
 
@@ -41,7 +41,7 @@ def print_plan(config: Config, world_size: int | None) -> None:
         ConfigError: the sizes do not fit the world, or neither dataset nor data.vocab_size tells the vocabulary.
     """
     parallel = config.parallel
-    ranks = world_size or parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size if world_size is None else world_size
     faults = world_faults(config, ranks)
     if faults:
         raise ConfigError(faults)

@@ -289,7 +289,7 @@ def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 def published_penalty(
     attentions_BNTT: list[Tensor], thresholds_N: list[Tensor], margin: float, max_entropy_nats: float
 ) -> Tensor:
-    """The published code's penalty, before its lambda: squared a query, averaged over heads and layers, summed over the rest.
+    """The published code's penalty, before its lambda: squared a query, averaged over heads and layers, else summed.
 
     Its lambda therefore grows with the micro-batch: lambda times this equals lambda * B * T times a mean over queries.
     """

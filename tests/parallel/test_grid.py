@@ -1,0 +1,87 @@
+"""The rank grid and the division of layers over stages."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from parallel import grid as grid_module
+from parallel.config import padded_vocab_size
+from parallel.grid import RankGrid, stage_layers
+
+EIGHT_RANKS = """\
+rank  stage  data  tensor  layers
+   0      0     0       0  0-3
+   1      0     0       1  0-3
+   2      0     1       0  0-3
+   3      0     1       1  0-3
+   4      1     0       0  4-6
+   5      1     0       1  4-6
+   6      1     1       0  4-6
+   7      1     1       1  4-6"""
+
+
+def test_table_of_eight_ranks() -> None:
+    table = RankGrid(tp=2, pp=2, dp=2).table(num_layers=7)
+    print(table)
+    assert table == EIGHT_RANKS
+
+
+def test_the_documented_table_is_the_real_one() -> None:
+    rows = {}
+    for line in (grid_module.__doc__ or "").splitlines():
+        words = line.split()
+        if len(words) > 8 and all(word.isdigit() for word in words[-8:]):
+            rows[" ".join(words[:-8])] = [int(word) for word in words[-8:]]
+    places = [RankGrid(tp=2, pp=2, dp=2, rank=rank) for rank in range(8)]
+    assert rows == {
+        "rank": list(range(8)),
+        "pipeline stage": [place.stage for place in places],
+        "data-parallel rank": [place.dp_rank for place in places],
+        "tensor rank": [place.tp_rank for place in places],
+    }
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), list(itertools.product((1, 2, 3), repeat=3)))
+def test_coordinates_find_the_rank_again(tp: int, pp: int, dp: int) -> None:
+    ranks = RankGrid(tp, pp, dp).ranks
+    assert ranks.shape == (pp, dp, tp)
+    assert sorted(ranks.flatten()) == list(range(tp * pp * dp))
+    for rank in range(tp * pp * dp):
+        place = RankGrid(tp, pp, dp, rank)
+        assert ranks[place.coordinates] == rank
+        assert rank == place.tp_rank + tp * (place.dp_rank + dp * place.stage)
+        assert (place.is_first_stage, place.is_last_stage) == (place.stage == 0, place.stage == pp - 1)
+
+
+def test_tensor_parallel_neighbours_are_consecutive() -> None:
+    assert np.all(np.diff(RankGrid(tp=4, pp=2, dp=2).ranks, axis=2) == 1)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "sizes"),
+    [(12, 1, [12]), (12, 4, [3, 3, 3, 3]), (7, 3, [3, 2, 2]), (5, 4, [2, 1, 1, 1]), (3, 3, [1, 1, 1])],
+)
+def test_uneven_stages_take_one_layer_more_at_the_front(num_layers: int, pp: int, sizes: list[int]) -> None:
+    held = stage_layers(num_layers, pp)
+    assert [len(layers) for layers in held] == sizes
+    assert [layer for layers in held for layer in layers] == list(range(num_layers))
+
+
+def test_more_stages_than_layers_is_no_grid() -> None:
+    with pytest.raises(AssertionError, match=r"\(4, 3\)"):
+        stage_layers(3, 4)
+
+
+@pytest.mark.parametrize("rank", [-1, 8])
+def test_a_rank_outside_the_grid(rank: int) -> None:
+    with pytest.raises(AssertionError):
+        RankGrid(tp=2, pp=2, dp=2, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "padded"),
+    [(50_000, 1, 50_048), (50_000, 2, 50_176), (1, 1, 128), (128, 1, 128), (129, 1, 256), (256, 2, 256), (257, 3, 384)],
+)
+def test_padded_vocabulary(vocab_size: int, tp: int, padded: int) -> None:
+    assert padded_vocab_size(vocab_size, tp) == padded
