@@ -8,6 +8,7 @@ Precedence: defaults < file < `section.key=value` on the command line. An exampl
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -42,6 +43,11 @@ class DataConfig:
         None,
         "Expected vocabulary in tokens; an error if the dataset has another. --dry-run uses it where no dataset is there yet.",
     )
+
+    def faults(self) -> list[str]:
+        if self.vocab_size is not None and self.vocab_size < 1:
+            return [f"data.vocab_size = {self.vocab_size} must be at least 1 (tokens), or null"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,8 @@ def section_faults(config: Config) -> list[str]:
     faults = config.model.faults()
     if not faults:
         faults += config.parallel.faults(config.model.resolved())
-    for section in (config.regularizer, config.optimizer, config.training, config.checkpoint, config.logging):
+    sections = (config.regularizer, config.data, config.optimizer, config.training, config.checkpoint, config.logging)
+    for section in sections:
         faults += section.faults()
     if not config.run_dir:
         faults.append("run_dir is empty; name the folder of this run, say runs/first")
@@ -396,7 +403,7 @@ def _fit(expected: Any, value: Any) -> tuple[Any] | None:
     if isinstance(value, bool):
         return (value,) if expected is bool else None
     if expected is float and isinstance(value, int | float):
-        return (float(value),) if abs(float(value)) < float("inf") else None
+        return (float(value),) if abs(value) <= sys.float_info.max else None
     if expected is int and isinstance(value, float) and value.is_integer():
         return (int(value),)  # 1e9 is how people write token counts
     return (value,) if isinstance(value, expected) else None
