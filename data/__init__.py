@@ -1,0 +1,1 @@
+"""Text to tokens to batches: preparation, sharded storage and an exactly resumable stream."""

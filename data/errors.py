@@ -1,0 +1,20 @@
+"""The one error that reading or preparing data raises for its users."""
+
+import sys
+from collections.abc import Callable
+
+
+class DataError(ValueError):
+    """A fault in the user's data or settings, told in one line: what was found, what was expected, the remedy."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command-line main; a `DataError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,184 @@
+"""The manifest of a prepared dataset: what there is, and the digests that everything read is checked against.
+
+    dataset/
+      manifest.json                     this file's subject
+      tokenizer.model                   SentencePiece
+      train-000000.tar                  a webdataset shard of tokens (data/shards.py)
+      train-000000.digests              the digest of every 16 KiB of that shard
+      train-000000.documents.jsonl.gz   which document starts where; only data.inspect reads it
+      validation-000000.tar ...
+
+A manifest is data from elsewhere: names cannot leave the dataset's folder, sizes are bounded and must agree with each
+other, and its own `fingerprint` covers every field that the order or the content of samples depends on.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.sources import MANIFEST_NAME, Source, open_source
+from data.tar_layout import DTYPES, shard_bytes
+
+FORMAT = "entropy-guided-tokens"
+VERSION = 1
+SPLITS = ("train", "validation")
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_SHARD_BYTES = 64 << 30
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: file name, size in tokens and bytes, sha256 of the file and of its list of digests."""
+
+    name: str
+    num_tokens: int
+    num_bytes: int
+    sha256: str
+    digests_sha256: str
+
+    @property
+    def digests_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".digests"
+
+    def num_samples(self, seq_length: int) -> int:
+        """Samples of seq_length inputs and as many labels; neighbours share one token (a label, then an input)."""
+        return max(0, self.num_tokens - 1) // seq_length
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared dataset as its manifest describes it; making one opens no shard."""
+
+    source: Source
+    vocab_size: int
+    end_of_document: int
+    tokenizer_sha256: str
+    token_dtype: str
+    shards: dict[str, tuple[ShardInfo, ...]]
+    fingerprint: str
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer as a local file, checked against the manifest."""
+        return self.source.fetch("tokenizer.model", self.tokenizer_sha256)
+
+    def num_tokens(self, split: str) -> int:
+        return sum(shard.num_tokens for shard in self.shards[split])
+
+    def num_samples(self, split: str, seq_length: int) -> int:
+        """Samples of one epoch; a sample never crosses shards."""
+        return sum(shard.num_samples(seq_length) for shard in self.shards[split])
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read and check the manifest of the dataset at `path`, a folder or an address (data/sources.py).
+
+    Raises DataError with one line that names the field, what it holds and the remedy.
+    """
+    source = open_source(path)
+    raw = source.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    where = source.describe(MANIFEST_NAME)
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{where}: damaged, not JSON ({error}); prepare or copy the dataset again") from error
+    return _parse(fields, source, where)
+
+
+def manifest_json(
+    vocab_size: int,
+    end_of_document: int,
+    tokenizer_sha256: str,
+    token_dtype: str,
+    shards: dict[str, list[ShardInfo]],
+) -> str:
+    """The manifest's text, fingerprint included."""
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocab_size": vocab_size,
+        "end_of_document": end_of_document,
+        "tokenizer_sha256": tokenizer_sha256,
+        "token_dtype": token_dtype,
+        "shards": {split: [vars(shard) for shard in shards[split]] for split in SPLITS},
+    }
+    return json.dumps({**fields, "fingerprint": _fingerprint(fields)}, indent=1) + "\n"
+
+
+def _fingerprint(fields: dict[str, Any]) -> str:
+    covered = {key: value for key, value in fields.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(fields: Any, source: Source, where: str) -> Manifest:
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise DataError(f'{where}: no manifest of a prepared dataset ("format" is not "{FORMAT}"); run data.prepare')
+    if fields.get("version") != VERSION:
+        raise DataError(f"{where}: version {fields.get('version')!r}, this program reads {VERSION}; prepare it again")
+    fault = next(_faults(fields), None)
+    if fault is not None:
+        raise DataError(f"{where}: damaged, {fault}; prepare or copy the dataset again")
+    return Manifest(
+        source=source,
+        vocab_size=fields["vocab_size"],
+        end_of_document=fields["end_of_document"],
+        tokenizer_sha256=fields["tokenizer_sha256"],
+        token_dtype=fields["token_dtype"],
+        shards={split: tuple(ShardInfo(**shard) for shard in fields["shards"][split]) for split in SPLITS},
+        fingerprint=fields["fingerprint"],
+    )
+
+
+def _faults(fields: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a manifest; later checks rely on earlier ones, so only the first fault is meaningful."""
+    if fields.get("token_dtype") not in DTYPES:
+        yield f"token_dtype is {fields.get('token_dtype')!r}, expected one of {', '.join(DTYPES)}"
+    if not _is_count(fields.get("vocab_size"), 1 << 32):
+        yield f"vocab_size is {fields.get('vocab_size')!r}, expected a positive whole number"
+    end = fields.get("end_of_document")
+    if not isinstance(end, int) or not 0 <= end < fields["vocab_size"]:
+        yield f"end_of_document is {end!r}, expected a token id below vocab_size"
+    if not _is_sha256(fields.get("tokenizer_sha256")):
+        yield f"tokenizer_sha256 is {fields.get('tokenizer_sha256')!r}, expected 64 hexadecimal digits"
+    shards = fields.get("shards")
+    if not isinstance(shards, dict) or any(not isinstance(shards.get(split), list) for split in SPLITS):
+        yield f"shards must hold a list for each of {', '.join(SPLITS)}"
+        return
+    for split in SPLITS:
+        for number, shard in enumerate(shards[split]):
+            for fault in _shard_faults(shard, fields["token_dtype"]):
+                yield f"shards.{split}[{number}]: {fault}"
+    if fields.get("fingerprint") != _fingerprint(fields):
+        yield f"fingerprint is {fields.get('fingerprint')!r} but the content gives {_fingerprint(fields)!r}"
+
+
+def _shard_faults(shard: Any, token_dtype: str) -> Iterator[str]:
+    if not isinstance(shard, dict) or set(shard) != set(ShardInfo.__dataclass_fields__):
+        yield f"must hold exactly {', '.join(ShardInfo.__dataclass_fields__)}"
+        return
+    name = shard["name"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.endswith(".tar"):
+        yield f"name {name!r} is no plain file name ending in .tar"
+    if not (_is_count(shard["num_tokens"], MAX_SHARD_BYTES) and _is_count(shard["num_bytes"], MAX_SHARD_BYTES)):
+        yield f"num_tokens {shard['num_tokens']!r} and num_bytes {shard['num_bytes']!r} must be positive whole numbers"
+        return
+    expected = shard_bytes(shard["num_tokens"], token_dtype)
+    if shard["num_bytes"] != expected:
+        yield f"num_bytes is {shard['num_bytes']}, but {shard['num_tokens']} tokens make {expected}"
+    if not (_is_sha256(shard["sha256"]) and _is_sha256(shard["digests_sha256"])):
+        yield "sha256 and digests_sha256 must be 64 hexadecimal digits each"
+
+
+def _is_count(value: Any, limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= limit
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None

@@ -1,0 +1,362 @@
+"""The stages that turn text into a dataset. Each is a list of jobs, a job writes its result in one rename, and a job
+whose result exists is not done again: so a killed preparation goes on where it stopped.
+
+    scan    a job a part    hash every document; set aside some text for the tokenizer
+    merge   one job         mark duplicates; set the validation threshold; train the tokenizer
+    encode  a job a part    tokens of the kept documents, train and validation apart
+    pack    a job a shard   cut the concatenated tokens into shards of equal size
+    finish  one job         manifest and report; the work folder goes
+
+A document is a duplicate if an earlier one (in the order of the sorted input files) has the same text. It belongs to
+validation if the first 8 bytes of its hash, as a number, are below the threshold. So neither the number of workers nor
+the order in which jobs run changes a byte of the result.
+"""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.documents import Slice, read_documents
+from data.errors import DataError
+from data.manifest import SPLITS, ShardInfo, load_manifest, manifest_json
+from data.shard_writer import write_shard
+from data.sources import MANIFEST_NAME
+from data.tar_layout import token_dtype_for
+from data.tokenizer import Tokenizer, train_tokenizer
+
+WORK = ".work"
+TOKENIZER = "tokenizer.model"
+REPORT = "report.json"
+HASH_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
+_BUCKET_DOCUMENTS = 16 << 20
+_ALL = 1 << 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the result depends on besides the input files."""
+
+    vocab_size: int | None
+    tokenizer_sha256: str | None
+    tokenizer_megabytes: float
+    validation_fraction: float
+    shard_megabytes: float
+    text_key: str
+    skip_bad_text: bool
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """One dataset in the making: its folder, settings and parts."""
+
+    output: Path
+    settings: Settings
+    parts: list[list[Slice]]
+
+    @property
+    def work(self) -> Path:
+        return self.output / WORK
+
+    def result(self, stage: str, job: int) -> Path:
+        """The file that marks a job as done, with what later stages need of it."""
+        return self.work / stage / f"{job:06d}.json"
+
+    def file(self, stage: str, job: int, suffix: str) -> Path:
+        return self.work / stage / f"{job:06d}.{suffix}"
+
+    def results(self, stage: str) -> list[dict[str, Any]]:
+        """What every job of a stage left, in order; raises DataError where one has not been done."""
+        missing = [job for job in range(self.num_jobs(stage)) if not self.result(stage, job).exists()]
+        if missing:
+            raise DataError(f"{self.output}: stage {stage} lacks {len(missing)} of its jobs; run --stage {stage} first")
+        return [json.loads(self.result(stage, job).read_text()) for job in range(self.num_jobs(stage))]
+
+    def num_jobs(self, stage: str) -> int:
+        if stage in ("scan", "encode"):
+            return len(self.parts)
+        return len(shard_plan(self)) if stage == "pack" else 1
+
+    def weight(self, stage: str, job: int) -> int:
+        """Bytes of work in a job, for the progress bar."""
+        if stage in ("scan", "encode"):
+            return sum(piece.text_bytes for piece in self.parts[job])
+        return int(self.settings.shard_megabytes * 1e6) if stage == "pack" else 1
+
+
+def run_job(preparation: Preparation, stage: str, job: int) -> None:
+    """Do one job of a stage unless its result is there."""
+    result = preparation.result(stage, job)
+    if result.exists():
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    summary = _STAGES[stage](preparation, job)
+    if stage != "finish":
+        _write_whole(result, json.dumps(summary).encode())
+
+
+def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Iterator[tuple[str, str, bytes, bytes]]:
+    """(text, source, UTF-8 bytes, 16-byte hash) of every document of a part; a bad file is skipped only if so set."""
+    for piece in preparation.parts[part]:
+        try:
+            for document in read_documents(piece, preparation.settings.text_key):
+                raw = document.text.encode("utf-8")
+                yield document.text, document.source, raw, hashlib.sha256(raw).digest()[:16]
+        except DataError as error:
+            if not preparation.settings.skip_bad_text:
+                raise
+            skipped.append(str(error))
+
+
+def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
+    share = _tokenizer_share(preparation)
+    validation = int(preparation.settings.validation_fraction * _ALL)
+    hashes, text_bytes, skipped = bytearray(), [], list[str]()
+    with gzip.open(_partial(preparation.file("scan", part, "sample.gz")), "wb", compresslevel=1) as sample:
+        for text, _, raw, digest in _documents(preparation, part, skipped):
+            hashes += digest
+            text_bytes.append(len(raw))
+            in_train = int.from_bytes(digest[:8], "little") >= validation
+            if in_train and int.from_bytes(digest[8:], "little") < share:
+                sample.write(json.dumps([len(text_bytes) - 1, text]).encode() + b"\n")
+    _partial(preparation.file("scan", part, "sample.gz")).rename(preparation.file("scan", part, "sample.gz"))
+    _write_whole(preparation.file("scan", part, "hashes"), hashes)
+    return {"documents": len(text_bytes), "text_bytes": sum(text_bytes), "skipped": skipped}
+
+
+def _tokenizer_share(preparation: Preparation) -> int:
+    """Documents whose second hash half is below this lend their text to the tokenizer's training."""
+    if preparation.settings.tokenizer_sha256 is not None:
+        return 0
+    total = sum(piece.text_bytes for part in preparation.parts for piece in part)
+    return min(_ALL, int(preparation.settings.tokenizer_megabytes * 1e6 / max(total, 1) * _ALL))
+
+
+def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
+    counts = [scan["documents"] for scan in preparation.results("scan")]
+    if not sum(counts):
+        raise DataError("the input holds no text; give files with text to --input")
+    keep = _first_occurrences(preparation, counts)
+    ends = np.cumsum(counts)
+    lowest = _ALL
+    for part, end in enumerate(ends):
+        kept = keep[end - counts[part] : end]
+        _write_whole(preparation.file("merge", part, "keep"), np.packbits(kept).tobytes())
+        if kept.any():
+            lowest = min(lowest, int(_hashes(preparation, part)["high"][kept].min()))
+    threshold = int(preparation.settings.validation_fraction * _ALL)
+    if threshold and int(keep.sum()) == 1:
+        raise DataError(
+            "the input is a single document, which cannot serve both training and validation; give more files, "
+            "or --validation-fraction 0"
+        )
+    if (
+        threshold and lowest >= threshold
+    ):  # a small input: let the document with the lowest hash be the validation split
+        threshold = lowest + 1
+    if preparation.settings.tokenizer_sha256 is None:
+        _write_whole(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
+    return {"kept": int(keep.sum()), "threshold": threshold}
+
+
+def _hashes(preparation: Preparation, part: int) -> NDArray:
+    return np.fromfile(preparation.file("scan", part, "hashes"), dtype=HASH_DTYPE)
+
+
+def _first_occurrences(preparation: Preparation, counts: list[int]) -> NDArray[np.bool_]:
+    """One flag a document: no earlier one has its hash. Hashes are compared a bucket at a time, to bound the memory."""
+    keep = np.zeros(sum(counts), dtype=bool)
+    starts = np.cumsum([0, *counts])
+    num_buckets = -(-sum(counts) // _BUCKET_DOCUMENTS)
+    for bucket in range(num_buckets):
+        hashes, places = [], []
+        for part, start in enumerate(starts[:-1]):
+            of_part = _hashes(preparation, part)
+            here = np.flatnonzero(of_part["low"] % np.uint64(num_buckets) == bucket)
+            hashes.append(of_part[here])
+            places.append(here + start)
+        together, place = np.concatenate(hashes), np.concatenate(places)
+        by_hash = np.lexsort((together["low"], together["high"]))  # stable: equal hashes stay in document order
+        ordered = together[by_hash]
+        is_first = np.append(True, ordered[1:] != ordered[:-1])
+        keep[place[by_hash[is_first]]] = True
+    return keep
+
+
+def _train_tokenizer(preparation: Preparation, counts: list[int], keep: NDArray[np.bool_]) -> bytes:
+    starts = np.cumsum([0, *counts])
+
+    def lines() -> Iterator[str]:
+        for part in range(len(counts)):
+            with gzip.open(preparation.file("scan", part, "sample.gz")) as sample:
+                for entry in sample:
+                    number, text = json.loads(entry)
+                    if keep[starts[part] + number]:
+                        yield from (line for line in text.split("\n") if line)
+
+    assert preparation.settings.vocab_size is not None
+    return train_tokenizer(lines(), preparation.settings.vocab_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def _encode(preparation: Preparation, part: int) -> dict[str, Any]:
+    tokenizer = _tokenizer(preparation.output / TOKENIZER)
+    threshold = json.loads(preparation.result("merge", 0).read_text())["threshold"]
+    hashes = _hashes(preparation, part)
+    packed = np.fromfile(preparation.file("merge", part, "keep"), dtype=np.uint8)
+    keep = np.unpackbits(packed, count=len(hashes)).astype(bool)
+    outputs = {split: _EncodedPart(preparation, part, split, tokenizer) for split in SPLITS}
+    number = -1
+    for number, (text, source, raw, digest) in enumerate(_documents(preparation, part, [])):
+        if number >= len(hashes) or digest != hashes[number].tobytes():
+            raise DataError(
+                f"{source}: changed since it was scanned; leave the input alone, or start over with --overwrite"
+            )
+        if keep[number]:
+            is_validation = int.from_bytes(digest[:8], "little") < threshold
+            outputs["validation" if is_validation else "train"].add(text, len(raw), source)
+    if number + 1 != len(hashes):
+        raise DataError(
+            f"part {part} has {number + 1} documents, {len(hashes)} when scanned; start over with --overwrite"
+        )
+    return {split: output.close() for split, output in outputs.items()}
+
+
+class _EncodedPart:
+    """The tokens of one part and split, and a line for each document: [first token in this part, source]."""
+
+    def __init__(self, preparation: Preparation, part: int, split: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype_for(tokenizer.vocab_size)
+        self._tokens = preparation.file("encode", part, f"{split}.tokens").open("wb")
+        self._documents = preparation.file("encode", part, f"{split}.documents").open("w")
+        self._counts = {"tokens": 0, "documents": 0, "text_bytes": 0, "characters": 0}
+
+    def add(self, text: str, text_bytes: int, source: str) -> None:
+        ids = self._tokenizer.encode(text)
+        ids.append(self._tokenizer.end_of_document)
+        np.array(ids, dtype=self._dtype).tofile(self._tokens)
+        self._documents.write(json.dumps([self._counts["tokens"], source]) + "\n")
+        for name, count in (
+            ("tokens", len(ids)),
+            ("documents", 1),
+            ("text_bytes", text_bytes),
+            ("characters", len(text)),
+        ):
+            self._counts[name] += count
+
+    def close(self) -> dict[str, int]:
+        self._tokens.close()
+        self._documents.close()
+        return self._counts
+
+
+def shard_plan(preparation: Preparation) -> list[tuple[str, int, int, int]]:
+    """(split, number in the split, first and last + 1 token of the split) of every shard: as few as fit, all alike."""
+    encoded = preparation.results("encode")
+    itemsize = np.dtype(token_dtype_for(_tokenizer(preparation.output / TOKENIZER).vocab_size)).itemsize
+    shard_tokens = max(1, int(preparation.settings.shard_megabytes * 1e6) // itemsize)
+    plan = []
+    for split in SPLITS:
+        total = sum(part[split]["tokens"] for part in encoded)
+        count = -(-total // shard_tokens)
+        plan += [(split, i, total * i // count, total * (i + 1) // count) for i in range(count)]
+    return plan
+
+
+def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
+    split, number, first, last = shard_plan(preparation)[job]
+    dtype = token_dtype_for(_tokenizer(preparation.output / TOKENIZER).vocab_size)
+    path = preparation.output / f"{split}-{number:06d}.tar"
+    pieces, documents, start = [], [], 0
+    for part, summary in enumerate(preparation.results("encode")):
+        end = start + summary[split]["tokens"]
+        if max(start, first) < min(end, last):
+            tokens = np.memmap(preparation.file("encode", part, f"{split}.tokens"), dtype=dtype, mode="r")
+            pieces.append(tokens[max(first - start, 0) : last - start])
+            documents += _document_lines(preparation.file("encode", part, f"{split}.documents"), start, first, last)
+        start = end
+    info = write_shard(path, np.concatenate(pieces), dtype)
+    lines = "".join(json.dumps(entry) + "\n" for entry in documents)
+    _write_whole(path.with_suffix(".documents.jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
+    return {"split": split, "shard": vars(info)}
+
+
+def _document_lines(path: Path, part_start: int, first: int, last: int) -> list[tuple[int, str]]:
+    """Documents that have tokens in [first, last): (token of the shard at which it starts, source).
+
+    The start is negative where the document began in the shard before.
+    """
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    starts = [part_start + token - first for token, _ in entries]
+    ends = [*starts[1:], last]
+    return [
+        (start, source)
+        for start, end, (_, source) in zip(starts, ends, entries, strict=True)
+        if start < last - first and end > 0
+    ]
+
+
+def _finish(preparation: Preparation, _: int) -> None:
+    tokenizer = _tokenizer(preparation.output / TOKENIZER)
+    shards: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for result in preparation.results("pack"):
+        shards[result["split"]].append(ShardInfo(**result["shard"]))
+    report = _report(preparation, tokenizer)
+    _write_whole(preparation.output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    dtype = token_dtype_for(tokenizer.vocab_size)
+    text = manifest_json(tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.sha256, dtype, shards)
+    _write_whole(preparation.output / MANIFEST_NAME, text.encode())
+    load_manifest(preparation.output)
+    shutil.rmtree(preparation.work)
+
+
+def _report(preparation: Preparation, tokenizer: Tokenizer) -> dict[str, Any]:
+    scans, encoded = preparation.results("scan"), preparation.results("encode")
+    documents = sum(scan["documents"] for scan in scans)
+    totals = {split: {key: sum(part[split][key] for part in encoded) for key in encoded[0][split]} for split in SPLITS}
+    tokens = sum(split["tokens"] for split in totals.values())
+    characters = sum(split["characters"] for split in totals.values())
+    return {
+        "documents": documents,
+        "duplicates": documents - preparation.results("merge")[0]["kept"],
+        "text_bytes": sum(scan["text_bytes"] for scan in scans),
+        "skipped": [line for scan in scans for line in scan["skipped"]],
+        "vocab_size": tokenizer.vocab_size,
+        "characters_per_token": round(characters / max(tokens, 1), 4),
+        **totals,
+        "settings": dataclasses.asdict(preparation.settings),
+    }
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _write_whole(path: Path, content: bytes | bytearray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _partial(path).write_bytes(content)
+    _partial(path).rename(path)
+
+
+_STAGES: dict[str, Callable[[Preparation, int], dict[str, Any] | None]] = {
+    "scan": _scan,
+    "merge": _merge,
+    "encode": _encode,
+    "pack": _pack,
+    "finish": _finish,
+}
+STAGES = tuple(_STAGES)

@@ -1,0 +1,261 @@
+"""Turn text into a dataset of token shards: `python -m data.prepare --input PATHS --output DIR --vocab-size N`.
+
+Run again after an interruption, the same command goes on where it stopped. For many machines, run the stages one after the
+other and divide each among tasks (slurm/prepare.sh): --stage scan --task 3/16.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.documents import DEFAULT_INCLUDE, Slice, find_files, plan_parts
+from data.errors import DataError, run_command
+from data.manifest import SPLITS
+from data.preparation import REPORT, STAGES, TOKENIZER, WORK, Preparation, Settings, run_job
+from data.sources import MANIFEST_NAME
+from data.tokenizer import Tokenizer
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or globs: text, .py, .jsonl; plain, .gz, .zst",
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created")
+    add("--vocab-size", type=int, metavar="N", help="size of the vocabulary to learn, in tokens")
+    add("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model instead of learning one")
+    add("--include", nargs="+", default=list(DEFAULT_INCLUDE), metavar="GLOB", help="file names wanted in folders")
+    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out paths with a component matching this")
+    add(
+        "--max-megabytes",
+        type=float,
+        metavar="MB",
+        help="use at most this much text: a fixed arbitrary choice of files",
+    )
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="share of documents held out (default 0.01)",
+    )
+    add(
+        "--tokenizer-megabytes",
+        type=float,
+        default=32,
+        metavar="MB",
+        help="text to learn the vocabulary from (default 32)",
+    )
+    add("--shard-megabytes", type=float, default=64, metavar="MB", help="largest shard (default 64)")
+    add("--text-key", default="text", metavar="KEY", help='key of the text in .jsonl lines (default "text")')
+    add("--skip-bad-text", action="store_true", help="leave out files that are not UTF-8 or damaged, and report them")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
+    add("--stage", choices=("all", *STAGES), default="all", help="run one stage only (default all)")
+    add("--task", default="0/1", metavar="I/N", help="with --stage: do the jobs of task I of N")
+    add("--overwrite", action="store_true", help="discard the dataset or unfinished work in DIR")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    _check(options)
+    started = time.monotonic()
+    if options.overwrite and options.output.is_dir():
+        _discard(options.output)
+    settings = _settings(options)
+    parts = plan_parts(
+        find_files(options.input, options.include, options.exclude),
+        None if options.max_megabytes is None else int(options.max_megabytes * 1e6),
+    )
+    preparation = Preparation(options.output, settings, parts)
+    if _is_prepared(preparation):
+        print(f"{options.output}: already prepared from this input with these settings")
+        return
+    with _locked(preparation, exclusive=options.stage == "all"):
+        _adopt_plan(preparation)
+        if options.tokenizer is not None:
+            shutil.copyfile(options.tokenizer, options.output / TOKENIZER)
+        for stage in STAGES if options.stage == "all" else (options.stage,):
+            _run_stage(preparation, stage, *_task(options.task), options.workers)
+    if (options.output / REPORT).exists():
+        _print_report(options.output, time.monotonic() - started)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.vocab_size is None) == (options.tokenizer is None):
+        raise DataError("give either --vocab-size N, to learn a vocabulary, or --tokenizer FILE, to use one")
+    for name in ("vocab_size", "workers", "shard_megabytes", "tokenizer_megabytes", "max_megabytes"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be positive")
+    if not 0 <= options.validation_fraction < 1:
+        raise DataError(f"--validation-fraction {options.validation_fraction}: must be at least 0 and below 1")
+    if options.output.exists() and not options.output.is_dir():
+        raise DataError(f"--output {options.output}: is a file; name a folder")
+    if options.output.is_dir() and any(options.output.iterdir()):
+        ours = (options.output / MANIFEST_NAME).exists() or (options.output / WORK).exists()
+        if not ours:
+            raise DataError(f"--output {options.output}: holds other files; name an empty or new folder")
+    _task(options.task)
+
+
+def _task(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise DataError(f"--task {text}: expected I/N with I from 0 to N-1, such as 0/4")
+    return int(index), int(count)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        vocab_size=options.vocab_size,
+        tokenizer_sha256=None if options.tokenizer is None else Tokenizer(options.tokenizer).sha256,
+        tokenizer_megabytes=options.tokenizer_megabytes,
+        validation_fraction=options.validation_fraction,
+        shard_megabytes=options.shard_megabytes,
+        text_key=options.text_key,
+        skip_bad_text=options.skip_bad_text,
+    )
+
+
+def _plan(preparation: Preparation) -> dict[str, Any]:
+    """Settings and input as JSON holds them; two preparations with the same plan give the same dataset."""
+    files = sorted({piece.path for part in preparation.parts for piece in part})
+    plan = {
+        "settings": dataclasses.asdict(preparation.settings),
+        "parts": preparation.parts,
+        "modified_ns": [os.stat(file).st_mtime_ns for file in files],
+    }
+    return json.loads(json.dumps(plan))
+
+
+def _plan_sha256(preparation: Preparation) -> str:
+    return hashlib.sha256(json.dumps(_plan(preparation)).encode()).hexdigest()
+
+
+def _is_prepared(preparation: Preparation) -> bool:
+    """Whether the folder holds the finished dataset of this very plan; raises DataError if it holds another."""
+    if not (preparation.output / MANIFEST_NAME).exists():
+        return False
+    note = preparation.output / "plan.sha256"
+    if note.exists() and note.read_text().strip() == _plan_sha256(preparation):
+        return True
+    raise DataError(
+        f"--output {preparation.output}: holds a dataset of other input or settings; name another folder, or replace it "
+        "with --overwrite"
+    )
+
+
+def _adopt_plan(preparation: Preparation) -> None:
+    note = preparation.output / "plan.sha256"
+    if note.exists() and note.read_text().strip() != _plan_sha256(preparation):
+        raise DataError(
+            f"--output {preparation.output}: holds unfinished work on other input or settings; finish that, or discard "
+            "it with --overwrite"
+        )
+    note.write_text(_plan_sha256(preparation) + "\n")
+
+
+def _discard(folder: Path) -> None:
+    for name in (MANIFEST_NAME, TOKENIZER, REPORT, "plan.sha256"):
+        (folder / name).unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-[0-9]*.*"):
+            path.unlink()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(preparation: Preparation, exclusive: bool) -> Iterator[None]:
+    """Tasks of one stage may share the folder, whole preparations may not."""
+    preparation.work.mkdir(parents=True, exist_ok=True)
+    with (preparation.work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"--output {preparation.output}: another process is preparing it; wait for its end"
+            ) from error
+        yield
+
+
+def _run_stage(preparation: Preparation, stage: str, task: int, num_tasks: int, workers: int) -> None:
+    jobs = range(task, preparation.num_jobs(stage), num_tasks)
+    pending = [job for job in jobs if not preparation.result(stage, job).exists()]
+    weights = {job: preparation.weight(stage, job) for job in pending}
+    with tqdm(
+        total=sum(weights.values()), desc=f"{stage:6s}", unit="B", unit_scale=True, mininterval=_progress_interval_s()
+    ) as bar:
+        if len(pending) < 2 or workers == 1:
+            for job in pending:
+                run_job(preparation, stage, job)
+                bar.update(weights[job])
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(pending)), context, _die_with_parent, (os.getpid(),)) as pool:
+            futures = {pool.submit(run_job, preparation, stage, job): job for job in pending}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update(weights[futures[future]])
+            except BrokenProcessPool as error:
+                raise DataError("a worker was killed, perhaps for memory; run again with fewer --workers") from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _progress_interval_s() -> float:
+    return 0.2 if sys.stderr.isatty() else 10.0
+
+
+def _die_with_parent(parent: int) -> None:
+    """A worker whose parent was killed must not go on writing."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _print_report(folder: Path, seconds: float) -> None:
+    report = json.loads((folder / REPORT).read_text())
+    for line in report["skipped"]:
+        print(f"skipped: {line}")
+    print(
+        f"{folder}: {report['documents']} documents ({report['duplicates']} duplicates dropped, {len(report['skipped'])} files "
+        f"skipped), {report['text_bytes'] / 1e6:.1f} MB of text, vocabulary {report['vocab_size']}, "
+        f"{report['characters_per_token']:.2f} characters a token, {seconds:.1f} s"
+    )
+    for split in SPLITS:
+        counts = report[split]
+        print(
+            f"  {split}: {counts['documents']} documents, {counts['characters']} characters, {counts['tokens']} tokens"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)
