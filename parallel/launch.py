@@ -6,6 +6,7 @@ the Slurm scripts set them; without them the process is a world of one.
 
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -16,10 +17,16 @@ class LaunchError(RuntimeError):
 
 
 def choose_accelerator() -> None:
-    """Tells DeepSpeed which accelerator to use; call before anything imports deepspeed."""
-    if not torch.cuda.is_available():
+    """Tells DeepSpeed which accelerator to use; call before anything imports deepspeed.
+
+    DS_ACCELERATOR=cpu in the environment chooses the CPU on a machine with GPUs.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication start before the products behind it
 
 
