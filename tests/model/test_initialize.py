@@ -183,4 +183,4 @@ def test_initial_loss_is_that_of_a_guess() -> None:
     tokens_BT, labels_BT = random_batch(SIZES, 12)
     logits_TBV, _ = model(tokens_BT.T)
     loss = F.cross_entropy(logits_TBV.flatten(0, 1), labels_BT.T.flatten())
-    assert float(loss) == pytest.approx(math.log(VOCAB), rel=0.05)
+    assert loss.item() == pytest.approx(math.log(VOCAB), rel=0.05)
