@@ -38,7 +38,7 @@ def _query_gradient(
 
 @triton.jit
 def query_kernel(
-    query, key, value, output, grad_output, grad_query, lse, entropy, grad_entropy, slope, offset, temperature,
+    query, key, value, output, grad_output, grad_query, lse, entropy, grad_entropy, slope, offset, factors,
     score_gradient, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -56,7 +56,7 @@ def query_kernel(
     do = load_rows(grad_output, batch, head, first_row)
     o = load_rows(output, batch, head, first_row)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+    factor = logit_factor(factors, head, first_row, tokens, scale_log2, MODE, BLOCK_M, CHECK)
     row_lse = load_vector(lse + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
     row_entropy, row_grad = delta, delta
     if ENTROPY:
@@ -89,7 +89,7 @@ def query_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, query, grad_output, batch, head, lse, slope, offset, temperature, scale_log2, factor, first_key,
+    dk, dv, k, v, query, grad_output, batch, head, lse, slope, offset, factors, scale_log2, factor, first_key,
     start, stop, tokens,
     MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, KEY_MAJOR: tl.constexpr,
@@ -102,7 +102,7 @@ def _key_gradients(
         row_const = load_vector(offset, m, tokens, 0.0, BLOCK_M, CHECK)
         row_slope = load_vector(slope, m, tokens, 0.0, BLOCK_M, CHECK) if ENTROPY else row_const
         if MODE == 2:
-            factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+            factor = logit_factor(factors, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         p, ds = score_tile(
             q, k, v, do, row_lse, row_slope, row_const, factor, m, first_key, tokens,
             MASK, KEY_MAJOR, CAUSAL, ENTROPY, MODE, PRECISION,
@@ -115,7 +115,7 @@ def _key_gradients(
 
 @triton.jit
 def key_kernel(
-    query, key, value, grad_output, grad_key, grad_value, lse, slope, offset, temperature, scale_log2, heads, group,
+    query, key, value, grad_output, grad_key, grad_value, lse, slope, offset, factors, scale_log2, heads, group,
     tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_MAJOR: tl.constexpr,
@@ -133,7 +133,7 @@ def key_kernel(
     dk = tl.zeros([BLOCK_N, HP], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, HP], dtype=tl.float32)
     # a temperature per head means one query head per key head here, so that its factor can wait until the end
-    factor = logit_factor(temperature, key_head, 0, tokens, scale_log2, MODE, BLOCK_M, True)
+    factor = logit_factor(factors, key_head, 0, tokens, scale_log2, MODE, BLOCK_M, True)
     start = (first_key // BLOCK_M) * BLOCK_M if CAUSAL else 0
     # rows from here on see every key of the block; without the causal mask only the last block of keys has any to hide
     unmasked = first_key + BLOCK_N if CAUSAL else (0 if EVEN else tokens)
@@ -143,12 +143,12 @@ def key_kernel(
         row_offset = (batch.to(tl.int64) * heads + head) * tokens
         dk, dv = _key_gradients(
             dk, dv, k, v, query, grad_output, batch, head, lse + row_offset, slope + row_offset, offset + row_offset,
-            temperature, scale_log2, factor, first_key, start, unmasked, tokens,
+            factors, scale_log2, factor, first_key, start, unmasked, tokens,
             True, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, KEY_MAJOR,
         )  # fmt: skip
         dk, dv = _key_gradients(
             dk, dv, k, v, query, grad_output, batch, head, lse + row_offset, slope + row_offset, offset + row_offset,
-            temperature, scale_log2, factor, first_key, unmasked, tokens, tokens,
+            factors, scale_log2, factor, first_key, unmasked, tokens, tokens,
             False, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, KEY_MAJOR,
         )  # fmt: skip
     dk *= LN2 if MODE == 2 else LN2 * factor

@@ -49,7 +49,7 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, output, lse, entropy, temperature, scale_log2, heads, group, tokens,
+    query, key, value, output, lse, entropy, factors, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def forward_kernel(
     key_head = head // group
     row_offset = (program // blocks).to(tl.int64) * tokens
 
-    factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
+    factor = logit_factor(factors, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
     q = load_rows(query, batch, head, first_row)
     if MODE != 0:  # a negative temperature: move the sign into the query (exact), for the maximum is taken of q . k
         q = tl.where(along_rows(factor, MODE, False) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)

@@ -22,7 +22,7 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _row_constants_of_head(
-    output, grad_output, batch, head, entropy, grad_entropy, slope, offset, temperature, scale_log2, tokens,
+    output, grad_output, batch, head, entropy, grad_entropy, slope, offset, factors, scale_log2, tokens,
     CHECK: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Works out slope and offset of every row before the keys are walked through."""
@@ -30,7 +30,7 @@ def _row_constants_of_head(
         o = load_rows(output, batch, head, m)
         do = load_rows(grad_output, batch, head, m)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+        factor = logit_factor(factors, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         row_entropy, row_grad = delta, delta
         if ENTROPY:
             row_entropy = load_vector(entropy, m, tokens, 0.0, BLOCK_M, CHECK)
@@ -44,7 +44,7 @@ def _row_constants_of_head(
 @triton.jit
 def _all_gradients(
     dk, dv, k, v, query, grad_output, grad_query, scratch, batch, head, lse, slope, offset, score_gradient,
-    temperature, scale_log2, factor, first_key, start, stop, tokens,
+    factors, scale_log2, factor, first_key, start, stop, tokens,
     DIAGONAL: tl.constexpr, CHECK: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, HP: tl.constexpr, KEY_MAJOR: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _all_gradients(
         row_const = load_vector(offset, m, tokens, 0.0, BLOCK_M, CHECK)
         row_slope = load_vector(slope, m, tokens, 0.0, BLOCK_M, CHECK) if ENTROPY else row_const
         if MODE == 2:
-            factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+            factor = logit_factor(factors, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         p, ds = score_tile(
             q, k, v, do, row_lse, row_slope, row_const, factor, m, first_key, tokens,
             DIAGONAL, KEY_MAJOR, True, ENTROPY, MODE, PRECISION,
@@ -82,7 +82,7 @@ def _all_gradients(
 @triton.jit
 def fused_kernel(
     query, key, value, output, grad_output, grad_query, grad_key, grad_value, scratch, lse, entropy, grad_entropy,
-    slope, offset, temperature, score_gradient, scale_log2, heads, group, tokens,
+    slope, offset, factors, score_gradient, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_MAJOR: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
@@ -100,10 +100,10 @@ def fused_kernel(
         row_offset = (batch.to(tl.int64) * heads + head) * tokens
         _row_constants_of_head(
             output, grad_output, batch, head, entropy + row_offset, grad_entropy + row_offset, slope + row_offset,
-            offset + row_offset, temperature, scale_log2, tokens, CHECK, ENTROPY, MODE, BLOCK_M,
+            offset + row_offset, factors, scale_log2, tokens, CHECK, ENTROPY, MODE, BLOCK_M,
         )  # fmt: skip
     # a temperature per head means one query head per key head here
-    factor = logit_factor(temperature, key_head, 0, tokens, scale_log2, MODE, BLOCK_M, True)
+    factor = logit_factor(factors, key_head, 0, tokens, scale_log2, MODE, BLOCK_M, True)
     for first_key in tl.range(0, tokens, BLOCK_N):
         tl.debug_barrier()  # what one thread wrote to scratch and constants another may read
         k = load_rows(key, batch, key_head, first_key)
@@ -117,14 +117,14 @@ def fused_kernel(
             unmasked = tl.minimum(first_key + BLOCK_N, tokens)
             dk, dv = _all_gradients(
                 dk, dv, k, v, query, grad_output, grad_query, partial, batch, head, lse + row_offset,
-                slope + row_offset, offset + row_offset, score_gradient + row_offset, temperature, scale_log2, factor,
+                slope + row_offset, offset + row_offset, score_gradient + row_offset, factors, scale_log2, factor,
                 first_key, first_key, unmasked, tokens,
                 True, CHECK, ENTROPY, MODE, PRECISION, BLOCK_M, HP, KEY_MAJOR, SINGLE,
             )  # fmt: skip
             if not SINGLE:
                 dk, dv = _all_gradients(
                     dk, dv, k, v, query, grad_output, grad_query, partial, batch, head, lse + row_offset,
-                    slope + row_offset, offset + row_offset, score_gradient + row_offset, temperature, scale_log2,
+                    slope + row_offset, offset + row_offset, score_gradient + row_offset, factors, scale_log2,
                     factor, first_key, first_key + BLOCK_N, tokens, tokens,
                     False, CHECK, ENTROPY, MODE, PRECISION, BLOCK_M, HP, KEY_MAJOR, SINGLE,
                 )  # fmt: skip

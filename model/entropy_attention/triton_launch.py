@@ -36,7 +36,7 @@ def forward(
     output_BNTH = empty_in_layout(q_BNTH)
     lse_BNT = torch.empty(q_BNTH.shape[:3], dtype=torch.float32, device=q_BNTH.device)
     entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
-    mode, temperature = _temperature(temperature, q_BNTH, k_BKTH)
+    mode, factors = _factors(temperature, scale, q_BNTH, k_BKTH)
     blocks = configuration(q_BNTH.dtype, width, tokens, causal).forward
     forward_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
         _descriptor(q_BNTH, blocks.rows),
@@ -45,7 +45,7 @@ def forward(
         _descriptor(output_BNTH, blocks.rows),
         lse_BNT,
         entropy_BNT,
-        temperature,
+        factors,
         scale * LOG2_E,
         heads,
         heads // k_BKTH.shape[1],
@@ -81,7 +81,7 @@ def backward(
         "grad_key": empty_in_layout(k_BKTH),
         "grad_value": empty_in_layout(v_BKTH),
     }
-    mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
+    mode, factors = _factors(temperature, scale, q_BNTH, k_BKTH)
     score_gradient_BNT = torch.empty_like(lse_BNT) if temperature is not None else None
     unread = lse_BNT  # stands in for pointers that the kernel's mode leaves alone
     arguments = {
@@ -90,7 +90,7 @@ def backward(
         "grad_entropy": unread if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
         "slope": unread if grad_entropy_BNT is None else torch.empty_like(lse_BNT),
         "offset": torch.empty_like(lse_BNT),
-        "temperature": kernel_temperature,
+        "factors": factors,
         "score_gradient": unread if score_gradient_BNT is None else score_gradient_BNT,
         "scale_log2": scale * LOG2_E,
         "heads": q_BNTH.shape[1],
@@ -139,15 +139,15 @@ def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode
     )
 
 
-def _temperature(temperature: Tensor | None, q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[int, Tensor | None]:
-    """The kernels' temperature mode and a contiguous float32 tensor for it."""
+def _factors(temperature: Tensor | None, scale: float, q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[int, Tensor | None]:
+    """The kernels' temperature mode, and scale / (t ln 2) as a contiguous [N] or [N, T] for it."""
     if temperature is None:
         return 0, None
-    temperature = temperature.float()
-    if temperature.dim() == 1 and q_BNTH.shape[1] != k_BKTH.shape[1]:
+    factors = (scale * LOG2_E) / temperature.float()
+    if factors.dim() == 1 and q_BNTH.shape[1] != k_BKTH.shape[1]:
         # heads that share a key have temperatures of their own, so the factor belongs to the row
-        temperature = temperature[:, None].expand(-1, q_BNTH.shape[2])
-    return temperature.dim(), temperature.contiguous()
+        factors = factors[:, None].expand(-1, q_BNTH.shape[2])
+    return factors.dim(), factors.contiguous()
 
 
 def _addressable(x_BNTH: Tensor) -> bool:

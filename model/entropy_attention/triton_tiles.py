@@ -44,16 +44,14 @@ def store_vector(pointer, vector, start, tokens, BLOCK: tl.constexpr, CHECK: tl.
 
 
 @triton.jit
-def logit_factor(
-    temperature, head, start, tokens, scale_log2, MODE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
-):
+def logit_factor(factors, head, start, tokens, scale_log2, MODE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """scale / (t ln 2): what q . k is multiplied by. A number, or with a temperature per row a vector [BLOCK]."""
     if MODE == 0:
         factor = scale_log2
     elif MODE == 1:
-        factor = scale_log2 / tl.load(temperature + head)
+        factor = tl.load(factors + head)
     else:
-        factor = scale_log2 / load_vector(temperature + head.to(tl.int64) * tokens, start, tokens, 1.0, BLOCK, CHECK)
+        factor = load_vector(factors + head.to(tl.int64) * tokens, start, tokens, 0.0, BLOCK, CHECK)
     return factor
 
 
