@@ -39,14 +39,14 @@ class DataConfig:
     path: str = _explained(
         "datasets/quickstart", "A prepared dataset (python -m data.prepare); its tokenizer fixes the vocabulary."
     )
-    vocab_size: int | None = _explained(
+    planned_vocab_size: int | None = _explained(
         None,
-        "Expected vocabulary in tokens; an error if the dataset has another. --dry-run uses it where no dataset is there yet.",
+        "Tokens that --dry-run assumes where the dataset is not prepared yet; training takes the dataset's own number.",
     )
 
     def faults(self) -> list[str]:
-        if self.vocab_size is not None and self.vocab_size < 1:
-            return [f"data.vocab_size = {self.vocab_size} must be at least 1 (tokens), or null"]
+        if self.planned_vocab_size is not None and self.planned_vocab_size < 1:
+            return [f"data.planned_vocab_size = {self.planned_vocab_size} must be at least 1 (tokens), or null"]
         return []
 
 

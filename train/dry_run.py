@@ -38,7 +38,7 @@ def print_plan(config: Config, world_size: int | None) -> None:
     """Prints configuration, parameters, steps and ranks.
 
     Raises:
-        ConfigError: the sizes do not fit the world, or neither dataset nor data.vocab_size tells the vocabulary.
+        ConfigError: the sizes do not fit the world, or neither dataset nor data.planned_vocab_size tells the vocabulary.
     """
     parallel = config.parallel
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size if world_size is None else world_size
@@ -71,6 +71,6 @@ def _vocab_size(config: Config) -> tuple[int, str]:
     try:
         return load_manifest(config.data.path).vocab_size, f"from {config.data.path}"
     except DataError as error:
-        if config.data.vocab_size is None:
-            raise ConfigError([f"{error} (or set data.vocab_size to plan without the dataset)"]) from None
-        return config.data.vocab_size, "from data.vocab_size; the dataset is not there yet"
+        if config.data.planned_vocab_size is None:
+            raise ConfigError([f"{error} (or set data.planned_vocab_size to plan without the dataset)"]) from None
+        return config.data.planned_vocab_size, "from data.planned_vocab_size; the dataset is not there yet"

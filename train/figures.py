@@ -100,7 +100,7 @@ def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     newest = run.newest_heads()
     if newest is not None:
         entropy_nats, moment = newest
-        yield "head_map", plots.head_map_figure(entropy_nats, run.seq_length, f"{run.title}, {moment}")
+        yield "head_map", plots.head_map_figure(entropy_nats, run.seq_length, f"{run.title}\n{moment}")
     if run.training_rows:
         train = {key: as_array([row[key] for row in run.training_rows]) for key in ("step", "ce_loss", "entropy_loss")}
         yield "loss", plots.loss_figure(train, validation_curve(run, "step"), run.title)

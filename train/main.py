@@ -64,11 +64,6 @@ def train(config: Config) -> int:
 
     manifest = load_manifest(config.data.path)
     faults = world_faults(config, world_size())
-    if config.data.vocab_size not in (None, manifest.vocab_size):
-        faults.append(
-            f"data.vocab_size = {config.data.vocab_size}, but the tokenizer of {config.data.path} has {manifest.vocab_size} tokens; "
-            "prepare the dataset with that vocabulary or change the key"
-        )
     for split in ("train", "validation"):
         if manifest.num_samples(split, config.model.seq_length) == 0:
             faults.append(

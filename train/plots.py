@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -76,6 +77,8 @@ def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) 
     rows = -(-len(arrays) // columns)
     cells = tuple(max(array.shape[axis] for array in arrays) for axis in (0, 1))
     width_in, height_in = _map_size_in(cells, columns, rows)
+    title_in = 0.085 * max(len(line) for title in maps for line in title.split("\n"))
+    width_in = max(width_in, title_in - 0.75)
     figure = _new_figure(columns * (width_in + 0.75) + 1.1, rows * (height_in + 0.95))
     ceiling = max(entropy_ceiling_nats(length) for length in seq_lengths)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -84,8 +87,9 @@ def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) 
         axes.set_title(title, fontsize=10, color=INK)
     for axes in panels[len(arrays) :]:
         axes.set_axis_off()
-    label = "mean attention entropy (nats); top of the scale: ln(T!)/T"
-    _colour_bar(figure, image, list(panels), label, height_in=rows * height_in)
+    bar = _colour_bar(figure, image, list(panels), "mean entropy (nats)", height_in=rows * height_in)
+    marks = [mark for mark in MaxNLocator(4).tick_values(0, ceiling) if 0 <= mark < 0.92 * ceiling]
+    bar.set_ticks([*marks, ceiling], labels=[*(f"{mark:g}" for mark in marks), f"{ceiling:.2f}\nln(T!)/T"])
     return figure
 
 
@@ -94,6 +98,7 @@ def threshold_map_figure(threshold: ArrayLike, title: str = "") -> Figure:
     values = np.asarray(threshold, dtype=float)
     layers, heads = values.shape
     width_in, height_in = _map_size_in((layers, heads))
+    width_in = max(width_in, 0.085 * len(title) - 0.75)
     figure = _new_figure(width_in + 5.2, height_in + 0.95)
     panels = figure.subplots(1, 3, width_ratios=[width_in, 1.5, 1.5], sharey=True)
     image = _draw_map(panels[0], values, _rounded_range(values), (width_in / heads, height_in / layers))
@@ -106,7 +111,7 @@ def threshold_map_figure(threshold: ArrayLike, title: str = "") -> Figure:
         _tidy(axes)
         axes.set_title(f"{name} of θ\nover heads", fontsize=9, color=INK)
         axes.tick_params(labelleft=False, left=False, labelsize=7)
-        axes.xaxis.set_major_locator(MaxNLocator(2))
+        axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
         axes.xaxis.get_offset_text().set_fontsize(7)
     panels[1].margins(x=0.25)
@@ -162,6 +167,7 @@ def bins_figure(steps: ArrayLike, entropy_nats: ArrayLike, title: str = "") -> F
     over_time.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     over_time.set_title(title, fontsize=10, color=INK)
     _tidy(last)
+    last.grid(axis="y", visible=False)
     positions = range(4)
     bars = last.barh(positions, np.nan_to_num(percent_S4[-1]), color=QUARTER_COLOURS, height=0.6)
     last.bar_label(bars, [f"{share:.1f}%" for share in percent_S4[-1]], padding=3, fontsize=8, color=INK)
@@ -253,7 +259,7 @@ def validation_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], title: st
             linewidth=1.4,
             color=PALETTE[index % len(PALETTE)],
             linestyle=LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)],
-            label=f"{name}: {_perplexity(losses)}",
+            label=f"{name},  {_perplexity(losses)}",
         )
     axes.set_xlim(0, millions * 1.03)
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats a token)")
@@ -290,7 +296,7 @@ def _map_size_in(cells: tuple[int, ...], columns: int = 1, rows: int = 1) -> tup
     layers, heads = cells
     width_in = min(0.48 * heads, LARGEST_MAP_IN[0] / columns)
     height_in = min(0.32 * layers, LARGEST_MAP_IN[1] / rows)
-    return max(width_in, 1.6), max(height_in, 1.2)
+    return max(width_in, 2.0), max(height_in, 1.5)
 
 
 def _draw_map(axes: Axes, values: Array, colour_range: tuple[float, float], cell_in: tuple[float, float]) -> AxesImage:
@@ -312,7 +318,8 @@ def _draw_map(axes: Axes, values: Array, colour_range: tuple[float, float], cell
         text = f"{value:.{decimals}f}" if np.isfinite(value) else "NaN"
         dark = np.isfinite(value) and value < low + 0.55 * (high - low)
         ink = "white" if dark else "black"
-        axes.text(head, layer, text, ha="center", va="center", fontsize=font_size, color=ink)
+        note = axes.text(head, layer, text, ha="center", va="center", fontsize=font_size, color=ink)
+        note.set_in_layout(False)  # inside its cell anyway; measuring thousands would take seconds
     return image
 
 
@@ -344,14 +351,17 @@ def _rounded_range(values: Array) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.1, high + 0.1)
 
 
-def _colour_bar(figure: Figure, image: AxesImage, axes: list[Axes], label: str, height_in: float) -> None:
-    """A bar beside the maps, its label broken where the map is lower than the label is long."""
-    if len(label) * 0.07 > height_in:
-        label = label.replace("; ", "\n").replace(" (", "\n(")
-    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, aspect=max(8.0, 5 * height_in))
+def _colour_bar(figure: Figure, image: AxesImage, axes: list[Axes], label: str, height_in: float) -> Colorbar:
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, aspect=5 * height_in)
+    return _tidy_bar(bar, label)
+
+
+def _tidy_bar(bar: Colorbar, label: str) -> Colorbar:
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(labelsize=8, colors=INK, length=2)
-    bar.set_label(label, fontsize=8.5, color=INK)
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8, colors=INK, length=0)
+    bar.set_label(label, fontsize=9, color=INK)
+    return bar
 
 
 def _depth_colours(layers: int) -> ListedColormap:
@@ -376,9 +386,8 @@ def _depth_bar(figure: Figure, axes: list[Axes], layers: int) -> None:
     scale = ScalarMappable(BoundaryNorm(edges, layers), _depth_colours(layers))
     stride = -(-layers // 12)
     bar = figure.colorbar(scale, ax=axes, pad=0.015, fraction=0.05, aspect=28, ticks=np.arange(0, layers, stride))
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(labelsize=8, colors=INK, length=0)
-    bar.set_label("layer", fontsize=9, color=INK)
+    bar.ax.invert_yaxis()  # layer 0 on top, as in the maps
+    _tidy_bar(bar, "layer")
 
 
 def _noisy_line(axes: Axes, steps: Array, values: Array, colour: str, label: str) -> None:
@@ -389,7 +398,8 @@ def _noisy_line(axes: Axes, steps: Array, values: Array, colour: str, label: str
         return
     axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
     smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=colour, linewidth=1.5, label=f"{label} (mean of {window} steps)")
+    middles = steps[window // 2 :][: len(smooth)]  # centred, so that the line does not lag behind a steep start
+    axes.plot(middles, smooth, color=colour, linewidth=1.5, label=f"{label} (mean of {window} steps)")
 
 
 def _perplexity(losses: ArrayLike) -> str:

@@ -58,7 +58,7 @@ def test_the_last_override_of_a_key_wins(tmp_path: Path) -> None:
         ("logging.tensorboard=false", "logging", "tensorboard", False),
         ("model.final_norm=true", "model", "final_norm", True),
         ("model.fused_ffn=null", "model", "fused_ffn", True),
-        ("data.vocab_size=null", "data", "vocab_size", None),
+        ("data.planned_vocab_size=null", "data", "planned_vocab_size", None),
         ("data.path=some/where", "data", "path", "some/where"),
         ('data.path="quoted name"', "data", "path", "quoted name"),
         ("data.path=a=b", "data", "path", "a=b"),
@@ -132,7 +132,7 @@ def test_unknown_keys_in_the_file_are_faults_too(tmp_path: Path) -> None:
         ("optimizer.learning_rate=1" + 400 * "0", "a number"),
         ("logging.tensorboard=1", "true or false"),
         ("data.path=7", "a string"),
-        ("data.vocab_size=many", "a whole number or null"),
+        ("data.planned_vocab_size=many", "a whole number or null"),
         ("parallel.zero_stage=0", "one of 1, 2, 3"),
         ("parallel.zero_stage=true", "one of 1, 2, 3"),
         ("training.precision=fp8", 'one of "auto", "bf16", "fp32"'),
@@ -168,7 +168,7 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("model.init_std=-1", r"model\.init_std = -1\.0 must be positive"),
         ("regularizer.coefficient=-1", r"regularizer\.coefficient = -1\.0 must not be negative; 0 turns .* off"),
         ("regularizer.margin=1", r"regularizer\.margin = 1\.0 must lie in \[0, 1\).*"),
-        ("data.vocab_size=0", r"data\.vocab_size = 0 must be at least 1 \(tokens\), or null"),
+        ("data.planned_vocab_size=0", r"data\.planned_vocab_size = 0 must be at least 1 \(tokens\), or null"),
         ("optimizer.learning_rate=0", r"optimizer\.learning_rate = 0\.0 must be positive"),
         ("optimizer.min_learning_rate=1", r"optimizer\.min_learning_rate = 1\.0 must lie between 0 and .*0\.001"),
         ("optimizer.warmup_fraction=5", r"optimizer\.warmup_fraction = 5\.0 must lie in \[0, 1\].*"),
@@ -298,7 +298,9 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_dictionary_makes_the_round_trip(tmp_path: Path) -> None:
-    config = load(tmp_path, "model.architecture=SM+LN+G", "data.vocab_size=77", deepspeed={"steps_per_print": 5})
+    config = load(
+        tmp_path, "model.architecture=SM+LN+G", "data.planned_vocab_size=77", deepspeed={"steps_per_print": 5}
+    )
     assert config_from_dict(json.loads(json.dumps(config.as_dict()))) == config
     assert config.model.ffn_hidden_size == 4 * 768 and config.model.activation == "gelu", "resolved"
 

@@ -15,11 +15,10 @@ from train.dry_run import KINDS, parameter_counts, print_plan
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
-VOCABULARY = {"quickstart.json": ["data.vocab_size=4096"]}
 
 
 def plan(capsys: pytest.CaptureFixture[str], name: str, *overrides: str, world: int | None = None) -> str:
-    arguments = [*VOCABULARY.get(name, []), "data.path=not/prepared/yet", *overrides]
+    arguments = ["data.path=not/prepared/yet", *overrides]
     print_plan(load_config(ROOT / "configs" / name, arguments), world)
     return capsys.readouterr().out
 
@@ -104,8 +103,8 @@ def test_world_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_vocabulary_from_nowhere() -> None:
-    config = load_config(ROOT / "configs" / "ereg.json", ["data.path=not/prepared/yet", "data.vocab_size=null"])
-    with pytest.raises(ConfigError, match=r"not/prepared/yet.*data\.vocab_size"):
+    config = load_config(ROOT / "configs" / "ereg.json", ["data.path=not/prepared/yet", "data.planned_vocab_size=null"])
+    with pytest.raises(ConfigError, match=r"not/prepared/yet.*data\.planned_vocab_size"):
         print_plan(config, None)
 
 

@@ -1,0 +1,39 @@
+"""What several test modules share."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+TINY = {
+    "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32},
+    "regularizer": {"margin": 0.05},
+    "training": {
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
+        "train_steps": 12,
+        "evaluation_interval": 6,
+        "evaluation_samples": 8,
+    },
+    "checkpoint": {"interval": 6},
+    "logging": {"interval": 4, "tensorboard": False},
+}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset of this project's own sources, vocabulary 300."""
+    from data.prepare import main
+
+    folder = tmp_path_factory.mktemp("dataset")
+    sources = Path(__file__).parents[1] / "model"
+    assert main(["--input", str(sources), "--output", str(folder), "--vocab-size", "400"]) == 0
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, dataset: Path) -> Path:
+    """A configuration file that trains in a second; its run_dir is below tmp_path."""
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps({**TINY, "data": {"path": str(dataset)}, "run_dir": str(tmp_path / "run")}))
+    return file

@@ -1,0 +1,166 @@
+"""Whole runs through train.main: resuming, other layouts, evaluation, and what bad input is answered with."""
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+
+
+@dataclass
+class Answer:
+    statuses: list[int]
+    stdout: str
+    stderr: str
+
+
+def run_main(world_size: int, config: Path, *overrides: str) -> Answer:
+    answers = run_ranks(_main, world_size, ["--config", str(config), *overrides])
+    return Answer([a[0] for a in answers], "".join(a[1] for a in answers), "".join(a[2] for a in answers))
+
+
+def _main(arguments: list[str]) -> tuple[int, str, str]:
+    from train.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    return status, out.getvalue(), err.getvalue()
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+TIMES = {"step_time_s", "tokens_per_second"}
+
+
+def without_times(run: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run)]
+
+
+def interrupted_copy(run: Path, step: int) -> Path:
+    """A run as a crash some steps after the checkpoint of `step` leaves it: later rows, the last of them cut off."""
+    copy = run.with_name("interrupted")
+    shutil.copytree(run, copy)
+    for later in (copy / "checkpoints").iterdir():
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text[: len(text) - 25])
+    return copy
+
+
+def test_a_run_leaves_every_step_and_resumes_bit_for_bit(tiny_config: Path, tmp_path: Path) -> None:
+    answer = run_main(1, tiny_config)
+    assert answer.statuses == [0], answer.stderr
+    run = tmp_path / "run"
+    steps = [row for row in rows(run) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert all(row["loss"] == pytest.approx(row["ce_loss"] + row["entropy_loss"]) for row in steps)
+    assert [row["step"] for row in rows(run) if "validation_loss" in row] == [6, 12]
+    assert [row["step"] for row in rows(run, "entropy.jsonl")] == [4, 8, 12]
+
+    copy = interrupted_copy(run, 6)
+    assert run_main(1, tiny_config, f"run_dir={copy}").statuses == [0]
+    assert without_times(copy) == without_times(run)
+
+    complete = run_main(1, tiny_config)
+    assert complete.statuses == [0] and "is complete" in complete.stdout
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, ["parallel.tensor_parallel_size=2"]),
+        (2, ["parallel.pipeline_parallel_size=2"]),
+        (2, ["training.micro_batch_size=2", "parallel.zero_stage=3"]),
+    ],
+)
+def test_another_layout_goes_on_where_one_process_stopped(
+    tiny_config: Path, tmp_path: Path, world_size: int, layout: list[str]
+) -> None:
+    assert run_main(1, tiny_config).statuses == [0]
+    copy = interrupted_copy(tmp_path / "run", 6)
+    answer = run_main(world_size, tiny_config, f"run_dir={copy}", *layout)
+    assert answer.statuses == [0] * world_size, answer.stderr
+    for found, expected in zip(without_times(copy), without_times(tmp_path / "run"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_process_evaluates_what_four_trained(tiny_config: Path, tmp_path: Path) -> None:
+    layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
+    assert run_main(4, tiny_config, *layout).statuses == [0] * 4
+    run = tmp_path / "run"
+    assert run_ranks(_evaluate, 1, str(run)) == [0]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    last = next(row for row in reversed(rows(run)) if "validation_loss" in row)
+    assert evaluation["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert evaluation["entropy_nats"][1][3] > 0
+
+
+def _evaluate(run: str) -> int:
+    from train.evaluate import main
+
+    return main(["--run", run])
+
+
+def test_world_size_and_batch_must_fit(tiny_config: Path) -> None:
+    answer = run_main(2, tiny_config, "parallel.tensor_parallel_size=4")
+    assert answer.statuses == [2, 2]
+    assert answer.stderr.count("error:") == 1 and "world size 2 is not a multiple" in answer.stderr
+    answer = run_main(1, tiny_config, "training.global_batch_size=6")
+    assert answer.statuses == [2] and "not a multiple of micro_batch_size(4)" in answer.stderr
+
+
+def test_a_run_of_another_model_is_not_touched(tiny_config: Path, tmp_path: Path) -> None:
+    assert run_main(1, tiny_config).statuses == [0]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    answer = run_main(1, tiny_config, "model.num_layers=3")
+    assert answer.statuses == [2]
+    assert "holds a run of another model (model.num_layers is 2 there and 3 here)" in answer.stderr
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    del before[tmp_path / "run" / "run.lock"], after[tmp_path / "run" / "run.lock"]
+    assert after == before
+
+
+def test_a_run_directory_in_use_is_refused(tiny_config: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "run.lock").open("w") as lock:
+        lock.write("process 7 on node3")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = run_main(1, tiny_config)
+    assert answer.statuses == [2] and "process 7 on node3 is training there" in answer.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "marker"])
+def test_a_damaged_checkpoint_is_named(tiny_config: Path, tmp_path: Path, damage: str) -> None:
+    assert run_main(1, tiny_config).statuses == [0]
+    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
+    file = newest / ("checkpoint.json" if damage == "marker" else "rank_00000.pt")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    answer = run_main(1, tiny_config, "training.train_steps=14")
+    assert answer.statuses == [2] and str(file) in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_a_missing_dataset_is_named(tiny_config: Path, tmp_path: Path) -> None:
+    answer = run_main(1, tiny_config, f"data.path={tmp_path}/nowhere")
+    assert answer.statuses == [2] and "nowhere" in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tiny_config: Path, tmp_path: Path) -> None:
+    answer = run_main(
+        1, tiny_config, "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0", "checkpoint.interval=1"
+    )
+    assert answer.statuses == [1] and "the loss is nan" in answer.stderr.lower()
