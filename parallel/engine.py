@@ -104,16 +104,11 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the training state, under global names (see parallel.state)."""
-        return save_pieces(self.stage, self._base_optimizer, self.groups)
+        return save_pieces(self.stage, self.engine.optimizer.optimizer, self.groups)
 
     def load_state_dict(self, saved: SavedState, vocab_size: int) -> None:
         """Restores the training state, whatever layout saved it; raises KeyError where something is missing."""
-        load_pieces(self.stage, self._base_optimizer, self.groups, saved, vocab_size)
-
-    @property
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW below DeepSpeed's wrapper; its parameters are this rank's flat float32 partitions."""
-        return self.engine.optimizer.optimizer
+        load_pieces(self.stage, self.engine.optimizer, self.groups, saved, vocab_size)
 
 
 @torch.no_grad()

@@ -102,15 +102,17 @@ def load_weights(stage: nn.Module, groups: Groups, saved: SavedState, vocab_size
 
 
 @torch.no_grad()
-def load_pieces(
-    stage: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, saved: SavedState, vocab_size: int
-) -> None:
+def load_pieces(stage: nn.Module, wrapper: Any, groups: Groups, saved: SavedState, vocab_size: int) -> None:
     """Fills weights, master copies and moments of this rank's layout, whatever the layout that saved them.
+
+    Args:
+        wrapper: DeepSpeed's optimizer around AdamW.
 
     Raises:
         KeyError: a parameter or a part of it was not saved.
     """
-    create_moments(optimizer, saved.adam_step)
+    create_moments(wrapper, saved.adam_step)
+    optimizer = wrapper.optimizer
     shard = cut(stage.transformer, groups)
     for name, parameter in named_parameters(stage.transformer):
         piece = piece_of(parameter, optimizer, groups)
@@ -158,16 +160,22 @@ def _piece_of_stage_3(parameter: nn.Parameter, groups: Groups) -> Piece | None:
     return Piece(start, safe_get_local_fp32_param(parameter).flatten()[:length], moments)
 
 
-def create_moments(optimizer: torch.optim.Optimizer, adam_step: float) -> None:
+def create_moments(wrapper: Any, adam_step: float) -> None:
     """Gives every flat master copy Adam's state at `adam_step`, which torch would create at the first step."""
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            state = optimizer.state[flat]
-            for kind in MOMENTS:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(flat)
-            device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-            state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=device)
+    optimizer = wrapper.optimizer
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for flat in flat_masters(wrapper):
+        state = optimizer.state[flat]
+        for kind in MOMENTS:
+            if kind not in state:
+                state[kind] = torch.zeros_like(flat)
+        state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=flat.device if on_device else "cpu")
+
+
+def flat_masters(wrapper: Any) -> list[Tensor]:
+    """This rank's flat float32 partitions; ZeRO-3 hands them to AdamW only while it steps."""
+    groups = wrapper.optimizer.param_groups
+    return getattr(wrapper, "fp32_partitioned_groups_flat", [flat for group in groups for flat in group["params"]])
 
 
 def adam_step(optimizer: torch.optim.Optimizer) -> float:
