@@ -44,6 +44,7 @@ class StepMetrics:
         """Rows of the steps since the last flush, with global values."""
         values = sum_over_ranks(torch.stack(self._parts)).tolist()
         times_s = self._clock.step_times_s()
+        memory = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
         rows = []
         for (step, rate), (cross_entropy, entropy_loss, norm), step_time_s in zip(
             self._steps, values, times_s, strict=True
@@ -59,6 +60,7 @@ class StepMetrics:
                     "grad_norm": norm,
                     "step_time_s": step_time_s,
                     "tokens_per_second": self.tokens_per_step / step_time_s,
+                    **memory,
                 }
             )
         self._parts, self._steps = [], []
