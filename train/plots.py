@@ -73,7 +73,7 @@ def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) 
         seq_lengths: context T of each, in tokens.
     """
     arrays = [np.asarray(values, dtype=float) for values in maps.values()]
-    columns = min(len(arrays), 3)
+    columns = len(arrays) if len(arrays) < 4 else 2 + (len(arrays) > 4)
     rows = -(-len(arrays) // columns)
     cells = tuple(max(array.shape[axis] for array in arrays) for axis in (0, 1))
     width_in, height_in = _map_size_in(cells, columns, rows)
@@ -83,13 +83,14 @@ def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) 
     ceiling = max(entropy_ceiling_nats(length) for length in seq_lengths)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, title, array in zip(panels, maps, arrays, strict=False):
-        image = _draw_map(axes, array, (0.0, ceiling), (width_in / cells[1], height_in / cells[0]))
+        image = _draw_map(axes, array, (0.0, ceiling), (width_in / array.shape[1], height_in / array.shape[0]))
         axes.set_title(title, fontsize=10, color=INK)
     for axes in panels[len(arrays) :]:
         axes.set_axis_off()
-    bar = _colour_bar(figure, image, list(panels), "mean entropy (nats)", height_in=rows * height_in)
+    bar = _colour_bar(figure, image, list(panels), "mean entropy (nats)", (columns * width_in, rows * height_in))
     marks = [mark for mark in MaxNLocator(4).tick_values(0, ceiling) if 0 <= mark < 0.92 * ceiling]
-    bar.set_ticks([*marks, ceiling], labels=[*(f"{mark:g}" for mark in marks), f"{ceiling:.2f}\nln(T!)/T"])
+    bar.set_ticks([*marks, ceiling], labels=[*(f"{mark:g}" for mark in marks), f"{ceiling:.2f}"])
+    bar.ax.set_title("ln(T!)/T", fontsize=8, color=INK, loc="left")
     return figure
 
 
@@ -103,7 +104,8 @@ def threshold_map_figure(threshold: ArrayLike, title: str = "") -> Figure:
     panels = figure.subplots(1, 3, width_ratios=[width_in, 1.5, 1.5], sharey=True)
     image = _draw_map(panels[0], values, _rounded_range(values), (width_in / heads, height_in / layers))
     panels[0].set_title(title, fontsize=10, color=INK)
-    _colour_bar(figure, image, [panels[0]], "threshold θ (fraction of ln T)", height_in)
+    _colour_bar(figure, image, [panels[0]], "threshold θ (of ln T)", (width_in, height_in))
+    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr, call-arg]
     rows = np.arange(layers)
     panels[1].plot(values.mean(axis=1), rows, "o-", color=PALETTE[0], markersize=3.5, linewidth=1)
     panels[2].barh(rows, values.var(axis=1), height=0.6, color=PALETTE[0])
@@ -163,8 +165,8 @@ def bins_figure(steps: ArrayLike, entropy_nats: ArrayLike, title: str = "") -> F
     if len(x) == 1:  # an area needs two ends
         x, percent_S4 = np.array([x[0] - 0.5, x[0] + 0.5]), percent_S4.repeat(2, axis=0)
     over_time.stackplot(x, percent_S4.T, colors=QUARTER_COLOURS, edgecolor="white", linewidth=0.4)
-    over_time.set(xlim=(x[0], x[-1]), ylim=(0, 100), xlabel="optimizer step", ylabel="share of heads (%)")
-    over_time.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    over_time.set(xlim=(x[0], x[-1]), ylim=(0, 100), ylabel="share of heads (%)")
+    _step_axis(over_time, np.asarray(steps))
     over_time.set_title(title, fontsize=10, color=INK)
     _tidy(last)
     last.grid(axis="y", visible=False)
@@ -235,8 +237,7 @@ def loss_figure(
     if regularized:
         _noisy_line(grid[1], steps, entropy_loss, PALETTE[2], "entropy loss")
         grid[1].set_ylabel("entropy loss\n(nats a token)")
-    grid[-1].set_xlabel("optimizer step")
-    grid[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _step_axis(grid[-1], steps)
     return figure
 
 
@@ -351,8 +352,11 @@ def _rounded_range(values: Array) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.1, high + 0.1)
 
 
-def _colour_bar(figure: Figure, image: AxesImage, axes: list[Axes], label: str, height_in: float) -> Colorbar:
-    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, aspect=5 * height_in)
+def _colour_bar(
+    figure: Figure, image: AxesImage, axes: list[Axes], label: str, size_in: tuple[float, float]
+) -> Colorbar:
+    """A bar as high as the maps beside it, which take `size_in` (width, height) in inches."""
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.22 / size_in[0], aspect=size_in[1] / 0.18)
     return _tidy_bar(bar, label)
 
 
@@ -376,8 +380,14 @@ def _lines_by_depth(axes: Axes, steps: ArrayLike, values_SL: Array) -> None:
     marker = "o" if len(x) < 3 else None  # a line through one point is invisible
     for layer, line in enumerate(values_SL.T):
         axes.plot(x, line, color=colours(layer), linewidth=1.3, marker=marker, markersize=3)
+    _step_axis(axes, x)
+
+
+def _step_axis(axes: Axes, steps: Array) -> None:
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    if len(steps) == 1:  # a range of no width would be cut into fractions of a step
+        axes.set_xticks(steps)
 
 
 def _depth_bar(figure: Figure, axes: list[Axes], layers: int) -> None:
