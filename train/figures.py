@@ -286,8 +286,8 @@ def check_head_row(file: Path, row: Row, shape: tuple[int, int]) -> None:
             continue
         try:
             found: Any = as_array(row[key]).shape
-        except (TypeError, ValueError):
-            found = "something else"
+        except FigureError:
+            found = "no array of numbers"
         if found != wanted:
             raise FigureError(
                 f"{file}: step {row['step']}: {key} is {found}, but the model has [layers, heads] = {list(shape)}; "
@@ -296,8 +296,11 @@ def check_head_row(file: Path, row: Row, shape: tuple[int, int]) -> None:
 
 
 def as_array(values: Any) -> Array:
-    """Numbers as float64; null, which stands for what is not finite, as NaN."""
-    return np.array(values, dtype=np.float64)
+    """Numbers as float64; null, which stands for what is not finite, as NaN. Raises FigureError for anything else."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise FigureError(f"a row holds something other than numbers ({error}); remove that row") from None
 
 
 if __name__ == "__main__":

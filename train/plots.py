@@ -175,7 +175,9 @@ def bins_figure(steps: ArrayLike, entropy_nats: ArrayLike, title: str = "") -> F
     last.bar_label(bars, [f"{share:.1f}%" for share in percent_S4[-1]], padding=3, fontsize=8, color=INK)
     last.set_yticks(positions, QUARTERS, fontsize=8)
     last.set(xlim=(0, 118), xticks=[0, 25, 50, 75, 100], xlabel="share of heads (%)")
-    last.set_title(f"last step: {percent_S4[-1, 1:3].sum():.0f}% in the middle two", fontsize=10, color=INK)
+    healthy = percent_S4[-1, 1:3].sum()
+    outcome = f"{healthy:.0f}% in the middle two" if np.isfinite(healthy) else "no head is finite"
+    last.set_title(f"last step: {outcome}", fontsize=10, color=INK)
     return figure
 
 
@@ -203,7 +205,8 @@ def scales_figure(
             least, greatest = (np.asarray(bound, dtype=float) for bound in ranges[label])
             axes.fill_between(np.asarray(steps), least, greatest, color=GRID, zorder=0, linewidth=0)
             values_SL = np.stack([least, greatest])
-        if np.nanmin(values_SL) > 0 and np.nanmax(values_SL) > 8 * np.nanmin(values_SL):
+        finite = values_SL[np.isfinite(values_SL)]
+        if finite.size and finite.min() > 0 and finite.max() > 8 * finite.min():
             axes.set_yscale("log")
         axes.set_title(label, fontsize=10, color=INK)
     figure.suptitle(title, fontsize=10, color=INK)
