@@ -10,13 +10,14 @@ import torch
 
 @dataclass(frozen=True)
 class Blocks:
-    """BLOCK_M query rows by BLOCK_N keys a tile; key_major keeps tiles of the backward as [keys, rows]."""
+    """`rows` queries by `keys` keys a tile. `registers` caps a thread's registers, so that more programs share a processor."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    key_major: bool = True
+    registers: int | None = None
+    key_major: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,5 @@ def configuration(dtype: torch.dtype, width: int, tokens: int, causal: bool) -> 
     if width > 128:
         return Configuration(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1), None)
     if width > 64:
-        return Configuration(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), None)
-    fused = Blocks(64, 128, 8, 2) if causal and tokens <= 1024 else None
-    return Configuration(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), fused)
+        return Configuration(Blocks(64, 64, 4, 2, 168), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), None)
+    return Configuration(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2, 128), Blocks(64, 64, 4, 2), None)

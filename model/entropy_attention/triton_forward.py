@@ -63,9 +63,10 @@ def forward_kernel(
 
     factor = logit_factor(factors, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
     q = load_rows(query, batch, head, first_row)
-    if MODE != 0:  # a negative temperature: move the sign into the query (exact), for the maximum is taken of q . k
-        q = tl.where(along_rows(factor, MODE, False) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
-        factor = tl.abs(factor)
+    # The maximum is taken of q . k, so a negative factor gives its sign to the query, which is exact. This also keeps the
+    # query in registers, which leaves shared memory to the keys and values.
+    q = tl.where(along_rows(factor, MODE, False) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
+    factor = tl.abs(factor)
 
     acc = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)

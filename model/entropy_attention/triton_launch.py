@@ -181,4 +181,5 @@ def _constants(q_BNTH: Tensor, mode: int, blocks: Blocks) -> dict[str, Any]:
         "BLOCK_N": blocks.keys,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
     }
