@@ -24,6 +24,7 @@ MicroBatch = tuple[Tensor, Tensor]
 """Tokens and next tokens, each [T, B] int64 on the device."""
 
 ALIGNMENT_BYTES = 16
+ALIGNMENT_ELEMENTS = 8  # of bfloat16
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,14 @@ def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], count: int
 def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices, which decay, apart from everything else, which does not.
 
-    Apart also because ZeRO makes one flat buffer of a group: a single odd-sized scalar in it would shift every matrix behind it off the
-    16-byte grid that Hopper's fast matrix products need.
+    Apart also because ZeRO makes one flat buffer of a group: a single odd-sized scalar in it would shift every matrix behind it
+    off the 16-byte grid that Hopper's fast matrix products need. Among the others, those of odd sizes come last: compiled kernels
+    read vectors 16 bytes at a time.
     """
     matrices, others = [], []
     for name, parameter in named_parameters(stage):
         (matrices if name.endswith("weight") and parameter.dim() == 2 else others).append(parameter)
+    others.sort(key=lambda parameter: parameter.numel() % ALIGNMENT_ELEMENTS != 0)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
