@@ -1,11 +1,11 @@
 """From paths to documents: finding input files, dividing them into parts, and reading their text.
 
-A document is a line of a .jsonl file, or a whole text file. A .txt file of more than 256 KiB is taken for a collection and
-cut at line ends into documents of about 64 KiB; any other file is cut only above 16 MiB. Reading needs memory for one
-document, whatever the size of the file.
+A document is a line of a .jsonl file, or a whole text file. A .txt file of more than 256 KiB is taken for a collection
+and cut at line ends into documents of about 64 KiB; any other file is cut only above 16 MiB. Reading needs memory for
+one document, whatever the size of the file.
 
-A part is a list of slices (a file, or a range of bytes of a large uncompressed one) and the unit of parallel work and of
-resuming. The division depends on the files alone, so results do not depend on the number of workers.
+A part is a list of slices (a file, or a range of bytes of a large uncompressed one) and the unit of parallel work and
+of resuming. The division depends on the files alone, so results do not depend on the number of workers.
 """
 
 import fnmatch
@@ -90,8 +90,8 @@ def plan_parts(files: list[Path], max_bytes: int | None) -> list[list[Slice]]:
 def read_documents(piece: Slice, text_key: str) -> Iterator[Document]:
     """The documents that begin in `piece`, in order, empty ones left out.
 
-    Raises DataError naming file and place for text that is not UTF-8, a broken archive, or a line that is no JSON object
-    with a text under `text_key`.
+    Raises DataError naming file and place for text that is not UTF-8, a broken archive, or a line that is no JSON
+    object with a text under `text_key`.
     """
     try:
         with _open(piece.path) as file:
@@ -150,7 +150,8 @@ def _slices(path: str, size: int, part_bytes: int) -> Iterator[Slice]:
 
 
 def _choose(slices: list[Slice], max_bytes: int) -> list[Slice]:
-    chosen, total = set(), 0
+    chosen: set[Slice] = set()
+    total = 0
     for piece in sorted(slices, key=lambda piece: hashlib.sha256(f"{piece.path}@{piece.start}".encode()).digest()):
         if total + piece.text_bytes <= max_bytes or not chosen:
             chosen.add(piece)
@@ -167,7 +168,8 @@ def _open(path: str) -> BinaryIO:
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file that raises EOFError where it is cut short, and feeds little at a time so that memory stays bounded."""
+    """A .zst file that raises EOFError where it is cut short, and feeds little at a time so that memory stays
+    bounded."""
 
     _FEED_BYTES = 2048
 

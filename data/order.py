@@ -1,4 +1,5 @@
-"""The order of samples, by arithmetic: position n -> (epoch, shard, sample in shard), with no state and no epoch in memory.
+"""The order of samples, by arithmetic: position n -> (epoch, shard, sample in shard), with no state and no epoch in
+memory.
 
 Worked example: 5 shards of 3, 2, 4, 3 and 2 samples, windows of 2 shards, seed 7.
 
@@ -9,8 +10,8 @@ Worked example: 5 shards of 3, 2, 4, 3 and 2 samples, windows of 2 shards, seed 
              a keyed permutation of 0..5 takes 4 to, say, 2 -> the window's sample 2: shard 0, sample 2
     position 14 is offset 0 of epoch 1, whose shards and windows are shuffled with other keys
 
-A batch of 4 at position 12 thus takes two samples of epoch 0 and two of epoch 1: no tail is dropped. Which rank asks, how
-many ranks there are and what was read before play no part, so a resumed run needs nothing but the position.
+A batch of 4 at position 12 thus takes two samples of epoch 0 and two of epoch 1: no tail is dropped. Which rank asks,
+how many ranks there are and what was read before play no part, so a resumed run needs nothing but the position.
 
 Shuffling within a window keeps the reads of a stretch of training on `window_shards` files; across windows the shards
 are spread at random anew each epoch. The permutation is a Feistel network over the next power of two, applied again
@@ -40,7 +41,9 @@ class Place(NamedTuple):
 class SampleOrder:
     """The infinite sequence of samples over shards of the given sizes; `shuffle=False` keeps the manifest's order."""
 
-    def __init__(self, samples_per_shard: Sequence[int], seed: int, window_shards: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, samples_per_shard: Sequence[int], seed: int | str, window_shards: int, shuffle: bool = True
+    ) -> None:
         self._sizes = np.asarray(samples_per_shard, dtype=np.int64)
         self._seed = seed
         self._window_shards = window_shards
@@ -63,7 +66,7 @@ class SampleOrder:
         epoch, offset = divmod(position, self.samples_per_epoch)
         upcoming: list[int] = []
         while len(upcoming) < count and len(upcoming) < len(self._sizes):
-            upcoming += self._epoch(epoch).shards_from(offset)
+            upcoming += self._epoch(epoch).shards_from(offset, count)
             epoch, offset = epoch + 1, 0
         return upcoming[:count]
 
@@ -78,7 +81,7 @@ class SampleOrder:
 class _Epoch:
     """One epoch's sequence of shards; memory is a few numbers a shard."""
 
-    def __init__(self, sizes: Ints, seed: int, epoch: int, window_shards: int, shuffle: bool) -> None:
+    def __init__(self, sizes: Ints, seed: int | str, epoch: int, window_shards: int, shuffle: bool) -> None:
         self._key = f"{seed}/{epoch}"
         self._shuffle = shuffle
         self._window_shards = window_shards
@@ -97,9 +100,10 @@ class _Epoch:
         slot = np.searchsorted(self._ends, offsets, side="right")
         return self._shards[slot], offsets - self._starts[slot]
 
-    def shards_from(self, offset: int) -> list[int]:
+    def shards_from(self, offset: int, count: int) -> list[int]:
         first_window = int(np.searchsorted(self._window_ends, offset, side="right"))
-        return self._shards[first_window * self._window_shards :].tolist()
+        first = first_window * self._window_shards
+        return self._shards[first : first + count].tolist()
 
     def _shuffled(self, offsets: Ints) -> Ints:
         windows = np.searchsorted(self._window_ends, offsets, side="right")

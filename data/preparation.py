@@ -28,14 +28,13 @@ from numpy.typing import NDArray
 
 from data.documents import Slice, read_documents
 from data.errors import DataError
-from data.manifest import SPLITS, ShardInfo, load_manifest, manifest_json
+from data.manifest import SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shard_writer import write_shard
 from data.sources import MANIFEST_NAME
 from data.tar_layout import token_dtype_for
 from data.tokenizer import Tokenizer, train_tokenizer
 
 WORK = ".work"
-TOKENIZER = "tokenizer.model"
 REPORT = "report.json"
 HASH_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
 _BUCKET_DOCUMENTS = 16 << 20
@@ -318,7 +317,8 @@ def _finish(preparation: Preparation, _: int) -> None:
     report = _report(preparation, tokenizer)
     _write_whole(preparation.output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     dtype = token_dtype_for(tokenizer.vocab_size)
-    text = manifest_json(tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.sha256, dtype, shards)
+    model = (preparation.output / TOKENIZER).read_bytes()
+    text = manifest_json("tokens", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, shards)
     _write_whole(preparation.output / MANIFEST_NAME, text.encode())
     load_manifest(preparation.output)
     shutil.rmtree(preparation.work)

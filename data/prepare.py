@@ -1,7 +1,7 @@
 """Turn text into a dataset of token shards: `python -m data.prepare --input PATHS --output DIR --vocab-size N`.
 
-Run again after an interruption, the same command goes on where it stopped. For many machines, run the stages one after the
-other and divide each among tasks (slurm/prepare.sh): --stage scan --task 3/16.
+Run again after an interruption, the same command goes on where it stopped. For many machines, run the stages one after
+the other and divide each among tasks (slurm/prepare.sh): --stage scan --task 3/16.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.documents import DEFAULT_INCLUDE, Slice, find_files, plan_parts
+from data.documents import DEFAULT_INCLUDE, find_files, plan_parts
 from data.errors import DataError, run_command
-from data.manifest import SPLITS
-from data.preparation import REPORT, STAGES, TOKENIZER, WORK, Preparation, Settings, run_job
+from data.manifest import SPLITS, TOKENIZER
+from data.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job
 from data.sources import MANIFEST_NAME
 from data.tokenizer import Tokenizer
 
@@ -162,8 +162,8 @@ def _is_prepared(preparation: Preparation) -> bool:
     if note.exists() and note.read_text().strip() == _plan_sha256(preparation):
         return True
     raise DataError(
-        f"--output {preparation.output}: holds a dataset of other input or settings; name another folder, or replace it "
-        "with --overwrite"
+        f"--output {preparation.output}: holds a dataset of other input or settings; name another folder, or "
+        "replace it with --overwrite"
     )
 
 
@@ -243,11 +243,13 @@ def _die_with_parent(parent: int) -> None:
 
 def _print_report(folder: Path, seconds: float) -> None:
     report = json.loads((folder / REPORT).read_text())
-    for line in report["skipped"]:
+    for line in report["skipped"][:3]:
         print(f"skipped: {line}")
+    if report["skipped"]:
+        print(f"skipped {len(report['skipped'])} files in all; {folder / REPORT} names them")
     print(
-        f"{folder}: {report['documents']} documents ({report['duplicates']} duplicates dropped, {len(report['skipped'])} files "
-        f"skipped), {report['text_bytes'] / 1e6:.1f} MB of text, vocabulary {report['vocab_size']}, "
+        f"{folder}: {report['documents']} documents ({report['duplicates']} duplicates dropped), "
+        f"{report['text_bytes'] / 1e6:.1f} MB of text, vocabulary {report['vocab_size']}, "
         f"{report['characters_per_token']:.2f} characters a token, {seconds:.1f} s"
     )
     for split in SPLITS:

@@ -1,47 +1,154 @@
-"""Samples by their position in the run: ask the order where they lie, then read them from the open shards."""
+"""Samples by their position in the run: ask the order where they lie, then read them from the open shards.
 
+Damage. A damaged copy in the cache is fetched again. Damage in the original stops the run (on_damage "stop"), or leaves
+out the whole shard ("skip"): then every shard is checked in full before its first sample is used, so that all ranks
+come to the same decision by themselves, and sample s of a damaged shard is replaced by sample s mod n of the next sound
+shard of n samples in the manifest. Counts and positions stay as they were, so ranks stay in step and a resumed run sees
+the same.
+"""
+
+import logging
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.manifest import Manifest
+from data.errors import DataError
+from data.manifest import Manifest, ShardInfo
 from data.order import SampleOrder
-from data.shard_reader import ShardReader
+from data.shard_reader import TokenShard
+from data.sources import ReadOptions
+from data.text_shard import TextShard
+from data.verified_file import DamagedShardError
+
+_log = logging.getLogger(__name__)
+_PARALLEL_FETCHES = 4
 
 
 class SampleReader:
-    """Reads samples of `seq_length` + 1 tokens and keeps the most recently used shards open."""
+    """Reads samples of `seq_length` + 1 tokens of one dataset and keeps the most recently used shards open.
+
+    `window_shards` shards are in use at a time; as many again are fetched ahead and stay open.
+    """
 
     def __init__(
-        self, manifest: Manifest, split: str, seq_length: int, order: SampleOrder, max_open_shards: int
+        self,
+        manifest: Manifest,
+        split: str,
+        seq_length: int,
+        order: SampleOrder,
+        window_shards: int,
+        options: ReadOptions,
     ) -> None:
-        self.seq_length = seq_length
+        self.order = order
+        self._seq_length = seq_length
         self._manifest = manifest
         self._shards = manifest.shards[split]
-        self._order = order
-        self._max_open_shards = max_open_shards
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._options = options
+        self._num_open = 2 * window_shards
+        self._open: OrderedDict[int, TokenShard | TextShard] = OrderedDict()
+        self._damaged: set[int] = set()
+        self._fetcher: ThreadPoolExecutor | None = None
+        if manifest.shard_source.is_remote:
+            self._require_room_in_cache()
+        self._fetched: OrderedDict[int, Future[Path]] = OrderedDict()
 
     def read(self, positions: NDArray[np.int64]) -> NDArray:
         """The samples at `positions` of the run: an array [len(positions), seq_length + 1] of the shards' type."""
-        place = self._order.locate(positions)
+        if self._manifest.shard_source.is_remote:
+            self._fetch_ahead(int(positions.max()))
+        place = self.order.locate(positions)
         by_shard = np.argsort(place.shard, kind="stable")
         shards, firsts = np.unique(place.shard[by_shard], return_index=True)
-        samples = None
+        samples = np.empty((len(positions), self._seq_length + 1), dtype=self._manifest.token_dtype)
         for shard, rows in zip(shards, np.split(by_shard, firsts[1:]), strict=True):
-            tokens = self._shard(int(shard)).rows(place.sample[rows] * self.seq_length, self.seq_length + 1)
-            if samples is None:
-                samples = np.empty((len(positions), self.seq_length + 1), dtype=tokens.dtype)
-            samples[rows] = tokens
-        assert samples is not None
+            samples[rows] = self._rows(int(shard), place.sample[rows])
         return samples
 
-    def _shard(self, number: int) -> ShardReader:
+    def locate(self, position: int) -> tuple[Manifest, ShardInfo, int]:
+        """The dataset, shard and sample number that `position` is read from; replacements count once they were made."""
+        place = self.order.locate(np.array([position]))
+        shard, sample = self._replacement(int(place.shard[0]), place.sample)
+        return self._manifest, self._shards[shard], int(sample[0])
+
+    def close(self) -> None:
+        if self._fetcher is not None:
+            self._fetcher.shutdown(wait=False, cancel_futures=True)
+            self._fetcher = None
+            self._fetched.clear()
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
+        while True:
+            shard, samples = self._replacement(shard, samples)
+            try:
+                return self._sound_rows(shard, samples)
+            except DamagedShardError as error:
+                if self._options.on_damage == "stop":
+                    raise
+                _log.warning("shard left out, samples of others take the place of its own: %s", error)
+                self._damaged.add(shard)
+
+    def _replacement(self, shard: int, samples: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+        """Step from damaged shards to the next until a sound one; the way there does not depend on what was read."""
+        if len(self._damaged) == len(self._shards):
+            raise DataError(f"{self._manifest.source.describe('')}: every shard is damaged; copy the dataset again")
+        while shard in self._damaged:
+            shard = (shard + 1) % len(self._shards)
+            num_samples = self._shards[shard].num_samples(self._seq_length)
+            if num_samples:
+                samples = samples % num_samples
+            else:
+                self._damaged.add(shard)
+        return shard, samples
+
+    def _sound_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
+        try:
+            return self._shard(shard).rows(samples * self._seq_length, self._seq_length + 1)
+        except DamagedShardError:
+            self._let_go(shard)
+            if not self._manifest.shard_source.forget(self._shards[shard].sha256):
+                raise
+        return self._shard(shard).rows(samples * self._seq_length, self._seq_length + 1)
+
+    def _shard(self, number: int) -> TokenShard | TextShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        if len(self._open) >= self._max_open_shards:
+        while len(self._open) >= self._num_open:
             self._open.popitem(last=False)[1].close()
-        self._open[number] = ShardReader(self._manifest, self._shards[number])
-        return self._open[number]
+        kind = TokenShard if self._manifest.content == "tokens" else TextShard
+        shard = kind(self._manifest, self._shards[number])
+        if self._options.on_damage == "skip":
+            shard.verify_all()
+        self._open[number] = shard
+        return shard
+
+    def _let_go(self, number: int) -> None:
+        self._fetched.pop(number, None)
+        if number in self._open:
+            self._open.pop(number).close()
+
+    def _require_room_in_cache(self) -> None:
+        needed = sum(sorted(shard.num_bytes for shard in self._shards)[-self._num_open :])
+        if needed > self._options.cache_gigabytes * 1e9:
+            raise DataError(
+                f"cache_gigabytes is {self._options.cache_gigabytes}, but {self._num_open} shards in use or fetched "
+                f"ahead "
+                f"can have {needed / 1e9:.2f} GB; raise it, or shuffle over fewer shards"
+            )
+
+    def _fetch_ahead(self, position: int) -> None:
+        """Ask for the shards of this window and the next; `read` waits for those it needs through the cache's locks."""
+        if self._fetcher is None:
+            self._fetcher = ThreadPoolExecutor(_PARALLEL_FETCHES, thread_name_prefix="fetch-shard")
+        for number in self.order.shards_after(position, self._num_open):
+            if number not in self._fetched:
+                shard = self._shards[number]
+                arguments = (shard.name, shard.sha256, shard.num_bytes)
+                self._fetched[number] = self._fetcher.submit(self._manifest.shard_source.fetch, *arguments)
+        while len(self._fetched) > 2 * self._num_open:
+            self._fetched.popitem(last=False)

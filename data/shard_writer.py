@@ -14,7 +14,8 @@ from data.tar_layout import BLOCK_TOKENS, CHUNK_BYTES, DTYPES, MEMBER_SUFFIX, ch
 
 
 def write_shard(path: Path, tokens: NDArray, token_dtype: str) -> ShardInfo:
-    """Write `tokens` (one-dimensional, held or mapped) as the shard `path` with its digests beside it, each in one rename.
+    """Write `tokens` (one-dimensional, held or mapped) as the shard `path` with its digests beside it, each in one
+    rename.
 
     Raises OSError where the disk does not take it; a file under the final name is always complete.
     """

@@ -1,39 +1,150 @@
-"""Where a dataset's files come from."""
+"""Where the files of a dataset come from, by its address:
 
+    some/folder                       read in place
+    http://host/dataset, https://...  fetched into the cache
+    s3://bucket/dataset, gs://...     the same, through fsspec (its package for that store has to be installed)
+    pipe:ssh host cat /data/{}        the same: the output of a shell command, {} being the file's name
+
+Only the user's own configuration names addresses. A manifest names plain files, so it can neither run a command nor
+reach outside its dataset; how much is fetched is bounded before it starts; and what is fetched is stored under its
+sha256.
+"""
+
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
+from data.cache import Cache
 from data.errors import DataError
+from data.transport import stream_fsspec, stream_http, stream_pipe, with_retries
 
 MANIFEST_NAME = "manifest.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Source:
-    """The files of one dataset in a local folder."""
+class ReadOptions:
+    """How data is fetched and checked.
 
-    root: Path
+    on_damage: "stop" raises at the first damaged byte; "skip" leaves out the whole shard and logs it (data/samples.py).
+    time_limit_s is the longest time to wait for the next piece of a file, in seconds.
+    """
+
+    on_damage: str = "stop"
+    cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "entropy-guided-transformer"
+    cache_gigabytes: float = 100.0
+    attempts: int = 5
+    time_limit_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.on_damage not in ("stop", "skip"):
+            raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
+
+
+class Source(Protocol):
+    """The files of one dataset."""
+
+    is_remote: bool
 
     def describe(self, name: str) -> str:
         """How an error message calls the file `name`."""
+
+    def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
+        """`name` as a local file of `num_bytes`; raises DataError if there is no such file."""
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """The whole of a small file, not checked; raises DataError if it is larger than `max_bytes`."""
+
+    def forget(self, sha256: str) -> bool:
+        """Drop the cached copy of a file found damaged; False where there is no copy but only the original."""
+
+
+def open_source(address: str | Path, options: ReadOptions) -> Source:
+    """The source that an address names; nothing is fetched yet."""
+    text = str(address)
+    if isinstance(address, Path) or not (text.startswith("pipe:") or "://" in text):
+        return LocalSource(Path(address))
+    if text.startswith("pipe:"):
+        if "{}" not in text:
+            raise DataError(f"{text}: the command needs {{}} where the name of the wanted file goes")
+        return RemoteSource(text, stream_pipe, options)
+    return RemoteSource(
+        text.rstrip("/"), stream_http if text.startswith(("http://", "https://")) else stream_fsspec, options
+    )
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A folder. Its files are read in place; the reader checks every byte that it uses."""
+
+    root: Path
+    is_remote = False
+
+    def describe(self, name: str) -> str:
         return str(self.root / name)
 
-    def fetch(self, name: str, sha256: str, num_bytes: int | None = None) -> Path:
-        """`name` as a local file. A local dataset is read in place; its reader checks what it reads."""
+    def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
         return self.root / name
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """The whole of a small file."""
         path = self.root / name
         try:
-            if path.stat().st_size > max_bytes:
-                raise DataError(f"{path}: larger than the {max_bytes} bytes that such a file may have")
-            return path.read_bytes()
+            with path.open("rb") as file:
+                content = file.read(max_bytes + 1)
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); expected a dataset made by data.prepare"
+                f"{path}: cannot be read ({error.strerror}); is this a dataset made by data.prepare?"
             ) from error
+        return _bounded(content, max_bytes, str(path))
+
+    def forget(self, sha256: str) -> bool:
+        return False
 
 
-def open_source(path: str | Path) -> Source:
-    return Source(Path(path))
+class RemoteSource:
+    """Files that a function streams from afar; kept in a cache that the processes of a machine share."""
+
+    is_remote = True
+
+    def __init__(
+        self, address: str, stream: Callable[[str, str, float], Iterator[bytes]], options: ReadOptions
+    ) -> None:
+        self._address, self._stream, self._options = address, stream, options
+        self._cache = Cache(options.cache_dir, int(options.cache_gigabytes * 1e9))
+
+    def describe(self, name: str) -> str:
+        return self._address.replace("{}", name) if "{}" in self._address else f"{self._address}/{name}"
+
+    def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
+        def attempt() -> Path:
+            return self._cache.fill(sha256, num_bytes, self._pieces(name), self.describe(name))
+
+        return self._cache.find(sha256, num_bytes) or self._retried(name, attempt)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        def attempt() -> bytes:
+            content = bytearray()
+            for piece in self._pieces(name):
+                content += piece
+                if len(content) > max_bytes:
+                    break
+            return bytes(content)
+
+        return _bounded(self._retried(name, attempt), max_bytes, self.describe(name))
+
+    def forget(self, sha256: str) -> bool:
+        return self._cache.forget(sha256)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        return self._stream(self._address, name, self._options.time_limit_s)
+
+    def _retried(self, name: str, attempt: Callable[[], T]) -> T:
+        return with_retries(attempt, self._options.attempts, self.describe(name))
+
+
+def _bounded(content: bytes, max_bytes: int, where: str) -> bytes:
+    if len(content) > max_bytes:
+        raise DataError(f"{where}: larger than the {max_bytes} bytes that it may have; copy or prepare it again")
+    return content

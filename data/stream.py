@@ -6,10 +6,11 @@ Worked example: two ranks, micro_batch_size 2, started at position 8 of the run'
     rank 0 reads     8  9    12 13    16 17
     rank 1 reads    10 11    14 15    18 19        samples_consumed afterwards: 12, 16, 20
 
-A checkpoint keeps `samples_consumed`, a number of the whole run. Three ranks of micro-batch 1 that resume at 16 read 16, 17
-and 18 first: each sample is read exactly once an epoch whatever the layouts before and after.
+A checkpoint keeps `samples_consumed`, a number of the whole run. Three ranks of micro-batch 1 that resume at 16 read
+16, 17 and 18 first: each sample is read exactly once an epoch whatever the layouts before and after.
 
-All tensor- and pipeline-parallel ranks of one replica pass the same data_parallel_rank and so see the same micro-batches.
+All tensor- and pipeline-parallel ranks of one replica pass the same data_parallel_rank and so see the same
+micro-batches.
 """
 
 import queue
@@ -24,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.manifest import SPLITS, load_manifest
+from data.manifest import SPLITS, Manifest, load_manifest
+from data.mixture import ConcatenatedOrder, Mixture, MixtureOrder, MixtureReader
 from data.order import SampleOrder
 from data.samples import SampleReader
+from data.sources import ReadOptions
 
 DEFAULT_WINDOW_SHARDS = 8
 _TOKENS_PER_READ = 1 << 20
@@ -35,14 +38,14 @@ _TOKENS_PER_READ = 1 << 20
 class TokenStream:
     """Iterator over int64 arrays [micro_batch_size, seq_length + 1]: inputs are [:, :-1], labels [:, 1:].
 
-    split "train" is shuffled and never ends: what is left of an epoch opens the next batch. split "validation" is read in
-    the manifest's order, once: every rank gets `num_batches` micro-batches, and of the rows of the last returned one the first
-    `valid_rows` count; the others repeat the split's last sample and belong in no average. `limit_samples` reads only
-    that many samples from the start of the validation split.
+    split "train" is shuffled and never ends: what is left of an epoch opens the next batch. split "validation" is read
+    in the manifest's order, once: every rank gets `num_batches` micro-batches, and of the rows of the last returned one
+    the first `valid_rows` count; the others repeat the split's last sample and belong in no average. `limit_samples`
+    reads only that many samples from the start of the validation split.
 
     A background thread reads ahead; what it raises comes out of `next`. Memory is at most `prefetch` micro-batches of
-    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows). `wait_s` is the time in seconds
-    that `next` has spent waiting.
+    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows). `wait_s` is the time in
+    seconds that `next` has spent waiting.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TokenStream:
         limit_samples: int | None = None,
         window_shards: int = DEFAULT_WINDOW_SHARDS,
         prefetch: int = 8,
+        options: ReadOptions | None = None,
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
@@ -67,20 +71,14 @@ class TokenStream:
                 raise DataError(f"{name} is {value}, expected at least 1")
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(f"data_parallel_rank is {data_parallel_rank}, expected 0 to {data_parallel_size - 1}")
-        self.manifest = load_manifest(path)
+        options = options or ReadOptions()
+        self.manifest = load_manifest(path, options)
         self.seq_length, self.micro_batch_size, self.seed = seq_length, micro_batch_size, seed
         self._rank, self._group = data_parallel_rank, micro_batch_size * data_parallel_size
-        self._prefetch = prefetch
-        samples_per_shard = [shard.num_samples(seq_length) for shard in self.manifest.shards[split]]
-        if not sum(samples_per_shard):
-            raise DataError(
-                f"{path}: the {split} split holds {self.manifest.num_tokens(split)} tokens, too few for one sample of "
-                f"seq_length {seq_length}; prepare more text or shorten the sequence"
-            )
-        repeat = split == "train"
-        order = SampleOrder(samples_per_shard, seed, window_shards, shuffle=repeat)
-        self._num_samples = None if repeat else min(order.samples_per_epoch, limit_samples or order.samples_per_epoch)
-        self._reader = SampleReader(self.manifest, split, seq_length, order, max_open_shards=2 * window_shards)
+        self._prefetch, self._window_shards = prefetch, window_shards
+        num_samples = self.manifest.num_samples(split, seq_length)
+        self._num_samples = None if split == "train" else min(num_samples, limit_samples or num_samples)
+        self._reader = open_reader(self.manifest, split, seq_length, seed, window_shards, options)
         self.samples_consumed = samples_consumed
         self.valid_rows = micro_batch_size
         self.wait_s = 0.0
@@ -98,7 +96,9 @@ class TokenStream:
         if self._num_samples is not None and self.samples_consumed >= self._num_samples:
             raise StopIteration
         if self._producer is None:
-            positions = _RankPositions(self._rank, self.micro_batch_size, self._group, self._num_samples)
+            positions = _RankPositions(
+                self._rank, self.micro_batch_size, self._group, self._num_samples, self.seq_length
+            )
             self._producer = _Producer(self._reader, positions, self.samples_consumed, self._prefetch)
             weakref.finalize(self, self._producer.stop)
         started = time.perf_counter()
@@ -117,12 +117,13 @@ class TokenStream:
             "seed": self.seed,
             "fingerprint": self.manifest.fingerprint,
             "seq_length": self.seq_length,
+            "window_shards": self._window_shards,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; raises DataError if it belongs to another dataset, seed or sequence length."""
         own = self.state_dict()
-        for key in ("fingerprint", "seed", "seq_length"):
+        for key in ("fingerprint", "seed", "seq_length", "window_shards"):
             if state.get(key) != own[key]:
                 raise DataError(
                     f"the saved position in the data has {key} {state.get(key)!r}, but this run has {own[key]!r}; "
@@ -132,16 +133,42 @@ class TokenStream:
         self.samples_consumed = int(state["samples_consumed"])
 
     def close(self) -> None:
-        """Stop reading ahead; a later `next` starts it again."""
+        """Stop reading ahead and let go of the files; a later `next` starts again."""
         if self._producer is not None:
             self._producer.stop()
             self._producer = None
+        self._reader.close()
+
+
+def open_reader(
+    manifest: Manifest, split: str, seq_length: int, seed: int, window_shards: int, options: ReadOptions
+) -> SampleReader | MixtureReader:
+    """What reads the samples of a split by their position in the run; raises DataError if there is none to read."""
+    datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
+    shuffle = split == "train"
+    readers = []
+    for number, dataset in enumerate(datasets):
+        samples_per_shard = [shard.num_samples(seq_length) for shard in dataset.shards[split]]
+        if not sum(samples_per_shard) and (shuffle or len(datasets) == 1):
+            raise DataError(
+                f"{dataset.source.describe('')}: the {split} split holds {dataset.num_tokens(split)} tokens, too few "
+                f"for one sample of seq_length {seq_length}; prepare more text or shorten the sequence"
+            )
+        own_seed = f"{seed}/{number}" if isinstance(manifest, Mixture) else seed
+        order = SampleOrder(samples_per_shard, own_seed, window_shards, shuffle)
+        readers.append(SampleReader(dataset, split, seq_length, order, window_shards, options))
+    if not isinstance(manifest, Mixture):
+        return readers[0]
+    if shuffle:
+        return MixtureReader(MixtureOrder(manifest.stages, seq_length, seed), readers)
+    return MixtureReader(ConcatenatedOrder([reader.order.samples_per_epoch for reader in readers]), readers)
 
 
 class _RankPositions:
     """Which positions of the run's sequence the micro-batches of one rank hold."""
 
-    def __init__(self, rank: int, micro_batch_size: int, group: int, num_samples: int | None) -> None:
+    def __init__(self, rank: int, micro_batch_size: int, group: int, num_samples: int | None, seq_length: int) -> None:
+        self.seq_length = seq_length
         self._offsets = rank * micro_batch_size + np.arange(micro_batch_size, dtype=np.int64)
         self._group = group
         self._num_samples = num_samples
@@ -159,7 +186,9 @@ class _RankPositions:
 class _Producer:
     """The thread that reads ahead. It never refers to the stream, so an abandoned stream can be collected."""
 
-    def __init__(self, reader: SampleReader, positions: _RankPositions, samples_consumed: int, prefetch: int) -> None:
+    def __init__(
+        self, reader: SampleReader | MixtureReader, positions: _RankPositions, samples_consumed: int, prefetch: int
+    ) -> None:
         self._queue: queue.Queue[NDArray[np.int64] | BaseException] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
         arguments = (reader, positions, samples_consumed, self._queue, self._stopped)
@@ -182,7 +211,7 @@ class _Producer:
 
 
 def _produce(
-    reader: SampleReader,
+    reader: SampleReader | MixtureReader,
     positions: _RankPositions,
     samples_consumed: int,
     output: queue.Queue[NDArray[np.int64] | BaseException],
@@ -190,7 +219,7 @@ def _produce(
 ) -> None:
     """Read many micro-batches at once, so that the cost of a read is shared, and hand them out one by one."""
     group, rows = positions._group, len(positions._offsets)
-    count = max(1, _TOKENS_PER_READ // (rows * (reader.seq_length + 1)))
+    count = max(1, _TOKENS_PER_READ // (rows * positions.seq_length))
     try:
         while not stopped.is_set():
             wanted = positions.micro_batches(samples_consumed, count)

@@ -4,11 +4,11 @@ A shard is an uncompressed tar whose members each hold BLOCK_TOKENS tokens (the 
 
     512-byte header | 65,536 tokens | 512-byte header | 65,536 tokens | ... | zeros to a multiple of 10,240
 
-so token t lies at byte 512 * (t // 65536 + 1) + t * itemsize, and no list of offsets is needed. Any tar reader opens it;
-webdataset yields one sample a member, with the tokens under the key "tokens".
+so token t lies at byte 512 * (t // 65536 + 1) + t * itemsize, and no list of offsets is needed. Any tar reader opens
+it; webdataset yields one sample a member, with the tokens under the key "tokens".
 
-The digest list beside a shard holds sha256, cut to 16 bytes, of every CHUNK_BYTES of the file, headers included, so that
-a few chunks can be checked without reading the rest and no byte of the file escapes.
+The digest list beside a shard holds sha256, cut to 16 bytes, of every CHUNK_BYTES of the file, headers included, so
+that a few chunks can be checked without reading the rest and no byte of the file escapes.
 """
 
 import hashlib

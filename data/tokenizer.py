@@ -1,8 +1,8 @@
 """A byte-pair tokenizer that gives back exactly the text it was given.
 
-SentencePiece writes a space as U+2581, so a U+2581 of the text itself would come back as a space: it is spelled with its
-three byte tokens instead. Everything else is exact with byte fallback and identity normalisation. No piece contains a
-line feed, so text is encoded line by line, which is faster than in one piece and gives the same tokens.
+SentencePiece writes a space as U+2581, so a U+2581 of the text itself would come back as a space: it is spelled with
+its three byte tokens instead. Everything else is exact with byte fallback and identity normalisation. No piece contains
+a line feed, so text is encoded line by line, which is faster than in one piece and gives the same tokens.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from pathlib import Path
 import sentencepiece
 
 from data.errors import DataError
+from data.manifest import MAX_TOKENIZER_BYTES
 
 END_OF_DOCUMENT = "<|end_of_document|>"
-MAX_TOKENIZER_BYTES = 64 << 20
 _SPACE_SYMBOL = "\u2581"
 _PROBES = ("a", " a", "a ", "  \t b\r\n\n c", "\ufb01 \u00e9 \u0301", "\U0001d11e", "\ufeff\x00", f"{_SPACE_SYMBOL}x")
 

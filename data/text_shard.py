@@ -1,0 +1,87 @@
+"""Read rows of tokens out of a webdataset shard of raw text, tokenizing on the fly.
+
+data.index has noted where each document lies and how many tokens it makes, so that token t is found without reading
+what comes before it: the stream of tokens, its samples, order and checks are those of a shard of tokens. Beside the
+shard lies one file: the digests of its chunks, then one row (OFFSET, SIZE, TOKENS, IS_JSON) of four int64 a document,
+TOKENS counting the end-of-document token.
+
+A sample costs the tokenizing of every document it touches; whole documents are kept for the samples that follow.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.manifest import Manifest, ShardInfo
+from data.shard_reader import read_sidecar
+from data.tar_layout import digests_bytes
+from data.tokenizer import Tokenizer
+from data.verified_file import DamagedShardError, VerifiedFile
+
+COLUMNS = 4
+_KEPT_DOCUMENTS = 256
+
+
+class TextShard:
+    """An open shard of text."""
+
+    def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
+        self._where = manifest.shard_source.describe(shard.name)
+        path = manifest.shard_source.fetch(shard.name, shard.sha256, shard.num_bytes)
+        num_digests = digests_bytes(shard.num_bytes)
+        sidecar = read_sidecar(manifest, shard, num_digests + shard.num_tokens * COLUMNS * 8)
+        self._documents = np.frombuffer(sidecar, dtype="<i8", offset=num_digests).reshape(-1, COLUMNS)
+        self._ends = np.cumsum(self._documents[:, 2])
+        self._file = VerifiedFile(path, self._where, shard.num_bytes, sidecar[:num_digests])
+        self._manifest = manifest
+        self._tokenizer = _tokenizer(manifest.tokenizer_path, manifest.tokenizer_sha256)
+        self._tokens_of = functools.lru_cache(_KEPT_DOCUMENTS)(self._tokenize)
+
+    def rows(self, starts: NDArray[np.int64], length: int) -> NDArray:
+        """Tokens [start, start + length) for every start: an array [len(starts), length] of the manifest's type.
+
+        Raises DamagedShardError if the text is not what was indexed.
+        """
+        rows = np.empty((len(starts), length), dtype=self._manifest.token_dtype)
+        for row, start in zip(rows, starts, strict=True):
+            first, last = np.searchsorted(self._ends, (start, start + length - 1), side="right")
+            tokens = np.concatenate([self._tokens_of(int(number)) for number in range(first, last + 1)])
+            skipped = start - (self._ends[first] - self._documents[first, 2])
+            row[:] = tokens[skipped : skipped + length]
+        return rows
+
+    def verify_all(self) -> None:
+        """Check the whole shard; raises DamagedShardError as `rows` does."""
+        self._file.verify_all()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _tokenize(self, number: int) -> NDArray:
+        offset, size, num_tokens, is_json = (int(value) for value in self._documents[number])
+        self._file.verify(np.array([offset]), np.array([max(offset, offset + size - 1)]))
+        text = member_text(self._file.content[offset : offset + size], bool(is_json), self._manifest.text_key)
+        ids = [*self._tokenizer.encode(text), self._manifest.end_of_document]
+        if len(ids) != num_tokens:
+            raise DamagedShardError(
+                f"{self._where}: the document at byte {offset} makes {len(ids)} tokens, {num_tokens} when it was "
+                f"indexed; "
+                "index the shards again"
+            )
+        return np.array(ids, dtype=self._manifest.token_dtype)
+
+
+def member_text(raw: bytes, is_json: bool, text_key: str) -> str:
+    """The text of a .txt or .json member; raises ValueError, KeyError or TypeError where there is none."""
+    text = json.loads(raw)[text_key] if is_json else raw.decode("utf-8")
+    if not isinstance(text, str):
+        raise TypeError(f'"{text_key}" holds {type(text).__name__}')
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(path: Path, sha256: str) -> Tokenizer:
+    return Tokenizer(path)

@@ -1,0 +1,107 @@
+"""Stream a remote file piece by piece, and try again when that fails for a passing reason."""
+
+import os
+import select
+import shlex
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from urllib.parse import quote
+
+import fsspec
+
+from data.errors import DataError
+
+PIECE_BYTES = 1 << 20
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
+_PASSING_HTTP_STATUS = (408, 425, 429)  # and every status from 500 on
+T = TypeVar("T")
+
+
+class FetchError(Exception):
+    """A fetch failed in a way that may pass."""
+
+
+def with_retries(attempt: Callable[[], T], attempts: int, where: str) -> T:
+    """The result of `attempt`; after a FetchError or OSError it is repeated, with pauses that double."""
+    pause_s = _FIRST_PAUSE_S
+    for left in reversed(range(attempts)):
+        try:
+            return attempt()
+        except (FetchError, OSError) as error:
+            if not left:
+                raise DataError(
+                    f"{where}: could not be fetched in {attempts} attempts ({error}); check the address and the network"
+                ) from error
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    raise AssertionError("attempts is at least 1")
+
+
+def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
+    """The body of `address`/`name`; a body shorter than announced is a FetchError."""
+    url = f"{address}/{quote(name)}"
+    try:
+        with urllib.request.urlopen(url, timeout=time_limit_s) as response:
+            announced, received = response.headers.get("Content-Length"), 0
+            while piece := response.read(PIECE_BYTES):
+                received += len(piece)
+                yield piece
+    except urllib.error.HTTPError as error:
+        if error.code < 500 and error.code not in _PASSING_HTTP_STATUS:
+            raise DataError(f"{url}: the server answers {error.code} {error.reason}; check the address") from error
+        raise FetchError(f"the server answers {error.code}") from error
+    except ValueError as error:
+        raise DataError(f"{url}: not an address ({error})") from error
+    except Exception as error:  # http.client raises many kinds when a connection breaks
+        raise FetchError(f"{type(error).__name__}: {error}") from error
+    if announced is not None and received != int(announced):
+        raise FetchError(f"{received} of {announced} bytes came")
+
+
+def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
+    """The content of `address`/`name` through fsspec, whose reads are watched: not every store limits their time."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+    try:
+        file = pool.submit(lambda: fsspec.open(f"{address}/{name}", "rb").open()).result(time_limit_s)
+        while piece := pool.submit(file.read, PIECE_BYTES).result(time_limit_s):
+            yield piece
+        file.close()
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{address}/{name}: cannot be read ({error}); check the address") from error
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{address}: {error}") from error
+    except TimeoutError as error:
+        raise FetchError(f"nothing came for {time_limit_s} s") from error
+    finally:
+        pool.shutdown(wait=False)
+
+
+def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
+    """The output of the command behind "pipe:", which fails by its exit status or by being silent for too long."""
+    command = address.removeprefix("pipe:").replace("{}", shlex.quote(name))
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        while True:
+            if not select.select([process.stdout], [], [], time_limit_s)[0]:
+                raise FetchError(f"the command gave nothing for {time_limit_s} s")
+            piece = os.read(process.stdout.fileno(), PIECE_BYTES)
+            if not piece:
+                break
+            yield piece
+        status = process.wait(time_limit_s)
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"the command did not end within {time_limit_s} s") from error
+    finally:
+        process.stdout.close()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status:
+        raise FetchError(f"the command ended with status {status}")

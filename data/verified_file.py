@@ -1,0 +1,78 @@
+"""A file of which every byte is checked before it is used."""
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+from data.tar_layout import CHUNK_BYTES, DIGEST_BYTES, chunk_digest
+
+
+class DamagedShardError(DataError):
+    """A shard is not what its manifest says."""
+
+
+class VerifiedFile:
+    """A mapped file; memory is one digest (16 bytes) and one flag for each 16 KiB of it.
+
+    A chunk is checked when it is first asked for, and again if the file has been written to since.
+    """
+
+    def __init__(self, path: Path, where: str, num_bytes: int, digests: bytes) -> None:
+        self._where, self._num_bytes, self._digests = where, num_bytes, digests
+        self._verified = np.zeros(0, dtype=bool)
+        self._stamp = -1
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DamagedShardError(
+                f"{where}: the manifest names it but it cannot be opened ({error.strerror}); copy it again"
+            ) from error
+        try:
+            self._notice_changes()
+            self.content = mmap.mmap(self._file, num_bytes, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def verify(self, first_byte: NDArray[np.int64], last_byte: NDArray[np.int64]) -> None:
+        """Check the chunks under the inclusive ranges of bytes; raises DamagedShardError naming offset and digests."""
+        self._notice_changes()
+        touched = np.zeros(len(self._verified) + 1, dtype=np.int64)
+        np.add.at(touched, first_byte // CHUNK_BYTES, 1)
+        np.add.at(touched, last_byte // CHUNK_BYTES + 1, -1)
+        for chunk in np.flatnonzero((np.cumsum(touched[:-1]) > 0) & ~self._verified):
+            self._verify_chunk(int(chunk))
+
+    def verify_all(self) -> None:
+        """Check the whole file."""
+        self.verify(np.array([0]), np.array([self._num_bytes - 1]))
+
+    def close(self) -> None:
+        """Let go of the file. The map itself goes with the last array that looks into it."""
+        os.close(self._file)
+
+    def _verify_chunk(self, chunk: int) -> None:
+        start = chunk * CHUNK_BYTES
+        found = chunk_digest(memoryview(self.content)[start : start + CHUNK_BYTES])
+        expected = self._digests[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
+        if found != expected:
+            raise DamagedShardError(
+                f"{self._where}: damaged between byte {start} and {start + CHUNK_BYTES}: digest {found.hex()}, "
+                f"expected {expected.hex()}; copy or prepare this shard again"
+            )
+        self._verified[chunk] = True
+
+    def _notice_changes(self) -> None:
+        """A file that shrank would kill the process on access; one that was written to has to be checked anew."""
+        status = os.fstat(self._file)
+        if status.st_size != self._num_bytes:
+            raise DamagedShardError(
+                f"{self._where}: has {status.st_size} bytes, expected {self._num_bytes}; copy or prepare it again"
+            )
+        if status.st_mtime_ns != self._stamp:
+            self._stamp = status.st_mtime_ns
+            self._verified = np.zeros(-(-self._num_bytes // CHUNK_BYTES), dtype=bool)
