@@ -27,6 +27,11 @@ _log = logging.getLogger(__name__)
 _PARALLEL_FETCHES = 4
 
 
+def open_shard(manifest: Manifest, shard: ShardInfo) -> TokenShard | TextShard:
+    """Open a shard of either kind; raises DamagedShardError if it is not there in its full size."""
+    return TokenShard(manifest, shard) if manifest.content == "tokens" else TextShard(manifest, shard)
+
+
 class SampleReader:
     """Reads samples of `seq_length` + 1 tokens of one dataset and keeps the most recently used shards open.
 
@@ -120,8 +125,7 @@ class SampleReader:
             return self._open[number]
         while len(self._open) >= self._num_open:
             self._open.popitem(last=False)[1].close()
-        kind = TokenShard if self._manifest.content == "tokens" else TextShard
-        shard = kind(self._manifest, self._shards[number])
+        shard = open_shard(self._manifest, self._shards[number])
         if self._options.on_damage == "skip":
             shard.verify_all()
         self._open[number] = shard

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from data.cache import Cache
 from data.errors import DataError
@@ -53,6 +53,9 @@ class Source(Protocol):
 
     def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
         """`name` as a local file of `num_bytes`; raises DataError if there is no such file."""
+
+    def copy(self, name: str, output: BinaryIO) -> None:
+        """Write the whole of `name` to a file; raises DataError if it cannot be had."""
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """The whole of a small file, not checked; raises DataError if it is larger than `max_bytes`."""
@@ -99,6 +102,9 @@ class LocalSource:
             ) from error
         return _bounded(content, max_bytes, str(path))
 
+    def copy(self, name: str, output: BinaryIO) -> None:
+        output.write((self.root / name).read_bytes())
+
     def forget(self, sha256: str) -> bool:
         return False
 
@@ -133,6 +139,15 @@ class RemoteSource:
             return bytes(content)
 
         return _bounded(self._retried(name, attempt), max_bytes, self.describe(name))
+
+    def copy(self, name: str, output: BinaryIO) -> None:
+        def attempt() -> None:
+            output.seek(0)
+            output.truncate()
+            for piece in self._pieces(name):
+                output.write(piece)
+
+        self._retried(name, attempt)
 
     def forget(self, sha256: str) -> bool:
         return self._cache.forget(sha256)

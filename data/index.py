@@ -1,0 +1,197 @@
+"""Make a dataset of somebody else's webdataset shards of text, without copying them: `python -m data.index`.
+
+    python -m data.index --address /data/shards --train 'a-*.tar' --tokenizer FILE --output DIR
+    python -m data.index --address https://host/shards --train a-{000..019}.tar --validation a-020.tar ...
+
+The shards are uncompressed tars with .txt members, or .json members that hold a text under --text-key; other members
+are left alone. Each shard is read once, to note where its documents lie and how many tokens each makes. Training then
+tokenizes on the fly, in the same exact order and with the same checks as for shards of tokens. Another tokenizer needs
+another index.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.errors import DataError, run_command
+from data.manifest import SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
+from data.sources import MANIFEST_NAME, LocalSource, ReadOptions, open_source
+from data.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for
+from data.text_shard import member_text
+from data.tokenizer import Tokenizer
+
+TEXT_SUFFIXES = {".txt": False, ".json": True}
+
+
+class _Job(NamedTuple):
+    address: str
+    name: str
+    output: Path
+    tokenizer: Path
+    text_key: str
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--address", required=True, help="where the shards are: a folder, http(s)://, s3://, 'pipe:COMMAND {}'")
+    add("--train", nargs="+", default=[], metavar="NAME", help="shards to train on; {000..019}, and globs in a folder")
+    add("--validation", nargs="+", default=[], metavar="NAME", help="shards to validate on")
+    add("--tokenizer", type=Path, required=True, metavar="FILE", help="the tokenizer.model to use")
+    add("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created")
+    add("--text-key", default="text", metavar="KEY", help='key of the text in .json members (default "text")')
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    tokenizer = Tokenizer(options.tokenizer)
+    names = {split: _expand(options.address, getattr(options, split)) for split in SPLITS}
+    if not names["train"] + names["validation"]:
+        raise DataError(f"--address {options.address}: names no shard; see --train and --validation")
+    if (options.output / MANIFEST_NAME).exists():
+        raise DataError(f"--output {options.output}: holds a dataset; name another folder")
+    options.output.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        _Job(options.address, name, options.output, options.tokenizer, options.text_key)
+        for split in SPLITS
+        for name in names[split]
+    ]
+    with ProcessPoolExecutor(options.workers) as pool:
+        infos = list(tqdm(pool.map(_index_shard, jobs), total=len(jobs), desc="index", unit="shard"))
+    by_split = {"train": infos[: len(names["train"])], "validation": infos[len(names["train"]) :]}
+    model = options.tokenizer.read_bytes()
+    (options.output / TOKENIZER).write_bytes(model)
+    dtype = token_dtype_for(tokenizer.vocab_size)
+    text = manifest_json(
+        "text", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, by_split, options.text_key
+    )
+    (options.output / MANIFEST_NAME).write_text(text)
+    manifest = load_manifest(options.output)
+    for split in SPLITS:
+        print(f"{options.output}: {split}: {len(manifest.shards[split])} shards, {manifest.num_tokens(split)} tokens")
+    if not _is_local(options.address):
+        print(
+            f'to read it, name a mixture file: {{"datasets": [{{"path": "{options.output.resolve()}", '
+            f'"shards": "{options.address}"}}]}}'
+        )
+
+
+def _is_local(address: str) -> bool:
+    return isinstance(open_source(address, ReadOptions()), LocalSource)
+
+
+def _expand(address: str, patterns: list[str]) -> list[str]:
+    """Plain shard names, in order; raises DataError for a pattern that matches nothing."""
+    names: list[str] = []
+    for pattern in patterns:
+        for name in _ranges(pattern):
+            found = sorted(path.name for path in Path(address).glob(name)) if _is_local(address) else [name]
+            if not found:
+                raise DataError(f"{address}/{name}: no such shard; check --address and the names")
+            names += found
+    return names
+
+
+def _ranges(pattern: str) -> list[str]:
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar"""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    low, high = match.groups()
+    names = (
+        f"{pattern[: match.start()]}{i:0{len(low)}d}{pattern[match.end() :]}" for i in range(int(low), int(high) + 1)
+    )
+    return [name for partly in names for name in _ranges(partly)]
+
+
+def _index_shard(job: _Job) -> ShardInfo:
+    if _is_local(job.address):
+        target = (Path(job.address) / job.name).resolve()
+        info = _index_file(job, target)
+        link = job.output / job.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        return info
+    with tempfile.TemporaryDirectory(dir=job.output) as folder:
+        path = Path(folder) / "shard"
+        with path.open("wb") as file:
+            open_source(job.address, ReadOptions()).copy(job.name, file)
+        return _index_file(job, path)
+
+
+def _index_file(job: _Job, path: Path) -> ShardInfo:
+    tokenizer = Tokenizer(job.tokenizer)
+    whole, digests, num_bytes = hashlib.sha256(), bytearray(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            whole.update(chunk)
+            digests += chunk_digest(chunk)
+            num_bytes += len(chunk)
+    documents = np.array(list(_documents(job, path, tokenizer)), dtype="<i8").reshape(-1, 4)
+    if not len(documents):
+        raise DataError(f"{job.name}: holds no .txt or .json member with text; leave it out")
+    sidecar = bytes(digests) + documents.tobytes()
+    info = ShardInfo(
+        name=job.name,
+        num_tokens=int(documents[:, 2].sum()),
+        num_bytes=num_bytes,
+        sha256=whole.hexdigest(),
+        digests_sha256=hashlib.sha256(sidecar).hexdigest(),
+    )
+    (job.output / info.digests_name).write_bytes(sidecar)
+    return info
+
+
+def _documents(job: _Job, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int, int]]:
+    """(offset, size, tokens with the end of the document, is JSON) of every text member.
+
+    A header that cannot be read in the middle would pass for the end of the archive: so the archive has to end where
+    its file does, but for zeros.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                is_json = TEXT_SUFFIXES.get(Path(member.name).suffix)
+                if not member.isreg() or is_json is None:
+                    continue
+                text = member_text(_read(path, member), is_json, job.text_key)
+                yield member.offset_data, member.size, len(tokenizer.encode(text)) + 1, int(is_json)
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{job.name}: no plain tar ({error}); unpack a compressed one first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{job.name}: {member.name}: no text ({error}); see --text-key") from error
+    with path.open("rb") as file:
+        file.seek(end)
+        while rest := file.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise DataError(
+                    f"{job.name}: damaged near byte {end}: more follows the last readable header; copy it again"
+                )
+
+
+def _read(path: Path, member: tarfile.TarInfo) -> bytes:
+    with path.open("rb") as file:
+        file.seek(member.offset_data)
+        raw = file.read(member.size)
+    if len(raw) != member.size:
+        raise ValueError(f"cut short at byte {member.offset_data + len(raw)}")
+    return raw
+
+
+if __name__ == "__main__":
+    run_command(main)

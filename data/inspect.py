@@ -1,0 +1,159 @@
+"""What a dataset holds, whether it is whole, and which text a training step saw: `python -m data.inspect`.
+
+    python -m data.inspect DIR                              print what is there
+    python -m data.inspect DIR --verify                     check every byte; exit status 2 if something is damaged
+    python -m data.inspect DIR --sample 7 --seq-length 128  the 8th sample of a run of that length, decoded
+    python -m data.inspect --run RUN --step 300             the samples and documents of a run's 300th step
+
+With --run the dataset, sequence length, seed and batch size come from RUN/config.json.
+"""
+
+import argparse
+import bisect
+import functools
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError, run_command
+from data.manifest import SPLITS, Manifest, ShardInfo, load_manifest
+from data.mixture import Mixture
+from data.samples import open_shard
+from data.sources import ReadOptions, Source
+from data.stream import DEFAULT_WINDOW_SHARDS, open_reader
+from data.tokenizer import Tokenizer
+from data.verified_file import DamagedShardError
+
+_MAX_DOCUMENT_LIST_BYTES = 1 << 30
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("path", nargs="?", help="a dataset: folder, address or mixture file")
+    add("--verify", action="store_true", help="check every byte of every shard")
+    add("--sample", type=int, metavar="K", help="print sample K of the run (from 0), decoded, with its documents")
+    add("--step", type=int, metavar="N", help="print what training step N (from 1) saw; needs the batch size or --run")
+    add("--run", type=Path, metavar="RUN", help="a run directory to take the settings below from")
+    add("--split", choices=SPLITS, default="train", help="(default train)")
+    add("--seq-length", type=int, metavar="T", help="tokens of a sample")
+    add("--global-batch-size", type=int, metavar="B", help="sequences of a step")
+    add("--seed", type=int, default=0, help="training.seed of the run (default 0)")
+    add("--window-shards", type=int, default=DEFAULT_WINDOW_SHARDS, help="shards shuffled together (default 8)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    if options.run is not None:
+        _take_from_run(options)
+    if options.path is None:
+        raise DataError("name a dataset, or a run with --run")
+    manifest = load_manifest(options.path)
+    if options.step is not None:
+        _require(options, "seq_length", "global_batch_size")
+        first = (options.step - 1) * options.global_batch_size
+        _print_samples(manifest, options, range(first, first + options.global_batch_size), with_text=False)
+    elif options.sample is not None:
+        _require(options, "seq_length")
+        _print_samples(manifest, options, range(options.sample, options.sample + 1), with_text=True)
+    else:
+        _print_summary(manifest)
+        if options.verify:
+            _verify(manifest)
+
+
+def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) -> list[str]:
+    """Sources of the documents that have tokens in [first, last) of a shard; none where no list was kept."""
+    if manifest.content == "text":
+        return []
+    starts, sources = _document_list(manifest.source, shard.name.removesuffix(".tar") + ".documents.jsonl.gz")
+    begin = max(bisect.bisect_right(starts, first) - 1, 0)
+    return sources[begin : bisect.bisect_left(starts, last)]
+
+
+@functools.lru_cache(maxsize=64)
+def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
+    """First tokens and sources of a shard's documents."""
+    entries = [json.loads(line) for line in gzip.decompress(source.read(name, _MAX_DOCUMENT_LIST_BYTES)).splitlines()]
+    return [start for start, _ in entries], [origin for _, origin in entries]
+
+
+def _take_from_run(options: argparse.Namespace) -> None:
+    path = options.run / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        options.path = options.path or config["data"]["path"]
+        options.seq_length = config["model"]["seq_length"]
+        options.global_batch_size = config["training"]["global_batch_size"]
+        options.seed = config["training"]["seed"]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); is this a run directory?") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: lacks the settings of a run ({error!r})") from error
+
+
+def _require(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(options, name), int) or getattr(options, name) < 1:
+            raise DataError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive number, or --run"
+            )
+    for name in ("step", "sample"):
+        value = getattr(options, name)
+        if value is not None and value < (name == "step"):
+            raise DataError(f"--{name} {value}: steps count from 1, samples from 0")
+
+
+def _print_summary(manifest: Manifest) -> None:
+    print(f"fingerprint {manifest.fingerprint}")
+    print(f"tokenizer   {manifest.tokenizer_sha256}, {manifest.vocab_size} pieces")
+    for dataset in manifest.datasets if isinstance(manifest, Mixture) else (manifest,):
+        print(f"{dataset.source.describe('')} ({dataset.content})")
+        for split in SPLITS:
+            shards = dataset.shards[split]
+            size_gb = sum(shard.num_bytes for shard in shards) / 1e9
+            print(f"  {split}: {len(shards)} shards, {dataset.num_tokens(split)} tokens, {size_gb:.3f} GB")
+    if isinstance(manifest, Mixture):
+        for stage in manifest.stages:
+            print(f"from {stage.from_tokens} tokens on, weights {', '.join(map(str, stage.weights))}")
+
+
+def _verify(manifest: Manifest) -> None:
+    damaged = 0
+    datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
+    shards = [(dataset, shard) for dataset in datasets for split in SPLITS for shard in dataset.shards[split]]
+    for dataset in datasets:
+        Tokenizer(dataset.tokenizer_path)
+    for dataset, shard in shards:
+        try:
+            opened = open_shard(dataset, shard)
+            opened.verify_all()
+            opened.close()
+        except DamagedShardError as error:
+            damaged += 1
+            print(error)
+    if damaged:
+        raise DataError(f"{damaged} of {len(shards)} shards are damaged; copy or prepare them again")
+    print(f"verified: {len(shards)} shards are as they were prepared")
+
+
+def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: range, with_text: bool) -> None:
+    length = options.seq_length
+    reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, ReadOptions())
+    tokens = reader.read(np.array(positions)) if with_text else None
+    for row, position in enumerate(positions):
+        dataset, shard, sample = reader.locate(position)
+        first = sample * length
+        where = f"{dataset.shard_source.describe(shard.name)} tokens {first} to {first + length}"
+        print(f"sample {position}: {where}: {', '.join(documents_of(dataset, shard, first, first + length + 1))}")
+        if tokens is not None:
+            print(Tokenizer(dataset.tokenizer_path).decode(tokens[row]))
+
+
+if __name__ == "__main__":
+    run_command(main)
