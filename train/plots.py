@@ -116,7 +116,8 @@ def threshold_map_figure(threshold: ArrayLike, title: str = "") -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
         axes.xaxis.get_offset_text().set_fontsize(7)
-    panels[1].margins(x=0.25)
+    panels[1].set_xlim(image.get_clim())
+    panels[2].set_xlim(0, max(np.nan_to_num(values.var(axis=1)).max() * 1.1, 1e-4))  # below that it is rounding
     return figure
 
 
