@@ -30,7 +30,7 @@ def _query_gradient(
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
         _, ds = score_tile(
-            q, k, v, do, lse, slope, offset, factor, first_row, n, tokens, MASK, False, CAUSAL, ENTROPY, MODE, PRECISION
+            q, k, v, do, lse, slope, offset, factor, first_row, n, tokens, MASK, CAUSAL, ENTROPY, MODE, PRECISION
         )
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -38,12 +38,15 @@ def _query_gradient(
 
 @triton.jit
 def query_kernel(
-    query, key, value, output, grad_output, grad_query, lse, entropy, grad_entropy, slope, offset, factors,
-    score_gradient, scale_log2, heads, group, tokens,
+    query, key, value, output, grad_output, grad_query, lse, entropy, grad_entropy, slope, offset, temperature,
+    row_grad_temperature, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ, the row constants, and with a temperature sum_j dS_ij s_ij, of BLOCK_M rows of one query head."""
+    """dQ, the row constants, and each row's part of the temperature's gradient, of BLOCK_M rows of one query head.
+
+    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij = -(q_i . dq_i) / t_i.
+    """
     CHECK: tl.constexpr = not EVEN
     blocks = tl.cdiv(tokens, BLOCK_M)
     program = tl.program_id(0)
@@ -56,7 +59,7 @@ def query_kernel(
     do = load_rows(grad_output, batch, head, first_row)
     o = load_rows(output, batch, head, first_row)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    factor = logit_factor(factors, head, first_row, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+    factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, CHECK)
     row_lse = load_vector(lse + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
     row_entropy, row_grad = delta, delta
     if ENTROPY:
@@ -82,17 +85,16 @@ def query_kernel(
     store_rows(grad_query, batch, head, first_row, dq)
     if MODE != 0:
         q = load_rows(query, batch, head, first_row)  # again, rather than held in registers all along
-        store_vector(
-            score_gradient + row_offset, tl.sum(q.to(tl.float32) * dq, 1), first_row, tokens, BLOCK_M, CHECK
-        )
+        row_grad = tl.sum(q.to(tl.float32) * dq, 1) * (-factor / scale_log2)
+        store_vector(row_grad_temperature + row_offset, row_grad, first_row, tokens, BLOCK_M, CHECK)
 
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, query, grad_output, batch, head, lse, slope, offset, factors, scale_log2, factor, first_key,
+    dk, dv, k, v, query, grad_output, batch, head, lse, slope, offset, temperature, scale_log2, factor, first_key,
     start, stop, tokens,
     MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, KEY_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds query rows start .. stop to dk and dv."""
     for m in tl.range(start, stop, BLOCK_M):
@@ -102,23 +104,23 @@ def _key_gradients(
         row_const = load_vector(offset, m, tokens, 0.0, BLOCK_M, CHECK)
         row_slope = load_vector(slope, m, tokens, 0.0, BLOCK_M, CHECK) if ENTROPY else row_const
         if MODE == 2:
-            factor = logit_factor(factors, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+            factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         p, ds = score_tile(
             q, k, v, do, row_lse, row_slope, row_const, factor, m, first_key, tokens,
-            MASK, KEY_MAJOR, CAUSAL, ENTROPY, MODE, PRECISION,
+            MASK, CAUSAL, ENTROPY, MODE, PRECISION,
         )  # fmt: skip
         p, ds = p.to(do.dtype), ds.to(q.dtype)
-        dv = tl.dot(p if KEY_MAJOR else tl.trans(p), do, dv, input_precision=PRECISION)
-        dk = tl.dot(ds if KEY_MAJOR else tl.trans(ds), q, dk, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit
 def key_kernel(
-    query, key, value, grad_output, grad_key, grad_value, lse, slope, offset, factors, scale_log2, heads, group,
+    query, key, value, grad_output, grad_key, grad_value, lse, slope, offset, temperature, scale_log2, heads, group,
     tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_MAJOR: tl.constexpr,
+    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, over all the query heads that share it."""
     CHECK: tl.constexpr = not EVEN
@@ -133,7 +135,7 @@ def key_kernel(
     dk = tl.zeros([BLOCK_N, HP], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, HP], dtype=tl.float32)
     # a temperature per head means one query head per key head here, so that its factor can wait until the end
-    factor = logit_factor(factors, key_head, 0, tokens, scale_log2, MODE, BLOCK_M, True)
+    factor = logit_factor(temperature, key_head, 0, tokens, scale_log2, MODE, BLOCK_M, True)
     start = (first_key // BLOCK_M) * BLOCK_M if CAUSAL else 0
     # rows from here on see every key of the block; without the causal mask only the last block of keys has any to hide
     unmasked = first_key + BLOCK_N if CAUSAL else (0 if EVEN else tokens)
@@ -143,13 +145,13 @@ def key_kernel(
         row_offset = (batch.to(tl.int64) * heads + head) * tokens
         dk, dv = _key_gradients(
             dk, dv, k, v, query, grad_output, batch, head, lse + row_offset, slope + row_offset, offset + row_offset,
-            factors, scale_log2, factor, first_key, start, unmasked, tokens,
-            True, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, KEY_MAJOR,
+            temperature, scale_log2, factor, first_key, start, unmasked, tokens,
+            True, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M,
         )  # fmt: skip
         dk, dv = _key_gradients(
             dk, dv, k, v, query, grad_output, batch, head, lse + row_offset, slope + row_offset, offset + row_offset,
-            factors, scale_log2, factor, first_key, unmasked, tokens, tokens,
-            False, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, KEY_MAJOR,
+            temperature, scale_log2, factor, first_key, unmasked, tokens, tokens,
+            False, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M,
         )  # fmt: skip
     dk *= LN2 if MODE == 2 else LN2 * factor
     store_rows(grad_key, batch, key_head, first_key, dk)

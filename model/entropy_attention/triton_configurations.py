@@ -17,27 +17,26 @@ class Blocks:
     warps: int
     stages: int
     registers: int | None = None
-    key_major: bool = False
+    in_registers: bool = True
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Blocks of the kernels; `fused` is None where the backward takes the two kernels of long sequences."""
+    """Blocks of the three kernels."""
 
     forward: Blocks
     query: Blocks
     key: Blocks
-    fused: Blocks | None
 
 
-def configuration(dtype: torch.dtype, width: int, tokens: int, causal: bool) -> Configuration:
+def configuration(dtype: torch.dtype, width: int, tokens: int) -> Configuration:
     """The table; `width` is the head width."""
     if dtype == torch.float32:
         size = 32 if width <= 128 else 16
         blocks = Blocks(size, size, 4, 2)
-        return Configuration(blocks, blocks, blocks, None)
+        return Configuration(blocks, blocks, blocks)
     if width > 128:
-        return Configuration(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1), None)
+        return Configuration(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))
     if width > 64:
-        return Configuration(Blocks(64, 64, 4, 2, 168), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), None)
-    return Configuration(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2, 128), Blocks(64, 64, 4, 2), None)
+        return Configuration(Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2))
+    return Configuration(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2, 128), Blocks(64, 64, 4, 2, 168))

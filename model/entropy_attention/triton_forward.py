@@ -23,7 +23,7 @@ from model.entropy_attention.triton_tiles import (
 def _attend(
     acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, start, stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Takes keys start .. stop into the running sums of one block of rows."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -33,8 +33,13 @@ def _attend(
             rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
             keys = (n + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((keys <= rows) if CAUSAL else (keys < tokens), scores, MASKED)
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-        x = scores * along_rows(factor, MODE, False) - new_max[:, None]
+        if MODE != 0 and not IN_REGISTERS:
+            scores = scores * along_rows(factor, MODE)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            x = scores - new_max[:, None]
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+            x = scores * along_rows(factor, MODE) - new_max[:, None]
         e = tl.exp2(x)
         shrink = tl.exp2(row_max - new_max)
         if ENTROPY:
@@ -49,9 +54,9 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, output, lse, entropy, factors, scale_log2, heads, group, tokens,
+    query, key, value, output, lse, entropy, temperature, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -61,12 +66,13 @@ def forward_kernel(
     key_head = head // group
     row_offset = (program // blocks).to(tl.int64) * tokens
 
-    factor = logit_factor(factors, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
+    factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
     q = load_rows(query, batch, head, first_row)
     # The maximum is taken of q . k, so a negative factor gives its sign to the query, which is exact. This also keeps the
     # query in registers, which leaves shared memory to the keys and values.
-    q = tl.where(along_rows(factor, MODE, False) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
-    factor = tl.abs(factor)
+    if IN_REGISTERS:
+        q = tl.where(along_rows(factor, MODE) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
+        factor = tl.abs(factor)
 
     acc = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -76,11 +82,11 @@ def forward_kernel(
     unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
     acc, row_sum, moment, row_max = _attend(
         acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, 0, unmasked, tokens,
-        False, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N,
+        False, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N, IN_REGISTERS,
     )  # fmt: skip
     acc, row_sum, moment, row_max = _attend(
         acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, unmasked, stop, tokens,
-        True, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N,
+        True, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N, IN_REGISTERS,
     )  # fmt: skip
 
     store_rows(output, batch, head, first_row, acc / row_sum[:, None])

@@ -12,12 +12,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from model.entropy_attention.blocked import temperature_gradient
 from model.entropy_attention.layout import empty_in_layout
 from model.entropy_attention.triton_backward import key_kernel, query_kernel
 from model.entropy_attention.triton_configurations import Blocks, configuration
 from model.entropy_attention.triton_forward import forward_kernel
-from model.entropy_attention.triton_fused_backward import fused_kernel
 
 LOG2_E = math.log2(math.e)
 
@@ -36,8 +34,8 @@ def forward(
     output_BNTH = empty_in_layout(q_BNTH)
     lse_BNT = torch.empty(q_BNTH.shape[:3], dtype=torch.float32, device=q_BNTH.device)
     entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
-    mode, factors = _factors(temperature, scale, q_BNTH, k_BKTH)
-    blocks = configuration(q_BNTH.dtype, width, tokens, causal).forward
+    mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
+    blocks = configuration(q_BNTH.dtype, width, tokens).forward
     forward_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
         _descriptor(q_BNTH, blocks.rows),
         _descriptor(k_BKTH, blocks.keys),
@@ -45,13 +43,14 @@ def forward(
         _descriptor(output_BNTH, blocks.rows),
         lse_BNT,
         entropy_BNT,
-        factors,
+        kernel_temperature,
         scale * LOG2_E,
         heads,
         heads // k_BKTH.shape[1],
         tokens,
         CAUSAL=causal,
         ENTROPY=with_entropy,
+        IN_REGISTERS=blocks.in_registers,
         **_constants(q_BNTH, mode, blocks),
     )
     return output_BNTH, entropy_BNT, lse_BNT
@@ -81,8 +80,8 @@ def backward(
         "grad_key": empty_in_layout(k_BKTH),
         "grad_value": empty_in_layout(v_BKTH),
     }
-    mode, factors = _factors(temperature, scale, q_BNTH, k_BKTH)
-    score_gradient_BNT = torch.empty_like(lse_BNT) if temperature is not None else None
+    mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
+    grad_temperature_BNT = torch.empty_like(lse_BNT) if temperature is not None else None
     unread = lse_BNT  # stands in for pointers that the kernel's mode leaves alone
     arguments = {
         "lse": lse_BNT,
@@ -90,8 +89,8 @@ def backward(
         "grad_entropy": unread if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
         "slope": unread if grad_entropy_BNT is None else torch.empty_like(lse_BNT),
         "offset": torch.empty_like(lse_BNT),
-        "factors": factors,
-        "score_gradient": unread if score_gradient_BNT is None else score_gradient_BNT,
+        "temperature": kernel_temperature,
+        "row_grad_temperature": unread if grad_temperature_BNT is None else grad_temperature_BNT,
         "scale_log2": scale * LOG2_E,
         "heads": q_BNTH.shape[1],
         "group": q_BNTH.shape[1] // k_BKTH.shape[1],
@@ -99,55 +98,40 @@ def backward(
         "ENTROPY": grad_entropy_BNT is not None,
     }
     _launch_backward(tensors, arguments, mode, causal)
-    temperature_grad = temperature_gradient(score_gradient_BNT, temperature)
-    return tensors["grad_query"], tensors["grad_key"], tensors["grad_value"], temperature_grad
+    grad_temperature = None
+    if temperature is not None and grad_temperature_BNT is not None:
+        shared = (0, 2) if temperature.dim() == 1 else 0
+        grad_temperature = grad_temperature_BNT.sum(shared).to(temperature.dtype)
+    return tensors["grad_query"], tensors["grad_key"], tensors["grad_value"], grad_temperature
 
 
 def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode: int, causal: bool) -> None:
-    """The fused kernel where the configuration has one, else the two that own queries and keys."""
-    q_BNTH, key_programs = tensors["query"], tensors["key"].shape[0] * tensors["key"].shape[1]
-    batch, heads, tokens, width = q_BNTH.shape
-    chosen = configuration(q_BNTH.dtype, width, tokens, causal)
-    if chosen.fused is not None:
-        blocks = chosen.fused
-        single = tokens <= blocks.keys
-        rows = 0 if single else triton.cdiv(tokens, blocks.keys) * blocks.keys
-        scratch = torch.empty(batch * heads, rows, _padded(width), dtype=torch.float32, device=q_BNTH.device)
-        fused_kernel[(key_programs,)](
-            **_descriptors(tensors, blocks),
-            **arguments,
-            **_constants(q_BNTH, mode, blocks),
-            scratch=scratch,
-            KEY_MAJOR=blocks.key_major,
-            SINGLE=single,
-        )
-        return
+    """First the kernel that owns queries, which leaves the row constants to the one that owns keys."""
+    batch, heads, tokens, width = tensors["query"].shape
+    chosen = configuration(tensors["query"].dtype, width, tokens)
     blocks = chosen.query
     owned = {name: x for name, x in tensors.items() if name not in ("grad_key", "grad_value")}
     query_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
-        **_descriptors(owned, blocks), **arguments, **_constants(q_BNTH, mode, blocks), CAUSAL=causal
+        **_descriptors(owned, blocks), **arguments, **_constants(tensors["query"], mode, blocks), CAUSAL=causal
     )
     blocks = chosen.key
     owned = {name: x for name, x in tensors.items() if name not in ("output", "grad_query")}
-    arguments = {name: x for name, x in arguments.items() if name not in ("entropy", "grad_entropy", "score_gradient")}
-    key_kernel[(triton.cdiv(tokens, blocks.keys) * key_programs,)](
-        **_descriptors(owned, blocks),
-        **arguments,
-        **_constants(q_BNTH, mode, blocks),
-        CAUSAL=causal,
-        KEY_MAJOR=blocks.key_major,
+    not_read = ("entropy", "grad_entropy", "row_grad_temperature")
+    arguments = {name: x for name, x in arguments.items() if name not in not_read}
+    key_kernel[(triton.cdiv(tokens, blocks.keys) * batch * tensors["key"].shape[1],)](
+        **_descriptors(owned, blocks), **arguments, **_constants(tensors["query"], mode, blocks), CAUSAL=causal
     )
 
 
-def _factors(temperature: Tensor | None, scale: float, q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[int, Tensor | None]:
-    """The kernels' temperature mode, and scale / (t ln 2) as a contiguous [N] or [N, T] for it."""
+def _temperature(temperature: Tensor | None, q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[int, Tensor | None]:
+    """The kernels' temperature mode, and a contiguous float32 [N] or [N, T] for it."""
     if temperature is None:
         return 0, None
-    factors = (scale * LOG2_E) / temperature.float()
-    if factors.dim() == 1 and q_BNTH.shape[1] != k_BKTH.shape[1]:
+    temperature = temperature.float()
+    if temperature.dim() == 1 and q_BNTH.shape[1] != k_BKTH.shape[1]:
         # heads that share a key have temperatures of their own, so the factor belongs to the row
-        factors = factors[:, None].expand(-1, q_BNTH.shape[2])
-    return factors.dim(), factors.contiguous()
+        temperature = temperature[:, None].expand(-1, q_BNTH.shape[2])
+    return temperature.dim(), temperature.contiguous()
 
 
 def _addressable(x_BNTH: Tensor) -> bool:

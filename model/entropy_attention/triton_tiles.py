@@ -44,27 +44,23 @@ def store_vector(pointer, vector, start, tokens, BLOCK: tl.constexpr, CHECK: tl.
 
 
 @triton.jit
-def logit_factor(factors, head, start, tokens, scale_log2, MODE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+def logit_factor(
+    temperature, head, start, tokens, scale_log2, MODE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
+):
     """scale / (t ln 2): what q . k is multiplied by. A number, or with a temperature per row a vector [BLOCK]."""
     if MODE == 0:
         factor = scale_log2
     elif MODE == 1:
-        factor = tl.load(factors + head)
+        factor = scale_log2 / tl.load(temperature + head)
     else:
-        factor = load_vector(factors + head.to(tl.int64) * tokens, start, tokens, 0.0, BLOCK, CHECK)
+        factor = scale_log2 / load_vector(temperature + head.to(tl.int64) * tokens, start, tokens, 1.0, BLOCK, CHECK)
     return factor
 
 
 @triton.jit
-def along_rows(vector, MODE: tl.constexpr, KEY_MAJOR: tl.constexpr):
-    """A row vector (or in modes 0 and 1 a number) ready to broadcast over a tile of scores."""
-    if MODE != 2:
-        result = vector
-    elif KEY_MAJOR:
-        result = vector[None, :]
-    else:
-        result = vector[:, None]
-    return result
+def along_rows(vector, MODE: tl.constexpr):
+    """A row vector (in modes 0 and 1 a number) ready to broadcast over a tile of scores [rows, keys]."""
+    return vector[:, None] if MODE == 2 else vector
 
 
 @triton.jit
@@ -87,27 +83,20 @@ def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTR
 @triton.jit
 def score_tile(
     q, k, v, do, lse_log2, slope, offset, factor, first_row, first_key, tokens,
-    MASK: tl.constexpr, KEY_MAJOR: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities p and score gradients of one tile, [M, N], or [N, M] if KEY_MAJOR (the factor is in dS in mode 2 only)."""
-    if KEY_MAJOR:
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    else:
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    x = scores * along_rows(factor, MODE, KEY_MAJOR) - along_rows(lse_log2, 2, KEY_MAJOR)
+    """Probabilities p and score gradients dS of one tile [rows, keys]; in mode 2 dS has the rows' factor in it."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    x = scores * along_rows(factor, MODE) - lse_log2[:, None]
     p = tl.exp2(x)
     if MASK:
-        rows = along_rows(first_row + tl.arange(0, q.shape[0]), 2, KEY_MAJOR)
-        keys = along_rows(first_key + tl.arange(0, k.shape[0]), 2, not KEY_MAJOR)
+        rows = (first_row + tl.arange(0, q.shape[0]))[:, None]
+        keys = (first_key + tl.arange(0, k.shape[0]))[None, :]
         p = tl.where((keys <= rows) if CAUSAL else (keys < tokens), p, 0.0)
-    constant = along_rows(offset, 2, KEY_MAJOR)
+    constant = offset[:, None]
     if ENTROPY:
-        constant = x * along_rows(slope, 2, KEY_MAJOR) + constant
+        constant = x * slope[:, None] + constant
     if MODE == 2:
-        ds = p * (dp * along_rows(factor, MODE, KEY_MAJOR) + constant)
-    else:
-        ds = p * (dp + constant)
-    return p, ds
+        dp = dp * factor[:, None]
+    return p, p * (dp + constant)
