@@ -11,6 +11,7 @@ recomputing them in the backward pass would cost; the backward pass multiplies b
 The vocabulary may be split over ranks: `VocabularyShard` says where a shard starts and how to reduce over shards.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 256 * 2**20
-"""Size of one chunk's logits in float32: large enough to fill a GPU, small beside a model's activations."""
+CHUNK_BYTES = 512 * 2**20
+"""Size of one chunk's logits: large enough to fill a GPU, small beside a model's activations."""
 
 
 def _unsharded(local: Tensor) -> Tensor:
@@ -70,14 +71,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_grad else None
         loss = hidden.new_zeros((), dtype=exact)
-        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         valid = min(max(vocab_size - shard.start, 0), weight.shape[0])
-        for begin in range(0, hidden.shape[0], chunk):
-            rows = slice(begin, begin + chunk)
+        row_statistics, gradient = _on_gpu() if hidden.is_cuda else (_row_statistics, _gradient)
+        for rows in _chunks(hidden.shape[0], weight):
             logits = F.linear(hidden[rows], weight)
-            loss_chunk, grad_logits = _softmax_cross_entropy(logits, labels[rows], valid, shard, exact)
-            loss += loss_chunk
+            counted, local = labels[rows] >= 0, labels[rows] - shard.start
+            highest = (
+                logits[:, :valid].amax(dim=1).to(exact)
+                if valid
+                else logits.new_full((len(local),), -torch.inf, dtype=exact)
+            )
+            peak = shard.maximum(highest)
+            total, target = row_statistics(logits, local, peak, valid)
+            total, target = shard.sum(total), shard.sum(target)
+            lse = total.log() + peak
+            loss += torch.where(counted, lse - target, 0.0).sum()
             if grad_hidden is not None and grad_weight is not None:
+                grad_logits = gradient(logits, local, lse, counted, valid)
                 grad_hidden[rows] = grad_logits @ weight
                 grad_weight += grad_logits.t() @ hidden[rows]
         if grad_weight is not None:
@@ -87,30 +97,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grads[0].to(grad_hidden.dtype),
-            grad_weight * grads[0].to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        scale = grads[0]
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
 
 
-def _softmax_cross_entropy(
-    logits: Tensor, labels: Tensor, valid: int, shard: VocabularyShard, exact: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Summed loss and the gradient of the logits [C, V] for one chunk; columns from `valid` on are padding."""
-    dtype, logits = logits.dtype, logits.to(exact)
-    logits[:, valid:] = -torch.inf
-    peak = shard.maximum(logits.amax(dim=1))
-    exponentials = (logits - peak.unsqueeze(1)).exp_()
-    total = shard.sum(exponentials.sum(dim=1))
-    local = labels - shard.start
-    here = (local >= 0) & (local < logits.shape[1])
-    column = torch.where(here, local, 0).unsqueeze(1)
-    target = shard.sum(torch.where(here, logits.gather(1, column).squeeze(1), 0.0))
-    counted = labels >= 0
-    loss = torch.where(counted, total.log() + peak - target, 0.0).sum()
-    grad = exponentials.div_(total.unsqueeze(1))
-    grad.scatter_add_(1, column, -here.to(exact).unsqueeze(1))
-    return loss, grad.mul_(counted.unsqueeze(1)).to(dtype)
+def _chunks(tokens: int, weight: Tensor) -> list[slice]:
+    """Slices of tokens, equal but for the last, whose logits fit CHUNK_BYTES each."""
+    most = max(1, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    count = -(-tokens // most)
+    size = -(-tokens // count)
+    return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+
+
+def _row_statistics(logits: Tensor, local: Tensor, peak: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """Of each row of logits [C, V]: the sum of e^(logit - peak) over valid columns, and the label's logit (0 if not here)."""
+    total = (logits[:, :valid].to(peak.dtype) - peak.unsqueeze(1)).exp_().sum(dim=1)
+    here, column = _label_column(local, logits.shape[1])
+    return total, torch.where(here, logits.gather(1, column).squeeze(1).to(peak.dtype), 0.0)
+
+
+def _gradient(logits: Tensor, local: Tensor, lse: Tensor, counted: Tensor, valid: int) -> Tensor:
+    """softmax - onehot for rows that count, in the logits' type: [C, V]. Consumes the logits.
+
+    The label's entry is taken in full precision before rounding: softmax - 1 of rounded numbers would lose what is small.
+    """
+    here, column = _label_column(local, logits.shape[1])
+    probability = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp_()
+    probability[:, valid:] = 0.0
+    probability.mul_(counted.unsqueeze(1))
+    at_label = probability.gather(1, column) - (here & counted).unsqueeze(1).to(lse.dtype)
+    return probability.to(logits.dtype).scatter_(1, column, at_label.to(logits.dtype))
+
+
+def _label_column(local: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether each row's label lies among this shard's columns [C], and in which (0 where it does not) [C, 1]."""
+    here = (local >= 0) & (local < columns)
+    return here, torch.where(here, local, 0).unsqueeze(1)
+
+
+@functools.cache
+def _on_gpu() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both passes compiled to one kernel each: the logits are read twice and written once, never in float32."""
+    return torch.compile(_row_statistics), torch.compile(_gradient)
