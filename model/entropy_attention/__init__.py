@@ -1,10 +1,11 @@
-"""Softmax attention that also returns the entropy of every attention row, differentiable in both, without a T x T matrix."""
+"""Softmax attention that also returns the entropy of every row, differentiable in both, without a T x T matrix."""
 
 import importlib.util
 import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.entropy_attention import reference
@@ -49,7 +50,7 @@ def entropy_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    _check(query, key, value, temperature, implementation)
+    _check(query, key, value, temperature, scale, implementation)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if implementation == "reference":
         return reference.attention(
@@ -57,11 +58,16 @@ def entropy_attention(
         )
     if implementation == "auto":
         implementation = "triton" if _has_kernel(query) else "blocked"
+    width = query.shape[-1]
+    if implementation == "triton" and width * query.element_size() % 16:
+        # the kernels move rows in units of 16 bytes; columns of zeros change no score
+        step = 16 // query.element_size()
+        query, key, value = (F.pad(x, (0, -width % step)) for x in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output, entropy, _ = attention_forward(
         query, key, value, temperature, scale, causal, return_entropy, implementation
     )
-    return output, entropy if return_entropy else None
+    return output[..., :width], entropy if return_entropy else None
 
 
 def _has_kernel(query: Tensor) -> bool:
@@ -71,7 +77,9 @@ def _has_kernel(query: Tensor) -> bool:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, implementation: str) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, scale: float | None, implementation: str
+) -> None:
     """Raises ValueError with the first fault of the arguments."""
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         raise ValueError(
@@ -94,6 +102,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None
             f"entropy_attention: temperature {list(temperature.shape)}: expected [{heads}] (one per head) or "
             f"[{heads}, {tokens}] (one per head and position)"
         )
+    if scale is not None and scale <= 0:
+        raise ValueError(f"entropy_attention: scale {scale} must be positive; negate the query instead")
     if implementation not in ("auto", "triton", "blocked", "reference"):
         raise ValueError(
             f"entropy_attention: implementation {implementation!r}: expected 'auto', 'triton', 'blocked' or 'reference'"

@@ -2,17 +2,17 @@
 
 For one query row with scaled scores s_j, m the largest of them, e_j = exp(s_j - m) and l = sum_j e_j:
 
-    lse = m + ln l        p_j = e_j / l        H = ln l - sum_j e_j (s_j - m) / l
+    p_j = e_j / l        H = ln l - sum_j e_j (s_j - m) / l
 
-which, unlike lse - sum_j p_j s_j, does not cancel for large scores. With upstream gradients dO of the output and dH of
-the entropy, and c = rowsum(dO o O),
+which, unlike ln sum_j exp(s_j) - sum_j p_j s_j, does not cancel for large scores. With upstream gradients dO of the
+output and dH of the entropy,
 
-    dS_j = p_j (dP_j - c - dH (s_j - lse + H)),    dP_j = dO . v_j
+    g_j = dO . v_j - dH ln p_j,    dS_j = p_j (g_j - sum_i p_i g_i)
 
 so that nothing of size T x T outlives a block. A short sequence is one block: then this is materialized attention.
 
 Tensor names carry their shape: B sequences, N query heads, K key heads, G = N / K query heads a key head, T tokens,
-H head width, R rows of a block times G, C keys that the block can see.
+H head width, R rows of a block times G, C keys that the block can see, S the two parts of a row's shift, m and ln l.
 """
 
 import torch
@@ -34,12 +34,13 @@ def forward(
     causal: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), lse [B, N, T] in nats."""
+    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), each row's m and ln l [2, B, N, T]."""
     output_BNTH = empty_in_layout(q_BNTH)
-    lse_BNT = q_BNTH.new_empty(q_BNTH.shape[:3], dtype=_compute_type(q_BNTH))
-    entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
+    compute = _compute_type(q_BNTH)
+    shift_SBNT = q_BNTH.new_empty((2, *q_BNTH.shape[:3]), dtype=compute)
+    entropy_BNT = shift_SBNT.new_empty(q_BNTH.shape[:3] if with_entropy else 0)
     for batch in _batches(q_BNTH, k_BKTH):
-        k_BKTC, v_BKTC = k_BKTH[batch].to(lse_BNT.dtype), v_BKTH[batch].to(lse_BNT.dtype)
+        k_BKTC, v_BKTC = k_BKTH[batch].to(compute), v_BKTH[batch].to(compute)
         for rows, keys in _blocks(q_BNTH.shape[2], causal):
             q_BKRH = _scaled_rows(q_BNTH[batch, :, rows], k_BKTH.shape[1], _factor(temperature, rows, scale))
             s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
@@ -51,11 +52,12 @@ def forward(
             sum_BKR1 = e_BKRC.sum(-1, keepdim=True)
             shape = q_BNTH[batch, :, rows].shape
             output_BNTH[batch, :, rows] = ((e_BKRC @ v_BKTC[:, :, keys]) / sum_BKR1).view(shape)
-            lse_BNT[batch, :, rows] = (max_BKR1 + sum_BKR1.log()).view(shape[:3])
+            shift_SBNT[0, batch, :, rows] = max_BKR1.view(shape[:3])
+            shift_SBNT[1, batch, :, rows] = sum_BKR1.log().view(shape[:3])
             if with_entropy:
                 mean_BKR1 = e_BKRC.mul_(s_BKRC).sum(-1, keepdim=True) / sum_BKR1
                 entropy_BNT[batch, :, rows] = (sum_BKR1.log() - mean_BKR1).view(shape[:3])
-    return output_BNTH, entropy_BNT, lse_BNT
+    return output_BNTH, entropy_BNT, shift_SBNT
 
 
 def backward(
@@ -67,14 +69,17 @@ def backward(
     temperature: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
-    lse_BNT: Tensor,
+    shift_SBNT: Tensor,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and of the temperature (None without one)."""
-    compute, key_heads = lse_BNT.dtype, k_BKTH.shape[1]
+    """Gradients of query, key, value and of the temperature (None without one).
+
+    Output and entropy are not needed here: a whole row of scores is at hand.
+    """
+    compute, key_heads = shift_SBNT.dtype, k_BKTH.shape[1]
     dq_BNTH, dk_BKTH, dv_BKTH = empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH)
-    score_gradient_BNT = torch.zeros_like(lse_BNT) if temperature is not None else None
+    ds_s_BNT = torch.empty_like(shift_SBNT[0])
     for batch in _batches(q_BNTH, k_BKTH):
         k_BKTC, v_BKTC = k_BKTH[batch].to(compute), v_BKTH[batch].to(compute)
         dk_BKTC, dv_BKTC = torch.zeros_like(k_BKTC), torch.zeros_like(v_BKTC)
@@ -83,41 +88,28 @@ def backward(
             factor = _factor(temperature, rows, scale)
             q_BKRH = _scaled_rows(q_BNTH[at], key_heads, factor)
             do_BKRH = _scaled_rows(grad_output_BNTH[at], key_heads, None, compute)
-            o_BKRH = _scaled_rows(output_BNTH[at], key_heads, None, compute)
             column = do_BKRH.shape[:3] + (1,)
             s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
-            s_BKRC -= lse_BNT[at].reshape(column)
+            s_BKRC -= shift_SBNT[0][at].reshape(column)
             if causal:
                 _mask(s_BKRC, rows, MASKED)
+            s_BKRC -= shift_SBNT[1][at].reshape(column)  # apart from the maximum: their sum would be rounded first
             p_BKRC = s_BKRC.exp()
             dv_BKTC[:, :, keys] += p_BKRC.transpose(-1, -2) @ do_BKRH
-            ds_BKRC = do_BKRH @ v_BKTC[:, :, keys].transpose(-1, -2)
-            constant_BKR1 = (do_BKRH * o_BKRH).sum(-1, keepdim=True)
+            g_BKRC = do_BKRH @ v_BKTC[:, :, keys].transpose(-1, -2)
             if grad_entropy_BNT is not None:
-                dh_BKR1 = grad_entropy_BNT[at].reshape(column)
-                constant_BKR1 += dh_BKR1 * entropy_BNT[at].reshape(column)
-                ds_BKRC.addcmul_(s_BKRC, dh_BKR1, value=-1)
-            ds_BKRC.sub_(constant_BKR1).mul_(p_BKRC)
+                g_BKRC.addcmul_(s_BKRC, grad_entropy_BNT[at].reshape(column), value=-1)
+            ds_BKRC = torch.ops.aten._softmax_backward_data(g_BKRC, p_BKRC, -1, compute)
             dk_BKTC[:, :, keys] += ds_BKRC.transpose(-1, -2) @ q_BKRH
             dq_BNRH = (ds_BKRC @ k_BKTC[:, :, keys]).view(q_BNTH[at].shape)
             dq_BNTH[at] = dq_BNRH * factor
-            if score_gradient_BNT is not None:
-                score_gradient_BNT[at] = (q_BKRH.view(dq_BNRH.shape) * dq_BNRH).sum(-1)
+            if temperature is not None:  # dL/dt_i = -(1/t_i) sum_j dS_ij s_ij, and s_ij = (scaled q_i) . k_j
+                ds_s_BNT[at] = (q_BKRH.view(dq_BNRH.shape) * dq_BNRH).sum(-1)
         dk_BKTH[batch], dv_BKTH[batch] = dk_BKTC, dv_BKTC
-    return dq_BNTH, dk_BKTH, dv_BKTH, temperature_gradient(score_gradient_BNT, temperature)
-
-
-def temperature_gradient(score_gradient_BNT: Tensor | None, temperature: Tensor | None) -> Tensor | None:
-    """dL/dt = -(1/t) sum_j dS_ij s_ij, summed over what shares a temperature.
-
-    Args:
-        score_gradient_BNT: sum_j dS_ij s_ij for each row, which equals the scaled query times its gradient.
-        temperature: [N] or [N, T].
-    """
-    if score_gradient_BNT is None or temperature is None:
-        return None
+    if temperature is None:
+        return dq_BNTH, dk_BKTH, dv_BKTH, None
     shared = (0, 2) if temperature.dim() == 1 else 0
-    return (-score_gradient_BNT.sum(shared) / temperature).to(temperature.dtype)
+    return dq_BNTH, dk_BKTH, dv_BKTH, (-ds_s_BNT.sum(shared) / temperature).to(temperature.dtype)
 
 
 def _compute_type(tensor: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
-"""The attention with entropies as operators of PyTorch's library, so that compilers, autocast and recomputation see one call.
+"""Attention with entropies as operators of PyTorch's library: one call to compilers, autocast and recomputation.
 
-Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width.
+Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width,
+S parts of a row's shift (see `attention_forward`).
 """
 
 from typing import Any
@@ -32,7 +33,11 @@ def attention_forward(
     with_entropy: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output in the layout of the query; entropy in nats (empty where not asked for) and log-sum-exp, [B, N, T] each."""
+    """Output in the query's layout, entropy [B, N, T] in nats (empty where not asked for), and what the backward needs.
+
+    The last is [2, B, N, T], each row's largest logit and the logarithm of the sum of exp(logit - largest), or
+    [1, B, N, T], their sum, where the kernels compute in 16 bits and float32 apart would gain nothing.
+    """
     with torch.autocast(q_BNTH.device.type, enabled=False):
         return _kernels(implementation).forward(q_BNTH, k_BKTH, v_BKTH, temperature, scale, causal, with_entropy)
 
@@ -48,9 +53,11 @@ def _(
     with_entropy: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse_BNT = q_BNTH.new_empty(q_BNTH.shape[:3], dtype=torch.promote_types(q_BNTH.dtype, torch.float32))
-    entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
-    return empty_in_layout(q_BNTH), entropy_BNT, lse_BNT
+    parts = 1 if implementation == "triton" and q_BNTH.dtype != torch.float32 else 2
+    dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
+    shift_SBNT = q_BNTH.new_empty((parts, *q_BNTH.shape[:3]), dtype=dtype)
+    entropy_BNT = shift_SBNT.new_empty(q_BNTH.shape[:3] if with_entropy else 0)
+    return empty_in_layout(q_BNTH), entropy_BNT, shift_SBNT
 
 
 @torch.library.custom_op("entropy_attention::backward", mutates_args=())
@@ -63,7 +70,7 @@ def attention_backward(
     temperature: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
-    lse_BNT: Tensor,
+    shift_SBNT: Tensor,
     scale: float,
     causal: bool,
     implementation: str,
@@ -79,11 +86,11 @@ def attention_backward(
             temperature,
             output_BNTH,
             entropy_BNT,
-            lse_BNT,
+            shift_SBNT,
             scale,
             causal,
         )
-    return dq_BNTH, dk_BKTH, dv_BKTH, lse_BNT.new_empty(0) if dt is None else dt
+    return dq_BNTH, dk_BKTH, dv_BKTH, shift_SBNT.new_empty(0) if dt is None else dt
 
 
 @attention_backward.register_fake
@@ -96,25 +103,25 @@ def _(
     temperature: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
-    lse_BNT: Tensor,
+    shift_SBNT: Tensor,
     scale: float,
     causal: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dt = lse_BNT.new_empty(0) if temperature is None else torch.empty_like(temperature).contiguous()
+    dt = shift_SBNT.new_empty(0) if temperature is None else torch.empty_like(temperature).contiguous()
     return empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH), dt
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q_BNTH, k_BKTH, v_BKTH, temperature, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
-    output_BNTH, entropy_BNT, lse_BNT = output
-    ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, temperature, output_BNTH, entropy_BNT, lse_BNT)
-    ctx.mark_non_differentiable(lse_BNT)
+    output_BNTH, entropy_BNT, shift_SBNT = output
+    ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, temperature, output_BNTH, entropy_BNT, shift_SBNT)
+    ctx.mark_non_differentiable(shift_SBNT)
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs its backward nothing
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q_BNTH, k_BKTH, v_BKTH, temperature, output_BNTH, entropy_BNT, lse_BNT = ctx.saved_tensors
+    q_BNTH, k_BKTH, v_BKTH, temperature, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output_BNTH)
     if not ctx.with_entropy:
@@ -128,7 +135,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None,
         temperature,
         output_BNTH,
         entropy_BNT,
-        lse_BNT,
+        shift_SBNT,
         ctx.scale,
         ctx.causal,
         ctx.implementation,

@@ -1,7 +1,7 @@
 """The backward in two kernels: one owns blocks of queries (dQ), one owns blocks of keys (dK, dV). Deterministic, any T.
 
-Both recompute the probabilities from the saved log-sum-exp. The first also works out the two constants of each row that the
-entropy and the softmax need, for the second to read.
+Both recompute the probabilities from the saved log-sum-exp. The first also works out the two constants of each row that
+the entropy and the softmax need, for the second to read.
 """
 
 import triton
@@ -21,8 +21,8 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _query_gradient(
-    dq, q, do, key, value, batch, key_head, lse, slope, offset, factor, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, do, key, value, batch, key_head, shift, log_sum, slope, offset, factor, first_row, start, stop, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds dS k of keys start .. stop to dq."""
@@ -30,20 +30,72 @@ def _query_gradient(
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
         _, ds = score_tile(
-            q, k, v, do, lse, slope, offset, factor, first_row, n, tokens, MASK, CAUSAL, ENTROPY, MODE, PRECISION
+            q,
+            k,
+            v,
+            do,
+            shift,
+            log_sum,
+            slope,
+            offset,
+            factor,
+            first_row,
+            n,
+            tokens,
+            MASK,
+            CAUSAL,
+            ENTROPY,
+            MODE,
+            EXACT,
         )
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
+def _mean_gradient(
+    mean, q, do, key, value, batch, key_head, shift, log_sum, slope, factor, first_row, start, stop, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds sum_j p_j g_j of keys start .. stop, where dS_j = p_j (g_j - that sum over all keys)."""
+    for n in tl.range(start, stop, BLOCK_N):
+        k = load_rows(key, batch, key_head, n)
+        v = load_rows(value, batch, key_head, n)
+        _, pg = score_tile(
+            q,
+            k,
+            v,
+            do,
+            shift,
+            log_sum,
+            slope,
+            slope * 0,
+            factor,
+            first_row,
+            n,
+            tokens,
+            MASK,
+            CAUSAL,
+            ENTROPY,
+            MODE,
+            EXACT,
+        )
+        mean += tl.sum(pg, 1)
+    return mean
+
+
+@triton.jit
 def query_kernel(
-    query, key, value, output, grad_output, grad_query, lse, entropy, grad_entropy, slope, offset, temperature,
-    row_grad_temperature, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, output, grad_output, grad_query, shift, log_sum, entropy, grad_entropy, slope, offset,
+    temperature, row_grad_temperature, scale_log2, heads, group, tokens,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ, the row constants, and each row's part of the temperature's gradient, of BLOCK_M rows of one query head.
+
+    EXACT takes sum_j p_j g_j over the very scores that dS is made of, one more pass over the keys, where rowsum(dO o O)
+    would leave a rounding error in rows that attend to a single key and whose dS is 0.
 
     dL/dt_i = -(1/t_i) sum_j dS_ij s_ij = -(q_i . dq_i) / t_i.
     """
@@ -60,27 +112,35 @@ def query_kernel(
     o = load_rows(output, batch, head, first_row)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, CHECK)
-    row_lse = load_vector(lse + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
+    row_shift = load_vector(shift + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
+    row_log_sum = load_vector(log_sum + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK) if EXACT else row_shift
     row_entropy, row_grad = delta, delta
     if ENTROPY:
         row_entropy = load_vector(entropy + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
         row_grad = load_vector(grad_entropy + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
     row_slope, row_const = row_constants(delta, row_entropy, row_grad, factor, MODE, ENTROPY)
+    stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
+    unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
+    if EXACT:
+        mean = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for masked in tl.static_range(2):
+            first, last = (unmasked, stop) if masked else (0, unmasked)
+            mean = _mean_gradient(
+                mean, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, factor, first_row, first,
+                last, tokens, masked == 1, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_N,
+            )  # fmt: skip
+        row_const = -mean
     store_vector(offset + row_offset, row_const, first_row, tokens, BLOCK_M, CHECK)
     if ENTROPY:
         store_vector(slope + row_offset, row_slope, first_row, tokens, BLOCK_M, CHECK)
 
     dq = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
-    stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
-    unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
-    dq = _query_gradient(
-        dq, q, do, key, value, batch, key_head, row_lse, row_slope, row_const, factor, first_row, 0, unmasked, tokens,
-        False, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_N,
-    )  # fmt: skip
-    dq = _query_gradient(
-        dq, q, do, key, value, batch, key_head, row_lse, row_slope, row_const, factor, first_row, unmasked, stop, tokens,
-        True, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_N,
-    )  # fmt: skip
+    for masked in tl.static_range(2):  # first the keys that all rows see
+        first, last = (unmasked, stop) if masked else (0, unmasked)
+        dq = _query_gradient(
+            dq, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, row_const, factor, first_row,
+            first, last, tokens, masked == 1, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_N,
+        )  # fmt: skip
     dq *= LN2 if MODE == 2 else LN2 * factor
     store_rows(grad_query, batch, head, first_row, dq)
     if MODE != 0:
@@ -91,35 +151,36 @@ def query_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, query, grad_output, batch, head, lse, slope, offset, temperature, scale_log2, factor, first_key,
-    start, stop, tokens,
+    dk, dv, k, v, query, grad_output, batch, head, shift, log_sum, slope, offset, temperature, scale_log2, factor,
+    first_key, start, stop, tokens,
     MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds query rows start .. stop to dk and dv."""
     for m in tl.range(start, stop, BLOCK_M):
         q = load_rows(query, batch, head, m)
         do = load_rows(grad_output, batch, head, m)
-        row_lse = load_vector(lse, m, tokens, 0.0, BLOCK_M, CHECK)
+        row_shift = load_vector(shift, m, tokens, 0.0, BLOCK_M, CHECK)
+        row_log_sum = load_vector(log_sum, m, tokens, 0.0, BLOCK_M, CHECK) if EXACT else row_shift
         row_const = load_vector(offset, m, tokens, 0.0, BLOCK_M, CHECK)
         row_slope = load_vector(slope, m, tokens, 0.0, BLOCK_M, CHECK) if ENTROPY else row_const
         if MODE == 2:
             factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         p, ds = score_tile(
-            q, k, v, do, row_lse, row_slope, row_const, factor, m, first_key, tokens,
-            MASK, CAUSAL, ENTROPY, MODE, PRECISION,
+            q, k, v, do, row_shift, row_log_sum, row_slope, row_const, factor, m, first_key, tokens,
+            MASK, CAUSAL, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         p, ds = p.to(do.dtype), ds.to(q.dtype)
-        dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(p), do, dv, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit
 def key_kernel(
-    query, key, value, grad_output, grad_key, grad_value, lse, slope, offset, temperature, scale_log2, heads, group,
-    tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, grad_output, grad_key, grad_value, shift, log_sum, slope, offset, temperature, scale_log2, heads,
+    group, tokens,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, over all the query heads that share it."""
@@ -143,16 +204,13 @@ def key_kernel(
     for member in tl.range(0, group):
         head = key_head * group + member
         row_offset = (batch.to(tl.int64) * heads + head) * tokens
-        dk, dv = _key_gradients(
-            dk, dv, k, v, query, grad_output, batch, head, lse + row_offset, slope + row_offset, offset + row_offset,
-            temperature, scale_log2, factor, first_key, start, unmasked, tokens,
-            True, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M,
-        )  # fmt: skip
-        dk, dv = _key_gradients(
-            dk, dv, k, v, query, grad_output, batch, head, lse + row_offset, slope + row_offset, offset + row_offset,
-            temperature, scale_log2, factor, first_key, unmasked, tokens, tokens,
-            False, CHECK, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M,
-        )  # fmt: skip
+        for masked in tl.static_range(1, -1, -1):
+            first, last = (start, unmasked) if masked else (unmasked, tokens)
+            dk, dv = _key_gradients(
+                dk, dv, k, v, query, grad_output, batch, head, shift + row_offset, log_sum + row_offset,
+                slope + row_offset, offset + row_offset, temperature, scale_log2, factor, first_key, first, last,
+                tokens, masked == 1, CHECK, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_M,
+            )  # fmt: skip
     dk *= LN2 if MODE == 2 else LN2 * factor
     store_rows(grad_key, batch, key_head, first_key, dk)
     store_rows(grad_value, batch, key_head, first_key, dv)

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Blocks:
-    """`rows` queries by `keys` keys a tile. `registers` caps a thread's registers, so that more programs share a processor."""
+    """`rows` queries by `keys` keys a tile. `registers` caps a thread's, so that more programs share a processor."""
 
     rows: int
     keys: int

@@ -1,8 +1,8 @@
 """The forward kernel: online softmax whose third running sum gives the entropy of each row.
 
 For a row with logits x_j in powers of two, m their maximum so far and e_j = exp2(x_j - m), it carries sum_j e_j,
-sum_j e_j v_j and w = sum_j e_j (x_j - m). When the maximum grows by d, all three are rescaled by exp2(-d), after w has taken
--d * sum_j e_j. Then H = ln 2 (log2 sum - w / sum), without the cancellation of lse - sum_j p_j s_j.
+sum_j e_j v_j and w = sum_j e_j (x_j - m). When the maximum grows by d, all three are rescaled by exp2(-d), after w has
+taken -d * sum_j e_j. Then H = ln 2 (log2 sum - w / sum), without the cancellation of ln sum_j exp(s_j) - sum_j p_j s_j.
 """
 
 import triton
@@ -22,13 +22,13 @@ from model.entropy_attention.triton_tiles import (
 @triton.jit
 def _attend(
     acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Takes keys start .. stop into the running sums of one block of rows."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASK:
             rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
             keys = (n + tl.arange(0, BLOCK_N))[None, :]
@@ -47,15 +47,15 @@ def _attend(
         row_sum = row_sum * shrink + tl.sum(e, 1)
         acc = acc * shrink[:, None]
         v = load_rows(value, batch, key_head, n)
-        acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(e.to(v.dtype), v, acc, input_precision="ieee")
         row_max = new_max
     return acc, row_sum, moment, row_max
 
 
 @triton.jit
 def forward_kernel(
-    query, key, value, output, lse, entropy, temperature, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, output, shift, log_sum, entropy, temperature, scale_log2, heads, group, tokens,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
@@ -68,8 +68,8 @@ def forward_kernel(
 
     factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, not EVEN)
     q = load_rows(query, batch, head, first_row)
-    # The maximum is taken of q . k, so a negative factor gives its sign to the query, which is exact. This also keeps the
-    # query in registers, which leaves shared memory to the keys and values.
+    # The maximum is taken of q . k, so a negative factor gives its sign to the query, which is exact. This also keeps
+    # the query in registers, which leaves shared memory to the keys and values.
     if IN_REGISTERS:
         q = tl.where(along_rows(factor, MODE) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
         factor = tl.abs(factor)
@@ -80,18 +80,20 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], MASKED, dtype=tl.float32)
     stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
     unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
-    acc, row_sum, moment, row_max = _attend(
-        acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, 0, unmasked, tokens,
-        False, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N, IN_REGISTERS,
-    )  # fmt: skip
-    acc, row_sum, moment, row_max = _attend(
-        acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, unmasked, stop, tokens,
-        True, CAUSAL, ENTROPY, MODE, PRECISION, BLOCK_M, BLOCK_N, IN_REGISTERS,
-    )  # fmt: skip
+    for masked in tl.static_range(2):  # first the keys that all rows see
+        first, last = (unmasked, stop) if masked else (0, unmasked)
+        acc, row_sum, moment, row_max = _attend(
+            acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, first, last, tokens,
+            masked == 1, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_M, BLOCK_N, IN_REGISTERS,
+        )  # fmt: skip
 
     store_rows(output, batch, head, first_row, acc / row_sum[:, None])
     log2_sum = tl.log2(row_sum)
-    store_vector(lse + row_offset, row_max + log2_sum, first_row, tokens, BLOCK_M, not EVEN)
+    if EXACT:  # apart, for their sum would be rounded
+        store_vector(shift + row_offset, row_max, first_row, tokens, BLOCK_M, not EVEN)
+        store_vector(log_sum + row_offset, log2_sum, first_row, tokens, BLOCK_M, not EVEN)
+    else:
+        store_vector(shift + row_offset, row_max + log2_sum, first_row, tokens, BLOCK_M, not EVEN)
     if ENTROPY:
         nats = LN2 * (log2_sum - moment / row_sum)
         one_key = (first_row + tl.arange(0, BLOCK_M) == 0) if CAUSAL else (tl.arange(0, BLOCK_M) * 0 + tokens == 1)

@@ -1,13 +1,13 @@
 """Launches the Triton kernels on PyTorch tensors.
 
-Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width.
+Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width,
+S parts of a row's shift.
 """
 
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,11 +29,16 @@ def forward(
     causal: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), lse [B, N, T] as a power of two."""
+    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), and the rows' shift.
+
+    The shift is in powers of two: [2, B, N, T] for float32, log2 of the sum apart from the maximum, else [1, B, N, T].
+    """
     batch, heads, tokens, width = q_BNTH.shape
+    q_BNTH, k_BKTH, v_BKTH = (_addressable(x) for x in (q_BNTH, k_BKTH, v_BKTH))
     output_BNTH = empty_in_layout(q_BNTH)
-    lse_BNT = torch.empty(q_BNTH.shape[:3], dtype=torch.float32, device=q_BNTH.device)
-    entropy_BNT = torch.empty_like(lse_BNT) if with_entropy else lse_BNT.new_empty(0)
+    parts = 2 if q_BNTH.dtype == torch.float32 else 1
+    shift_SBNT = torch.empty(parts, batch, heads, tokens, dtype=torch.float32, device=q_BNTH.device)
+    entropy_BNT = shift_SBNT.new_empty((batch, heads, tokens) if with_entropy else 0)
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     blocks = configuration(q_BNTH.dtype, width, tokens).forward
     forward_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
@@ -41,7 +46,8 @@ def forward(
         _descriptor(k_BKTH, blocks.keys),
         _descriptor(v_BKTH, blocks.keys),
         _descriptor(output_BNTH, blocks.rows),
-        lse_BNT,
+        shift_SBNT[0],
+        shift_SBNT[-1],
         entropy_BNT,
         kernel_temperature,
         scale * LOG2_E,
@@ -53,7 +59,7 @@ def forward(
         IN_REGISTERS=blocks.in_registers,
         **_constants(q_BNTH, mode, blocks),
     )
-    return output_BNTH, entropy_BNT, lse_BNT
+    return output_BNTH, entropy_BNT, shift_SBNT
 
 
 def backward(
@@ -65,30 +71,31 @@ def backward(
     temperature: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
-    lse_BNT: Tensor,
+    shift_SBNT: Tensor,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and of the temperature (None without one)."""
     tensors = {
-        "query": q_BNTH,
-        "key": k_BKTH,
-        "value": v_BKTH,
+        "query": _addressable(q_BNTH),
+        "key": _addressable(k_BKTH),
+        "value": _addressable(v_BKTH),
         "output": output_BNTH,
-        "grad_output": grad_output_BNTH if _addressable(grad_output_BNTH) else grad_output_BNTH.contiguous(),
+        "grad_output": _addressable(grad_output_BNTH),
         "grad_query": empty_in_layout(q_BNTH),
         "grad_key": empty_in_layout(k_BKTH),
         "grad_value": empty_in_layout(v_BKTH),
     }
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
-    grad_temperature_BNT = torch.empty_like(lse_BNT) if temperature is not None else None
-    unread = lse_BNT  # stands in for pointers that the kernel's mode leaves alone
+    unread = shift_SBNT[0]  # stands in for pointers that the kernel's mode leaves alone
+    grad_temperature_BNT = torch.empty_like(unread) if temperature is not None else None
     arguments = {
-        "lse": lse_BNT,
+        "shift": shift_SBNT[0],
+        "log_sum": shift_SBNT[-1],
         "entropy": entropy_BNT,
         "grad_entropy": unread if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
-        "slope": unread if grad_entropy_BNT is None else torch.empty_like(lse_BNT),
-        "offset": torch.empty_like(lse_BNT),
+        "slope": unread if grad_entropy_BNT is None else torch.empty_like(unread),
+        "offset": torch.empty_like(unread),
         "temperature": kernel_temperature,
         "row_grad_temperature": unread if grad_temperature_BNT is None else grad_temperature_BNT,
         "scale_log2": scale * LOG2_E,
@@ -112,7 +119,10 @@ def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode
     blocks = chosen.query
     owned = {name: x for name, x in tensors.items() if name not in ("grad_key", "grad_value")}
     query_kernel[(triton.cdiv(tokens, blocks.rows) * batch * heads,)](
-        **_descriptors(owned, blocks), **arguments, **_constants(tensors["query"], mode, blocks), CAUSAL=causal
+        **_descriptors(owned, blocks),
+        **arguments,
+        **_constants(tensors["query"], mode, blocks),
+        CAUSAL=causal,
     )
     blocks = chosen.key
     owned = {name: x for name, x in tensors.items() if name not in ("output", "grad_query")}
@@ -134,11 +144,13 @@ def _temperature(temperature: Tensor | None, q_BNTH: Tensor, k_BKTH: Tensor) -> 
     return temperature.dim(), temperature.contiguous()
 
 
-def _addressable(x_BNTH: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for x: it wants a contiguous last dimension and 16-byte alignment."""
-    size = x_BNTH.element_size()
-    aligned = x_BNTH.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x_BNTH.stride()[:3])
-    return aligned and x_BNTH.stride(3) == 1 and 0 not in x_BNTH.stride()
+def _addressable(x_BNTH: Tensor) -> Tensor:
+    """x itself, or a copy if its strides or address are no multiples of 16 bytes, which a tensor descriptor wants."""
+    step = 16 // x_BNTH.element_size()
+    batch, head, token, last = x_BNTH.stride()
+    if last == 1 and all(s % step == 0 and s > 0 for s in (batch, head, token)) and x_BNTH.data_ptr() % 16 == 0:
+        return x_BNTH
+    return torch.empty_like(x_BNTH, memory_format=torch.contiguous_format).copy_(x_BNTH)
 
 
 def _padded(width: int) -> int:
@@ -159,11 +171,13 @@ def _constants(q_BNTH: Tensor, mode: int, blocks: Blocks) -> dict[str, Any]:
     return {
         "EVEN": tokens % max(blocks.rows, blocks.keys) == 0,
         "MODE": mode,
-        "PRECISION": "ieee" if q_BNTH.dtype == torch.float32 else "tf32",
+        "EXACT": q_BNTH.dtype == torch.float32,
         "HP": _padded(width),
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.keys,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         "maxnreg": blocks.registers,
+        # in float32 products are rounded before they are subtracted, so that the largest score of a row gives exactly 0
+        "enable_fp_fusion": q_BNTH.dtype != torch.float32,
     }

@@ -1,7 +1,7 @@
 """What the Triton kernels share: moving tiles, the factor of the logits, and the gradient of one tile of scores.
 
-Inside the kernels logits are in powers of two, x = s / ln 2, since exp2 is the hardware's exponential. The temperature mode
-is 0 (none), 1 (one per head: a number) or 2 (one per row: a vector).
+Inside the kernels logits are in powers of two, x = s / ln 2, since exp2 is the hardware's exponential. The temperature
+mode is 0 (none), 1 (one per head: a number) or 2 (one per row: a vector).
 """
 
 import triton
@@ -27,11 +27,7 @@ def store_rows(tensor, batch, head, start, tile):
 def load_vector(pointer, start, tokens, other, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """Elements start .. start + BLOCK of a row vector [T]."""
     rows = start + tl.arange(0, BLOCK)
-    if CHECK:
-        vector = tl.load(pointer + rows, mask=rows < tokens, other=other)
-    else:
-        vector = tl.load(pointer + rows)
-    return vector
+    return tl.load(pointer + rows, mask=rows < tokens, other=other) if CHECK else tl.load(pointer + rows)
 
 
 @triton.jit
@@ -82,13 +78,18 @@ def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTR
 
 @triton.jit
 def score_tile(
-    q, k, v, do, lse_log2, slope, offset, factor, first_row, first_key, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, do, shift, log_sum, slope, offset, factor, first_row, first_key, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities p and score gradients dS of one tile [rows, keys]; in mode 2 dS has the rows' factor in it."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    x = scores * along_rows(factor, MODE) - lse_log2[:, None]
+    """Probabilities p and score gradients dS of one tile [rows, keys]; in mode 2 dS has the rows' factor in it.
+
+    A row's probabilities are exp2(q . k * factor - shift - log_sum) if EXACT, else the shift is both in one.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    x = scores * along_rows(factor, MODE) - shift[:, None]
+    if EXACT:
+        x -= log_sum[:, None]
     p = tl.exp2(x)
     if MASK:
         rows = (first_row + tl.arange(0, q.shape[0]))[:, None]

@@ -1,0 +1,192 @@
+"""The Triton kernels against float64: on a CUDA device where there is one, else under Triton's interpreter.
+
+Triton decides on its interpreter when it is first imported, so without a device one test runs this file again in a
+process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.entropy_attention import HAS_TRITON, entropy_attention
+from tests.model.test_entropy_attention import EXTREMES, extreme_errors, relative_error
+
+HAS_CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if HAS_CUDA and not INTERPRETED else "cpu"
+
+needs_kernels = pytest.mark.skipif(not (HAS_CUDA or INTERPRETED), reason="runs below, under the interpreter")
+
+
+@pytest.mark.skipif(
+    HAS_CUDA or INTERPRETED or not HAS_TRITON, reason="the kernels' tests run directly, or Triton is missing"
+)
+def test_under_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
+
+
+def errors(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    causal: bool = True,
+    temperature: str = "none",
+    with_entropy: bool = True,
+    tokens_first: bool = False,
+) -> list[float]:
+    """Relative errors against float64: output, entropy, gradients of query, key, value and temperature."""
+    batch, heads, key_heads, tokens, width = shape
+    generator = torch.Generator().manual_seed(tokens * width + heads)
+
+    def tensor(heads: int) -> torch.Tensor:
+        x = torch.randn(tokens, batch, heads, width, generator=generator).to(DEVICE, dtype).permute(1, 2, 0, 3)
+        return x if tokens_first else x.contiguous()
+
+    leaves = [tensor(heads), tensor(key_heads), tensor(key_heads)]
+    if temperature != "none":
+        t = torch.rand(heads, tokens, generator=generator).to(DEVICE) + 0.5
+        t[0] *= -1  # the raw form may cross zero
+        leaves.append(t if temperature == "per_position" else t[:, 0].contiguous())
+    grad_output, grad_entropy = tensor(heads), torch.randn(batch, heads, tokens, generator=generator).to(DEVICE)
+    results = []
+    for implementation in ("triton", "reference"):
+        exact = implementation == "reference"
+        used = [(x.double() if exact else x.detach()).requires_grad_() for x in leaves]
+        output, entropy = entropy_attention(
+            *used[:3],
+            temperature=used[3] if len(used) > 3 else None,
+            causal=causal,
+            return_entropy=with_entropy,
+            implementation=implementation,
+        )
+        loss = (output * grad_output).sum()
+        if entropy is not None:
+            loss = loss + (entropy * grad_entropy).sum()
+        results.append([output] + [entropy] * with_entropy + list(torch.autograd.grad(loss, used)))
+    return [relative_error(x, y) for x, y in zip(*results, strict=True)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("temperature", ["none", "per_head", "per_position"])
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [
+        ((2, 4, 2, 37, 32), True),  # grouped heads, a ragged end
+        ((1, 2, 2, 70, 20), True),  # a width that is no power of two
+        ((1, 3, 1, 45, 32), False),
+        ((1, 2, 2, 64, 33), True),  # a width that no 16-byte row holds
+    ],
+)
+def test_float32(shape: tuple[int, int, int, int, int], causal: bool, temperature: str) -> None:
+    found = errors(shape, torch.float32, causal=causal, temperature=temperature, tokens_first=True)
+    assert max(found) < 5e-6, found
+
+
+@needs_kernels
+@pytest.mark.parametrize(("tokens", "width", "causal"), [(200, 64, True), (130, 128, True), (100, 64, False)])
+def test_half_precision(tokens: int, width: int, causal: bool) -> None:
+    dtype = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter computes bfloat16 wrongly
+    found = errors((1, 4, 2, tokens, width), dtype, causal=causal, temperature="per_position")
+    assert found[1] < 1e-3 and max(found) < 1e-2, found
+
+
+@needs_kernels
+def test_without_entropy() -> None:
+    assert max(errors((1, 2, 2, 80, 32), torch.float32, with_entropy=False)) < 5e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("implementation_scale", [1.0, 1e3])
+def test_one_key_has_entropy_zero(implementation_scale: float) -> None:
+    q = torch.randn(2, 2, 40, 32, device=DEVICE) * implementation_scale
+    _, entropy = entropy_attention(q, q, q, implementation="triton")
+    assert entropy is not None and (entropy[:, :, 0] == 0).all()
+    for causal in (True, False):
+        one = q[:, :, :1]
+        output, entropy = entropy_attention(one, one, one, causal=causal, implementation="triton")
+        assert entropy is not None and (entropy == 0).all()
+        torch.testing.assert_close(output, one)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", EXTREMES)
+def test_extreme_logits_are_no_worse_than_plain_autograd(case: str) -> None:
+    ours, plain = extreme_errors(case, "triton", DEVICE)
+    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, plain, strict=True)), (ours, plain)
+
+
+@needs_kernels
+def test_results_keep_the_memory_order_of_their_inputs() -> None:
+    joint = torch.randn(48, 2, 4, 3, 32, device=DEVICE, requires_grad=True)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in joint.unbind(3))
+    output, entropy = entropy_attention(q, k, v, implementation="triton")
+    assert output.permute(2, 0, 1, 3).is_contiguous()
+    gradients = torch.autograd.grad(output.sum() + entropy.sum(), (q, k, v))
+    assert all(x.permute(2, 0, 1, 3).is_contiguous() for x in gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [32, 48, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("tokens", [1, 100, 128, 1000])
+def test_every_width_and_type_on_the_device(tokens: int, width: int, dtype: torch.dtype) -> None:
+    for causal, temperature in ((True, "none"), (True, "per_position"), (False, "per_head")):
+        found = errors((2, 4, 2, tokens, width), dtype, causal=causal, temperature=temperature, tokens_first=True)
+        if tokens == 1:  # gradients through one key are zero: only output and entropy mean something
+            found = found[:2]
+        limit = 5e-6 if dtype == torch.float32 else 1e-2
+        assert max(found) < limit and found[1] < (5e-6 if dtype == torch.float32 else 1e-3), found
+
+
+@pytest.mark.gpu
+def test_the_backward_is_deterministic() -> None:
+    q, k, v = (torch.randn(4, 8, 1500, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    t = torch.rand(8, 1500, device="cuda").add(0.5).requires_grad_()
+    output, entropy = entropy_attention(q, k, v, temperature=t)
+    loss = output.float().square().sum() + entropy.square().sum()
+    first = torch.autograd.grad(loss, (q, k, v, t), retain_graph=True)
+    for _ in range(5):
+        for x, y in zip(torch.autograd.grad(loss, (q, k, v, t), retain_graph=True), first, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+def test_memory_is_linear_in_the_sequence() -> None:
+    peaks = []
+    for tokens in (4096, 8192):
+        q, k, v = (
+            torch.randn(1, 4, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        )
+        torch.cuda.reset_peak_memory_stats()
+        output, entropy = entropy_attention(q, k, v)
+        (output.sum() + entropy.sum()).backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        del q, k, v, output, entropy
+    assert peaks[1] < 2.1 * peaks[0]
+
+
+@pytest.mark.gpu
+def test_compiles_and_recomputes_on_the_device() -> None:
+    q, k, v = (torch.randn(2, 4, 256, 64, device="cuda", requires_grad=True) for _ in range(3))
+    t = torch.rand(4, 256, device="cuda").add(0.5).requires_grad_()
+
+    def attend(q, k, v, t):  # type: ignore[no-untyped-def]
+        with torch.autocast("cuda", torch.bfloat16):
+            output, entropy = entropy_attention(q * 1.0, k, v, temperature=t)
+        return output.float() * 2, entropy
+
+    def gradients(function):  # type: ignore[no-untyped-def]
+        output, entropy = function(q, k, v, t)
+        return torch.autograd.grad(output.square().sum() + entropy.square().sum(), (q, k, v, t))
+
+    compiled = torch.compile(attend, fullgraph=True)
+    expected = gradients(attend)
+    found = gradients(lambda *x: torch.utils.checkpoint.checkpoint(compiled, *x, use_reentrant=False))
+    assert all(relative_error(x, y) < 1e-2 for x, y in zip(found, expected, strict=True))
