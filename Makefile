@@ -28,7 +28,7 @@ $(VENV)/.installed-check: $(VENV)/.installed-test
 
 $(DATASET)/manifest.json: | install
 	$(BIN)/python -m data.prepare --output $(DATASET) --vocab-size 4096 --max-megabytes 12 --include '*.py' \
-	    --exclude 'site-packages' --input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+	    --exclude 'site-packages' --skip-bad-text --input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
 quickstart: install $(DATASET)/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train/main.py --config configs/quickstart.json

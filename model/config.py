@@ -2,8 +2,8 @@
 
     ModelConfig(architecture="EReg(SM(t)+ScFuFFN)", num_layers=12, ...).resolved()
 
-A name fixes all ingredients; an ingredient set by itself (say `activation="relu"`) overrides the name's choice.
-Source of the names: arXiv 2501.03489, sections 3 and 4.
+A name fixes all ingredients; an ingredient set by itself (say `activation="relu"`) overrides the name's choice. Source
+of the names: arXiv 2501.03489, sections 3 and 4.
 """
 
 import dataclasses
@@ -65,7 +65,8 @@ class ModelConfig:
     )
     norm: Literal["layernorm", "none"] | None = _explained(
         None,
-        "Normalization before attention and before the FFN (LN1, LN2); 'none' saves the costliest step of private inference.",
+        "Normalization before attention and before the FFN (LN1, LN2); 'none' saves the costliest step of private "
+        "inference.",
     )
     activation: Literal["gelu", "relu", "identity"] | None = _explained(
         None, "FFN activation; 'identity' makes the FFN linear."
@@ -108,7 +109,7 @@ class ModelConfig:
     init_std: float = _explained(0.02, "Standard deviation of the normal initialization of every matrix.")
 
     def resolved(self) -> "ModelConfig":
-        """Fills every ingredient left at None from the architecture's table row; raises KeyError for an unknown name."""
+        """Fills every ingredient left at None from the architecture's table row; an unknown name is a KeyError."""
         defaults = ARCHITECTURES[self.architecture]
         filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.ffn_hidden_size is None:
@@ -147,7 +148,8 @@ class ModelConfig:
         model = self.resolved()
         if model.fused_ffn and model.activation != "identity":
             faults.append(
-                f"model.fused_ffn = true needs model.activation = 'identity', not {model.activation!r}: only a linear FFN "
+                f"model.fused_ffn = true needs model.activation = 'identity', not {model.activation!r}: only a "
+                f"linear FFN "
                 "is one matrix"
             )
         if model.weight_norm != "none" and model.spectral_norm != "none":

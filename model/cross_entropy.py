@@ -5,8 +5,8 @@ For a chunk of tokens h [C, D], the head's weight W [V, D] and labels y [C]:
     logits = h W^T            lse = ln sum_v e^logits_v          loss = sum_c (lse_c - logits_c,y)
     dlogits = softmax(logits) - onehot(y)        dh = dlogits W        dW += dlogits^T h
 
-Both gradients are taken at once in the forward pass while the chunk's logits exist, which saves the fourth matrix product that
-recomputing them in the backward pass would cost; the backward pass multiplies by the upstream scalar.
+Both gradients are taken at once in the forward pass while the chunk's logits exist, which saves the fourth matrix
+product that recomputing them in the backward pass would cost; the backward pass multiplies by the upstream scalar.
 
 The vocabulary may be split over ranks: `VocabularyShard` says where a shard starts and how to reduce over shards.
 """
@@ -48,7 +48,8 @@ def linear_cross_entropy(
     vocab_size: int,
     shard: VocabularyShard = WHOLE_VOCABULARY,
 ) -> Tensor:
-    """The cross-entropy in nats of softmax(hidden weight^T) against labels, summed over tokens: a scalar, float32 or wider.
+    """The cross-entropy in nats of softmax(hidden weight^T) against labels, summed over tokens: a scalar, float32 or
+    wider.
 
     Args:
         hidden_TBD: any leading shape, width D last; the same on every shard.
@@ -110,7 +111,9 @@ def _chunks(tokens: int, weight: Tensor) -> list[slice]:
 
 
 def _row_statistics(logits: Tensor, local: Tensor, peak: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Of each row of logits [C, V]: the sum of e^(logit - peak) over valid columns, and the label's logit (0 if not here)."""
+    """Of each row of logits [C, V]: the sum of e^(logit - peak) over valid columns, and the label's logit (0 if not
+    here).
+    """
     total = (logits[:, :valid].to(peak.dtype) - peak.unsqueeze(1)).exp_().sum(dim=1)
     here, column = _label_column(local, logits.shape[1])
     return total, torch.where(here, logits.gather(1, column).squeeze(1).to(peak.dtype), 0.0)
@@ -119,7 +122,8 @@ def _row_statistics(logits: Tensor, local: Tensor, peak: Tensor, valid: int) -> 
 def _gradient(logits: Tensor, local: Tensor, lse: Tensor, counted: Tensor, valid: int) -> Tensor:
     """softmax - onehot for rows that count, in the logits' type: [C, V]. Consumes the logits.
 
-    The label's entry is taken in full precision before rounding: softmax - 1 of rounded numbers would lose what is small.
+    The label's entry is taken in full precision before rounding: softmax - 1 of rounded numbers would lose what is
+    small.
     """
     here, column = _label_column(local, logits.shape[1])
     probability = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp_()

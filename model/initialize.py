@@ -1,7 +1,7 @@
 """Initial weights that depend on the seed and a parameter's global name alone, never on how the model is laid out.
 
-Every parameter is drawn whole from a generator of its own, keyed by (seed, name), and then cut to the shard at hand: two
-layouts of one model start from the same numbers to the last bit, and a stage never draws what it does not hold.
+Every parameter is drawn whole from a generator of its own, keyed by (seed, name), and then cut to the shard at hand:
+two layouts of one model start from the same numbers to the last bit, and a stage never draws what it does not hold.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """Weight and spectral normalization as reparametrizations of a linear layer's weight.
 
 A weight [rows, columns] may hold several matrices stacked head by head (query, key and value of one head, then of the
-next), of which only some are normalized: `slots` says how many are interleaved a head, `normalized` how many of them, from
-the first. A matrix sharded by rows or by columns becomes exact by handing in `sum_over_shards`, whose forward and backward both
-sum over the shards: norms are sums over all elements, and every shard's output depends on them.
+next), of which only some are normalized: `slots` says how many are interleaved a head, `normalized` how many of them,
+from the first. A matrix sharded by rows or by columns becomes exact by handing in `sum_over_shards`, whose forward and
+backward both sum over the shards: norms are sums over all elements, and every shard's output depends on them.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,9 @@ class WeightNormalization(nn.Module):
 class SpectralNormalization(nn.Module):
     """W = V / sigma_1(V), with sigma_1 = u^T V v and u, v from power iteration (Miyato et al. 2018).
 
-    The iteration advances in `update`, once an optimizer step, and not in `forward`: gradient accumulation and activation
-    recomputation then see the same sigma. `sum_over_row_shards` or `sum_over_column_shards` is needed where V is split.
+    The iteration advances in `update`, once an optimizer step, and not in `forward`: gradient accumulation and
+    activation recomputation then see the same sigma. `sum_over_row_shards` or `sum_over_column_shards` is needed where
+    V is split.
     """
 
     def __init__(
@@ -112,7 +113,9 @@ class SpectralNormalization(nn.Module):
 
 
 def update_spectral_norms(module: nn.Module, iterations: int = 1) -> None:
-    """Advances the power iteration of every spectrally normalized weight below `module`; call once an optimizer step."""
+    """Advances the power iteration of every spectrally normalized weight below `module`; call once an optimizer
+    step.
+    """
     for child in module.modules():
         parametrizations = getattr(child, "parametrizations", None)
         if parametrizations is not None and "weight" in parametrizations:

@@ -1,4 +1,5 @@
-"""The entropy regularizer: holds every head's attention entropy near a learned threshold (arXiv 2501.03489, Algorithm 1).
+"""The entropy regularizer: holds every head's attention entropy near a learned threshold (arXiv 2501.03489, Algorithm
+1).
 
     delta   = entropy - theta ln T            (nats; ln T, not the causal maximum)
     penalty = delta^2  where |delta| > margin ln T, else 0
@@ -6,11 +7,14 @@
 
 At which granularity delta is taken is a choice, since the published code differs from the published algorithm:
 
-`per_query` (the published code and results): delta for every sequence and query position, the penalty averaged over them.
+`per_query` (the published code and results): delta for every sequence and query position, the penalty averaged over
+them.
 `per_head` (Algorithm 1): the entropy is averaged over positions and sequences first, then delta is taken once a head.
 
-The published code sums over the sequences and positions of a micro-batch, so its lambda scales with their number; `coefficient`
-here multiplies a mean: coefficient = lambda * micro_batch_size * T, 1e-5 * 128 * 128 = 0.164 for the paper's CodeParrot runs.
+The published code sums over the sequences and positions of a micro-batch, so its lambda scales with their number;
+`coefficient`
+here multiplies a mean: coefficient = lambda * micro_batch_size * T, 1e-5 * 128 * 128 = 0.164 for the paper's CodeParrot
+runs.
 """
 
 import math
@@ -34,7 +38,8 @@ class RegularizerConfig:
     margin: float = field(
         default=0.20,
         metadata={
-            "help": "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper 0 to 0.30."
+            "help": "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper "
+            "0 to 0.30."
         },
     )
     granularity: Literal["per_query", "per_head"] = field(

@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 def rotate(x_TBNH: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotates feature pairs (h, h + H/2) of position t by the angle t * base^(-2h/H): [T, B, N, H] -> the same shape."""
+    """Rotates feature pairs (h, h + H/2) of position t by the angle t * base^(-2h/H): [T, B, N, H] -> the same
+    shape.
+    """
     tokens, half = x_TBNH.shape[0], x_TBNH.shape[-1] // 2
     exact = torch.promote_types(x_TBNH.dtype, torch.float32)
     frequencies = base ** (-torch.arange(half, device=x_TBNH.device, dtype=exact) / half)

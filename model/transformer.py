@@ -5,11 +5,12 @@ Tensor names carry their shape:
     V vocabulary (padded)
 The sequence comes first, [T, B, D], as in Megatron: a slice of positions is then contiguous in memory.
 
-A `Transformer` may hold a range of the layers only, with or without the two ends; parameter names are those of the whole
-model in either case, so that `layers.7.attention.threshold` means the same parameter under every layout.
+A `Transformer` may hold a range of the layers only, with or without the two ends; parameter names are those of the
+whole model in either case, so that `layers.7.attention.threshold` means the same parameter under every layout.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,14 @@ class FeedForward(nn.Module):
         self.alpha = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
         self.beta = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
 
+    def unscaled(self, x_TBD: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.fused(x_TBD)
+        assert self.up is not None and self.down is not None
+        return self.down(self.activation(self.up(x_TBD)))
+
     def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
-        y_TBD = self.fused(x_TBD) if self.fused is not None else self.down(self.activation(self.up(x_TBD)))
+        y_TBD = self.unscaled(x_TBD)
         if self.alpha is None:
             return residual_TBD + y_TBD
         return self.beta * residual_TBD + y_TBD / self.alpha
@@ -129,7 +136,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and vocabulary projection; rows of the weight beyond `vocab_size` are padding and never win probability."""
+    """Final norm and vocabulary projection; rows of the weight beyond `vocab_size` are padding and never win
+    probability.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int, padded_vocab_size: int) -> None:
         super().__init__()
@@ -197,7 +206,9 @@ class Transformer(nn.Module):
         return x, entropies_BNT
 
     def forward(self, tokens_TB: Tensor, labels_TB: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The whole model: logits [T, B, V], or the summed cross-entropy in nats with labels, and every layer's entropy."""
+        """The whole model: logits [T, B, V], or the summed cross-entropy in nats with labels, and every layer's
+        entropy.
+        """
         assert self.head is not None, "only a model that holds its head has an output"
         x_TBD, entropies_BNT = self.hidden_states(tokens_TB)
         return self.head(x_TBD, labels_TB), entropies_BNT
@@ -216,10 +227,10 @@ def normalize_weights(block: Block, config: ModelConfig) -> None:
             parametrize.register_parametrization(linear, "weight", normalization(*sizes, **arguments), unsafe=True)
 
 
-def normalized_linears(config: ModelConfig, placement: str) -> dict[str, dict[str, int]]:
+def normalized_linears(config: ModelConfig, placement: str) -> dict[str, dict[str, Any]]:
     """Linears of a block that `placement` (say 'QK+FFN') normalizes, with how many of the stacked matrices it means."""
     attention, _, ffn = placement.partition("+") if placement.startswith("Q") else ("", "", placement)
-    linears: dict[str, dict[str, int]] = {}
+    linears: dict[str, dict[str, Any]] = {}
     if attention:
         count = {"QK": 2, "QKV": 3, "QKVO": 3}[attention]
         linears["attention.query_key_value"] = {"slots": 3, "normalized": count, "head_width": config.head_width}

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from model.config import ModelConfig
 
-
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
 
@@ -31,7 +30,8 @@ class ParallelConfig:
     )
     zero_stage: Literal[1, 2, 3] = _explained(
         1,
-        "What ZeRO shards over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too (2 and 3 need pp=1).",
+        "What ZeRO shards over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too (2 and 3 "
+        "need pp=1).",
     )
 
     def faults(self, model: ModelConfig) -> list[str]:
@@ -55,21 +55,25 @@ class ParallelConfig:
             )
         if not model.fused_ffn and model.ffn_hidden_size is not None and model.ffn_hidden_size % tp:
             faults.append(
-                f"model.ffn_hidden_size = {model.ffn_hidden_size} is not a multiple of parallel.tensor_parallel_size = {tp}"
+                f"model.ffn_hidden_size = {model.ffn_hidden_size} is not a multiple of parallel.tensor_parallel_size "
+                f"= {tp}"
             )
         if pp > model.num_layers:
             faults.append(
-                f"parallel.pipeline_parallel_size = {pp} exceeds model.num_layers = {model.num_layers}; every stage needs "
+                f"parallel.pipeline_parallel_size = {pp} exceeds model.num_layers = {model.num_layers}; every stage "
+                f"needs "
                 "at least one layer"
             )
         if self.zero_stage > 1 and pp > 1:
             faults.append(
-                f"parallel.zero_stage = {self.zero_stage} needs parallel.pipeline_parallel_size = 1, not {pp}: gradients "
+                f"parallel.zero_stage = {self.zero_stage} needs parallel.pipeline_parallel_size = 1, not {pp}: "
+                f"gradients "
                 "must stay whole until a stage has run all micro-batches; use zero_stage = 1"
             )
         if self.zero_stage == 3 and model.spectral_norm != "none":
             faults.append(
-                "parallel.zero_stage = 3 cannot be combined with model.spectral_norm: its power iteration needs whole weights "
+                "parallel.zero_stage = 3 cannot be combined with model.spectral_norm: its power iteration needs "
+                "whole weights "
                 "between steps; use zero_stage = 1 or 2"
             )
         if self.sequence_parallel and tp == 1:
@@ -78,7 +82,8 @@ class ParallelConfig:
             )
         if self.sequence_parallel and model.seq_length % tp:
             faults.append(
-                f"model.seq_length = {model.seq_length} is not a multiple of parallel.tensor_parallel_size = {tp}, which "
+                f"model.seq_length = {model.seq_length} is not a multiple of parallel.tensor_parallel_size = {tp}, "
+                f"which "
                 "parallel.sequence_parallel needs"
             )
         return faults

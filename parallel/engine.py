@@ -125,11 +125,12 @@ def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], count: int
 def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices, which decay, apart from everything else, which does not.
 
-    Apart also because ZeRO makes one flat buffer of a group: a single odd-sized scalar in it would shift every matrix behind it
-    off the 16-byte grid that Hopper's fast matrix products need. Among the others, those of odd sizes come last: compiled kernels
-    read vectors 16 bytes at a time.
+    Apart also because ZeRO makes one flat buffer of a group: a single odd-sized scalar in it would shift every matrix
+    behind it off the 16-byte grid that Hopper's fast matrix products need. Among the others, those of odd sizes come
+    last: compiled kernels read vectors 16 bytes at a time.
     """
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters(stage):
         (matrices if name.endswith("weight") and parameter.dim() == 2 else others).append(parameter)
     others.sort(key=lambda parameter: parameter.numel() % ALIGNMENT_ELEMENTS != 0)

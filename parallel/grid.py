@@ -1,7 +1,7 @@
 """The rank grid, written once: `arange(world).reshape(pp, dp, tp)`.
 
-Tensor-parallel neighbours are consecutive ranks (one node), then data parallel, then pipeline stages: Megatron's order, which
-DeepSpeed's (pipe, data, model) topology shares. For 8 ranks with tp=2, pp=2, dp=2:
+Tensor-parallel neighbours are consecutive ranks (one node), then data parallel, then pipeline stages: Megatron's order,
+which DeepSpeed's (pipe, data, model) topology shares. For 8 ranks with tp=2, pp=2, dp=2:
 
     rank                0 1 2 3 4 5 6 7
     pipeline stage      0 0 0 0 1 1 1 1
@@ -9,6 +9,7 @@ DeepSpeed's (pipe, data, model) topology shares. For 8 ranks with tp=2, pp=2, dp
     tensor rank         0 1 0 1 0 1 0 1
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,4 +82,4 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
     """Contiguous layer ranges of the stages, sizes differing by at most one: 7 layers on 3 stages give 3, 2, 2."""
     assert 1 <= pp <= num_layers, (pp, num_layers)
     bounds = np.cumsum([0] + [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)])
-    return [range(int(start), int(stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [range(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]

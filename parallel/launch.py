@@ -1,7 +1,7 @@
 """Starting a process: which accelerator, which backend, which rank.
 
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as DeepSpeed's launcher, torchrun and
-the Slurm scripts set them; without them the process is a world of one.
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as DeepSpeed's launcher,
+torchrun and the Slurm scripts set them; without them the process is a world of one.
 """
 
 import os
@@ -66,7 +66,8 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
     except (RuntimeError, ValueError) as error:
         cause = str(error).splitlines()[0]
         raise LaunchError(
-            f"rank {rank()} of {world_size()} cannot join the others at {address} ({cause}); if the port is taken, choose "
+            f"rank {rank()} of {world_size()} cannot join the others at {address} ({cause}); if the port is taken, "
+            f"choose "
             "another with deepspeed --master_port"
         ) from None
     _join_deepspeed()

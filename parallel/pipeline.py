@@ -1,4 +1,6 @@
-"""The one door to DeepSpeed's pipeline: a `Stage` as the single layer of each pipeline rank, under DeepSpeed's 1F1B schedule."""
+"""The one door to DeepSpeed's pipeline: a `Stage` as the single layer of each pipeline rank, under DeepSpeed's 1F1B
+schedule.
+"""
 
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -12,8 +14,8 @@ from parallel.stage import Stage
 class PipelineStage(PipelineModule):
     """Runs a stage's body; the last stage's loss comes from `Stage.loss`.
 
-    A tied head is a second copy of the embedding on the last stage: both start equal, and their gradients are summed over the two
-    stages before the optimizer. The copy is left out of the gradient norm.
+    A tied head is a second copy of the embedding on the last stage: both start equal, and their gradients are summed
+    over the two stages before the optimizer. The copy is left out of the gradient norm.
     """
 
     def __init__(self, stage: Stage, groups: Groups) -> None:
@@ -47,4 +49,6 @@ class PipelineStage(PipelineModule):
         return None if transformer.head is None else transformer.head.weight
 
     def _synchronize_tied_weights(self) -> None:
-        """Nothing to do: tied copies are equal from the start, since initial values depend on the seed and the name alone."""
+        """Nothing to do: tied copies are equal from the start, since initial values depend on the seed and the name
+        alone.
+        """

@@ -1,25 +1,26 @@
 """The entropy regularizer over sharded heads, layers, positions and sequences.
 
-With theta and the entropy H of L layers, N heads, S sequences and T positions of one micro-batch group (the micro-batches
-that all data-parallel ranks process at the same time), the whole penalty is
+With theta and the entropy H of L layers, N heads, S sequences and T positions of one micro-batch group (the
+micro-batches that all data-parallel ranks process at the same time), the whole penalty is
 
     per_query   P = 1/(L N S T) sum_lnst f(H_lnst - theta_ln ln T)          f(x) = x^2 where |x| > margin ln T, else 0
     per_head    P = 1/(L N) sum_ln f(E_ln - theta_ln ln T),                 E_ln = 1/(S T) sum_st H_lnst
 
-What a rank holds and what that asks for:
+What a rank holds, and what that asks for:
 
-    tensor parallel     a range of heads, with their theta    its terms of sum_n; no reduction; the constant keeps the global N
-    pipeline parallel   a range of layers, with their theta   its terms of sum_l; no reduction; the constant keeps the global L
-    sequence parallel   all positions of its heads            nothing: positions are split only between attention and attention
-    data parallel       a range of sequences                  per_query: nothing, averaging over ranks is the mean over S
-                                                              per_head: E is averaged over ranks before f
+    tensor parallel     heads with their theta     nothing: its terms of the sum; the constant keeps the global N
+    pipeline parallel   layers with their theta    nothing: its terms of the sum; the constant keeps the global L
+    sequence parallel   all positions              nothing: positions are split only outside attention
+    data parallel       sequences                  per_query: nothing, averaging over ranks is the mean over S
+                                                   per_head: E is averaged over ranks before f
 
-The engine averages gradients over the dp data-parallel ranks. For per_query rank r contributes P_r with P = mean_r P_r: exact. For
-per_head every rank computes the same P from E = mean_r E_r, and wants dP/dw = P'(E) mean_r dE_r/dw: the averaging reduction
-therefore passes gradients through unchanged, each rank giving P'(E) dE_r/dw, and the engine's average does the rest.
+The engine averages gradients over the dp data-parallel ranks. For per_query rank r contributes P_r with P = mean_r P_r:
+exact. For per_head every rank computes the same P from E = mean_r E_r, and wants dP/dw = P'(E) mean_r dE_r/dw: the
+averaging reduction therefore passes gradients through unchanged, each rank giving P'(E) dE_r/dw, and the engine's
+average does the rest.
 
-One reduction a stage and micro-batch serves all its layers: their E sit in one vector. The penalty never waits for the last
-stage: it is attached to the stage's output, where the backward pass picks it up with a constant gradient.
+One reduction a stage and micro-batch serves all its layers: their E sit in one vector. The penalty never waits for the
+last stage: it is attached to the stage's output, where the backward pass picks it up with a constant gradient.
 """
 
 import math
@@ -58,7 +59,8 @@ class ShardedRegularizer:
         self.gradient_scale = 1.0 / num_micro_batches
 
     def penalty(self, entropy_LBNT: Tensor, threshold_LN: Tensor) -> Tensor:
-        """This rank's terms of coefficient * P, a float32 scalar; summed over (tp, pp) and averaged over dp it is the whole.
+        """This rank's terms of coefficient * P, a float32 scalar; summed over (tp, pp) and averaged over dp it is the
+        whole.
 
         Args:
             entropy_LBNT: nats, of the layers, sequences and heads held here.

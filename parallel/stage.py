@@ -1,4 +1,6 @@
-"""One pipeline stage in training: its part of the model, its part of the regularizer, and what it measures on the way."""
+"""One pipeline stage in training: its part of the model, its part of the regularizer, and what it measures on the
+way.
+"""
 
 import functools
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Training state under global parameter names, independent of the layout that holds it.
 
-ZeRO keeps of each parameter's float32 master copy and Adam moments a contiguous piece of the flattened local tensor on each
-data-parallel rank; tensor parallelism makes the local tensor a slice of the whole. A `Piece` records both cuts, so that the whole
-tensor can be put together from any layout's pieces and cut again for any other:
+ZeRO keeps of each parameter's float32 master copy and Adam moments a contiguous piece of the flattened local tensor on
+each data-parallel rank; tensor parallelism makes the local tensor a slice of the whole. A `Piece` records both cuts, so
+that the whole tensor can be put together from any layout's pieces and cut again for any other:
 
     whole [rows, columns]  --tensor parallel-->  local shard  --flatten, ZeRO-->  piece [start, start + length)
 

@@ -1,7 +1,7 @@
 """From what each rank measured to one number for the whole model: every reduction here is one sum over all ranks.
 
-A quantity that several ranks hold enters from one of them, a mean over data-parallel ranks enters with 1/dp from each, and a
-quantity split over ranks enters from each in its place; the sum then is the global value.
+A quantity that several ranks hold enters from one of them, a mean over data-parallel ranks enters with 1/dp from each,
+and a quantity split over ranks enters from each in its place; the sum then is the global value.
 """
 
 import contextlib
@@ -103,7 +103,9 @@ def _head_parameters(attention: torch.nn.Module) -> Tensor:
 
 @contextlib.contextmanager
 def whole_vectors(stage: Stage) -> Iterator[None]:
-    """Inside, vectors and scalars that ZeRO-3 has partitioned are whole; without ZeRO-3 nothing happens. All ranks enter."""
+    """Inside, vectors and scalars that ZeRO-3 has partitioned are whole; without ZeRO-3 nothing happens. All ranks
+    enter.
+    """
     small = [p for name, p in stage.named_parameters() if hasattr(p, "ds_id") and not name.endswith("weight")]
     if not small:
         yield

@@ -1,20 +1,22 @@
 """Tensor parallelism, applied from outside to a model built for one process.
 
-Heads are split over ranks and everything that belongs to a head goes with it: rows of the query-key-value matrix, columns of
-the output matrix, biases, temperatures, thresholds. The FFN's hidden features are split as in Megatron. The vocabulary is
-split in the embedding and in the head's cross-entropy. What remains is held by every rank.
+Heads are split over ranks and everything that belongs to a head goes with it: rows of the query-key-value matrix,
+columns of the output matrix, biases, temperatures, thresholds. The FFN's hidden features are split as in Megatron. The
+vocabulary is split in the embedding and in the head's cross-entropy. What remains is held by every rank.
 
 A fused FFN is one D x D matrix:
 - without sequence parallelism its columns are split: the input is cut locally, one all-reduce adds the parts;
-- with sequence parallelism each rank already holds T / tp positions, so the whole matrix is applied to them with no communication
+- with sequence parallelism each rank already holds T / tp positions, so the whole matrix is applied to them with no
+communication
   of activations, and only its gradient is summed over ranks.
 
-Under sequence parallelism a parameter that every rank holds sees only that rank's positions, so its gradient is one part of a
-sum: a hook on the gradient adds the parts.
+Under sequence parallelism a parameter that every rank holds sees only that rank's positions, so its gradient is one
+part of a sum: a hook on the gradient adds the parts.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,9 @@ def apply_tensor_parallel(model: Transformer, groups: Groups, sequence_parallel:
 
 
 def mark_split(model: Transformer, split: dict[str, int]) -> None:
-    """Marks every parameter: `partition_dim` is the split dimension or None; DeepSpeed's norms go by `tensor_model_parallel`."""
+    """Marks every parameter: `partition_dim` is the split dimension or None; DeepSpeed's norms go by
+    `tensor_model_parallel`.
+    """
     for name, parameter in named_parameters(model):
         parameter.partition_dim = split.get(name)
         parameter.tensor_model_parallel = name in split
@@ -61,8 +65,8 @@ def mark_split(model: Transformer, split: dict[str, int]) -> None:
 def sum_replicated_gradients(model: Transformer, groups: Groups, sequence_parallel: bool) -> None:
     """Adds up gradients of parameters that every tensor-parallel rank holds but sees only in part.
 
-    Those are, under sequence parallelism, all but the embedding's, which come before the cut into positions; and always the
-    gain of a column-split weight, since each rank has only some columns. Call once parameters are final.
+    Those are, under sequence parallelism, all but the embedding's, which come before the cut into positions; and always
+    the gain of a column-split weight, since each rank has only some columns. Call once parameters are final.
     """
     if groups.grid.tp == 1:
         return
@@ -146,13 +150,15 @@ def _split_block(block: Block, groups: Groups, sequence_parallel: bool) -> dict[
 
 
 def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups) -> None:
-    """Registers on a sharded layer the normalization that the whole one had, with the sums over shards that it needs."""
+    """Registers on a sharded layer the normalization that the whole one had, with the sums over shards that it
+    needs.
+    """
     if not parametrize.is_parametrized(old, "weight"):
         return
     before = old.parametrizations["weight"][0]
     rows, columns = new.weight.shape
-    shape = {"slots": before.slots, "normalized": before.normalized, "head_width": before.head_width}
-    sums = {
+    shape: dict[str, Any] = {"slots": before.slots, "normalized": before.normalized, "head_width": before.head_width}
+    sums: dict[str, Any] = {
         "sum_over_row_shards" if dim == 0 else "sum_over_column_shards": partial(megatron.sum_both_ways, groups=groups)
     }
     after: nn.Module

@@ -4,8 +4,8 @@
         rank_00000.pt ...    each rank's pieces of the float32 master weights and Adam moments
         checkpoint.json      step, samples consumed, model, layout, dataset, file sizes; its presence means "complete"
 
-A checkpoint is written beside its final name and renamed when all ranks are done, so a crash leaves the one before intact.
-Files are read with torch's weights-only loader, which runs no code from them.
+A checkpoint is written beside its final name and renamed when all ranks are done, so a crash leaves the one before
+intact. Files are read with torch's weights-only loader, which runs no code from them.
 """
 
 import json
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.engine import Engine
 from parallel import state
+from parallel.engine import Engine
 from parallel.megatron import Groups
 from parallel.stage import Stage
 from parallel.state import SavedState
@@ -105,7 +105,8 @@ def check_fits(path: Path, marker: dict[str, Any], config: Config, dataset: dict
     for key, value in dataset.items():
         if marker["dataset"].get(key) != value:
             raise CheckpointError(
-                f"{path}: trained on a dataset with {key} = {marker['dataset'].get(key)!r}, but {config.data.path} has {value!r}; "
+                f"{path}: trained on a dataset with {key} = {marker['dataset'].get(key)!r}, but {config.data.path} "
+                f"has {value!r}; "
                 "use the same dataset or another run_dir"
             )
 

@@ -58,7 +58,8 @@ class OptimizerConfig:
     min_learning_rate: float = _explained(0.0, "Learning rate at the end of the decay.")
     schedule: Literal["linear", "cosine", "wsd"] = _explained(
         "linear",
-        "Decay after warm-up: linear or cosine to the end, or 'wsd': constant, then linear over the last decay_fraction.",
+        "Decay after warm-up: linear or cosine to the end, or 'wsd': constant, then linear over the last "
+        "decay_fraction.",
     )
     warmup_fraction: float = _explained(
         0.05, "Share of train_steps in which the rate rises linearly from 0; the paper uses 0.05."
@@ -83,7 +84,8 @@ class OptimizerConfig:
             faults.append(f"optimizer.learning_rate = {self.learning_rate} must be positive")
         elif not 0 <= self.min_learning_rate <= self.learning_rate:
             faults.append(
-                f"optimizer.min_learning_rate = {self.min_learning_rate} must lie between 0 and learning_rate = {self.learning_rate}"
+                f"optimizer.min_learning_rate = {self.min_learning_rate} must lie between 0 and learning_rate = "
+                f"{self.learning_rate}"
             )
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -116,11 +118,13 @@ class TrainingConfig:
     seed: int = _explained(1, "Seed of the initial weights and of the order of samples.")
     precision: Literal["auto", "bf16", "fp32"] = _explained(
         "auto",
-        "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are fp32.",
+        "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are "
+        "fp32.",
     )
     activation_recompute: Literal["none", "full"] = _explained(
         "none",
-        "'full' keeps only each block's input and computes the block again in the backward pass: less memory, a third more compute.",
+        "'full' keeps only each block's input and computes the block again in the backward pass: less memory, a "
+        "third more compute.",
     )
     compile: Literal["auto", "on", "off"] = _explained(
         "auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs."
@@ -130,7 +134,8 @@ class TrainingConfig:
     )
     evaluation_samples: int = _explained(
         2048,
-        "Validation sequences an evaluation during training reads (the first ones, always the same); the last one reads all.",
+        "Validation sequences an evaluation during training reads (the first ones, always the same); the last one "
+        "reads all.",
     )
 
     def faults(self) -> list[str]:
@@ -140,14 +145,16 @@ class TrainingConfig:
                 faults.append(f"training.{name} = {getattr(self, name)} must be at least 1 (sequences)")
         if (self.train_steps is None) == (self.train_tokens is None):
             faults.append(
-                f"training.train_steps = {self.train_steps} and training.train_tokens = {self.train_tokens}: set exactly one of them"
+                f"training.train_steps = {self.train_steps} and training.train_tokens = {self.train_tokens}: set "
+                f"exactly one of them"
             )
         for name in ("train_steps", "train_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 faults.append(f"training.{name} = {getattr(self, name)} must be at least 1")
         if self.evaluation_interval < 0:
             faults.append(
-                f"training.evaluation_interval = {self.evaluation_interval} must not be negative; 0 evaluates only at the end"
+                f"training.evaluation_interval = {self.evaluation_interval} must not be negative; 0 evaluates only "
+                f"at the end"
             )
         if self.seed < 0:
             faults.append(f"training.seed = {self.seed} must not be negative")
@@ -311,8 +318,10 @@ def world_faults(config: Config, world_size: int) -> list[str]:
         return [f"the world size {world_size} must be at least 1"]
     if world_size % (tp * pp):
         return [
-            f"the world size {world_size} is not a multiple of tensor_parallel_size({tp}) * pipeline_parallel_size({pp}) = "
-            f"{tp * pp}; launch a multiple of {tp * pp} processes (deepspeed --num_gpus {tp * pp} ...) or change the sizes"
+            f"the world size {world_size} is not a multiple of tensor_parallel_size({tp}) * "
+            f"pipeline_parallel_size({pp}) = "
+            f"{tp * pp}; launch a multiple of {tp * pp} processes (deepspeed --num_gpus {tp * pp} ...) or change the "
+            f"sizes"
         ]
     dp = config.data_parallel_size(world_size)
     group = config.training.micro_batch_size * dp

@@ -38,7 +38,8 @@ def print_plan(config: Config, world_size: int | None) -> None:
     """Prints configuration, parameters, steps and ranks.
 
     Raises:
-        ConfigError: the sizes do not fit the world, or neither dataset nor data.planned_vocab_size tells the vocabulary.
+        ConfigError: the sizes do not fit the world, or neither dataset nor data.planned_vocab_size tells the
+        vocabulary.
     """
     parallel = config.parallel
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size if world_size is None else world_size
@@ -60,7 +61,8 @@ def print_plan(config: Config, world_size: int | None) -> None:
     )
     print(f"tokens            {config.train_steps * config.tokens_per_step:,} ({config.tokens_per_step:,} a step)")
     print(
-        f"a step            {config.training.global_batch_size} sequences = {config.num_micro_batches(ranks)} micro-batches of "
+        f"a step            {config.training.global_batch_size} sequences = {config.num_micro_batches(ranks)} "
+        f"micro-batches of "
         f"{config.training.micro_batch_size} on {grid.dp} data-parallel ranks"
     )
     print(f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.tp} tensor shards\n")

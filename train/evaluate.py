@@ -88,7 +88,8 @@ def summary(row: dict[str, Any], run: Path) -> str:
         f"({row['validation_loss']:.4f} nats a token over {row['validation_tokens']:,} tokens)",
         f"mean entropy of the heads by layer, in nats (ln T = {row['max_entropy_nats']:.2f}): "
         + " ".join(f"{mean:.2f}" for mean in means),
-        f"written: {run}/evaluation.json; pictures: python -m train.figures --run {run}; curves: tensorboard --logdir {run}",
+        f"written: {run}/evaluation.json; pictures: python -m train.figures --run {run}; curves: tensorboard "
+        f"--logdir {run}",
     ]
     return "\n".join(lines)
 

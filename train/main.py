@@ -3,7 +3,8 @@
     deepspeed train/main.py --config configs/ereg.json [section.key=value ...]
     python train/main.py --config configs/ereg.json --dry-run
 
-The same command on a run_dir that holds a run continues it. Exit status: 0 done, 1 failed while running, 2 cannot start as asked.
+The same command on a run_dir that holds a run continues it. Exit status: 0 done, 1 failed while running, 2 cannot start
+as asked.
 """
 
 import argparse
@@ -67,7 +68,8 @@ def train(config: Config) -> int:
     for split in ("train", "validation"):
         if manifest.num_samples(split, config.model.seq_length) == 0:
             faults.append(
-                f"{config.data.path}: its {split} split has {manifest.num_tokens(split)} tokens, fewer than one sample of "
+                f"{config.data.path}: its {split} split has {manifest.num_tokens(split)} tokens, fewer than one "
+                f"sample of "
                 f"model.seq_length = {config.model.seq_length}; prepare more text or shorten the sequence"
             )
     if faults:
@@ -89,7 +91,8 @@ def train(config: Config) -> int:
             print(f"{config.run_dir} is complete at step {config.train_steps}; raise training.train_steps to go on")
         else:
             print(
-                f"done: validation perplexity {result.perplexity:.3f} ({result.loss:.4f} nats a token); see {config.run_dir}"
+                f"done: validation perplexity {result.perplexity:.3f} ({result.loss:.4f} nats a token); see "
+                f"{config.run_dir}"
             )
     return 0
 

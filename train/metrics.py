@@ -1,7 +1,7 @@
 """Metrics of a run: every step has its row, but the device is asked only at logging steps.
 
-Between logging steps each rank keeps its parts of the losses, the gradient norm and a time mark on the device; `flush` sums them
-over ranks in one reduction and fetches them together.
+Between logging steps each rank keeps its parts of the losses, the gradient norm and a time mark on the device; `flush`
+sums them over ranks in one reduction and fetches them together.
 """
 
 import time
@@ -98,7 +98,9 @@ class StepClock:
 
 
 class TensorBoardLog:
-    """Scalars in groups, and head and threshold maps as images; continues a resumed run's curves without doubled steps."""
+    """Scalars in groups, and head and threshold maps as images; continues a resumed run's curves without doubled
+    steps.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -120,7 +122,9 @@ class TensorBoardLog:
             self._writer.add_scalar(f"validation/{key}", row[key], row["step"])
 
     def heads(self, row: dict[str, Any]) -> None:
-        """Layer means of a row of entropy.jsonl, in nats, and each layer's alpha, beta and mean temperature and threshold."""
+        """Layer means of a row of entropy.jsonl, in nats, and each layer's alpha, beta and mean temperature and
+        threshold.
+        """
         step = row["step"]
         for layer, entropies in enumerate(row["entropy_nats"]):
             self._writer.add_scalar(f"layer_entropy_nats/layer_{layer:02d}", sum(entropies) / len(entropies), step)

@@ -14,8 +14,10 @@ def warmup_steps(config: OptimizerConfig, train_steps: int) -> int:
 def learning_rate(config: OptimizerConfig, step: int, train_steps: int) -> float:
     """The rate of the optimizer step that leads from `step` to `step + 1` (step counts from 0).
 
-    Warm-up rises linearly and reaches the peak with its last step; the decay ends at `min_learning_rate` after `train_steps`.
-    'wsd' (warm-up, stable, decay) stays at the peak until the last `decay_fraction` of the run and falls linearly there.
+    Warm-up rises linearly and reaches the peak with its last step; the decay ends at `min_learning_rate` after
+    `train_steps`.
+    'wsd' (warm-up, stable, decay) stays at the peak until the last `decay_fraction` of the run and falls linearly
+    there.
     """
     peak, floor = config.learning_rate, config.min_learning_rate
     warmup = warmup_steps(config, train_steps)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-
 from data.manifest import Manifest
 from parallel.launch import local_device, rank
 from parallel.telemetry import HeadSnapshot, head_snapshot
@@ -51,7 +50,9 @@ class Trainer:
         self.log = RunLog(self.folder, config, self.step) if run is not None else None
 
     def train(self) -> Validation | None:
-        """Trains to the last step; returns the validation over the whole split, or None if the run was complete before."""
+        """Trains to the last step; returns the validation over the whole split, or None if the run was complete
+        before.
+        """
         if self.step >= self.config.train_steps:
             return None
         self.metrics.start()
@@ -84,7 +85,8 @@ class Trainer:
         lost = next((row for row in rows if row["loss"] != row["loss"] or abs(row["loss"]) == float("inf")), None)
         if lost is not None:
             raise TrainingError(
-                f"step {lost['step']}: the loss is {lost['loss']}; entropies up to here are in {self.folder}/entropy.jsonl, the last "
+                f"step {lost['step']}: the loss is {lost['loss']}; entropies up to here are in "
+                f"{self.folder}/entropy.jsonl, the last "
                 "checkpoint is intact; lower optimizer.learning_rate or choose a more stable architecture"
             )
         self.metrics.start()

@@ -35,7 +35,9 @@ class Layout:
 
 @dataclasses.dataclass
 class Outcome:
-    """Per step (cross-entropy, entropy loss, gradient norm); then the whole state under global names, and all entropies."""
+    """Per step (cross-entropy, entropy loss, gradient norm); then the whole state under global names, and all
+    entropies.
+    """
 
     steps: torch.Tensor
     tensors: dict[str, torch.Tensor]

@@ -40,8 +40,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 1
 def worst_tensor(found: Outcome, expected: Outcome) -> tuple[float, str]:
     """The largest relative error of any tensor and whose it is.
 
-    Relative to at least 1e-3 of the norm over all parameters: the gradient of a key bias is zero in exact arithmetic, since
-    softmax ignores what is added to all keys alike, and comparing rounding noise with itself says nothing.
+    Relative to at least 1e-3 of the norm over all parameters: the gradient of a key bias is zero in exact arithmetic,
+    since softmax ignores what is added to all keys alike, and comparing rounding noise with itself says nothing.
     """
     assert found.tensors.keys() == expected.tensors.keys()
     whole = {
