@@ -3,11 +3,11 @@ memory.
 
 Worked example: 5 shards of 3, 2, 4, 3 and 2 samples, windows of 2 shards, seed 7.
 
-    epoch 0  shards sorted by a keyed hash:            4   1  |  0   3  |  2
-             samples in them:                          2 + 2  |  3 + 3  |  4        = 14 an epoch
-             positions:                                0 .. 3 | 4 .. 9  | 10 .. 13
-    position 8  is offset 8 of epoch 0, place 4 of window 1
-             a keyed permutation of 0..5 takes 4 to, say, 2 -> the window's sample 2: shard 0, sample 2
+    epoch 0  shards sorted by a keyed hash:            3   2  |  0   4  |  1
+             samples in them:                          3 + 4  |  3 + 2  |  2        = 14 an epoch
+             positions:                                0 .. 6 | 7 .. 11 | 12 13
+    position 9  is offset 9 of epoch 0, place 2 of window 1, whose samples are (0,0) (0,1) (0,2) (4,0) (4,1)
+             the window's keyed permutation of 0 .. 4 takes place 2 to 2: shard 0, sample 2
     position 14 is offset 0 of epoch 1, whose shards and windows are shuffled with other keys
 
 A batch of 4 at position 12 thus takes two samples of epoch 0 and two of epoch 1: no tail is dropped. Which rank asks,

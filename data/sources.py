@@ -11,7 +11,7 @@ sha256.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
@@ -43,7 +43,7 @@ class ReadOptions:
             raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
 
 
-class Source(Protocol):
+class Source(Hashable, Protocol):
     """The files of one dataset."""
 
     is_remote: bool

@@ -33,6 +33,7 @@ from data.sources import ReadOptions
 
 DEFAULT_WINDOW_SHARDS = 8
 _TOKENS_PER_READ = 1 << 20
+_SAMPLES_PER_READ = 8192
 
 
 class TokenStream:
@@ -217,9 +218,12 @@ def _produce(
     output: queue.Queue[NDArray[np.int64] | BaseException],
     stopped: threading.Event,
 ) -> None:
-    """Read many micro-batches at once, so that the cost of a read is shared, and hand them out one by one."""
+    """Read many micro-batches at once, so that the cost of a read is shared, and hand them out one by one.
+
+    The first reads are small, so that the first batch is there soon.
+    """
     group, rows = positions._group, len(positions._offsets)
-    count = max(1, _TOKENS_PER_READ // (rows * positions.seq_length))
+    count, most = 1, max(1, min(_TOKENS_PER_READ // positions.seq_length, _SAMPLES_PER_READ) // rows)
     try:
         while not stopped.is_set():
             wanted = positions.micro_batches(samples_consumed, count)
@@ -230,6 +234,7 @@ def _produce(
                 if not _put(output, batch.astype(np.int64), stopped):
                     return
             samples_consumed += group * len(wanted)
+            count = min(2 * count, most)
     except BaseException as error:
         _put(output, error, stopped)
 
