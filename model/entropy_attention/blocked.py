@@ -9,20 +9,24 @@ output and dH of the entropy,
 
     g_j = dO . v_j - dH ln p_j,    dS_j = p_j (g_j - sum_i p_i g_i)
 
-so that nothing of size T x T outlives a block. A short sequence is one block: then this is materialized attention.
+(s and its logarithms are kept in powers of two, for exp2 is the faster exponential) so that nothing of size T x T
+outlives a block. A short sequence is one block: then this is materialized attention.
 
 Tensor names carry their shape: B sequences, N query heads, K key heads, G = N / K query heads a key head, T tokens,
-H head width, R rows of a block times G, C keys that the block can see, S the two parts of a row's shift, m and ln l.
+H head width, R rows of a block times G, C keys that the block can see, S the two parts of a row's shift, m and log l.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from model.entropy_attention.layout import empty_in_layout
 
-MASKED = -1e30  # finite, so that exp(MASKED) * MASKED is 0 and not NaN
+MASKED = -1e30  # finite, so that exp2(MASKED) * MASKED is 0 and not NaN
+LN2 = math.log(2)
 BLOCK_ROWS = 128
-SCORES_AT_ONCE = 2**20  # one block of scores should stay in the processor's cache
+SCORES_AT_ONCE = 2**16  # a block of scores should stay in the cache of one core
 
 
 def forward(
@@ -34,7 +38,7 @@ def forward(
     causal: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), each row's m and ln l [2, B, N, T]."""
+    """Output [B, N, T, H], entropy [B, N, T] in nats (empty if not asked for), each row's shift [2, B, N, T]."""
     output_BNTH = empty_in_layout(q_BNTH)
     compute = _compute_type(q_BNTH)
     shift_SBNT = q_BNTH.new_empty((2, *q_BNTH.shape[:3]), dtype=compute)
@@ -45,18 +49,18 @@ def forward(
             q_BKRH = _scaled_rows(q_BNTH[batch, :, rows], k_BKTH.shape[1], _factor(temperature, rows, scale))
             s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
             if causal:
-                _mask(s_BKRC, rows, MASKED)
+                _mask(s_BKRC, rows)
             max_BKR1 = s_BKRC.amax(-1, keepdim=True)
             s_BKRC -= max_BKR1
-            e_BKRC = s_BKRC.exp()
+            e_BKRC = s_BKRC.exp2()
             sum_BKR1 = e_BKRC.sum(-1, keepdim=True)
             shape = q_BNTH[batch, :, rows].shape
             output_BNTH[batch, :, rows] = ((e_BKRC @ v_BKTC[:, :, keys]) / sum_BKR1).view(shape)
             shift_SBNT[0, batch, :, rows] = max_BKR1.view(shape[:3])
-            shift_SBNT[1, batch, :, rows] = sum_BKR1.log().view(shape[:3])
+            shift_SBNT[1, batch, :, rows] = sum_BKR1.log2().view(shape[:3])
             if with_entropy:
                 mean_BKR1 = e_BKRC.mul_(s_BKRC).sum(-1, keepdim=True) / sum_BKR1
-                entropy_BNT[batch, :, rows] = (sum_BKR1.log() - mean_BKR1).view(shape[:3])
+                entropy_BNT[batch, :, rows] = LN2 * (sum_BKR1.log2() - mean_BKR1).view(shape[:3])
     return output_BNTH, entropy_BNT, shift_SBNT
 
 
@@ -92,20 +96,20 @@ def backward(
             s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
             s_BKRC -= shift_SBNT[0][at].reshape(column)
             if causal:
-                _mask(s_BKRC, rows, MASKED)
+                _mask(s_BKRC, rows)
             s_BKRC -= shift_SBNT[1][at].reshape(column)  # apart from the maximum: their sum would be rounded first
-            p_BKRC = s_BKRC.exp()
+            p_BKRC = s_BKRC.exp2()
             dv_BKTC[:, :, keys] += p_BKRC.transpose(-1, -2) @ do_BKRH
             g_BKRC = do_BKRH @ v_BKTC[:, :, keys].transpose(-1, -2)
             if grad_entropy_BNT is not None:
-                g_BKRC.addcmul_(s_BKRC, grad_entropy_BNT[at].reshape(column), value=-1)
+                g_BKRC.addcmul_(s_BKRC, grad_entropy_BNT[at].reshape(column), value=-LN2)
             ds_BKRC = torch.ops.aten._softmax_backward_data(g_BKRC, p_BKRC, -1, compute)
             dk_BKTC[:, :, keys] += ds_BKRC.transpose(-1, -2) @ q_BKRH
             dq_BNRH = (ds_BKRC @ k_BKTC[:, :, keys]).view(q_BNTH[at].shape)
-            dq_BNTH[at] = dq_BNRH * factor
+            dq_BNTH[at] = dq_BNRH * (LN2 * factor)
             if temperature is not None:  # dL/dt_i = -(1/t_i) sum_j dS_ij s_ij, and s_ij = (scaled q_i) . k_j
-                ds_s_BNT[at] = (q_BKRH.view(dq_BNRH.shape) * dq_BNRH).sum(-1)
-        dk_BKTH[batch], dv_BKTH[batch] = dk_BKTC, dv_BKTC
+                ds_s_BNT[at] = (q_BKRH.view(dq_BNRH.shape) * dq_BNRH).sum(-1) * LN2
+        dk_BKTH[batch], dv_BKTH[batch] = dk_BKTC * LN2, dv_BKTC
     if temperature is None:
         return dq_BNTH, dk_BKTH, dv_BKTH, None
     shared = (0, 2) if temperature.dim() == 1 else 0
@@ -131,7 +135,8 @@ def _blocks(tokens: int, causal: bool) -> list[tuple[slice, slice]]:
 
 
 def _factor(temperature: Tensor | None, rows: slice, scale: float) -> Tensor | float:
-    """What a query row is multiplied by, scale / t: a number or [N, rows or 1, 1]."""
+    """What a query row is multiplied by, scale / (t ln 2): a number or [N, rows or 1, 1]."""
+    scale /= LN2
     if temperature is None:
         return scale
     t_NR = temperature[:, None] if temperature.dim() == 1 else temperature[:, rows]
@@ -147,9 +152,8 @@ def _scaled_rows(
     return x_BNRH.reshape(x_BNRH.shape[0], key_heads, -1, x_BNRH.shape[3])
 
 
-def _mask(s_BKRC: Tensor, rows: slice, value: float) -> None:
-    """Overwrites the scores of keys after their query; only the last block of columns has any."""
+def _mask(s_BKRC: Tensor, rows: slice) -> None:
+    """Buries the scores of keys after their query; only the last block of columns has any."""
     size = rows.stop - rows.start
-    hidden = torch.ones(size, size, dtype=torch.bool, device=s_BKRC.device).triu(1)
-    s_BKGRC = s_BKRC.unflatten(2, (-1, size))
-    s_BKGRC[..., rows.start : rows.stop].masked_fill_(hidden, value)
+    hidden = torch.full((size, size), MASKED, dtype=s_BKRC.dtype, device=s_BKRC.device).triu_(1)
+    s_BKRC.unflatten(2, (-1, size))[..., rows.start : rows.stop] += hidden
