@@ -285,9 +285,10 @@ def _cut_text(file: BinaryIO, piece: Slice) -> Iterator[Document]:
             position += len(skipped)
             if not skipped or skipped.endswith(b"\n"):
                 break
-    held, begin = b"", position
-    while _is_compressed(piece.path) or position < piece.end or (held and not held.endswith(b"\n")):
+    held, begin, in_line = b"", position, False
+    while _is_compressed(piece.path) or position < piece.end or in_line:
         line = file.readline(PIECE_BYTES)
+        in_line = not line.endswith(b"\n")
         if not line:
             break
         held += line

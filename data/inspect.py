@@ -128,7 +128,7 @@ def _verify(manifest: Manifest) -> None:
     datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
     shards = [(dataset, shard) for dataset in datasets for split in SPLITS for shard in dataset.shards[split]]
     for dataset in datasets:
-        Tokenizer(dataset.tokenizer_path)
+        _ = dataset.tokenizer_path  # reading it checks it
     for dataset, shard in shards:
         try:
             opened = open_shard(dataset, shard)

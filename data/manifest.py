@@ -181,9 +181,9 @@ def _parse(fields: Any, source: Source, shard_source: Source, where: str) -> Man
 
 def _faults(fields: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a manifest; later checks rely on earlier ones, so only the first fault is meaningful."""
-    if fields.get("content") not in CONTENTS:
+    if str(fields.get("content")) not in CONTENTS:
         yield f"content is {fields.get('content')!r}, expected one of {', '.join(CONTENTS)}"
-    if fields.get("token_dtype") not in DTYPES:
+    if str(fields.get("token_dtype")) not in DTYPES:
         yield f"token_dtype is {fields.get('token_dtype')!r}, expected one of {', '.join(DTYPES)}"
     if not _is_count(fields.get("vocab_size"), 1 << 32):
         yield f"vocab_size is {fields.get('vocab_size')!r}, expected a positive whole number"

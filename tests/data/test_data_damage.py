@@ -1,0 +1,211 @@
+"""Shards and manifests damaged in every way that other readers pass over in silence."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.inspect import main as inspect
+from data.manifest import load_manifest
+from data.sources import ReadOptions
+from data.stream import TokenStream
+from tests.data.made import SEQ_LENGTH, first_tokens, make_dataset
+
+SIZES = [40, 40, 40]
+SHARD = "train-000001.tar"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path / "set", SIZES)
+
+
+def read_epoch(path: Path, rank: int = 0, ranks: int = 1, on_damage: str = "stop") -> list[int]:
+    options = ReadOptions(on_damage=on_damage)
+    stream = TokenStream(path, "train", SEQ_LENGTH, 1, rank, ranks, window_shards=2, options=options)
+    try:
+        return [int(next(stream)[0, 0]) for _ in range(sum(SIZES) // ranks)]
+    finally:
+        stream.close()
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@given(st.integers(0, 10_239), st.sampled_from(["train-000000.tar", SHARD, "train-000002.tar"]))
+@settings(max_examples=60, deadline=None)
+def test_a_flipped_byte_anywhere_stops_the_run(
+    tmp_path_factory: pytest.TempPathFactory, offset: int, name: str
+) -> None:
+    path = make_dataset(tmp_path_factory.mktemp("data"), SIZES)
+    flip(path / name, offset)
+    with pytest.raises(DataError, match=rf"{name}: damaged between byte 0 and 16384: digest \w+, expected \w+"):
+        read_epoch(path)
+
+
+def test_a_flip_in_a_large_shard_is_found_where_it_is_and_only_there(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path, [20_000])
+    flip(path / "train-000000.tar", 200_000)
+    stream = TokenStream(path, "train", SEQ_LENGTH, 1, window_shards=1)
+    seen = []
+    with pytest.raises(DataError, match="between byte 196608 and 212992"):
+        while True:
+            seen.append(next(stream))
+    stream.close()
+    assert all(np.array_equal(row, row[:, :1] + np.arange(SEQ_LENGTH + 1)) for row in seen)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 511, 512, 5000, 9728, 10_239])
+def test_truncation_on_a_boundary_or_within_stops_the_run(made: Path, kept: int) -> None:
+    os.truncate(made / SHARD, kept)
+    with pytest.raises(DataError, match=rf"{SHARD}: has {kept} bytes, expected 10240"):
+        read_epoch(made)
+
+
+def test_a_sound_shard_in_the_place_of_another_stops_the_run(made: Path) -> None:
+    shutil.copyfile(made / "train-000000.tar", made / SHARD)
+    with pytest.raises(DataError, match=f"{SHARD}: damaged"):
+        read_epoch(made)
+
+
+@pytest.mark.parametrize("action", ["flip", "cut", "remove"])
+def test_a_damaged_digest_list_stops_the_run(made: Path, action: str) -> None:
+    path = made / "train-000001.digests"
+    {"flip": lambda: flip(path, 3), "cut": lambda: os.truncate(path, 8), "remove": path.unlink}[action]()
+    with pytest.raises(DataError, match=r"train-000001\.digests"):
+        read_epoch(made)
+
+
+def test_a_shard_that_changes_while_it_is_open_is_checked_again(made: Path) -> None:
+    stream = TokenStream(made, "train", SEQ_LENGTH, 40, window_shards=3, prefetch=1)
+    next(stream)
+    for name in ("train-000000.tar", SHARD, "train-000002.tar"):
+        flip(made / name, 700)
+    with pytest.raises(DataError, match="damaged"):
+        for _ in range(10):
+            next(stream)
+    stream.close()
+
+
+def test_skipping_leaves_out_the_whole_shard_on_all_ranks_alike(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flip(made / SHARD, 800)
+    with caplog.at_level(logging.WARNING):
+        whole = read_epoch(made, on_damage="skip")
+    assert SHARD in caplog.text
+    split = [read_epoch(made, rank, 3, "skip") for rank in range(3)]
+    assert [split[i % 3][i // 3] for i in range(120)] == whole
+    sound = first_tokens(SIZES) - set(range(161, 322))
+    assert set(whole) == sound
+    assert len(whole) == 120
+
+
+def test_skipping_gives_up_when_nothing_is_left(made: Path) -> None:
+    for number in range(3):
+        flip(made / f"train-{number:06d}.tar", 800)
+    with pytest.raises(DataError, match="every shard is damaged"):
+        read_epoch(made, on_damage="skip")
+
+
+def test_verify_names_every_damaged_shard(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(made / SHARD, 9000)
+    os.truncate(made / "train-000002.tar", 512)
+    with pytest.raises(DataError):
+        inspect([str(made), "--verify"])
+    printed = capsys.readouterr().out
+    assert SHARD in printed and "train-000002.tar" in printed and "train-000000.tar: " not in printed
+
+
+def edit(path: Path, change: dict) -> None:
+    fields = json.loads((path / "manifest.json").read_text())
+    fields.update(change)
+    (path / "manifest.json").write_text(json.dumps(fields))
+
+
+def edit_shard(path: Path, change: dict) -> None:
+    fields = json.loads((path / "manifest.json").read_text())
+    fields["shards"]["train"][1].update(change)
+    (path / "manifest.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": "12"}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"vocab_size": 12}, "fingerprint"),
+        ({"end_of_document": -1}, "end_of_document"),
+        ({"end_of_document": None}, "end_of_document"),
+        ({"token_dtype": "float64"}, "token_dtype"),
+        ({"token_dtype": ["uint16"]}, "token_dtype"),
+        ({"content": "code"}, "content"),
+        ({"tokenizer_sha256": "../x"}, "tokenizer_sha256"),
+        ({"tokenizer_bytes": 1 << 60}, "tokenizer_bytes"),
+        ({"text_key": 1}, "text_key"),
+        ({"shards": []}, "shards"),
+        ({"shards": {"train": []}}, "shards"),
+        ({"fingerprint": "0" * 64}, "fingerprint"),
+        ({"version": 99}, "version"),
+        ({"format": "other"}, "format"),
+    ],
+)
+def test_a_changed_manifest_is_refused_by_field(made: Path, change: dict, named: str) -> None:
+    edit(made, change)
+    with pytest.raises(DataError, match=named) as caught:
+        load_manifest(made)
+    assert str(made / "manifest.json") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../etc/passwd.tar"},
+        {"name": "/etc/passwd.tar"},
+        {"name": "pipe:touch x.tar"},
+        {"name": "a;touch x.tar"},
+        {"name": ".tar"},
+        {"name": 7},
+        {"num_tokens": -1},
+        {"num_tokens": 1 << 70},
+        {"num_tokens": 162},
+        {"num_bytes": 1e300},
+        {"num_bytes": 20_480},
+        {"sha256": "x"},
+        {"digests_sha256": None},
+        {"extra": 1},
+    ],
+)
+def test_a_shard_entry_cannot_name_a_command_or_another_place_or_a_huge_size(made: Path, change: dict) -> None:
+    edit_shard(made, change)
+    with pytest.raises(DataError, match=r"shards\.train\[1\]|fingerprint"):
+        load_manifest(made)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_a_manifest_that_is_no_json_object_is_refused(made: Path, content: bytes) -> None:
+    (made / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        load_manifest(made)
+
+
+def test_a_missing_dataset_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent/manifest\.json: cannot be read \(No such file"):
+        load_manifest(tmp_path / "absent")
+
+
+def test_another_tokenizer_in_its_place_is_refused(made: Path) -> None:
+    (made / "tokenizer.model").write_bytes(b"nine")
+    with pytest.raises(DataError, match=r"tokenizer\.model: sha256"):
+        _ = load_manifest(made).tokenizer_path

@@ -1,0 +1,366 @@
+"""The preparer against the text it was given: nothing lost, nothing twice, the same bytes however it is run."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import webdataset
+import zstandard
+from numpy import frombuffer
+
+from data.errors import DataError
+from data.inspect import main as inspect
+from data.manifest import load_manifest
+from data.prepare import main as prepare
+from data.stream import TokenStream
+from data.tokenizer import Tokenizer
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+
+
+def text_of(number: int) -> str:
+    words = random.Random(number)
+    return f"document {number}\n" + " ".join(words.choice(WORDS) for _ in range(60)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 documents in every kind of file, 20 of them twice, and an empty file."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "deep" / "site-packages").mkdir(parents=True)
+    for number in range(50):
+        (folder / "deep" / f"{number}.py").write_text(text_of(number))
+    (folder / "deep" / "site-packages" / "not.py").write_text("never")
+    (folder / "deep" / "notes.md").write_text("never")
+    (folder / "empty.txt").write_text("")
+    lines = [json.dumps({"text": text_of(number), "id": number}) + "\n" for number in range(400)]
+    (folder / "a.jsonl").write_text("".join(lines[50:200]) + "\n\n")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[180:300]).encode()))
+    frames = ["".join(lines[300:350]), "".join(lines[350:400])]
+    (folder / "c.jsonl.zst").write_bytes(b"".join(zstandard.compress(frame.encode()) for frame in frames))
+    return folder
+
+
+def run(corpus: Path, output: Path, *more: str) -> Path:
+    fixed = ["--exclude", "site-packages", "--vocab-size", "400", "--validation-fraction", "0.1"]
+    prepare(["--input", str(corpus), "--output", str(output), *fixed, *more])
+    return output
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(corpus, tmp_path_factory.mktemp("prepared") / "set", "--workers", "1")
+
+
+def digest_of(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    """What webdataset and the tokenizer make of the shards."""
+    manifest = load_manifest(folder)
+    tokenizer = Tokenizer(manifest.tokenizer_path)
+    urls = [str(folder / shard.name) for shard in manifest.shards[split]]
+    samples = webdataset.WebDataset(urls, shardshuffle=False)
+    tokens = frombuffer(b"".join(sample["tokens"] for sample in samples), dtype=manifest.token_dtype).tolist()
+    texts, begin = [], 0
+    for place, token in enumerate(tokens):
+        if token == tokenizer.end_of_document:
+            texts.append(tokenizer.decode(tokens[begin:place]))
+            begin = place + 1
+    assert begin == len(tokens)
+    return texts
+
+
+def test_every_document_is_there_once_and_in_one_split(prepared: Path) -> None:
+    train, validation = documents(prepared, "train"), documents(prepared, "validation")
+    assert sorted(train + validation) == sorted(map(text_of, range(400)))
+    assert 15 <= len(validation) <= 70
+
+
+def test_the_stream_reads_what_webdataset_reads(prepared: Path) -> None:
+    manifest = load_manifest(prepared)
+    stream = TokenStream(prepared, "validation", 16, 3)
+    rows = [row for batch in stream for row in batch[: stream.valid_rows]]
+    text = Tokenizer(manifest.tokenizer_path).decode([token for row in rows for token in row[:-1]])
+    assert "".join(documents(prepared, "validation")).startswith(text)
+    assert len(rows) == (manifest.num_tokens("validation") - 1) // 16
+
+
+def test_the_report_counts(prepared: Path) -> None:
+    report = json.loads((prepared / "report.json").read_text())
+    manifest = load_manifest(prepared)
+    assert report["documents"] == 420 and report["duplicates"] == 20 and report["skipped"] == []
+    for split in ("train", "validation"):
+        texts = documents(prepared, split)
+        assert report[split]["documents"] == len(texts)
+        assert report[split]["characters"] == sum(map(len, texts))
+        assert report[split]["tokens"] == manifest.num_tokens(split)
+
+
+@pytest.mark.parametrize("more", [["--workers", "2"], ["--workers", "1"]])
+def test_the_bytes_do_not_depend_on_workers(
+    corpus: Path, prepared: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With parts so small that there are several, and with one."""
+    assert digest_of(run(corpus, tmp_path / "set", *more)) == digest_of(prepared)
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.documents._MIN_PART_BYTES", 4 << 10)
+    monkeypatch.setattr("data.documents._USUAL_PARTS", 1000)
+
+
+def test_parts_and_buckets_change_nothing(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_parts(monkeypatch)
+    monkeypatch.setattr("data.preparation._BUCKET_DOCUMENTS", 50)
+    run(corpus, tmp_path / "set", "--workers", "1")
+    for split in ("train", "validation"):
+        assert documents(tmp_path / "set", split) == documents(prepared, split)
+
+
+def test_stages_of_several_tasks_give_the_same(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_parts(monkeypatch)
+    more = ["--workers", "1", "--shard-megabytes", "0.01"]
+    run(corpus, tmp_path / "one", *more)
+    for stage in ("scan", "merge", "encode", "pack", "finish"):
+        for task in range(3):
+            run(corpus, tmp_path / "many", *more, "--stage", stage, "--task", f"{task}/3")
+    assert len(list((tmp_path / "one").glob("train-*.tar"))) > 2
+    assert digest_of(tmp_path / "many") == digest_of(tmp_path / "one")
+
+
+def test_a_stage_before_its_time_is_one_clear_line(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--stage scan first"):
+        run(corpus, tmp_path / "set", "--stage", "merge")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_moment_it_goes_on_and_gives_the_same(
+    corpus: Path, prepared: Path, tmp_path: Path, seed: int
+) -> None:
+    command = [sys.executable, "-m", "data.prepare", "--input", str(corpus), "--output", str(tmp_path / "set")]
+    command += ["--exclude", "site-packages", "--vocab-size", "400", "--validation-fraction", "0.1", "--workers", "1"]
+    moments = random.Random(seed)
+    for _ in range(4):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.3, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(corpus, tmp_path / "set", "--workers", "1")
+    assert digest_of(tmp_path / "set") == digest_of(prepared)
+
+
+def test_finished_jobs_are_not_done_again(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(corpus, tmp_path / "set", "--stage", "scan")
+    monkeypatch.setitem(__import__("data.preparation").preparation._STAGES, "scan", None)
+    run(corpus, tmp_path / "set")
+    load_manifest(tmp_path / "set")
+
+
+def test_run_again_it_says_so_and_touches_nothing(
+    corpus: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    run(corpus, prepared)
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
+
+
+def test_other_settings_do_not_replace_a_dataset_unless_told(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "set", "--workers", "1")
+    fingerprint = load_manifest(tmp_path / "set").fingerprint
+    with pytest.raises(DataError, match="--overwrite"):
+        run(corpus, tmp_path / "set", "--text-key", "body")
+    assert load_manifest(tmp_path / "set").fingerprint == fingerprint
+    run(corpus, tmp_path / "set", "--workers", "1", "--overwrite", "--shard-megabytes", "0.01")
+    assert load_manifest(tmp_path / "set").fingerprint != fingerprint
+
+
+def test_a_tokenizer_can_be_used_again(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    arguments = ["--input", str(corpus / "a.jsonl"), "--output", str(tmp_path / "set")]
+    prepare([*arguments, "--tokenizer", str(prepared / "tokenizer.model"), "--workers", "1"])
+    assert load_manifest(tmp_path / "set").tokenizer_sha256 == load_manifest(prepared).tokenizer_sha256
+    assert sorted(documents(tmp_path / "set", "train") + documents(tmp_path / "set", "validation")) == sorted(
+        map(text_of, range(50, 200))
+    )
+
+
+def test_a_large_text_file_is_cut_at_line_ends_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across slices, with lines longer than a piece and characters of four bytes at the cuts."""
+    monkeypatch.setattr("data.documents._MIN_PART_BYTES", 100_000)
+    monkeypatch.setattr("data.documents._USUAL_PARTS", 1000)
+    chunks = random.Random(1)
+    text = "".join(f"line {i} \U0001d11e\n" for i in range(20_000))
+    text += "".join(chunks.choice("ab\u00e9\u2581\U0001d11e") for _ in range(120_000)) + "\nand the end"
+    (tmp_path / "large.txt").write_text(text)
+    (tmp_path / "large.txt.gz").write_bytes(gzip.compress((text + "!").encode()))
+    for name, whole in (("large.txt", text), ("large.txt.gz", text + "!")):
+        output = tmp_path / f"{name}.set"
+        prepare(
+            [
+                "--input",
+                str(tmp_path / name),
+                "--output",
+                str(output),
+                "--vocab-size",
+                "400",
+                "--workers",
+                "1",
+                "--validation-fraction",
+                "0",
+            ]
+        )
+        assert "".join(documents(output, "train")) == whole
+        assert len(documents(output, "train")) > 4
+
+
+def test_a_small_corpus_still_has_a_validation_document(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(text_of(number) * 3)
+    prepare(["--input", str(tmp_path), "--output", str(tmp_path / "set"), "--vocab-size", "330", "--workers", "1"])
+    assert len(documents(tmp_path / "set", "validation")) == 1
+
+
+def test_a_step_is_traced_to_its_documents(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01")
+    stream = TokenStream(output, "train", 32, 4, seed=3)
+    tokenizer = Tokenizer(load_manifest(output).tokenizer_path)
+    rows = [tokenizer.decode(row) for _ in range(5) for row in next(stream)]
+    stream.close()
+    capsys.readouterr()
+    inspect([str(output), "--step", "5", "--global-batch-size", "4", "--seq-length", "32", "--seed", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line, text, number in zip(lines, rows[16:], range(16, 20), strict=True):
+        assert line.startswith(f"sample {number}: ")
+        sources = line.rpartition(": ")[2].split(", ")
+        together = "".join(document_at(source) for source in sources)
+        assert text in together
+    inspect([str(output), "--sample", "17", "--seq-length", "32", "--seed", "3"])
+    assert rows[17] in capsys.readouterr().out
+
+
+def document_at(source: str) -> str:
+    """The document that a source names, read without the project's code."""
+    path, _, offset = source.partition("@")
+    if not offset:
+        return Path(path).read_text()
+    raw = Path(path).read_bytes()
+    if path.endswith(".gz"):
+        raw = gzip.decompress(raw)
+    if path.endswith(".zst"):
+        raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True).read()
+    return json.loads(raw[int(offset) :].split(b"\n")[0])["text"]
+
+
+def broken(tmp_path: Path, name: str, content: bytes) -> str:
+    (tmp_path / name).write_bytes(content)
+    return str(tmp_path / name)
+
+
+CUT_GZIP = gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20]
+CUT_ZSTD = zstandard.compress(os.urandom(100_000).hex().encode())[:-50_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "empty"),
+        ("a.txt", b"abc \xff def", r"a\.txt: not UTF-8 at byte 4 \(0xff\)"),
+        ("a.txt", b"x" * 300_000 + b"\n\xe2\x82\n", "not UTF-8 at byte 300001"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', r"a\.jsonl@14: .*int"),
+        ("a.jsonl", b'{"body": "a"}\n', "--text-key"),
+        ("a.jsonl", b"no json\n", "no JSON object"),
+        ("a.jsonl", b'["text"]\n', "no JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
+        ("a.jsonl", b"\n\n", "no text"),
+        ("a.jsonl.gz", CUT_GZIP, r"a\.jsonl\.gz: the archive is damaged"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz: the archive is damaged"),
+        ("a.txt.zst", CUT_ZSTD, r"a\.txt\.zst: the archive is damaged"),
+        ("a.txt.zst", b"no zstd", r"a\.txt\.zst: the archive is damaged"),
+        ("a.txt", b"only one", "single document"),
+        ("a.txt", b"ab " * 90_000, "--vocab-size 4000"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = broken(tmp_path, name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(["--input", path, "--output", str(tmp_path / "set"), "--vocab-size", "4000", "--workers", "1"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "absent.txt", "--vocab-size", "300"], "no such file"),
+        (["--input", "absent-*.txt", "--vocab-size", "300"], "matches nothing"),
+        (["--input", "{corpus}"], "--vocab-size N"),
+        (["--input", "{corpus}", "--vocab-size", "-1"], "must be positive"),
+        (["--input", "{corpus}", "--vocab-size", "300", "--tokenizer", "x"], "--tokenizer FILE"),
+        (["--input", "{corpus}", "--tokenizer", "absent"], "cannot read the tokenizer"),
+        (["--input", "{corpus}", "--vocab-size", "300", "--include", "*.rs"], "no file matches"),
+        (["--input", "{corpus}", "--vocab-size", "300", "--validation-fraction", "1"], "validation-fraction"),
+        (["--input", "{corpus}", "--vocab-size", "300", "--stage", "scan", "--task", "3/3"], "--task 3/3"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(corpus: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    filled = [argument.replace("{corpus}", str(corpus)) for argument in arguments]
+    with pytest.raises(DataError, match=message):
+        prepare([*filled, "--output", str(tmp_path / "set"), "--workers", "1"])
+
+
+def test_the_command_prints_one_line_and_ends_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data.prepare", "--input", "absent", "--output", tmp_path, "--vocab-size", "9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: absent: no such file") and done.stderr.count("\n") == 1
+
+
+def test_bad_files_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(text_of(number))
+    broken(tmp_path, "bad.txt", b"\xff")
+    arguments = ["--input", str(tmp_path), "--output", str(tmp_path / "set"), "--vocab-size", "320", "--workers", "1"]
+    with pytest.raises(DataError, match="--skip-bad-text"):
+        prepare(arguments)
+    prepare([*arguments, "--skip-bad-text", "--overwrite"])
+    (line,) = json.loads((tmp_path / "set" / "report.json").read_text())["skipped"]
+    assert "bad.txt" in line
+
+
+def test_a_folder_with_other_files_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("all my work")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(DataError, match="holds other files"):
+            run(corpus, tmp_path, *more)
+    assert (tmp_path / "thesis.tex").read_text() == "all my work"
+
+
+def test_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(text_of(number))
+    arguments = ["--input", str(tmp_path), "--output", str(tmp_path / "set"), "--vocab-size", "320", "--workers", "1"]
+    prepare([*arguments, "--stage", "scan"])
+    status = (tmp_path / "3.txt").stat()
+    (tmp_path / "3.txt").write_text(text_of(3).replace("3", "4"))
+    os.utime(tmp_path / "3.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=r"3\.txt: changed since it was scanned"):
+        prepare(arguments)
+    (tmp_path / "3.txt").write_text(text_of(3))
+    with pytest.raises(DataError, match="--overwrite"):
+        prepare(arguments)

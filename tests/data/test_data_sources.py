@@ -1,0 +1,244 @@
+"""Datasets from afar: a server that fails now and then, commands, stores; the cache they share."""
+
+import hashlib
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import data.transport
+from data.cache import Cache
+from data.errors import DataError
+from data.manifest import load_manifest
+from data.sources import ReadOptions
+from data.stream import TokenStream
+from data.transport import FetchError
+from tests.data.made import SEQ_LENGTH, make_dataset
+
+SIZES = [40, 40, 40, 40]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.transport, "_FIRST_PAUSE_S", 0.001)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path / "set", SIZES)
+
+
+def options(tmp_path: Path, **changes: object) -> ReadOptions:
+    fields: dict = {"cache_dir": tmp_path / "cache", "time_limit_s": 5.0, **changes}
+    return ReadOptions(**fields)
+
+
+def read_epoch(path: str | Path, options: ReadOptions) -> list[int]:
+    stream = TokenStream(path, "train", SEQ_LENGTH, 2, window_shards=2, options=options)
+    try:
+        return [int(row[0]) for _ in range(sum(SIZES) // 2) for row in next(stream)]
+    finally:
+        stream.close()
+
+
+class Server:
+    """A loopback server; `fail` decides by the number of the request: a status, "cut", "flip", "hang" or None."""
+
+    def __init__(self, folder: Path) -> None:
+        self.fail = lambda number, name: None
+        self.requests: list[str] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.requests.append(self.path.strip("/"))
+                how = outer.fail(len(outer.requests), self.path.strip("/"))
+                path = folder / self.path.strip("/")
+                if isinstance(how, int) or not path.exists():
+                    self.send_error(how or 404)
+                    return
+                body = bytearray(path.read_bytes())
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if how == "hang":
+                    outer.released.wait(20)
+                    return
+                if how == "flip":
+                    body[len(body) // 2] ^= 1
+                self.wfile.write(body[: len(body) // 2] if how == "cut" else body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.released = threading.Event()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server(made: Path) -> Iterator[Server]:
+    server = Server(made)
+    yield server
+    server.close()
+
+
+def test_http_gives_what_the_folder_gives(made: Path, server: Server, tmp_path: Path) -> None:
+    assert read_epoch(server.address, options(tmp_path)) == read_epoch(made, options(tmp_path))
+    assert sorted(server.requests) == sorted({*server.requests})  # nothing was fetched twice
+
+
+def test_a_server_that_fails_now_and_then_does_no_harm(made: Path, server: Server, tmp_path: Path) -> None:
+    kinds = (503, "cut", "flip", 429)
+    server.fail = lambda number, name: kinds[number // 3 % 4] if number % 3 == 0 and name.endswith(".tar") else None
+    assert read_epoch(server.address, options(tmp_path)) == read_epoch(made, options(tmp_path))
+
+
+def test_a_manifest_that_is_cut_on_the_way_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    server.fail = lambda number, name: "cut" if number < 3 else None
+    load_manifest(server.address, options(tmp_path))
+    assert len(server.requests) == 3
+
+
+def test_a_silent_server_is_given_up_within_the_time_limit(server: Server, tmp_path: Path) -> None:
+    server.fail = lambda number, name: "hang" if number == 1 else None
+    load_manifest(server.address, options(tmp_path, time_limit_s=0.3))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(("how", "message", "tries"), [("flip", "sha256", 3), (503, "3 attempts", 3), (404, "404", 1)])
+def test_lasting_failures_are_told(server: Server, tmp_path: Path, how: object, message: str, tries: int) -> None:
+    server.fail = lambda number, name: how if name == "tokenizer.model" else None  # type: ignore[assignment]
+    manifest = load_manifest(server.address, options(tmp_path, attempts=3))
+    with pytest.raises(DataError, match=message):
+        _ = manifest.tokenizer_path
+    assert server.requests.count("tokenizer.model") == tries
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="could not be fetched in 2 attempts"):
+        load_manifest("http://127.0.0.1:9", options(tmp_path, attempts=2))
+
+
+def test_a_pipe_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
+    assert read_epoch(f"pipe:cat {made}/{{}}", options(tmp_path)) == read_epoch(made, options(tmp_path))
+
+
+def test_a_pipe_that_ends_early_with_status_0_is_caught(made: Path, tmp_path: Path) -> None:
+    command = f"pipe:head -c $([ {{}} = train-000002.tar ] && echo 512 || echo 99999) {made}/{{}}"
+    with pytest.raises(DataError, match=r"train-000002.*512 bytes came, expected 10240"):
+        read_epoch(command, options(tmp_path, attempts=2))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("pipe:false {}", "status 1"), ("pipe:sleep 9; cat {}", "nothing for")]
+)
+def test_a_pipe_that_fails_or_hangs_is_told(tmp_path: Path, command: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_manifest(command, options(tmp_path, attempts=2, time_limit_s=0.2))
+
+
+def test_a_pipe_has_to_say_where_the_name_goes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\{\}"):
+        load_manifest("pipe:cat x", options(tmp_path))
+
+
+def test_an_object_store_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for path in made.iterdir():
+        store.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
+    assert read_epoch("memory://bucket/set", options(tmp_path)) == read_epoch(made, options(tmp_path))
+    with pytest.raises(DataError, match="cannot be read"):
+        load_manifest("memory://bucket/absent", options(tmp_path))
+
+
+def test_a_damaged_cache_is_mended(made: Path, server: Server, tmp_path: Path) -> None:
+    expected = read_epoch(server.address, options(tmp_path))
+    for path in (tmp_path / "cache").glob("??/*"):
+        if path.suffix != ".lock":
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+    server.requests.clear()
+    assert read_epoch(server.address, options(tmp_path)) == expected
+    assert sum(name.endswith(".tar") for name in server.requests) == 4
+
+
+def test_a_truncated_cached_file_is_no_hit(made: Path, server: Server, tmp_path: Path) -> None:
+    expected = read_epoch(server.address, options(tmp_path))
+    for path in (tmp_path / "cache").glob("??/*"):
+        os.truncate(path, min(path.stat().st_size, 512))
+    assert read_epoch(server.address, options(tmp_path)) == expected
+
+
+def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 3500)
+    contents = {name: name.encode() * 1000 for name in "abcde"}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for name in "abc":
+        os.utime(cache.fill(digests[name], 1000, [contents[name]], name), ns=(1, "abc".index(name) * 10**9))
+    assert cache.find(digests["a"], 1000)
+    cache.fill(digests["d"], 1000, [contents["d"]], "d")
+    kept = {name for name in "abcde" if cache.find(digests[name], 1000)}
+    assert kept == {"a", "c", "d"}
+    with pytest.raises(DataError, match="raise its limit"):
+        cache.fill(digests["e"], 4000, [contents["e"]], "e")
+
+
+@pytest.mark.parametrize("pieces", [[b"x" * 999], [b"x" * 1001], [b"y" * 1000], [b"x" * 500] * 10**6])
+def test_what_is_not_as_announced_does_not_enter_the_cache(tmp_path: Path, pieces: list[bytes]) -> None:
+    digest = hashlib.sha256(b"x" * 1000).hexdigest()
+    with pytest.raises(FetchError):
+        Cache(tmp_path, 10_000).fill(digest, 1000, iter(pieces), "x")
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock" and path.suffix != ".lock"
+    ]
+
+
+def test_a_cache_smaller_than_the_shards_in_use_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cache_gigabytes"):
+        read_epoch(server.address, options(tmp_path, cache_gigabytes=2e-5))
+
+
+READER = """
+import sys
+from pathlib import Path
+from data.sources import ReadOptions
+from data.stream import TokenStream
+stream = TokenStream(sys.argv[1], "train", 4, 1, int(sys.argv[2]), 3, options=ReadOptions(cache_dir=Path(sys.argv[3])))
+print([int(next(stream)[0, 0]) for _ in range(20)])
+"""
+
+
+def test_processes_of_a_machine_fetch_each_file_once(made: Path, server: Server, tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", READER, server.address, str(rank), str(tmp_path / "cache")])
+        for rank in range(3)
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    fetched = [name for name in server.requests if name.endswith(".tar")]
+    assert sorted(fetched) == sorted({*fetched}) and fetched
+
+
+def test_a_fetched_dataset_outlives_its_origin_while_shards_are_cached(made: Path, tmp_path: Path) -> None:
+    expected = read_epoch(f"pipe:cat {made}/{{}}", options(tmp_path))
+    for path in made.glob("*.tar"):
+        path.unlink()
+    assert read_epoch(f"pipe:cat {made}/{{}}", options(tmp_path)) == expected
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(DataError, match="could not be fetched"):
+        read_epoch(f"pipe:cat {made}/{{}} 2>/dev/null", options(tmp_path, attempts=1))
