@@ -159,8 +159,7 @@ def _index_file(job: _Job, path: Path) -> ShardInfo:
 def _documents(job: _Job, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int, int]]:
     """(offset, size, tokens with the end of the document, is JSON) of every text member.
 
-    A header that cannot be read in the middle would pass for the end of the archive: so the archive has to end where
-    its file does, but for zeros.
+    A header in the middle that cannot be read, or a cut between members, would pass for the end of the archive.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -175,13 +174,20 @@ def _documents(job: _Job, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[in
         raise DataError(f"{job.name}: no plain tar ({error}); unpack a compressed one first") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{job.name}: {member.name}: no text ({error}); see --text-key") from error
+    _require_end(job, path, end)
+
+
+def _require_end(job: _Job, path: Path, end: int) -> None:
+    """Nothing but zeros may follow the last member, and a block of them at least: else something is missing."""
+    zeros = 0
     with path.open("rb") as file:
         file.seek(end)
         while rest := file.read(1 << 20):
+            zeros += len(rest)
             if rest.strip(b"\0"):
-                raise DataError(
-                    f"{job.name}: damaged near byte {end}: more follows the last readable header; copy it again"
-                )
+                raise DataError(f"{job.name}: damaged near byte {end}: no header, yet not the end; copy it again")
+    if zeros < tarfile.BLOCKSIZE:
+        raise DataError(f"{job.name}: does not end as a tar does, so it may be cut short at byte {end}; copy it again")
 
 
 def _read(path: Path, member: tarfile.TarInfo) -> bytes:

@@ -1,0 +1,153 @@
+"""Shards of text that this project did not write, against tokenizing them in one go."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from data.errors import DataError
+from data.index import main as index
+from data.inspect import main as inspect
+from data.manifest import load_manifest
+from data.stream import TokenStream
+from data.tokenizer import Tokenizer, train_tokenizer
+
+WORDS = ["red", "green", "blue", "été", "▁", "tab\t"]
+
+
+def text_of(number: int) -> str:
+    words = random.Random(number)
+    return "\n".join(" ".join(words.choices(WORDS, k=9)) for _ in range(number % 7))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards by webdataset's own writer, .txt and .json by turns, with members that are no text."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        with webdataset.TarWriter(str(folder / f"web-{shard:02d}.tar")) as writer:
+            for number in range(shard * 30, shard * 30 + 30):
+                body = {"json": {"text": text_of(number)}} if number % 2 else {"txt": text_of(number)}
+                writer.write({"__key__": f"{number:04d}", "cls": number, **body})
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(text_of(6).split("\n") * 20 + WORDS, 300))
+    return folder
+
+
+@pytest.fixture
+def indexed(shards: Path, tmp_path: Path) -> Path:
+    run(shards, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def run(shards: Path, output: Path, address: str = "", train: str = "web-0[01].tar") -> None:
+    arguments = ["--address", address or str(shards), "--train", train, "--validation", "web-02.tar", "--workers", "1"]
+    index([*arguments, "--tokenizer", str(shards / "tokenizer.model"), "--output", str(output)])
+
+
+def tokens_of(shards: Path, numbers: range) -> list[int]:
+    tokenizer = Tokenizer(shards / "tokenizer.model")
+    return [token for number in numbers for token in [*tokenizer.encode(text_of(number)), tokenizer.end_of_document]]
+
+
+@pytest.mark.parametrize("seq_length", [1, 7, 64])
+def test_samples_are_those_of_the_text_tokenized_in_one_go(shards: Path, indexed: Path, seq_length: int) -> None:
+    stream = TokenStream(indexed, "train", seq_length, 1)
+    number = stream.manifest.num_samples("train", seq_length)
+    seen = sorted(tuple(next(stream)[0].tolist()) for _ in range(number))
+    stream.close()
+    expected = []
+    for numbers in (range(30), range(30, 60)):
+        tokens = tokens_of(shards, numbers)
+        count = (len(tokens) - 1) // seq_length
+        expected += [tuple(tokens[i * seq_length : (i + 1) * seq_length + 1]) for i in range(count)]
+    assert seen == sorted(expected)
+
+
+def test_any_number_of_ranks_sees_the_same(indexed: Path) -> None:
+    whole = TokenStream(indexed, "train", 16, 6)
+    halves = [TokenStream(indexed, "train", 16, 3, rank, 2) for rank in range(2)]
+    for _ in range(5):
+        assert np.array_equal(next(whole), np.concatenate([next(half) for half in halves]))
+    for stream in (whole, *halves):
+        stream.close()
+
+
+def test_shards_from_afar(shards: Path, indexed: Path, tmp_path: Path) -> None:
+    address = f"pipe:cat {shards}/{{}}"
+    run(shards, tmp_path / "far", address, "web-{00..01}.tar")
+    assert load_manifest(tmp_path / "far").fingerprint == load_manifest(indexed).fingerprint
+    assert not list((tmp_path / "far").glob("*.tar"))
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"datasets": [{"path": "far", "shards": address}]}))
+    far, near = TokenStream(mixture, "validation", 16, 4), TokenStream(indexed, "validation", 16, 4)
+    for one, other in zip(far, near, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_flipped_byte_in_the_text_stops_the_run(shards: Path, indexed: Path) -> None:
+    link = indexed / "web-00.tar"
+    content = bytearray(link.read_bytes())
+    link.unlink()
+    content[content.index(b"green")] ^= 1
+    link.write_bytes(content)
+    stream = TokenStream(indexed, "train", 16, 8)
+    with pytest.raises(DataError, match=r"web-00\.tar: damaged between byte"):
+        for _ in range(20):
+            next(stream)
+    stream.close()
+    with pytest.raises(DataError, match="1 of 3 shards are damaged"):
+        inspect([str(indexed), "--verify"])
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as archive:
+        for name, body in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda whole: whole[:1024] + b"\xff" * 512 + whole[1536:],
+            "yet not the end|no plain tar",
+        ),
+        (lambda whole: whole[:700], "cut short|no plain tar"),
+        (lambda whole: whole[:1024], "does not end as a tar"),
+        (lambda whole: b"\x1f\x8b" + whole, "no plain tar"),
+        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt: no text"),
+        (lambda whole: whole.replace(b"a.txt", b"a.dat").replace(b"b.txt", b"b.dat"), "no plain tar"),
+    ],
+)
+def test_a_bad_shard_cannot_be_indexed(shards: Path, tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    whole = tar_of(tmp_path / "bad.tar", {"a.txt": b"first", "b.txt": b"second"})
+    (tmp_path / "bad.tar").write_bytes(damage(whole))
+    with pytest.raises(DataError, match=message) as caught:
+        index(
+            [
+                "--address",
+                str(tmp_path),
+                "--train",
+                "bad.tar",
+                "--tokenizer",
+                str(shards / "tokenizer.model"),
+                "--output",
+                str(tmp_path / "set"),
+                "--workers",
+                "1",
+            ]
+        )
+    assert "bad.tar" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_that_match_nothing_are_told(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such shard"):
+        run(shards, tmp_path / "set", train="other-*.tar")
