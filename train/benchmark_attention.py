@@ -107,7 +107,7 @@ def materialized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlexEntropy:
-    """FlexAttention with the keys as further columns of the values: sum_j p_j k_j gives the mean score, lse - mean is H."""
+    """FlexAttention with the keys as more columns of the values: sum_j p_j k_j gives the mean score, H = lse - mean."""
 
     def __init__(self) -> None:
         self.compiled: Any = None
@@ -178,7 +178,7 @@ def both_ways(attend: Attend, inputs: list[Tensor], grad_output: Tensor, grad_en
 
 
 def times_ms(call: Callable[[], Any], device: str) -> list[float]:
-    """Milliseconds of a few calls after one that warms up; on a GPU by events, its cache overwritten before each call."""
+    """Milliseconds of a few calls after one that warms up; on a GPU by events, its cache overwritten before each."""
     call()
     if device == "cpu":
         start = time.perf_counter()
@@ -245,7 +245,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     names = list(dict.fromkeys(r["name"] for r in results))
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
     for i, name in enumerate(names):
-        found = {
+        found: dict[int, float] = {
             shapes.index((r["tokens"], r["batch"], r["heads"], r["width"])): r["forward_backward_ms"]
             for r in results
             if r["name"] == name and "forward_backward_ms" in r

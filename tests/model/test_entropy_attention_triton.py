@@ -134,8 +134,8 @@ def test_results_keep_the_memory_order_of_their_inputs() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [32, 48, 64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("tokens", [1, 100, 128, 1000])
+@pytest.mark.parametrize("width", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 128, 1000])
 def test_every_width_and_type_on_the_device(tokens: int, width: int, dtype: torch.dtype) -> None:
     for causal, temperature in ((True, "none"), (True, "per_position"), (False, "per_head")):
         found = errors((2, 4, 2, tokens, width), dtype, causal=causal, temperature=temperature, tokens_first=True)
