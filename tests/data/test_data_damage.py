@@ -111,6 +111,24 @@ def test_skipping_leaves_out_the_whole_shard_on_all_ranks_alike(made: Path, capl
     assert len(whole) == 120
 
 
+def test_skipping_decides_before_the_first_sample_of_a_shard_is_used(tmp_path: Path) -> None:
+    """A rank that would never touch the damaged bytes itself replaces the shard like the others."""
+    path = make_dataset(tmp_path, [6000, 6000])
+    flip(path / "train-000001.tar", 90_000)
+    stream = TokenStream(path, "train", SEQ_LENGTH, 20, window_shards=2, options=ReadOptions(on_damage="skip"))
+    assert next(stream).max() <= 24_000
+    stream.close()
+
+
+def test_damage_in_the_middle_of_a_long_sample_is_found(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path, [2], seq_length=20_000)
+    flip(path / "train-000000.tar", 40_000)
+    stream = TokenStream(path, "train", 20_000, 2)
+    with pytest.raises(DataError, match="between byte 32768 and 49152"):
+        next(stream)
+    stream.close()
+
+
 def test_skipping_gives_up_when_nothing_is_left(made: Path) -> None:
     for number in range(3):
         flip(made / f"train-{number:06d}.tar", 800)

@@ -126,6 +126,14 @@ def test_killed_processes_resume_on_other_numbers_of_ranks(made: Path, tmp_path:
     assert committed == ids(take(made, len(committed), 1))
 
 
+def test_a_position_can_be_loaded_into_a_stream_that_is_reading(made: Path) -> None:
+    stream = TokenStream(made, "train", SEQ_LENGTH, 3, seed=5, window_shards=2)
+    first = [next(stream) for _ in range(6)]
+    stream.load_state_dict({**stream.state_dict(), "samples_consumed": 6})
+    assert ids([next(stream) for _ in range(4)]) == ids(first[2:])
+    stream.close()
+
+
 def test_resuming_reads_nothing_of_what_was_consumed(made: Path) -> None:
     far = 10**15 + 3
     assert ids(take(made, 2, 3, consumed=far)) == ids(take(made, 1, 6, consumed=far))
