@@ -84,6 +84,8 @@ def train(config: Config) -> int:
         return report(error, 2)
     except (LaunchError, TrainingError) as error:
         return report(error, 1)
+    except DataError as error:  # a shard that only some ranks read: whoever meets the damage tells it
+        return report(error, 1, from_any_rank=True)
     finally:
         leave()
     if is_rank_zero():
@@ -97,11 +99,12 @@ def train(config: Config) -> int:
     return 0
 
 
-def report(error: Exception, status: int) -> int:
-    """One line a fault, from one rank; the exit status."""
-    if is_rank_zero():
+def report(error: Exception, status: int, from_any_rank: bool = False) -> int:
+    """Prints one line a fault, from rank 0 or, where only some ranks know of it, from each of those; the exit status."""
+    if is_rank_zero() or from_any_rank:
+        who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(f"error: {who}{line}", file=sys.stderr, flush=True)
     return status
 
 
