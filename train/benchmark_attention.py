@@ -251,7 +251,10 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
             if r["name"] == name and "forward_backward_ms" in r
         }
         axes.bar(
-            [x + (i - len(names) / 2) * 0.8 / len(names) for x in found], found.values(), 0.8 / len(names), label=name
+            [x + (i - len(names) / 2) * 0.8 / len(names) for x in found],
+            list(found.values()),
+            0.8 / len(names),
+            label=name,
         )
     axes.set_yscale("log")
     axes.set_ylabel("forward + backward, ms")
