@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,9 +121,15 @@ def _expand(given: str) -> list[Path]:
 
 
 def _files_in(folder: Path, include: list[str]) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in include):
-            yield path
+    for parent, _, names in os.walk(folder, onerror=_cannot_list):
+        for name in names:
+            path = Path(parent, name)
+            if any(fnmatch.fnmatch(name, pattern) for pattern in include) and path.is_file():
+                yield path
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
 
 def _excluded(path: Path, exclude: list[str]) -> bool:

@@ -23,6 +23,7 @@ from data.mixture import Mixture
 from data.samples import open_shard
 from data.sources import ReadOptions, Source
 from data.stream import DEFAULT_WINDOW_SHARDS, open_reader
+from data.text_shard import read_text_sidecar
 from data.tokenizer import Tokenizer
 from data.verified_file import DamagedShardError
 
@@ -68,9 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) -> list[str]:
-    """Sources of the documents that have tokens in [first, last) of a shard; none where no list was kept."""
+    """Sources of the documents that have tokens in [first, last) of a shard."""
     if manifest.content == "text":
-        return []
+        _, documents = read_text_sidecar(manifest, shard)
+        begin, end = np.searchsorted(np.cumsum(documents[:, 2]), (first, last - 1), side="right")
+        return [f"the document at byte {offset}" for offset in documents[begin : end + 1, 0]]
     starts, sources = _document_list(manifest.source, shard.name.removesuffix(".tar") + ".documents.jsonl.gz")
     begin = max(bisect.bisect_right(starts, first) - 1, 0)
     return sources[begin : bisect.bisect_left(starts, last)]

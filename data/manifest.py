@@ -7,6 +7,8 @@
       train-000000.digests              the digest of every 16 KiB of that shard (data/verified_file.py)
       train-000000.documents.jsonl.gz   which document starts where; only data.inspect reads it
       validation-000000.tar ...
+      report.json                       what was read, dropped and counted
+      plan.sha256                       of the input and settings, so that the same command knows its work
 
 A dataset of text shards (data/text_shard.py) has the same files, but its .tar files are somebody else's and may lie
 elsewhere. A mixture of datasets is a Manifest too (data/mixture.py).

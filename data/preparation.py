@@ -17,7 +17,9 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +102,7 @@ def run_job(preparation: Preparation, stage: str, job: int) -> None:
     result.parent.mkdir(parents=True, exist_ok=True)
     summary = _STAGES[stage](preparation, job)
     if stage != "finish":
-        _write_whole(result, json.dumps(summary).encode())
+        write_whole(result, json.dumps(summary).encode())
 
 
 def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Iterator[tuple[str, str, bytes, bytes]]:
@@ -128,7 +130,7 @@ def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
             if in_train and int.from_bytes(digest[8:], "little") < share:
                 sample.write(json.dumps([len(text_bytes) - 1, text]).encode() + b"\n")
     _partial(preparation.file("scan", part, "sample.gz")).rename(preparation.file("scan", part, "sample.gz"))
-    _write_whole(preparation.file("scan", part, "hashes"), hashes)
+    write_whole(preparation.file("scan", part, "hashes"), hashes)
     return {"documents": len(text_bytes), "text_bytes": sum(text_bytes), "skipped": skipped}
 
 
@@ -149,7 +151,7 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     lowest = _ALL
     for part, end in enumerate(ends):
         kept = keep[end - counts[part] : end]
-        _write_whole(preparation.file("merge", part, "keep"), np.packbits(kept).tobytes())
+        write_whole(preparation.file("merge", part, "keep"), np.packbits(kept).tobytes())
         if kept.any():
             lowest = min(lowest, int(_hashes(preparation, part)["high"][kept].min()))
     threshold = int(preparation.settings.validation_fraction * _ALL)
@@ -163,7 +165,7 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     ):  # a small input: let the document with the lowest hash be the validation split
         threshold = lowest + 1
     if preparation.settings.tokenizer_sha256 is None:
-        _write_whole(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
+        write_whole(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
     return {"kept": int(keep.sum()), "threshold": threshold}
 
 
@@ -290,7 +292,7 @@ def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
         start = end
     info = write_shard(path, np.concatenate(pieces), dtype)
     lines = "".join(json.dumps(entry) + "\n" for entry in documents)
-    _write_whole(path.with_suffix(".documents.jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
+    write_whole(path.with_suffix(".documents.jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
     return {"split": split, "shard": vars(info)}
 
 
@@ -315,12 +317,14 @@ def _finish(preparation: Preparation, _: int) -> None:
     for result in preparation.results("pack"):
         shards[result["split"]].append(ShardInfo(**result["shard"]))
     report = _report(preparation, tokenizer)
-    _write_whole(preparation.output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    write_whole(preparation.output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     dtype = token_dtype_for(tokenizer.vocab_size)
     model = (preparation.output / TOKENIZER).read_bytes()
     text = manifest_json("tokens", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, shards)
-    _write_whole(preparation.output / MANIFEST_NAME, text.encode())
+    write_whole(preparation.output / MANIFEST_NAME, text.encode())
     load_manifest(preparation.output)
+    for left_by_a_kill in preparation.output.glob("*.partial"):
+        left_by_a_kill.unlink()
     shutil.rmtree(preparation.work)
 
 
@@ -346,10 +350,12 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _write_whole(path: Path, content: bytes | bytearray) -> None:
+def write_whole(path: Path, content: bytes | bytearray) -> None:
+    """Write a file in one rename, also where tasks on other machines write the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _partial(path).write_bytes(content)
-    _partial(path).rename(path)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.rename(path)
 
 
 _STAGES: dict[str, Callable[[Preparation, int], dict[str, Any] | None]] = {

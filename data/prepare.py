@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.documents import DEFAULT_INCLUDE, find_files, plan_parts
 from data.errors import DataError, run_command
 from data.manifest import SPLITS, TOKENIZER
-from data.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job
+from data.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job, write_whole
 from data.sources import MANIFEST_NAME
 from data.tokenizer import Tokenizer
 
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     with _locked(preparation, exclusive=options.stage == "all"):
         _adopt_plan(preparation)
         if options.tokenizer is not None:
-            shutil.copyfile(options.tokenizer, options.output / TOKENIZER)
+            write_whole(options.output / TOKENIZER, options.tokenizer.read_bytes())
         for stage in STAGES if options.stage == "all" else (options.stage,):
             _run_stage(preparation, stage, *_task(options.task), options.workers)
     if (options.output / REPORT).exists():
@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.output.exists() and not options.output.is_dir():
         raise DataError(f"--output {options.output}: is a file; name a folder")
     if options.output.is_dir() and any(options.output.iterdir()):
-        ours = (options.output / MANIFEST_NAME).exists() or (options.output / WORK).exists()
+        ours = any((options.output / name).exists() for name in (MANIFEST_NAME, WORK))
         if not ours:
             raise DataError(f"--output {options.output}: holds other files; name an empty or new folder")
     _task(options.task)
@@ -174,7 +174,7 @@ def _adopt_plan(preparation: Preparation) -> None:
             f"--output {preparation.output}: holds unfinished work on other input or settings; finish that, or discard "
             "it with --overwrite"
         )
-    note.write_text(_plan_sha256(preparation) + "\n")
+    write_whole(note, f"{_plan_sha256(preparation)}\n".encode())
 
 
 def _discard(folder: Path) -> None:

@@ -9,8 +9,6 @@ the same.
 
 import logging
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +16,13 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.manifest import Manifest, ShardInfo
 from data.order import SampleOrder
+from data.shard_fetcher import ShardFetcher
 from data.shard_reader import TokenShard
 from data.sources import ReadOptions
 from data.text_shard import TextShard
 from data.verified_file import DamagedShardError
 
 _log = logging.getLogger(__name__)
-_PARALLEL_FETCHES = 4
 
 
 def open_shard(manifest: Manifest, shard: ShardInfo) -> TokenShard | TextShard:
@@ -55,10 +53,9 @@ class SampleReader:
         self._num_open = 2 * window_shards
         self._open: OrderedDict[int, TokenShard | TextShard] = OrderedDict()
         self._damaged: set[int] = set()
-        self._fetcher: ThreadPoolExecutor | None = None
+        self._fetcher: ShardFetcher | None = None
         if manifest.shard_source.is_remote:
             self._require_room_in_cache()
-        self._fetched: OrderedDict[int, Future[Path]] = OrderedDict()
 
     def read(self, positions: NDArray[np.int64]) -> NDArray:
         """The samples at `positions` of the run: an array [len(positions), seq_length + 1] of the shards' type."""
@@ -80,9 +77,8 @@ class SampleReader:
 
     def close(self) -> None:
         if self._fetcher is not None:
-            self._fetcher.shutdown(wait=False, cancel_futures=True)
+            self._fetcher.close()
             self._fetcher = None
-            self._fetched.clear()
         while self._open:
             self._open.popitem()[1].close()
 
@@ -132,7 +128,6 @@ class SampleReader:
         return shard
 
     def _let_go(self, number: int) -> None:
-        self._fetched.pop(number, None)
         if number in self._open:
             self._open.pop(number).close()
 
@@ -148,11 +143,9 @@ class SampleReader:
     def _fetch_ahead(self, position: int) -> None:
         """Ask for the shards of this window and the next; `read` waits for those it needs through the cache's locks."""
         if self._fetcher is None:
-            self._fetcher = ThreadPoolExecutor(_PARALLEL_FETCHES, thread_name_prefix="fetch-shard")
-        for number in self.order.shards_after(position, self._num_open):
-            if number not in self._fetched:
-                shard = self._shards[number]
-                arguments = (shard.name, shard.sha256, shard.num_bytes)
-                self._fetched[number] = self._fetcher.submit(self._manifest.shard_source.fetch, *arguments)
-        while len(self._fetched) > 2 * self._num_open:
-            self._fetched.popitem(last=False)
+            self._fetcher = ShardFetcher(self._fetch)
+        self._fetcher.ask(self.order.shards_after(position, self._num_open))
+
+    def _fetch(self, number: int) -> None:
+        shard = self._shards[number]
+        self._manifest.shard_source.fetch(shard.name, shard.sha256, shard.num_bytes)

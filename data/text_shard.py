@@ -31,11 +31,9 @@ class TextShard:
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         self._where = manifest.shard_source.describe(shard.name)
         path = manifest.shard_source.fetch(shard.name, shard.sha256, shard.num_bytes)
-        num_digests = digests_bytes(shard.num_bytes)
-        sidecar = read_sidecar(manifest, shard, num_digests + shard.num_tokens * COLUMNS * 8)
-        self._documents = np.frombuffer(sidecar, dtype="<i8", offset=num_digests).reshape(-1, COLUMNS)
+        digests, self._documents = read_text_sidecar(manifest, shard)
         self._ends = np.cumsum(self._documents[:, 2])
-        self._file = VerifiedFile(path, self._where, shard.num_bytes, sidecar[:num_digests])
+        self._file = VerifiedFile(path, self._where, shard.num_bytes, digests)
         self._manifest = manifest
         self._tokenizer = _tokenizer(manifest.tokenizer_path, manifest.tokenizer_sha256)
         self._tokens_of = functools.lru_cache(_KEPT_DOCUMENTS)(self._tokenize)
@@ -72,6 +70,13 @@ class TextShard:
                 "index the shards again"
             )
         return np.array(ids, dtype=self._manifest.token_dtype)
+
+
+def read_text_sidecar(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, NDArray[np.int64]]:
+    """The digests of a text shard's chunks, and its documents as rows (OFFSET, SIZE, TOKENS, IS_JSON)."""
+    num_digests = digests_bytes(shard.num_bytes)
+    content = read_sidecar(manifest, shard, num_digests + shard.num_tokens * COLUMNS * 8)
+    return content[:num_digests], np.frombuffer(content, dtype="<i8", offset=num_digests).reshape(-1, COLUMNS)
 
 
 def member_text(raw: bytes, is_json: bool, text_key: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.inspect import main as inspect
-from data.manifest import load_manifest
+from data.manifest import _fingerprint, load_manifest
 from data.sources import ReadOptions
 from data.stream import TokenStream
 from tests.data.made import SEQ_LENGTH, first_tokens, make_dataset
@@ -154,6 +154,7 @@ def edit(path: Path, change: dict) -> None:
 def edit_shard(path: Path, change: dict) -> None:
     fields = json.loads((path / "manifest.json").read_text())
     fields["shards"]["train"][1].update(change)
+    fields["fingerprint"] = _fingerprint(fields)  # as somebody who means harm would
     (path / "manifest.json").write_text(json.dumps(fields))
 
 
@@ -197,7 +198,7 @@ def test_a_changed_manifest_is_refused_by_field(made: Path, change: dict, named:
         {"name": 7},
         {"num_tokens": -1},
         {"num_tokens": 1 << 70},
-        {"num_tokens": 162},
+        {"num_tokens": 5000},
         {"num_bytes": 1e300},
         {"num_bytes": 20_480},
         {"sha256": "x"},
@@ -207,7 +208,7 @@ def test_a_changed_manifest_is_refused_by_field(made: Path, change: dict, named:
 )
 def test_a_shard_entry_cannot_name_a_command_or_another_place_or_a_huge_size(made: Path, change: dict) -> None:
     edit_shard(made, change)
-    with pytest.raises(DataError, match=r"shards\.train\[1\]|fingerprint"):
+    with pytest.raises(DataError, match=r"shards\.train\[1\]"):
         load_manifest(made)
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import webdataset
 import zstandard
-from numpy import frombuffer
+from numpy import array, frombuffer
 
 from data.errors import DataError
+from data.inspect import documents_of
 from data.inspect import main as inspect
 from data.manifest import load_manifest
 from data.prepare import main as prepare
+from data.samples import open_shard
 from data.stream import TokenStream
 from data.tokenizer import Tokenizer
 
@@ -253,6 +255,16 @@ def test_a_step_is_traced_to_its_documents(corpus: Path, tmp_path: Path, capsys:
         assert text in together
     inspect([str(output), "--sample", "17", "--seq-length", "32", "--seed", "3"])
     assert rows[17] in capsys.readouterr().out
+
+
+def test_a_document_that_runs_into_the_next_shard_is_listed_there_too(corpus: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01"))
+    tokenizer = Tokenizer(manifest.tokenizer_path)
+    assert len(manifest.shards["train"]) > 2
+    for shard in manifest.shards["train"]:
+        (source,) = documents_of(manifest, shard, 0, 1)
+        (row,) = open_shard(manifest, shard).rows(array([0]), 4)
+        assert tokenizer.decode(row).split("\n")[0] in document_at(source)
 
 
 def document_at(source: str) -> str:

@@ -104,6 +104,15 @@ def test_a_flipped_byte_in_the_text_stops_the_run(shards: Path, indexed: Path) -
         inspect([str(indexed), "--verify"])
 
 
+def test_a_sample_is_traced_to_its_documents(shards: Path, indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect([str(indexed), "--sample", "5", "--seq-length", "16"])
+    first, _, text = capsys.readouterr().out.partition("\n")
+    offsets = {int(part.rstrip(",")) for part in first.split() if part.rstrip(",").isdigit()}
+    with tarfile.open(first.split()[2]) as archive:
+        numbers = [int(m.name[:4]) for m in archive if m.offset_data in offsets and not m.name.endswith("cls")]
+    assert numbers and text.rstrip("\n") in "".join(map(text_of, numbers))
+
+
 def tar_of(path: Path, members: dict[str, bytes]) -> bytes:
     with tarfile.open(path, "w") as archive:
         for name, body in members.items():
