@@ -100,7 +100,7 @@ def train(config: Config) -> int:
 
 
 def report(error: Exception, status: int, from_any_rank: bool = False) -> int:
-    """Prints one line a fault, from rank 0 or, where only some ranks know of it, from each of those; the exit status."""
+    """Prints one line a fault from rank 0 or, where only some ranks know of it, from each of those."""
     if is_rank_zero() or from_any_rank:
         who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
         for line in str(error).splitlines():
