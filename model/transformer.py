@@ -27,18 +27,43 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
 
 class Embedding(nn.Module):
-    """Word embedding plus, where positions are learned, position embedding: tokens [T, B] -> [T, B, D]."""
+    """Word embedding plus, where positions are learned, position embedding: tokens [T, B] -> [T, B, D].
+
+    The tokens are those of the positions from `first_position` on; the whole sequence by default.
+    """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__()
+        self.first_position = 0
         self.word = nn.Embedding(padded_vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.seq_length, config.hidden_size) if config.positions == "learned" else None
 
     def forward(self, tokens_TB: Tensor) -> Tensor:
         x_TBD = self.word(tokens_TB)
         if self.position is not None:
-            x_TBD = x_TBD + self.position.weight[: tokens_TB.shape[0]].unsqueeze(1)
+            positions = slice(self.first_position, self.first_position + tokens_TB.shape[0])
+            x_TBD = x_TBD + self.position.weight[positions].unsqueeze(1)
         return x_TBD
+
+
+class CoreAttention(nn.Module):
+    """What attention does between its projections: rotary positions where chosen, and the softmax; no parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.rotary = config.positions == "rotary"
+
+    def forward(
+        self, q_TBNH: Tensor, k_TBNH: Tensor, v_TBNH: Tensor, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output [T, B, N, H] and entropy in nats [B, N, T]; the temperature is [N] or [N, at least T]."""
+        if self.rotary:
+            q_TBNH, k_TBNH = rotate(q_TBNH), rotate(k_TBNH)
+        if temperature is not None and temperature.dim() == 2:
+            temperature = temperature[:, : q_TBNH.shape[0]]
+        q_BNTH, k_BNTH, v_BNTH = (x.permute(1, 2, 0, 3) for x in (q_TBNH, k_TBNH, v_TBNH))
+        out_BNTH, entropy_BNT = entropy_attention(q_BNTH, k_BNTH, v_BNTH, temperature=temperature)
+        return out_BNTH.permute(2, 0, 1, 3), entropy_BNT
 
 
 class Attention(nn.Module):
@@ -56,7 +81,7 @@ class Attention(nn.Module):
         self.query_bias = nn.Parameter(torch.empty(heads, width))
         self.key_bias = nn.Parameter(torch.empty(heads, width))
         self.output = nn.Linear(heads * width, config.hidden_size, bias=False)
-        self.rotary = config.positions == "rotary"
+        self.core = CoreAttention(config)
         self.temperature_form = config.temperature_form
         shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[
             config.temperature or "none"
@@ -75,17 +100,14 @@ class Attention(nn.Module):
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
-        qkv = self.query_key_value(x_TBD)
+        return self.attend(self.query_key_value(x_TBD))
+
+    def attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
         q_TBNH, k_TBNH, v_TBNH = qkv.view(*qkv.shape[:2], -1, 3, self.head_width).unbind(3)
         q_TBNH, k_TBNH = q_TBNH + self.query_bias, k_TBNH + self.key_bias
-        if self.rotary:
-            q_TBNH, k_TBNH = rotate(q_TBNH), rotate(k_TBNH)
-        temperature = self.temperature()
-        if temperature is not None and temperature.dim() == 2:
-            temperature = temperature[:, : qkv.shape[0]]
-        q_BNTH, k_BNTH, v_BNTH = (x.permute(1, 2, 0, 3) for x in (q_TBNH, k_TBNH, v_TBNH))
-        out_BNTH, entropy_BNT = entropy_attention(q_BNTH, k_BNTH, v_BNTH, temperature=temperature)
-        return self.output(out_BNTH.permute(2, 0, 1, 3).flatten(2)), entropy_BNT
+        out_TBNH, entropy_BNT = self.core(q_TBNH, k_TBNH, v_TBNH, self.temperature())
+        return self.output(out_TBNH.flatten(2)), entropy_BNT
 
 
 class FeedForward(nn.Module):
@@ -107,8 +129,13 @@ class FeedForward(nn.Module):
     def unscaled(self, x_TBD: Tensor) -> Tensor:
         if self.fused is not None:
             return self.fused(x_TBD)
-        assert self.up is not None and self.down is not None
-        return self.down(self.activation(self.up(x_TBD)))
+        assert self.up is not None
+        return self.contract(self.up(x_TBD))
+
+    def contract(self, x_TBF: Tensor) -> Tensor:
+        """The second half of an FFN of two matrices: [T, B, F] -> [T, B, D]."""
+        assert self.down is not None
+        return self.down(self.activation(x_TBF))
 
     def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
         y_TBD = self.unscaled(x_TBD)

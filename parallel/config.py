@@ -25,6 +25,11 @@ class ParallelConfig:
 
     tensor_parallel_size: int = _explained(1, "Ranks that share each layer, split by heads; keep it within one node.")
     pipeline_parallel_size: int = _explained(1, "Stages that share the layers; each holds a contiguous range of them.")
+    context_parallel_size: int = _explained(
+        1,
+        "Ranks that share each sequence by positions, for long contexts: attention exchanges positions for heads "
+        "(Ulysses), so tp * cp must divide the heads.",
+    )
     sequence_parallel: bool = _explained(
         False, "Split activations between the tensor-parallel regions by position: 1/tp of their memory, same traffic."
     )
@@ -34,13 +39,49 @@ class ParallelConfig:
         "need pp=1).",
     )
 
+    fused_ffn: Literal["auto", "replicated", "split"] = _explained(
+        "auto",
+        "Under sequence parallelism a fused FFN is 'replicated' (no activation traffic, tp times the memory) or "
+        "'split' over tensor-parallel ranks; 'auto' takes what moves fewer bytes. Without it, always split.",
+    )
+    replica_check_interval: int = _explained(
+        0,
+        "Steps between checks that copies of a parameter on several ranks are still identical to the last bit; 0 for "
+        "none.",
+    )
+
+    @property
+    def ranks_per_batch(self) -> int:
+        """Ranks that work on the same sequences."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    def replicates_fused_ffn(self, hidden_size: int, tokens_per_step: int) -> bool:
+        """Whether every tensor-parallel rank keeps a fused FFN whole.
+
+        A whole matrix costs an all-reduce of its gradient a step, 2 (tp-1)/tp D^2 elements a rank. A split one costs a
+        reduce-scatter and an all-to-all of activations forward and their like backward, 2 (tp-1)/tp (1 + 1/tp) D
+        elements a token.
+
+        Args:
+            tokens_per_step: of one replica, over all its micro-batches.
+        """
+        if not self.sequence_parallel or self.fused_ffn == "split":
+            return False
+        cheaper = hidden_size < (1 + 1 / self.tensor_parallel_size) * tokens_per_step
+        return cheaper or self.fused_ffn == "replicated"
+
     def faults(self, model: ModelConfig) -> list[str]:
         """Every reason why `model` cannot be laid out so, each with the numbers and the remedy."""
-        tp, pp = self.tensor_parallel_size, self.pipeline_parallel_size
+        tp, pp, cp = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
         faults = [
-            f"parallel.{name} = {getattr(self, name)} must be at least 1"
-            for name in ("tensor_parallel_size", "pipeline_parallel_size")
-            if getattr(self, name) < 1
+            f"parallel.{name} = {getattr(self, name)} must be at least {least}"
+            for name, least in (
+                ("tensor_parallel_size", 1),
+                ("pipeline_parallel_size", 1),
+                ("context_parallel_size", 1),
+                ("replica_check_interval", 0),
+            )
+            if getattr(self, name) < least
         ]
         if faults:
             return faults
@@ -48,6 +89,17 @@ class ParallelConfig:
             faults.append(
                 f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
                 f"parallel.tensor_parallel_size = {tp}; heads are split over those ranks, so change one of them"
+            )
+        elif model.num_attention_heads % (tp * cp):
+            faults.append(
+                f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
+                f"parallel.tensor_parallel_size({tp}) * parallel.context_parallel_size({cp}) = {tp * cp}; attention "
+                "splits heads over those ranks, so change one of them"
+            )
+        if model.seq_length % cp:
+            faults.append(
+                f"model.seq_length = {model.seq_length} is not a multiple of parallel.context_parallel_size = {cp}; "
+                "positions are split over those ranks, so change one of them"
             )
         if model.hidden_size % tp:
             faults.append(
@@ -80,10 +132,15 @@ class ParallelConfig:
             faults.append(
                 "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it splits over those ranks"
             )
-        if self.sequence_parallel and model.seq_length % tp:
+        if self.sequence_parallel and model.seq_length % cp == 0 and model.seq_length // cp % tp:
+            over = f"over parallel.context_parallel_size({cp}) " if cp > 1 else ""
             faults.append(
-                f"model.seq_length = {model.seq_length} is not a multiple of parallel.tensor_parallel_size = {tp}, "
-                f"which "
-                "parallel.sequence_parallel needs"
+                f"model.seq_length = {model.seq_length} {over}is not a multiple of parallel.tensor_parallel_size = "
+                f"{tp}, which parallel.sequence_parallel needs"
+            )
+        if self.fused_ffn != "auto" and not (self.sequence_parallel and model.fused_ffn):
+            faults.append(
+                f"parallel.fused_ffn = {self.fused_ffn!r} needs parallel.sequence_parallel = true and a fused FFN; "
+                "leave it at 'auto'"
             )
         return faults

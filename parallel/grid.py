@@ -1,16 +1,20 @@
-"""The rank grid, written once: `arange(world).reshape(pp, dp, tp)`.
+"""The rank grid, written once: `arange(world).reshape(pp, dp, cp, tp)`.
 
-Tensor-parallel neighbours are consecutive ranks (one node), then data parallel, then pipeline stages: Megatron's order,
-which DeepSpeed's (pipe, data, model) topology shares. For 8 ranks with tp=2, pp=2, dp=2:
+Tensor-parallel neighbours are consecutive ranks (one node), then context parallel, then data parallel, then pipeline
+stages: Megatron's order. For 8 ranks with tp=2, pp=2, dp=2 and for 8 ranks with tp=2, cp=2, dp=2:
 
-    rank                0 1 2 3 4 5 6 7
-    pipeline stage      0 0 0 0 1 1 1 1
-    data-parallel rank  0 0 1 1 0 0 1 1
-    tensor rank         0 1 0 1 0 1 0 1
+    rank                0 1 2 3 4 5 6 7        0 1 2 3 4 5 6 7
+    pipeline stage      0 0 0 0 1 1 1 1        0 0 0 0 0 0 0 0
+    data-parallel rank  0 0 1 1 0 0 1 1        0 0 0 0 1 1 1 1
+    context rank        0 0 0 0 0 0 0 0        0 0 1 1 0 0 1 1
+    tensor rank         0 1 0 1 0 1 0 1        0 1 0 1 0 1 0 1
+
+Context-parallel ranks hold the same weights as data-parallel ranks do, and other tokens. To the engine, which averages
+gradients and shards optimizer state, the two axes are one: the dp x cp replicas.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +26,7 @@ class RankGrid:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     rank: int = 0
 
     def __post_init__(self) -> None:
@@ -29,18 +34,18 @@ class RankGrid:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def ranks(self) -> np.ndarray:
-        """Global ranks, [pp, dp, tp]."""
-        return np.arange(self.world_size).reshape(self.pp, self.dp, self.tp)
+        """Global ranks, [pp, dp, cp, tp]."""
+        return np.arange(self.world_size).reshape(self.pp, self.dp, self.cp, self.tp)
 
     @property
-    def coordinates(self) -> tuple[int, int, int]:
-        """This rank's (stage, data-parallel rank, tensor-parallel rank)."""
-        stage, replica, shard = np.unravel_index(self.rank, (self.pp, self.dp, self.tp))
-        return int(stage), int(replica), int(shard)
+    def coordinates(self) -> tuple[int, int, int, int]:
+        """This rank's (stage, data-parallel rank, context-parallel rank, tensor-parallel rank)."""
+        stage, dp_rank, cp_rank, tp_rank = np.unravel_index(self.rank, self.ranks.shape)
+        return int(stage), int(dp_rank), int(cp_rank), int(tp_rank)
 
     @property
     def stage(self) -> int:
@@ -51,8 +56,22 @@ class RankGrid:
         return self.coordinates[1]
 
     @property
-    def tp_rank(self) -> int:
+    def cp_rank(self) -> int:
         return self.coordinates[2]
+
+    @property
+    def tp_rank(self) -> int:
+        return self.coordinates[3]
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights and other tokens: what gradients are averaged over and ZeRO shards over."""
+        return self.dp * self.cp
+
+    @property
+    def replica(self) -> int:
+        """This rank's place among its replicas."""
+        return self.dp_rank * self.cp + self.cp_rank
 
     @property
     def is_first_stage(self) -> bool:
@@ -66,14 +85,26 @@ class RankGrid:
         """The layers of this rank's stage; the first stages take one more where pp does not divide."""
         return stage_layers(num_layers, self.pp)[self.stage]
 
+    def heads(self, num_heads: int) -> range:
+        """The heads whose attention this rank computes: tp divides them, and cp what tp leaves."""
+        held = num_heads // (self.tp * self.cp)
+        first = (self.tp_rank * self.cp + self.cp_rank) * held
+        return range(first, first + held)
+
+    def positions(self, seq_length: int) -> range:
+        """The positions of each sequence that this rank holds outside attention."""
+        held = seq_length // self.cp
+        return range(self.cp_rank * held, (self.cp_rank + 1) * held)
+
     def table(self, num_layers: int) -> str:
         """A line for each rank: its coordinates and layers."""
-        lines = ["rank  stage  data  tensor  layers"]
+        lines = ["rank  stage  data  context  tensor  layers"]
         for rank in range(self.world_size):
-            place = RankGrid(self.tp, self.pp, self.dp, rank)
+            place = replace(self, rank=rank)
             held = place.layers(num_layers)
             lines.append(
-                f"{rank:4d}  {place.stage:5d}  {place.dp_rank:4d}  {place.tp_rank:6d}  {held.start}-{held.stop - 1}"
+                f"{rank:4d}  {place.stage:5d}  {place.dp_rank:4d}  {place.cp_rank:7d}  {place.tp_rank:6d}  "
+                f"{held.start}-{held.stop - 1}"
             )
         return "\n".join(lines)
 

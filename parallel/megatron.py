@@ -22,7 +22,9 @@ class Groups:
 
     grid: RankGrid
     tensor: ProcessGroup
-    data: ProcessGroup
+    context: ProcessGroup  # other positions of the same sequences
+    batch: ProcessGroup  # the same positions of other sequences
+    data: ProcessGroup  # both: the replicas that gradients are averaged over
     pipeline: ProcessGroup
     tensor_pipeline: ProcessGroup  # all ranks of one replica
 
@@ -39,19 +41,25 @@ def initialize_groups(grid: RankGrid) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
+        context_parallel_size=grid.cp,
         create_gloo_process_groups=False,
     )
     return Groups(
         grid=grid,
         tensor=parallel_state.get_tensor_model_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        batch=parallel_state.get_data_parallel_group(),
+        data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         tensor_pipeline=parallel_state.get_model_parallel_group(),
     )
 
 
 class ModelParallelUnit:
-    """megatron-core's `parallel_state` completed to the `mpu` that DeepSpeed expects."""
+    """megatron-core's `parallel_state` completed to the `mpu` that DeepSpeed expects.
+
+    To DeepSpeed every replica is a data-parallel rank, whether it holds other sequences or other positions.
+    """
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
@@ -68,9 +76,18 @@ class ModelParallelUnit:
     def get_model_parallel_rank(self) -> int:
         return torch.distributed.get_rank(self._groups.tensor_pipeline)
 
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._groups.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.grid.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.grid.replica
+
     def get_data_parallel_group_ranks(self) -> list[int]:
         grid = self._groups.grid
-        return [int(rank) for rank in grid.ranks[grid.stage, :, grid.tp_rank]]
+        return [int(rank) for rank in grid.ranks[grid.stage, :, :, grid.tp_rank].flatten()]
 
 
 class ColumnParallelLinear(mcore.ColumnParallelLinear):

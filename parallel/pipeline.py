@@ -22,7 +22,7 @@ class PipelineStage(PipelineModule):
         grid = groups.grid
         super().__init__(
             layers=[LayerSpec(nn.Identity) for _ in range(grid.pp)],
-            topology=PipeModelDataParallelTopology(num_pp=grid.pp, num_mp=grid.tp, num_dp=grid.dp),
+            topology=PipeModelDataParallelTopology(num_pp=grid.pp, num_mp=grid.tp, num_dp=grid.replicas),
             loss_fn=stage.loss,
             partition_method="uniform",
         )

@@ -11,19 +11,28 @@ What a rank holds, and what that asks for:
     tensor parallel     heads with their theta     nothing: its terms of the sum; the constant keeps the global N
     pipeline parallel   layers with their theta    nothing: its terms of the sum; the constant keeps the global L
     sequence parallel   all positions              nothing: positions are split only outside attention
+    context parallel    heads, all positions       nothing: attention has exchanged positions for heads; theta is held
+                                                   whole, and each rank uses its heads' part
     data parallel       sequences                  per_query: nothing, averaging over ranks is the mean over S
                                                    per_head: E is averaged over ranks before f
 
-The engine averages gradients over the dp data-parallel ranks. For per_query rank r contributes P_r with P = mean_r P_r:
-exact. For per_head every rank computes the same P from E = mean_r E_r, and wants dP/dw = P'(E) mean_r dE_r/dw: the
-averaging reduction therefore passes gradients through unchanged, each rank giving P'(E) dE_r/dw, and the engine's
-average does the rest.
+The engine averages gradients over the dp x cp replicas. Data-parallel ranks each contribute P_r with P = mean_r P_r, as
+the average wants. Context-parallel ranks each contribute the terms of their heads, whose sum is wanted: they enter
+times cp. For per_head every data-parallel rank has the same E = mean_r E_r, and wants dP/dw = P'(E) mean_r dE_r/dw:
+each gives P'(E) dE_r/dw, so the averaging reduction passes gradients through unchanged and the engine's average does
+the rest.
 
-One reduction a stage and micro-batch serves all its layers: their E sit in one vector. The penalty never waits for the
-last stage: it is attached to the stage's output, where the backward pass picks it up with a constant gradient.
+One reduction a stage and micro-batch serves all its layers: their E sit in one vector. It is started when the stage's
+layers have run and waited for in the backward pass, so that the head's products or the next stage's hide it. The
+penalty never waits for the last stage: it is attached to the stage's output, where the backward pass picks it up with a
+constant gradient.
+
+Since per_head squares after averaging over a micro-batch group, its value depends on micro_batch_size x dp: layouts are
+comparable at equal products only. per_query does not depend on the layout at all.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,48 +61,58 @@ class ShardedRegularizer:
         seq_length: int,
         num_micro_batches: int,
     ) -> None:
-        self.config = config
-        self.groups = groups
-        self.terms = num_layers * num_heads
+        grid = groups.grid
+        self.config, self.groups = config, groups
+        self.factor = config.coefficient * grid.cp / (num_layers * num_heads)
         self.max_entropy_nats = math.log(seq_length)
         self.gradient_scale = 1.0 / num_micro_batches
+        held = len(grid.heads(num_heads))
+        self.own_heads = slice(grid.cp_rank * held, (grid.cp_rank + 1) * held)
 
-    def penalty(self, entropy_LBNT: Tensor, threshold_LN: Tensor) -> Tensor:
-        """This rank's terms of coefficient * P, a float32 scalar; summed over (tp, pp) and averaged over dp it is the
-        whole.
+    def attach(self, output: Tensor, entropy_LBNT: Tensor, threshold_LN: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The output unchanged, whose backward pass also sends gradient into the penalty.
 
         Args:
-            entropy_LBNT: nats, of the layers, sequences and heads held here.
-            threshold_LN: theta of those layers and heads.
+            output: of this stage.
+            entropy_LBNT: nats, of the stage's layers, this rank's sequences and the heads whose attention it computed.
+            threshold_LN: theta of those layers and of all heads whose weights it holds.
+
+        Returns:
+            The output, and a function that gives this rank's terms of coefficient * P, a scalar in the entropies' type:
+            summed over (tp, pp) and averaged over (dp, cp) it is the whole. Call it once the backward pass has run.
         """
-        theta_LN = threshold_LN.to(entropy_LBNT.dtype)
-        if self.config.granularity == "per_head":
-            mean_LN = _AverageOverRanks.apply(entropy_LBNT.mean(dim=(1, 3)), self.groups)
-            terms = penalty(mean_LN, theta_LN, self.max_entropy_nats, self.config.margin).sum()
-        else:
+        theta_LN = threshold_LN[:, self.own_heads].to(entropy_LBNT.dtype)
+        if self.config.granularity == "per_query":
             each = penalty(entropy_LBNT, theta_LN[:, None, :, None], self.max_entropy_nats, self.config.margin)
-            terms = each.mean(dim=(1, 3)).sum()
-        return self.config.coefficient * terms / self.terms
+            terms = self.factor * each.mean(dim=(1, 3)).sum()
+            return _Attach.apply(output, terms, self.gradient_scale), terms.detach
+        local_LN = entropy_LBNT.mean(dim=(1, 3))
+        average = _Average(local_LN.detach(), self.groups)
+        theta = theta_LN.detach()
+        return (
+            _AttachPerHead.apply(output, local_LN, theta_LN, average, self),
+            lambda: self.per_head(average.wait(), theta),
+        )
 
-    def attach(self, output: Tensor, penalty: Tensor) -> Tensor:
-        """The output unchanged; its backward pass also sends gradient into the penalty."""
-        return _Attach.apply(output, penalty, self.gradient_scale)
+    def per_head(self, mean_LN: Tensor, theta_LN: Tensor) -> Tensor:
+        """This rank's terms from the mean entropies of its heads: a scalar."""
+        return self.factor * penalty(mean_LN, theta_LN, self.max_entropy_nats, self.config.margin).sum()
 
 
-class _AverageOverRanks(torch.autograd.Function):
-    """Mean over data-parallel ranks; the gradient passes unchanged (see the module's algebra)."""
+class _Average:
+    """The mean of a small vector over data-parallel ranks, on its way."""
 
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, groups: Groups) -> Tensor:
-        if groups.grid.dp == 1:
-            return local.clone()
-        mean = local / groups.grid.dp
-        torch.distributed.all_reduce(mean, group=groups.data)
-        return mean
+    def __init__(self, local: Tensor, groups: Groups) -> None:
+        self._mean = local / groups.grid.dp
+        self._work = None
+        if groups.grid.dp > 1:
+            self._work = torch.distributed.all_reduce(self._mean, group=groups.batch, async_op=True)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._mean
 
 
 class _Attach(torch.autograd.Function):
@@ -107,3 +126,24 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (penalty,) = ctx.saved_tensors
         return grads[0], torch.full_like(penalty, ctx.gradient_scale), None
+
+
+class _AttachPerHead(torch.autograd.Function):
+    """Like `_Attach`, but the penalty is taken in the backward pass, when its mean entropies have arrived."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, local_LN: Tensor, theta_LN: Tensor, average: _Average, regularizer: ShardedRegularizer
+    ) -> Tensor:
+        ctx.average, ctx.regularizer = average, regularizer
+        ctx.save_for_backward(theta_LN)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (theta_LN,) = ctx.saved_tensors
+        inputs = (ctx.average.wait().detach().requires_grad_(), theta_LN.detach().requires_grad_())
+        with torch.enable_grad():
+            terms = ctx.regularizer.gradient_scale * ctx.regularizer.per_head(*inputs)
+        grad_mean, grad_theta = torch.autograd.grad(terms, inputs)
+        return grads[0], grad_mean, grad_theta, None, None

@@ -3,7 +3,9 @@ way.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from model.config import ModelConfig
 from model.initialize import initialize
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, padded_vocab_size
+from parallel.context import apply_context_parallel
 from parallel.megatron import Groups
 from parallel.regularizer import ShardedRegularizer
 from parallel.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
@@ -25,7 +28,7 @@ class StageStatistics:
     micro_batches: int
     cross_entropy: Tensor
     entropy_penalty: Tensor
-    entropy_LN: Tensor
+    entropy_LN: Tensor  # of the heads whose attention this rank computed
 
 
 class Stage(nn.Module):
@@ -39,6 +42,7 @@ class Stage(nn.Module):
         self.transformer = transformer
         self.regularizer = regularizer
         self.statistics: StageStatistics | None = None
+        self._penalties: list[Callable[[], Tensor]] = []
 
     @property
     def thresholds_LN(self) -> Tensor:
@@ -48,11 +52,10 @@ class Stage(nn.Module):
         """Tokens [T, B] or hidden states [T, B, D] to hidden states, with the penalty attached in training."""
         x_TBD, entropies_BNT = self.transformer.hidden_states(x)
         entropy_LBNT = torch.stack(entropies_BNT)
-        penalty = entropy_LBNT.new_zeros(())
+        self._record(entropy_LBNT.detach())
         if self.regularizer is not None and self.training:
-            penalty = self.regularizer.penalty(entropy_LBNT, self.thresholds_LN)
-            x_TBD = self.regularizer.attach(x_TBD, penalty)
-        self._record(entropy_LBNT.detach(), penalty.detach())
+            x_TBD, penalty = self.regularizer.attach(x_TBD, entropy_LBNT, self.thresholds_LN)
+            self._penalties.append(penalty)
         return x_TBD
 
     def loss(self, x_TBD: Tensor, labels_TB: Tensor) -> Tensor:
@@ -68,30 +71,42 @@ class Stage(nn.Module):
         return self.loss(self.body(tokens_TB), labels_TB)
 
     def take_statistics(self) -> StageStatistics:
-        """What was summed since the last call."""
+        """What was summed since the last call; in training, after the backward passes."""
         statistics, self.statistics = self.statistics, None
         assert statistics is not None, "no micro-batch was run"
+        for penalty in self._penalties:
+            statistics.entropy_penalty += penalty()
+        self._penalties = []
         return statistics
 
-    def _record(self, entropy_LBNT: Tensor, penalty: Tensor) -> None:
+    def _record(self, entropy_LBNT: Tensor) -> None:
         entropy_LN = entropy_LBNT.mean(dim=(1, 3))
         if self.statistics is None:
-            self.statistics = StageStatistics(
-                0, torch.zeros_like(penalty), torch.zeros_like(penalty), torch.zeros_like(entropy_LN)
-            )
+            zero = entropy_LN.new_zeros(())
+            self.statistics = StageStatistics(0, zero, zero.clone(), torch.zeros_like(entropy_LN))
         self.statistics.micro_batches += 1
-        self.statistics.entropy_penalty += penalty
         self.statistics.entropy_LN += entropy_LN
 
 
 def build_transformer(
-    model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, vocab_size: int, seed: int, device: torch.device
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    *,
+    vocab_size: int,
+    seed: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Transformer:
     """This rank's part of the model, initialized from the seed alone.
 
     The order matters: shapes first (nothing allocated), then sharding, then memory, then values, then gradient hooks.
     """
-    grid = groups.grid
+    grid, sequence_parallel = groups.grid, parallel.sequence_parallel
+    tokens_per_step = micro_batch_size * num_micro_batches * len(grid.positions(model.seq_length))
+    replicate_fused_ffn = parallel.replicates_fused_ffn(model.hidden_size, tokens_per_step)
     with torch.device("meta"):
         transformer = Transformer(
             model,
@@ -101,19 +116,30 @@ def build_transformer(
             first=grid.is_first_stage,
             last=grid.is_last_stage,
         )
-        split = apply_tensor_parallel(transformer, groups, parallel.sequence_parallel)
-    transformer.to_empty(device=device)
+        split = apply_tensor_parallel(transformer, groups, sequence_parallel, replicate_fused_ffn)
+        apply_context_parallel(transformer, groups)
+    transformer.to(dtype).to_empty(device=device)
     transformer.tie_head()
     mark_split(transformer, split)
     initialize(transformer, model, vocab_size, seed, cut(transformer, groups))
-    sum_replicated_gradients(transformer, groups, parallel.sequence_parallel)
+    sum_replicated_gradients(transformer, groups, sequence_parallel, num_micro_batches)
     return transformer
 
 
-def recompute_activations(transformer: Transformer) -> None:
-    """Keeps only the input of each block; the block runs again in the backward pass."""
+def recompute_activations(transformer: Transformer, what: Literal["none", "selective", "full"]) -> None:
+    """Keeps less of each block for the backward pass, which computes the rest again.
+
+    'full' keeps the block's input alone. 'selective' keeps what the wide matrices gave, and computes again what is
+    cheap: attention from its queries, keys and values on, and the FFN's activation. Entropies come from the first run
+    in either case; the second serves gradients only.
+    """
+    again = functools.partial(functools.partial, checkpoint, use_reentrant=False)
     for block in transformer.layers.values():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if what == "full":
+            block.forward = again(block.forward)
+        elif what == "selective":
+            block.attention.attend = again(block.attention.attend)
+            block.ffn.contract = again(block.ffn.contract)
 
 
 def compile_blocks(transformer: Transformer) -> None:

@@ -52,7 +52,7 @@ def save_pieces(stage: nn.Module, optimizer: torch.optim.Optimizer, groups: Grou
                 **{key: value.detach().cpu() for key, value in piece.moments.items()},
             }
         )
-    buffers = {name: buffer.cpu() for name, buffer in stage.transformer.named_buffers()} if grid.dp_rank == 0 else {}
+    buffers = {name: buffer.cpu() for name, buffer in stage.transformer.named_buffers()} if grid.replica == 0 else {}
     return {"pieces": pieces, "buffers": buffers, "tp": [grid.tp_rank, grid.tp], "adam_step": adam_step(optimizer)}
 
 
@@ -152,7 +152,7 @@ def _piece_of_stage_3(parameter: nn.Parameter, groups: Groups) -> Piece | None:
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     size = parameter.ds_tensor.ds_numel
-    start = groups.grid.dp_rank * size
+    start = groups.grid.replica * size
     length = min(size, parameter.ds_numel - start)
     if length <= 0:
         return None

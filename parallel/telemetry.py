@@ -1,6 +1,6 @@
 """From what each rank measured to one number for the whole model: every reduction here is one sum over all ranks.
 
-A quantity that several ranks hold enters from one of them, a mean over data-parallel ranks enters with 1/dp from each,
+A quantity that several ranks hold enters from one of them, a mean over replicas enters with its share from each,
 and a quantity split over ranks enters from each in its place; the sum then is the global value.
 """
 
@@ -22,8 +22,8 @@ def loss_parts(statistics: StageStatistics, groups: Groups) -> Tensor:
     grid = groups.grid
     holds_loss = grid.is_last_stage and grid.tp_rank == 0
     cross_entropy = statistics.cross_entropy if holds_loss else torch.zeros_like(statistics.cross_entropy)
-    parts = torch.stack([cross_entropy.float(), statistics.entropy_penalty.float()])
-    return parts / (statistics.micro_batches * grid.dp)
+    parts = torch.stack([cross_entropy, statistics.entropy_penalty])
+    return parts / (statistics.micro_batches * grid.replicas)
 
 
 def sum_over_ranks(parts: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ FIELDS_OF_LAYERS = ("alpha", "beta")
 def head_snapshot(stage: Stage, statistics: StageStatistics, groups: Groups) -> HeadSnapshot:
     """Collects entropies (mean over sequences and positions), thresholds, temperatures, alpha, beta; one reduction."""
     grid, config = groups.grid, stage.transformer.config
-    first_head = grid.tp_rank * config.num_attention_heads // grid.tp
+    computed, per_shard = grid.heads(config.num_attention_heads), config.num_attention_heads // grid.tp
+    held = slice(grid.tp_rank * per_shard, (grid.tp_rank + 1) * per_shard)
     device = statistics.entropy_LN.device
     heads = torch.zeros(
         len(FIELDS_OF_HEADS), config.num_layers, config.num_attention_heads, dtype=torch.float64, device=device
@@ -66,12 +67,11 @@ def head_snapshot(stage: Stage, statistics: StageStatistics, groups: Groups) -> 
     local_LN = statistics.entropy_LN / statistics.micro_batches
     with whole_vectors(stage):
         for row, (name, block) in enumerate(stage.transformer.layers.items()):
-            held = slice(first_head, first_head + local_LN.shape[1])
             layer = int(name)
-            heads[0, layer, held] = local_LN[row].double() / grid.dp
-            if grid.dp_rank == 0:
+            heads[0, layer, computed.start : computed.stop] = local_LN[row].double() / grid.dp
+            if grid.replica == 0:
                 heads[1:, layer, held] = _head_parameters(block.attention)
-            if grid.dp_rank == 0 and grid.tp_rank == 0 and block.ffn.alpha is not None:
+            if grid.replica == 0 and grid.tp_rank == 0 and block.ffn.alpha is not None:
                 layers[:, layer] = torch.stack([block.ffn.alpha, block.ffn.beta]).flatten().double()
     flat = sum_over_ranks(torch.cat([heads.flatten(), layers.flatten()]))
     heads_list = flat[: heads.numel()].view_as(heads).tolist()

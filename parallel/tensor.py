@@ -7,8 +7,9 @@ vocabulary is split in the embedding and in the head's cross-entropy. What remai
 A fused FFN is one D x D matrix:
 - without sequence parallelism its columns are split: the input is cut locally, one all-reduce adds the parts;
 - with sequence parallelism each rank already holds T / tp positions, so the whole matrix is applied to them with no
-communication
-  of activations, and only its gradient is summed over ranks.
+  communication of activations, and only its gradient is summed over ranks, once a step; where a step has fewer tokens
+  than the matrix has rows, or memory matters more, its columns are split: positions are exchanged for features and the
+  parts added into positions.
 
 Under sequence parallelism a parameter that every rank holds sees only that rank's positions, so its gradient is one
 part of a sum: a hook on the gradient adds the parts.
@@ -27,13 +28,19 @@ from model.initialize import named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.transformer import Block, Embedding, Head, Transformer
 from parallel import megatron
+from parallel.exchange import features_for_positions
 from parallel.megatron import Groups
 
 HEAD_SHARDED = ("query_bias", "key_bias", "temperature_parameter", "threshold")
 
 
-def apply_tensor_parallel(model: Transformer, groups: Groups, sequence_parallel: bool) -> dict[str, int]:
+def apply_tensor_parallel(
+    model: Transformer, groups: Groups, sequence_parallel: bool, replicate_fused_ffn: bool
+) -> dict[str, int]:
     """Replaces layers by their sharded forms, weights uninitialized.
+
+    Args:
+        replicate_fused_ffn: whether every rank keeps a fused FFN whole; only under sequence parallelism.
 
     Returns:
         The dimension along which each split parameter is split, by global name.
@@ -45,7 +52,7 @@ def apply_tensor_parallel(model: Transformer, groups: Groups, sequence_parallel:
         _split_embedding(model.embedding, groups, sequence_parallel)
         split[id(model.embedding.word.weight)] = 0
     for block in model.layers.values():
-        split.update(_split_block(block, groups, sequence_parallel))
+        split.update(_split_block(block, groups, sequence_parallel, replicate_fused_ffn))
     if model.head is not None:
         model.head = VocabularyParallelHead(model.head, groups, sequence_parallel)
         model.tie_head()
@@ -62,8 +69,10 @@ def mark_split(model: Transformer, split: dict[str, int]) -> None:
         parameter.tensor_model_parallel = name in split
 
 
-def sum_replicated_gradients(model: Transformer, groups: Groups, sequence_parallel: bool) -> None:
-    """Adds up gradients of parameters that every tensor-parallel rank holds but sees only in part.
+def sum_replicated_gradients(
+    model: Transformer, groups: Groups, sequence_parallel: bool, num_micro_batches: int
+) -> None:
+    """Adds up gradients of parameters that every tensor-parallel rank holds but sees only in part, once a step.
 
     Those are, under sequence parallelism, all but the embedding's, which come before the cut into positions; and always
     the gain of a column-split weight, since each rank has only some columns. Call once parameters are final.
@@ -73,7 +82,29 @@ def sum_replicated_gradients(model: Transformer, groups: Groups, sequence_parall
     for name, parameter in named_parameters(model):
         sees_part = name.endswith(".gain") or (sequence_parallel and not name.startswith("embedding."))
         if parameter.partition_dim is None and sees_part:
-            parameter.register_hook(partial(_all_reduced, group=groups.tensor))
+            parameter.register_hook(_SumOncePerStep(groups.tensor, num_micro_batches))
+
+
+class _SumOncePerStep:
+    """A gradient hook: holds the gradients of a step's micro-batches back and gives their sum over ranks with the last.
+
+    Held in float32 or wider: a micro-batch's gradient may be small beside the sum.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup, num_micro_batches: int) -> None:
+        self.group, self.num_micro_batches = group, num_micro_batches
+        self.count = 0
+        self.held: Tensor | None = None
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.count += 1
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        if self.count < self.num_micro_batches:
+            self.held = grad.to(exact, copy=True) if self.held is None else self.held.add_(grad)
+            return torch.zeros_like(grad)
+        total = grad if self.held is None else self.held.add_(grad).to(grad.dtype)
+        self.count, self.held = 0, None
+        return _all_reduced(total, self.group)
 
 
 def cut(model: Transformer, groups: Groups) -> Callable[[str, Tensor], Tensor]:
@@ -121,7 +152,7 @@ def _split_embedding(embedding: Embedding, groups: Groups, sequence_parallel: bo
         embedding.register_forward_hook(lambda module, inputs, x_TBD: scatter(x_TBD))
 
 
-def _split_block(block: Block, groups: Groups, sequence_parallel: bool) -> dict[int, int]:
+def _split_block(block: Block, groups: Groups, sequence_parallel: bool, replicate_fused_ffn: bool) -> dict[int, int]:
     """Shards one block and returns the split dimension of each split parameter by its id."""
     attention, ffn, split = block.attention, block.ffn, {}
 
@@ -138,8 +169,11 @@ def _split_block(block: Block, groups: Groups, sequence_parallel: bool) -> dict[
     if ffn.fused is None:
         replace(ffn, "up", column(ffn.up), 0)
         replace(ffn, "down", row(ffn.down), 1)
-    elif not sequence_parallel:
-        replace(ffn, "fused", row(ffn.fused, input_is_parallel=False), 1)
+    elif not replicate_fused_ffn:
+        replace(ffn, "fused", row(ffn.fused, input_is_parallel=sequence_parallel), 1)
+        if sequence_parallel:
+            exchange = partial(features_for_positions, group=groups.tensor)
+            ffn.fused.register_forward_pre_hook(lambda module, inputs: exchange(*inputs))
     for name in HEAD_SHARDED:
         parameter = getattr(attention, name)
         if parameter is not None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from model.config import ModelConfig
 from model.regularizer import RegularizerConfig
 from parallel.config import ParallelConfig
+from parallel.grid import RankGrid
 
 
 class ConfigError(ValueError):
@@ -121,10 +122,10 @@ class TrainingConfig:
         "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are "
         "fp32.",
     )
-    activation_recompute: Literal["none", "full"] = _explained(
+    activation_recompute: Literal["none", "selective", "full"] = _explained(
         "none",
-        "'full' keeps only each block's input and computes the block again in the backward pass: less memory, a "
-        "third more compute.",
+        "What the backward pass computes again to save memory: 'full' whole blocks, of which only the input is kept (a "
+        "third more compute); 'selective' attention's inside and the FFN's activation, which are cheap for their size.",
     )
     compile: Literal["auto", "on", "off"] = _explained(
         "auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs."
@@ -234,7 +235,18 @@ class Config:
         return self.training.global_batch_size * self.model.seq_length
 
     def data_parallel_size(self, world_size: int) -> int:
-        return world_size // (self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size)
+        return world_size // self.parallel.ranks_per_batch
+
+    def grid(self, world_size: int, rank: int = 0) -> RankGrid:
+        """The place of one of `world_size` processes."""
+        parallel = self.parallel
+        return RankGrid(
+            tp=parallel.tensor_parallel_size,
+            pp=parallel.pipeline_parallel_size,
+            dp=self.data_parallel_size(world_size),
+            cp=parallel.context_parallel_size,
+            rank=rank,
+        )
 
     def num_micro_batches(self, world_size: int) -> int:
         return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
@@ -313,15 +325,16 @@ def derived_key_faults(config: Config) -> list[str]:
 
 def world_faults(config: Config, world_size: int) -> list[str]:
     """Faults of the sizes against the number of processes."""
-    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
     if world_size < 1:
         return [f"the world size {world_size} must be at least 1"]
-    if world_size % (tp * pp):
+    ranks = config.parallel.ranks_per_batch
+    if world_size % ranks:
+        names = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+        sizes = {name: getattr(config.parallel, name) for name in names}
+        product = " * ".join(f"{name}({size})" for name, size in sizes.items() if size > 1)
         return [
-            f"the world size {world_size} is not a multiple of tensor_parallel_size({tp}) * "
-            f"pipeline_parallel_size({pp}) = "
-            f"{tp * pp}; launch a multiple of {tp * pp} processes (deepspeed --num_gpus {tp * pp} ...) or change the "
-            f"sizes"
+            f"the world size {world_size} is not a multiple of {product} = {ranks}; launch a multiple of {ranks} "
+            f"processes (deepspeed --num_gpus {ranks} ...) or change the sizes"
         ]
     dp = config.data_parallel_size(world_size)
     group = config.training.micro_batch_size * dp

@@ -8,7 +8,6 @@ from data.manifest import load_manifest
 from model.config import ModelConfig
 from model.initialize import global_shapes
 from parallel.config import padded_vocab_size
-from parallel.grid import RankGrid
 from train.config import Config, ConfigError, world_faults
 from train.schedule import warmup_steps
 
@@ -41,15 +40,12 @@ def print_plan(config: Config, world_size: int | None) -> None:
         ConfigError: the sizes do not fit the world, or neither dataset nor data.planned_vocab_size tells the
         vocabulary.
     """
-    parallel = config.parallel
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size if world_size is None else world_size
+    ranks = config.parallel.ranks_per_batch if world_size is None else world_size
     faults = world_faults(config, ranks)
     if faults:
         raise ConfigError(faults)
     vocab_size, source = _vocab_size(config)
-    grid = RankGrid(
-        tp=parallel.tensor_parallel_size, pp=parallel.pipeline_parallel_size, dp=config.data_parallel_size(ranks)
-    )
+    grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
     print(json.dumps(config.as_dict(), indent=2))
     print(f"\nvocabulary        {vocab_size:,} tokens ({source}), padded to {padded_vocab_size(vocab_size, grid.tp):,}")
@@ -65,7 +61,10 @@ def print_plan(config: Config, world_size: int | None) -> None:
         f"micro-batches of "
         f"{config.training.micro_batch_size} on {grid.dp} data-parallel ranks"
     )
-    print(f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.tp} tensor shards\n")
+    print(
+        f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.cp} context shards x "
+        f"{grid.tp} tensor shards\n"
+    )
     print(grid.table(config.model.num_layers))
 
 

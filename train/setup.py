@@ -20,20 +20,25 @@ from train.config import Config
 IGNORED_LABEL = -100
 
 
-def build_stage(config: Config, vocab_size: int) -> tuple[Stage, Groups]:
+def build_stage(config: Config, vocab_size: int, dtype: torch.dtype = torch.float32) -> tuple[Stage, Groups]:
     """Joins the process group and builds this rank's part of the model with its part of the regularizer."""
     initialize_distributed()
     parallel, training, device = config.parallel, config.training, local_device()
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    grid = RankGrid(tp=tp, pp=pp, dp=dist.get_world_size() // (tp * pp), rank=dist.get_rank())
-    groups = initialize_groups(grid)
+    groups = initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
     transformer = build_transformer(
-        config.model, parallel, groups, vocab_size=vocab_size, seed=training.seed, device=device
+        config.model,
+        parallel,
+        groups,
+        vocab_size=vocab_size,
+        seed=training.seed,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+        device=device,
+        dtype=dtype,
     )
+    recompute_activations(transformer, training.activation_recompute)
     if training.compile == "on" or (training.compile == "auto" and device.type == "cuda"):
         compile_blocks(transformer)
-    if training.activation_recompute == "full":
-        recompute_activations(transformer)
     return Stage(transformer, build_regularizer(config, groups)), groups
 
 
@@ -70,7 +75,7 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
 
 
 def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
-    """This replica's stream; its tensor- and pipeline-parallel ranks read the same samples."""
+    """This data-parallel rank's stream; its tensor-, pipeline- and context-parallel ranks read the same samples."""
     return TokenStream(
         Path(config.data.path),
         split,
@@ -83,8 +88,8 @@ def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int |
     )
 
 
-def micro_batches(stream: TokenStream, device: torch.device) -> Iterator[MicroBatch]:
-    """Tokens and next tokens [T, B] on the device; labels of rows that do not count are ignored."""
+def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> Iterator[MicroBatch]:
+    """Tokens and next tokens [T / cp, B] on the device; labels of rows that do not count are ignored."""
     for batch in stream:
         tokens_BT = torch.from_numpy(batch)
         if stream.valid_rows < tokens_BT.shape[0]:
@@ -92,7 +97,9 @@ def micro_batches(stream: TokenStream, device: torch.device) -> Iterator[MicroBa
             labels_BT[stream.valid_rows :] = IGNORED_LABEL
         else:
             labels_BT = tokens_BT[:, 1:]
-        yield _to_device(tokens_BT[:, :-1], device), _to_device(labels_BT, device)
+        held = grid.positions(labels_BT.shape[1])
+        positions = slice(held.start, held.stop)
+        yield _to_device(tokens_BT[:, positions], device), _to_device(labels_BT[:, positions], device)
 
 
 def _to_device(tokens_BT: Tensor, device: torch.device) -> Tensor:

@@ -40,7 +40,7 @@ class Trainer:
         self.engine = build_engine(config, manifest.vocab_size)
         self.grid = self.engine.groups.grid
         self.stream = open_stream(config, self.grid, "train")
-        self.batches = micro_batches(self.stream, local_device())
+        self.batches = micro_batches(self.stream, self.grid, local_device())
         self.step = 0
         if marker is not None:
             checkpoint.load(found[-1], marker, self.engine, manifest.vocab_size)

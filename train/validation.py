@@ -38,11 +38,11 @@ def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | 
     grid = groups.grid
     stream = open_stream(config, grid, "validation", limit_samples)
     assert stream.num_batches is not None
-    statistics = evaluate(micro_batches(stream, local_device()), stream.num_batches)
+    statistics = evaluate(micro_batches(stream, grid, local_device()), stream.num_batches)
     stream.close()
     heads = head_snapshot(stage, statistics, groups)
     # The parts are means over micro-batches and replicas of sums over tokens.
-    summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.dp
+    summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.replicas
     samples = min(stream.manifest.num_samples("validation", config.model.seq_length), limit_samples or math.inf)
     tokens = int(samples) * config.model.seq_length
     return Validation(summed.item() / tokens, tokens, heads)

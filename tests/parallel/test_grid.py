@@ -1,5 +1,6 @@
 """The rank grid and the division of layers over stages."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,15 +11,15 @@ from parallel.config import padded_vocab_size
 from parallel.grid import RankGrid, stage_layers
 
 EIGHT_RANKS = """\
-rank  stage  data  tensor  layers
-   0      0     0       0  0-3
-   1      0     0       1  0-3
-   2      0     1       0  0-3
-   3      0     1       1  0-3
-   4      1     0       0  4-6
-   5      1     0       1  4-6
-   6      1     1       0  4-6
-   7      1     1       1  4-6"""
+rank  stage  data  context  tensor  layers
+   0      0     0        0       0  0-3
+   1      0     0        0       1  0-3
+   2      0     1        0       0  0-3
+   3      0     1        0       1  0-3
+   4      1     0        0       0  4-6
+   5      1     0        0       1  4-6
+   6      1     1        0       0  4-6
+   7      1     1        0       1  4-6"""
 
 
 def test_table_of_eight_ranks() -> None:
@@ -27,35 +28,46 @@ def test_table_of_eight_ranks() -> None:
     assert table == EIGHT_RANKS
 
 
-def test_the_documented_table_is_the_real_one() -> None:
+def test_the_documented_tables_are_the_real_ones() -> None:
     rows = {}
     for line in (grid_module.__doc__ or "").splitlines():
         words = line.split()
-        if len(words) > 8 and all(word.isdigit() for word in words[-8:]):
-            rows[" ".join(words[:-8])] = [int(word) for word in words[-8:]]
+        if len(words) > 16 and all(word.isdigit() for word in words[-16:]):
+            rows[" ".join(words[:-16])] = [int(word) for word in words[-16:]]
     places = [RankGrid(tp=2, pp=2, dp=2, rank=rank) for rank in range(8)]
+    places += [RankGrid(tp=2, cp=2, dp=2, rank=rank) for rank in range(8)]
     assert rows == {
-        "rank": list(range(8)),
+        "rank": list(range(8)) * 2,
         "pipeline stage": [place.stage for place in places],
         "data-parallel rank": [place.dp_rank for place in places],
+        "context rank": [place.cp_rank for place in places],
         "tensor rank": [place.tp_rank for place in places],
     }
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), list(itertools.product((1, 2, 3), repeat=3)))
-def test_coordinates_find_the_rank_again(tp: int, pp: int, dp: int) -> None:
-    ranks = RankGrid(tp, pp, dp).ranks
-    assert ranks.shape == (pp, dp, tp)
-    assert sorted(ranks.flatten()) == list(range(tp * pp * dp))
-    for rank in range(tp * pp * dp):
-        place = RankGrid(tp, pp, dp, rank)
-        assert ranks[place.coordinates] == rank
-        assert rank == place.tp_rank + tp * (place.dp_rank + dp * place.stage)
+@pytest.mark.parametrize(("tp", "pp", "dp", "cp"), list(itertools.product((1, 2, 3), repeat=4)))
+def test_coordinates_find_the_rank_again(tp: int, pp: int, dp: int, cp: int) -> None:
+    grid = RankGrid(tp=tp, pp=pp, dp=dp, cp=cp)
+    assert grid.ranks.shape == (pp, dp, cp, tp)
+    assert sorted(grid.ranks.flatten()) == list(range(grid.world_size))
+    for rank in range(grid.world_size):
+        place = dataclasses.replace(grid, rank=rank)
+        assert grid.ranks[place.coordinates] == rank
+        assert rank == place.tp_rank + tp * (place.replica + dp * cp * place.stage)
         assert (place.is_first_stage, place.is_last_stage) == (place.stage == 0, place.stage == pp - 1)
 
 
+def test_every_head_and_position_has_one_place() -> None:
+    grid = RankGrid(tp=2, cp=3)
+    places = [dataclasses.replace(grid, rank=rank) for rank in range(6)]
+    assert sorted(head for place in places for head in place.heads(12)) == list(range(12))
+    for place in places:  # heads are computed among those whose weights are held
+        assert set(place.heads(12)) <= set(range(place.tp_rank * 6, place.tp_rank * 6 + 6))
+    assert [list(place.positions(6)) for place in places if place.tp_rank == 0] == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_tensor_parallel_neighbours_are_consecutive() -> None:
-    assert np.all(np.diff(RankGrid(tp=4, pp=2, dp=2).ranks, axis=2) == 1)
+    assert np.all(np.diff(RankGrid(tp=4, pp=2, dp=2).ranks, axis=3) == 1)
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def test_ranks_and_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "training.micro_batch_size=64"]
     text = plan(capsys, "ereg.json", *sizes, world=8)
     assert "512 sequences = 4 micro-batches of 64 on 2 data-parallel ranks" in text
-    assert "8 = 2 stages x 2 replicas x 2 tensor shards" in text
-    assert text.splitlines()[-1].split() == ["7", "1", "1", "1", "6-11"]
+    assert "8 = 2 stages x 2 replicas x 1 context shards x 2 tensor shards" in text
+    assert text.splitlines()[-1].split() == ["7", "1", "1", "0", "1", "6-11"]
     assert "padded to 50,176" in text  # the next multiple of 2 * 128
 
 

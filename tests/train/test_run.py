@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from parallel.local_ranks import run_ranks
 
 
 @dataclass

@@ -1,0 +1,257 @@
+"""Shows that layouts compute the same: runs the same global batches under each and compares with one process.
+
+    python -m parallel.compare --config configs/quickstart.json --layouts tp=2,pp=2,tp=2:sp=1,cp=2,dp=2:zero=3
+    python -m parallel.compare --config configs/ereg_1b.json --layouts tp=2:pp=2:dp=2 model.num_layers=4 --dtype float64
+
+Each layout runs on processes of this machine: one GPU each where there are GPUs, else CPU processes. Weights stay at
+their initial values. In float32 the whole training engine runs, and gradients are read from its optimizer (Adam's first
+moment with beta1 = 0); in float64, which DeepSpeed's optimizers refuse, gradients are taken before the optimizer, so
+ZeRO stages are no different there.
+
+A gradient's error is |found - expected| / max(|expected|, 1e-3 |all gradients|): the second term, since some gradients
+are zero in exact arithmetic (a key bias: softmax ignores what is added to all keys alike). Exit status: 0 all within
+the tolerance, 1 beyond it, 2 not comparable as asked.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.launch import choose_accelerator
+from parallel.layout import KEYS, Layout, parse_layout
+from parallel.local_ranks import RankError
+from parallel.measurement import Measured, measure
+from train.config import Config, ConfigError, load_config, section_faults, world_faults
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+GRADIENT_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Errors of one layout against one process, relative but for entropies, the largest over batches."""
+
+    loss: float
+    gradient_norm: float
+    entropy_nats: float
+    gradient: float
+    worst_parameter: str
+
+    def within(self, tolerance: float) -> bool:
+        return max(self.loss, self.gradient_norm, self.entropy_nats, self.gradient) <= tolerance  # False for NaN
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    choose_accelerator()
+    try:
+        config = load_config(options.config, options.overrides)
+        layouts = [parse_layout(text) for text in options.layouts.split(",")]
+        reference = reference_layout(config, layouts)
+        configs = [apply_layout(config, layout, reference) for layout in layouts]
+        check_devices(layouts)
+        vocab_size, batches = global_batches(config, options.batches)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    tolerance = TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance
+    expected = measure(apply_layout(config, reference, reference), 1, vocab_size, batches, options.dtype)
+    print(f"{options.dtype}, global batches of {config.training.global_batch_size} random sequences; one process:")
+    for batch, (cross_entropy, entropy_loss, norm) in enumerate(expected.losses.tolist()):
+        print(
+            f"  batch {batch}: loss {cross_entropy + entropy_loss:.8f}, of which the regularizer {entropy_loss:.3e}; "
+            f"gradient norm {norm:.6e}"
+        )
+    width = max(6, *(len(str(layout)) for layout in layouts))
+    print(f"\n{'layout':<{width}}  ranks     loss  grad norm  entropies  gradients  worst parameter")
+    lines: list[dict[str, Any]] = []
+    for layout, applied in zip(layouts, configs, strict=True):
+        named = {"layout": str(layout), "ranks": layout.world_size, "dtype": options.dtype, "tolerance": tolerance}
+        lines.append({**named, **try_layout(applied, layout, vocab_size, batches, options.dtype, expected, tolerance)})
+        print(f"{layout!s:<{width}}  {layout.world_size:5d}  {row(lines[-1])}", flush=True)
+    if options.json is not None:
+        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    failed = sum(not line["passed"] for line in lines)
+    print(f"\n{len(layouts) - failed} of {len(layouts)} layouts equal one process within {tolerance:g}")
+    return 1 if failed else 0
+
+
+def try_layout(
+    config: Config, layout: Layout, vocab_size: int, batches: Tensor, dtype: str, expected: Measured, tolerance: float
+) -> dict[str, Any]:
+    """A layout's errors and whether they are within the tolerance, or how it failed to run."""
+    try:
+        found = measure(config, layout.world_size, vocab_size, batches, dtype)
+    except RankError as error:
+        return {"error": str(error).strip(), "passed": False}
+    result = compare(found, expected)
+    return {**dataclasses.asdict(result), "sent_bytes": found.sent_bytes, "passed": result.within(tolerance)}
+
+
+def row(line: dict[str, Any]) -> str:
+    if "error" in line:
+        return f"FAILED  {line['error'].splitlines()[-1]}"
+    return (
+        f"{line['loss']:7.1e}    {line['gradient_norm']:7.1e}    {line['entropy_nats']:7.1e}    "
+        f"{line['gradient']:7.1e}  {line['worst_parameter']}{'' if line['passed'] else '  BEYOND'}"
+    )
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    keys = ", ".join(f"{name} ({meaning})" for name, meaning in KEYS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m parallel.compare",
+        description=(__doc__ or "").split("\n\nEach")[0],
+        epilog=f"A layout is key=value joined by colons; keys: {keys}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
+    parser.add_argument("--layouts", required=True, metavar="LIST", help="layouts separated by commas")
+    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32", help="arithmetic (default float32)")
+    parser.add_argument("--batches", type=positive, default=2, metavar="N", help="global batches (default 2)")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest error (default 1e-5 in float32, 1e-10 in float64)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write a JSON line for each layout")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    return parser.parse_intermixed_args(arguments)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def check_devices(layouts: list[Layout]) -> None:
+    """Raises ConfigError where a layout needs more GPUs than this machine has; CPU processes are not limited."""
+    gpus = torch.cuda.device_count()
+    faults = [
+        f"layout {layout} needs {layout.world_size} GPUs, and this machine has {gpus}; compare on CPU processes with "
+        "DS_ACCELERATOR=cpu in the environment"
+        for layout in layouts
+        if torch.cuda.is_available() and layout.world_size > gpus
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+
+def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
+    """The one process that all `layouts` are compared with.
+
+    `per_head` averages a head's entropy over one micro-batch of all data-parallel ranks before it squares, so its value
+    depends on micro_batch_size x dp, and layouts are comparable at one number of micro-batches only.
+
+    Raises:
+        ConfigError: the granularity is per_head and the layouts differ in their number of micro-batches.
+    """
+    default = max(1, config.training.global_batch_size // config.training.micro_batch_size)
+    counts = sorted({layout.acc or default for layout in layouts})
+    if not (config.model.regularized and config.regularizer.granularity == "per_head"):
+        return Layout(acc=default)
+    if len(counts) > 1:
+        raise ConfigError(
+            [
+                f"regularizer.granularity = 'per_head' averages over micro_batch_size x dp sequences before squaring, "
+                f"so layouts must agree in acc, not have {counts}; give all of them one acc, or compare per_query"
+            ]
+        )
+    return Layout(acc=counts[0])
+
+
+def apply_layout(config: Config, layout: Layout, reference: Layout) -> Config:
+    """The run's configuration under a layout: the global batch stays, the micro-batch follows from acc and dp.
+
+    Raises:
+        ConfigError: the sizes do not fit together, with every reason.
+    """
+    acc, batch = layout.acc or reference.acc or 1, config.training.global_batch_size
+    if batch % (acc * layout.dp):
+        raise ConfigError(
+            [
+                f"layout {layout}: training.global_batch_size = {batch} is not a multiple of acc({acc}) * "
+                f"dp({layout.dp}) = {acc * layout.dp}; change one of them"
+            ]
+        )
+    parallel = dataclasses.replace(
+        config.parallel,
+        tensor_parallel_size=layout.tp,
+        pipeline_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=bool(layout.sp),
+        zero_stage=layout.zero,  # type: ignore[arg-type]
+        fused_ffn=config.parallel.fused_ffn if layout.sp else "auto",
+    )
+    training = dataclasses.replace(
+        config.training,
+        micro_batch_size=batch // (acc * layout.dp),
+        activation_recompute=layout.recompute,  # type: ignore[arg-type]
+        precision="fp32",
+        compile="off",
+    )
+    applied = dataclasses.replace(config, parallel=parallel, training=training)
+    faults = section_faults(applied) + world_faults(applied, layout.world_size)
+    if faults:
+        raise ConfigError([f"layout {layout}: {fault}" for fault in faults])
+    return applied
+
+
+def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
+    """The vocabulary, and `count` global batches of random tokens: [count, batch, T + 1] int64.
+
+    The vocabulary is the dataset's, or without one data.planned_vocab_size.
+    """
+    from data.errors import DataError
+    from data.manifest import load_manifest
+
+    try:
+        vocab_size = load_manifest(config.data.path).vocab_size
+    except DataError as error:
+        if config.data.planned_vocab_size is None:
+            raise ConfigError([f"{error} (or set data.planned_vocab_size to compare without the dataset)"]) from None
+        vocab_size = config.data.planned_vocab_size
+    shape = (count, config.training.global_batch_size, config.model.seq_length + 1)
+    return vocab_size, torch.randint(
+        0, vocab_size, shape, generator=torch.Generator().manual_seed(config.training.seed)
+    )
+
+
+def compare(found: Measured, expected: Measured) -> Comparison:
+    """The largest errors over all batches."""
+    worst = max(
+        (_worst_gradient(a, b) for a, b in zip(found.gradients, expected.gradients, strict=True)),
+        key=lambda pair: pair[0] if pair[0] == pair[0] else float("inf"),
+    )
+    relative = (found.losses - expected.losses).abs() / expected.losses.abs().clamp_min(1e-30)
+    whole = (found.losses[:, :2].sum(1) - expected.losses[:, :2].sum(1)).abs() / expected.losses[:, :2].sum(1).abs()
+    return Comparison(
+        loss=float(torch.maximum(whole.max(), relative[:, 0].max())),
+        gradient_norm=float(relative[:, 2].max()),
+        entropy_nats=max(
+            float((a - b).abs().max()) for a, b in zip(found.entropy_nats, expected.entropy_nats, strict=True)
+        ),
+        gradient=worst[0],
+        worst_parameter=worst[1],
+    )
+
+
+def _worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    floor = GRADIENT_FLOOR * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    errors = {
+        name: float((found[name] - gradient).norm() / torch.maximum(gradient.norm(), floor))
+        for name, gradient in expected.items()
+    }
+    return max(((error, name) for name, error in errors.items()), key=lambda pair: (pair[0] != pair[0], pair[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Context parallelism in the manner of Ulysses (Jacobs et al. 2023), applied from outside to a model built for one
+process.
+
+Each of the cp ranks holds T / cp positions of every sequence, except inside attention: there queries, keys and values
+are exchanged so that each rank has all T positions of 1 / cp of the heads, and the output is exchanged back.
+
+    [T / cp, B, N, H] -all-to-all-> [T, B, N / cp, H] -attention-> [T, B, N / cp, H] -all-to-all-> [T / cp, B, N, H]
+
+What belongs to a head follows it: its temperatures are taken where its attention is computed, and entropies stay there,
+with the head's threshold (see parallel.regularizer). Every parameter sees a part of the tokens or of the heads on each
+rank, so its gradient is a part of a sum, exactly as over data-parallel ranks; the engine averages over both alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.transformer import CoreAttention, Transformer
+from parallel.exchange import heads_for_positions, positions_for_heads
+from parallel.megatron import Groups
+
+
+def apply_context_parallel(model: Transformer, groups: Groups) -> None:
+    """Replaces what attention does between its projections, and tells the embedding which positions it has."""
+    grid = groups.grid
+    if grid.cp == 1:
+        return
+    if model.embedding is not None:
+        model.embedding.first_position = grid.positions(model.config.seq_length).start
+    for block in model.layers.values():
+        block.attention.core = ContextParallelCore(block.attention.core, groups)
+
+
+class ContextParallelCore(nn.Module):
+    """Attention over all positions for this rank's share of the heads."""
+
+    def __init__(self, core: CoreAttention, groups: Groups) -> None:
+        super().__init__()
+        self.core, self.groups = core, groups
+
+    def forward(
+        self, q_TBNH: Tensor, k_TBNH: Tensor, v_TBNH: Tensor, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Positions of this rank, heads of all cp ranks -> output likewise; entropy [B, N / cp, T] of its own heads."""
+        cp, cp_rank = self.groups.grid.cp, self.groups.grid.cp_rank
+        qkv_TB3NH = heads_for_positions(torch.stack([q_TBNH, k_TBNH, v_TBNH], dim=2), self.groups.context)
+        if temperature is not None:
+            temperature = temperature.chunk(cp)[cp_rank]
+        out_TBNH, entropy_BNT = self.core(*qkv_TB3NH.unbind(2), temperature)
+        return positions_for_heads(out_TBNH, self.groups.context), entropy_BNT

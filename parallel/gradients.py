@@ -1,0 +1,92 @@
+"""Gradients of one step without an engine, in any floating type: float64 tells a wrong formula from rounding.
+
+The same stages, regularizer and groups as in training; the pipeline runs one micro-batch after the other, gradients are
+averaged over replicas afterwards, and no optimizer follows.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from model.normalized_weights import update_spectral_norms
+from parallel.megatron import Groups
+from parallel.stage import Stage, StageStatistics
+
+MicroBatch = tuple[Tensor, Tensor]
+
+
+def accumulate_gradients(
+    stage: Stage,
+    groups: Groups,
+    micro_batches: Iterator[MicroBatch],
+    *,
+    num_micro_batches: int,
+    sequence_parallel: bool,
+) -> StageStatistics:
+    """Leaves in every parameter's `grad` what an engine hands its optimizer before clipping; all ranks call."""
+    update_spectral_norms(stage)
+    stage.train()
+    stage.zero_grad()
+    for _ in range(num_micro_batches):
+        tokens_TB, labels_TB = next(micro_batches)
+        held = tokens_TB.shape[0] // (groups.grid.tp if sequence_parallel else 1)
+        _run(stage, groups, tokens_TB, labels_TB, held, 1 / num_micro_batches)
+    for parameter in stage.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=groups.data)
+        parameter.grad /= groups.grid.replicas
+    tied = _tied_copy(stage)
+    if tied is not None and groups.embedding_ends is not None:
+        dist.all_reduce(tied.grad, group=groups.embedding_ends)
+    return stage.take_statistics()
+
+
+def gradient_norm(stage: Stage, groups: Groups) -> float:
+    """The L2 norm over the whole model: of what several ranks hold, one counts."""
+    grid, tied = groups.grid, _tied_copy(stage)
+    total = torch.zeros((), dtype=torch.float64, device=next(stage.parameters()).device)
+    for _, parameter in named_parameters(stage.transformer):
+        whole_elsewhere = parameter.partition_dim is None and grid.tp_rank != 0
+        if grid.replica == 0 and not whole_elsewhere and not (parameter is tied and not grid.is_first_stage):
+            total += parameter.grad.double().square().sum()
+    dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+def _run(stage: Stage, groups: Groups, tokens_TB: Tensor, labels_TB: Tensor, positions: int, share: float) -> None:
+    """One micro-batch forward and backward through the stages before, here and behind.
+
+    Args:
+        positions: of the hidden states between stages.
+        share: of the micro-batch in the step.
+    """
+    grid = groups.grid
+    x = tokens_TB
+    if not grid.is_first_stage:
+        width, dtype = stage.transformer.config.hidden_size, next(stage.parameters()).dtype
+        x = torch.empty((positions, tokens_TB.shape[1], width), dtype=dtype, device=tokens_TB.device)
+        dist.recv(x, group=groups.pipeline, group_src=grid.stage - 1)
+        x.requires_grad_()
+    hidden = stage.body(x)
+    if grid.is_last_stage:
+        (stage.loss(hidden, labels_TB) * share).backward()
+    else:
+        dist.send(hidden.detach().contiguous(), group=groups.pipeline, group_dst=grid.stage + 1)
+        gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        dist.recv(gradient, group=groups.pipeline, group_src=grid.stage + 1)
+        hidden.backward(gradient)
+    if not grid.is_first_stage:
+        assert x.grad is not None
+        dist.send(x.grad.contiguous(), group=groups.pipeline, group_dst=grid.stage - 1)
+
+
+def _tied_copy(stage: Stage) -> nn.Parameter | None:
+    """The parameter that first and last stage both hold where the head is tied; None on stages between."""
+    if not stage.transformer.config.tied_head:
+        return None
+    parameters = dict(named_parameters(stage.transformer))
+    return parameters.get(TIED_HEAD_SOURCE, parameters.get("head.weight"))

@@ -1,0 +1,206 @@
+"""Measures one step of a configuration on processes of this machine: losses, gradients, entropies, traffic."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from parallel.grid import RankGrid
+from parallel.local_ranks import RankError, run_ranks
+from parallel.state import local_shape, piece_of
+from train.config import Config
+
+MicroBatch = tuple[Tensor, Tensor]
+
+AGREEMENT = {torch.float32: 1e-6, torch.float64: 1e-13}
+NO_CLIPPING = 1e30  # a limit, since the norm is wanted all the same
+
+
+@dataclass(frozen=True)
+class GradientPiece:
+    """What one rank holds of a parameter's gradient: elements from `start` on of a shard, flattened.
+
+    The shard is number `place` of those along `dim`; dim None means the whole.
+    """
+
+    shard_shape: tuple[int, ...]
+    dim: int | None
+    place: int
+    start: int
+    values: Tensor
+
+
+LocalGradients = dict[str, GradientPiece]
+"""By global name."""
+
+
+@dataclass
+class Measured:
+    """What layouts must agree on, of every global batch: losses in nats a token, whole gradients by global name."""
+
+    losses: Tensor  # [batches, 3]: cross-entropy, entropy loss, gradient norm
+    gradients: list[dict[str, Tensor]]
+    entropy_nats: list[Tensor]  # [L, N] each
+    sent_bytes: dict[str, int]  # by axis, of the rank that sends most there, in a step
+
+
+def measure(config: Config, world_size: int, vocab_size: int, batches: Tensor, dtype: str) -> Measured:
+    """Runs a step for each of `batches` [count, global batch, T + 1], weights at their initial values.
+
+    Args:
+        config: its parallel sizes fit `world_size` processes.
+        dtype: 'float32' runs the engine; 'float64' the same stages without an optimizer.
+
+    Raises:
+        RankError: a process failed.
+    """
+    use_gpu = torch.cuda.is_available()
+    ranks = run_ranks(_measure_on_rank, world_size, config, vocab_size, batches, dtype, use_gpu=use_gpu)
+    axes = sorted({axis for rank in ranks for axis in rank["sent_bytes"]})
+    return Measured(
+        losses=ranks[0]["losses"],
+        gradients=[assemble([rank["gradients"][i] for rank in ranks], vocab_size) for i in range(len(batches))],
+        entropy_nats=ranks[0]["entropy_nats"],
+        sent_bytes={axis: max(rank["sent_bytes"].get(axis, 0) for rank in ranks) for axis in axes},
+    )
+
+
+def assemble(ranks: list[LocalGradients], vocab_size: int) -> dict[str, Tensor]:
+    """Whole gradients from the shards of all ranks, padding rows cut off.
+
+    Raises:
+        RankError: ranks that hold the same shard disagree about its gradient.
+    """
+    shards: dict[str, dict[int, Tensor]] = {}
+    dims: dict[str, int | None] = {}
+    for rank, held in enumerate(ranks):
+        for name, piece in held.items():
+            dims[name] = piece.dim
+            missing = piece.values.new_full(piece.shard_shape, torch.nan)
+            shard = shards.setdefault(name, {}).setdefault(piece.place, missing).view(-1)
+            found = shard[piece.start : piece.start + piece.values.numel()]
+            known = ~found.isnan()
+            error = (found - piece.values)[known].norm()
+            if error > AGREEMENT[found.dtype] * piece.values.norm():
+                raise RankError(f"rank {rank} holds another gradient of {name} than the ranks before it")
+            found.copy_(piece.values)
+    whole = {}
+    for name, parts in shards.items():
+        dim = dims[name]
+        whole[name] = parts[0] if dim is None else torch.cat([parts[place] for place in sorted(parts)], dim=dim)
+        if name in (TIED_HEAD_SOURCE, "head.weight"):
+            whole[name] = whole[name][:vocab_size]
+    return whole
+
+
+class Step(Protocol):
+    """One step under some engine, its gradients left to be read."""
+
+    stage: Any
+    groups: Any
+
+    def run(self, micro_batches: Iterator[MicroBatch]) -> Any: ...
+
+    def gradient_norm(self) -> float: ...
+
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None: ...
+
+
+class EngineStep:
+    """The training engine in float32 at learning rate 0, Adam's first moment without memory: it is the gradient."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        from train.setup import build_engine
+
+        optimizer = dataclasses.replace(config.optimizer, beta1=0.0, gradient_clipping=NO_CLIPPING)
+        self.engine = build_engine(dataclasses.replace(config, optimizer=optimizer), vocab_size)
+        self.stage, self.groups = self.engine.stage, self.engine.groups
+
+    def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
+        return self.engine.train_step(micro_batches, learning_rate=0.0)
+
+    def gradient_norm(self) -> float:
+        return float(self.engine.gradient_norm)
+
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        """Where the piece that ZeRO left here begins, and the piece; None where there is none."""
+        piece = piece_of(parameter, self.engine.engine.optimizer.optimizer, self.groups)
+        return None if piece is None else (piece.start, piece.moments["exp_avg"])
+
+
+class ExactStep:
+    """The same stages in float64, up to the gradients."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        from train.setup import build_stage
+
+        self.config = config
+        self.stage, self.groups = build_stage(config, vocab_size, torch.float64)
+
+    def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
+        from parallel.gradients import accumulate_gradients
+
+        return accumulate_gradients(
+            self.stage,
+            self.groups,
+            micro_batches,
+            num_micro_batches=self.config.num_micro_batches(self.groups.grid.world_size),
+            sequence_parallel=self.config.parallel.sequence_parallel,
+        )
+
+    def gradient_norm(self) -> float:
+        from parallel.gradients import gradient_norm
+
+        return gradient_norm(self.stage, self.groups)
+
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+        assert parameter.grad is not None
+        return (0, parameter.grad.flatten()) if self.groups.grid.replica == 0 else None
+
+
+def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: str) -> dict[str, Any]:
+    from parallel.telemetry import head_snapshot, loss_parts, sum_over_ranks
+    from parallel.traffic import TrafficCounter
+
+    step: Step = EngineStep(config, vocab_size) if dtype == "float32" else ExactStep(config, vocab_size)
+    losses, gradients, entropies = [], [], []
+    for batch in batches:
+        with TrafficCounter(step.groups) as traffic:
+            statistics = step.run(_micro_batches(config, step.groups.grid, batch))
+        losses.append([*sum_over_ranks(loss_parts(statistics, step.groups)).tolist(), step.gradient_norm()])
+        gradients.append(_local_gradients(step))
+        heads = head_snapshot(step.stage, statistics, step.groups)
+        entropies.append(torch.tensor(heads.entropy_nats, dtype=torch.float64))
+    return {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "gradients": gradients,
+        "entropy_nats": entropies,
+        "sent_bytes": dict(traffic.bytes),
+    }
+
+
+def _local_gradients(step: Step) -> LocalGradients:
+    grid, tied = step.groups.grid, step.stage.transformer.config.tied_head
+    held = {}
+    for name, parameter in named_parameters(step.stage.transformer):
+        piece, dim = step.gradient(parameter), parameter.partition_dim
+        if piece is not None:
+            name = TIED_HEAD_SOURCE if tied and name == "head.weight" else name
+            place, shape = 0 if dim is None else grid.tp_rank, tuple(local_shape(parameter))
+            held[name] = GradientPiece(shape, dim, place, piece[0], piece[1].detach().cpu().clone())
+    return held
+
+
+def _micro_batches(config: Config, grid: RankGrid, batch_BT: Tensor) -> Iterator[MicroBatch]:
+    """This rank's tokens and next tokens [T / cp, B], in the order in which the data stream deals sequences out."""
+    from parallel.launch import local_device
+
+    size, held = config.training.micro_batch_size, grid.positions(batch_BT.shape[1] - 1)
+    for index in range(config.num_micro_batches(grid.world_size)):
+        start = (index * grid.dp + grid.dp_rank) * size
+        rows_TB = batch_BT[start : start + size].t().to(local_device())
+        yield rows_TB[held.start : held.stop].contiguous(), rows_TB[held.start + 1 : held.stop + 1].contiguous()

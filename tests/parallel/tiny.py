@@ -1,0 +1,97 @@
+"""Tiny models under any layout, and what the plain mathematics of one process says of them."""
+
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from model.initialize import initialize, named_parameters
+from model.normalized_weights import update_spectral_norms
+from model.regularizer import RegularizerConfig, entropy_penalty
+from model.transformer import Transformer
+from parallel.compare import apply_layout, compare, global_batches, reference_layout
+from parallel.layout import Layout
+from parallel.measurement import Measured, measure
+from train.config import Config, DataConfig, TrainingConfig
+
+EREG = "EReg(SM(t)+ScFuFFN)"
+VOCAB_SIZE = 101  # no tensor-parallel size divides it
+BATCHES = 2
+SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 16}
+
+
+def tiny_config(
+    *, granularity: str = "per_query", global_batch_size: int = 8, vocab_size: int = VOCAB_SIZE, **model: Any
+) -> Config:
+    """A configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
+    return Config(
+        model=ModelConfig(**{**SIZES, "temperature_init": 0.05, **model}).resolved(),
+        regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
+        data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size),
+        training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
+    )
+
+
+def measured(config: Config, layout: Layout, dtype: str) -> Measured:
+    """A layout's step for each global batch, through processes of their own."""
+    reference = reference_layout(config, [layout])
+    vocab_size, batches = global_batches(config, BATCHES)
+    return measure(apply_layout(config, layout, reference), layout.world_size, vocab_size, batches, dtype)
+
+
+def plain(config: Config, num_micro_batches: int) -> Measured:
+    """Remembers what `_plain` found of a configuration."""
+    key = (repr(config), num_micro_batches)
+    if key not in _found:
+        _found[key] = _plain(config, num_micro_batches)
+    return _found[key]
+
+
+_found: dict[tuple[str, int], Measured] = {}
+
+
+def _plain(config: Config, num_micro_batches: int) -> Measured:
+    """The same step by autograd on the whole model in one process: no engine, no stage, no sharded regularizer.
+
+    Of `num_micro_batches` only per_head's penalty knows, which averages over a micro-batch before it squares.
+    """
+    vocab_size, batches = global_batches(config, BATCHES)
+    losses, gradients, entropies = [], [], []
+    model = Transformer(config.model, vocab_size).double()
+    initialize(model, config.model, vocab_size, config.training.seed)
+    for batch_BT in batches:
+        model.zero_grad()
+        update_spectral_norms(model)
+        whole = torch.zeros(2, dtype=torch.float64)
+        entropy_LN = torch.zeros(config.model.num_layers, config.model.num_attention_heads, dtype=torch.float64)
+        for rows_BT in batch_BT.chunk(num_micro_batches):
+            cross_entropy, entropies_BNT = model(rows_BT[:, :-1].t(), rows_BT[:, 1:].t())
+            parts = torch.zeros(2, dtype=torch.float64)
+            parts[0] = cross_entropy / rows_BT[:, 1:].numel()
+            if config.model.regularized:
+                thresholds = [block.attention.threshold for block in model.layers.values()]
+                penalty = entropy_penalty(entropies_BNT, thresholds, config.regularizer, config.model.seq_length)
+                parts[1] = config.regularizer.coefficient * penalty
+            (parts.sum() / num_micro_batches).backward()
+            whole += parts.detach() / num_micro_batches
+            entropy_LN += torch.stack([e.detach().mean(dim=(0, 2)) for e in entropies_BNT]) / num_micro_batches
+        held = {name: parameter.grad.clone() for name, parameter in named_parameters(model)}
+        norm = torch.stack([gradient.norm() for gradient in held.values()]).norm()
+        losses.append(torch.cat([whole, norm.reshape(1)]))
+        gradients.append(held)
+        entropies.append(entropy_LN)
+    return Measured(torch.stack(losses), gradients, entropies, {})
+
+
+def assert_equal(found: Measured, expected: Measured, tolerance: float) -> None:
+    result = compare(found, expected)
+    assert result.within(tolerance), result
+
+
+def assert_layout(layout: Layout, dtype: str, **config: Any) -> None:
+    """A layout equals the plain model within 1e-5 in float32, 1e-10 in float64, and its regularizer acts."""
+    whole = tiny_config(**config)
+    expected = plain(whole, reference_layout(whole, [layout]).acc or 1)
+    if whole.model.regularized:
+        assert float(expected.losses[:, 1].min()) > 0.05, "the regularizer must act, or the comparison shows nothing"
+    assert_equal(measured(whole, layout, dtype), expected, {"float32": 1e-5, "float64": 1e-10}[dtype])
