@@ -23,8 +23,8 @@ from model.entropy_attention.triton_tiles import (
 def _query_gradient(
     dq, q, do, key, value, batch, key_head, shift, log_sum, slope, offset, factor, row_start, first_row, start, stop,
     tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds dS k of keys start .. stop to dq."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -41,8 +41,8 @@ def _query_gradient(
 @triton.jit
 def _mean_gradient(
     mean, q, do, key, value, batch, key_head, shift, log_sum, slope, factor, row_start, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds sum_j p_j g_j of keys start .. stop, where dS_j = p_j (g_j - that sum over all keys)."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -60,8 +60,8 @@ def _mean_gradient(
 def query_kernel(
     query, key, value, output, grad_output, grad_query, shift, log_sum, entropy, grad_entropy, slope, offset,
     temperature, document_start, row_grad_temperature, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ, the row constants, and each row's part of the temperature's gradient, of BLOCK_M rows of one query head.
 
@@ -127,10 +127,10 @@ def query_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, query, grad_output, batch, head, shift, log_sum, slope, offset, temperature, document_start, scale_log2,
-    factor, first_key, start, stop, tokens,
-    MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, k, v, query, grad_output, batch, head, shift, log_sum, slope, offset, temperature, document_start,
+    scale_log2, factor, first_key, start, stop, tokens,
+    MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds query rows start .. stop to dk and dv."""
     for m in tl.range(start, stop, BLOCK_M):
@@ -157,8 +157,8 @@ def _key_gradients(
 def key_kernel(
     query, key, value, grad_output, grad_key, grad_value, shift, log_sum, slope, offset, temperature, document_start,
     document_stop, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, over all the query heads that share it.
 

@@ -13,8 +13,8 @@ from model.entropy_attention.triton_tiles import (
     MASKED,
     along_rows,
     load_rows,
-    logit_factor,
     load_vector,
+    logit_factor,
     store_rows,
     store_vector,
     visible,
@@ -24,8 +24,8 @@ from model.entropy_attention.triton_tiles import (
 @triton.jit
 def _attend(
     acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, row_start, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Takes keys start .. stop into the running sums of one block of rows."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -58,8 +58,8 @@ def _attend(
 @triton.jit
 def forward_kernel(
     query, key, value, output, shift, log_sum, entropy, temperature, document_start, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
     blocks = tl.cdiv(tokens, BLOCK_M)

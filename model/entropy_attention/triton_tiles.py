@@ -97,7 +97,8 @@ def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTR
 @triton.jit
 def score_tile(
     q, k, v, do, shift, log_sum, slope, offset, factor, row_start, first_row, first_key, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities p and score gradients dS of one tile [rows, keys]; in mode 2 dS has the rows' factor in it.
 
