@@ -59,7 +59,8 @@ def _attend(
 def forward_kernel(
     query, key, value, output, shift, log_sum, entropy, temperature, document_start, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
     blocks = tl.cdiv(tokens, BLOCK_M)
