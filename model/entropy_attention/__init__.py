@@ -23,6 +23,7 @@ def entropy_attention(
     value: Tensor,
     *,
     temperature: Tensor | None = None,
+    document_start: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     return_entropy: bool = True,
@@ -34,6 +35,9 @@ def entropy_attention(
         query: [B, N, T, H], any strides with a contiguous last dimension; the output has its memory order.
         key, value: [B, K, T, H]; head n attends to key head n // (N / K), so N must be a multiple of K.
         temperature: t, [N] or [N, T], which divides the logits of a query row (arXiv 2501.03489, section 4); learnable.
+        document_start: [B, T] integers, the first key that each query position sees, for sequences packed of several
+            documents. Must not decrease along T, and leave every row a key (at most i where causal): values are not
+            checked, which would wait for the device. Keys before it are skipped a block at a time.
         scale: multiplies the logits; 1 / sqrt(H) by default.
         causal: whether query i sees only keys 0 .. i.
         return_entropy: False leaves all work for the entropy out.
@@ -50,11 +54,18 @@ def entropy_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    _check(query, key, value, temperature, scale, implementation)
+    _check(query, key, value, temperature, document_start, scale, implementation)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if implementation == "reference":
         return reference.attention(
-            query, key, value, temperature, scale=scale, causal=causal, with_entropy=return_entropy
+            query,
+            key,
+            value,
+            temperature,
+            document_start,
+            scale=scale,
+            causal=causal,
+            with_entropy=return_entropy,
         )
     if implementation == "auto":
         implementation = "triton" if _has_kernel(query) else "blocked"
@@ -65,7 +76,7 @@ def entropy_attention(
         query, key, value = (F.pad(x, (0, -width % step)) for x in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output, entropy, _ = attention_forward(
-        query, key, value, temperature, scale, causal, return_entropy, implementation
+        query, key, value, temperature, document_start, scale, causal, return_entropy, implementation
     )
     return output[..., :width], entropy if return_entropy else None
 
@@ -78,7 +89,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None, scale: float | None, implementation: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    temperature: Tensor | None,
+    document_start: Tensor | None,
+    scale: float | None,
+    implementation: str,
 ) -> None:
     """Raises ValueError with the first fault of the arguments."""
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
@@ -101,6 +118,15 @@ def _check(
         raise ValueError(
             f"entropy_attention: temperature {list(temperature.shape)}: expected [{heads}] (one per head) or "
             f"[{heads}, {tokens}] (one per head and position)"
+        )
+    if document_start is not None and (
+        tuple(document_start.shape) != (batch, tokens)
+        or document_start.is_floating_point()
+        or document_start.device != query.device
+    ):
+        raise ValueError(
+            f"entropy_attention: document_start is {document_start.dtype} {list(document_start.shape)} on "
+            f"{document_start.device}: expected integers [{batch}, {tokens}] on {query.device}"
         )
     if scale is not None and scale <= 0:
         raise ValueError(f"entropy_attention: scale {scale} must be positive; negate the query instead")

@@ -34,6 +34,7 @@ def forward(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start_BT: Tensor | None,
     scale: float,
     causal: bool,
     with_entropy: bool,
@@ -45,11 +46,11 @@ def forward(
     entropy_BNT = shift_SBNT.new_empty(q_BNTH.shape[:3] if with_entropy else 0)
     for batch in _batches(q_BNTH, k_BKTH):
         k_BKTC, v_BKTC = k_BKTH[batch].to(compute), v_BKTH[batch].to(compute)
-        for rows, keys in _blocks(q_BNTH.shape[2], causal):
+        start_BT = None if document_start_BT is None else document_start_BT[batch]
+        for rows, keys in _blocks(q_BNTH.shape[2], causal, start_BT):
             q_BKRH = _scaled_rows(q_BNTH[batch, :, rows], k_BKTH.shape[1], _factor(temperature, rows, scale))
             s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
-            if causal:
-                _mask(s_BKRC, rows)
+            _mask(s_BKRC, rows, keys, causal, start_BT)
             max_BKR1 = s_BKRC.amax(-1, keepdim=True)
             s_BKRC -= max_BKR1
             e_BKRC = s_BKRC.exp2()
@@ -71,6 +72,7 @@ def backward(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start_BT: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
     shift_SBNT: Tensor,
@@ -87,7 +89,8 @@ def backward(
     for batch in _batches(q_BNTH, k_BKTH):
         k_BKTC, v_BKTC = k_BKTH[batch].to(compute), v_BKTH[batch].to(compute)
         dk_BKTC, dv_BKTC = torch.zeros_like(k_BKTC), torch.zeros_like(v_BKTC)
-        for rows, keys in _blocks(q_BNTH.shape[2], causal):
+        start_BT = None if document_start_BT is None else document_start_BT[batch]
+        for rows, keys in _blocks(q_BNTH.shape[2], causal, start_BT):
             at = (batch, slice(None), rows)
             factor = _factor(temperature, rows, scale)
             q_BKRH = _scaled_rows(q_BNTH[at], key_heads, factor)
@@ -95,8 +98,7 @@ def backward(
             column = do_BKRH.shape[:3] + (1,)
             s_BKRC = q_BKRH @ k_BKTC[:, :, keys].transpose(-1, -2)
             s_BKRC -= shift_SBNT[0][at].reshape(column)
-            if causal:
-                _mask(s_BKRC, rows)
+            _mask(s_BKRC, rows, keys, causal, start_BT)
             s_BKRC -= shift_SBNT[1][at].reshape(column)  # apart from the maximum: their sum would be rounded first
             p_BKRC = s_BKRC.exp2()
             dv_BKTC[:, :, keys] += p_BKRC.transpose(-1, -2) @ do_BKRH
@@ -127,11 +129,12 @@ def _batches(q_BNTH: Tensor, k_BKTH: Tensor) -> list[slice]:
     return [slice(start, min(start + at_once, sequences)) for start in range(0, sequences, at_once)]
 
 
-def _blocks(tokens: int, causal: bool) -> list[tuple[slice, slice]]:
-    """(query rows, keys they can see) of every block."""
+def _blocks(tokens: int, causal: bool, start_BT: Tensor | None) -> list[tuple[slice, slice]]:
+    """(query rows, keys that any of them can see) of every block."""
     starts = range(0, tokens, BLOCK_ROWS)
     rows = [slice(start, min(start + BLOCK_ROWS, tokens)) for start in starts]
-    return [(r, slice(0, r.stop if causal else tokens)) for r in rows]
+    firsts = [0] * len(rows) if start_BT is None else start_BT[:, ::BLOCK_ROWS].amin(0).tolist()
+    return [(r, slice(first, r.stop if causal else tokens)) for r, first in zip(rows, firsts, strict=True)]
 
 
 def _factor(temperature: Tensor | None, rows: slice, scale: float) -> Tensor | float:
@@ -152,8 +155,13 @@ def _scaled_rows(
     return x_BNRH.reshape(x_BNRH.shape[0], key_heads, -1, x_BNRH.shape[3])
 
 
-def _mask(s_BKRC: Tensor, rows: slice) -> None:
-    """Buries the scores of keys after their query; only the last block of columns has any."""
+def _mask(s_BKRC: Tensor, rows: slice, keys: slice, causal: bool, start_BT: Tensor | None) -> None:
+    """Buries the scores of keys after their query, which only the last columns have, and before its document."""
     size = rows.stop - rows.start
-    hidden = torch.full((size, size), MASKED, dtype=s_BKRC.dtype, device=s_BKRC.device).triu_(1)
-    s_BKRC.unflatten(2, (-1, size))[..., rows.start : rows.stop] += hidden
+    s_BKGRC = s_BKRC.unflatten(2, (-1, size))
+    if causal:
+        hidden = torch.full((size, size), MASKED, dtype=s_BKRC.dtype, device=s_BKRC.device).triu_(1)
+        s_BKGRC[..., rows.start - keys.start : rows.stop - keys.start] += hidden
+    if start_BT is not None:
+        key_C = torch.arange(keys.start, keys.stop, device=s_BKRC.device)
+        s_BKGRC += MASKED * (key_C < start_BT[:, None, None, rows, None])

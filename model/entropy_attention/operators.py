@@ -28,6 +28,7 @@ def attention_forward(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start: Tensor | None,
     scale: float,
     causal: bool,
     with_entropy: bool,
@@ -39,7 +40,9 @@ def attention_forward(
     [1, B, N, T], their sum, where the kernels compute in 16 bits and float32 apart would gain nothing.
     """
     with torch.autocast(q_BNTH.device.type, enabled=False):
-        return _kernels(implementation).forward(q_BNTH, k_BKTH, v_BKTH, temperature, scale, causal, with_entropy)
+        return _kernels(implementation).forward(
+            q_BNTH, k_BKTH, v_BKTH, temperature, document_start, scale, causal, with_entropy
+        )
 
 
 @attention_forward.register_fake
@@ -48,6 +51,7 @@ def _(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start: Tensor | None,
     scale: float,
     causal: bool,
     with_entropy: bool,
@@ -68,6 +72,7 @@ def attention_backward(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
     shift_SBNT: Tensor,
@@ -84,6 +89,7 @@ def attention_backward(
             k_BKTH,
             v_BKTH,
             temperature,
+            document_start,
             output_BNTH,
             entropy_BNT,
             shift_SBNT,
@@ -101,6 +107,7 @@ def _(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
     shift_SBNT: Tensor,
@@ -113,15 +120,15 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q_BNTH, k_BKTH, v_BKTH, temperature, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
+    *tensors, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
     output_BNTH, entropy_BNT, shift_SBNT = output
-    ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, temperature, output_BNTH, entropy_BNT, shift_SBNT)
+    ctx.save_for_backward(*tensors, output_BNTH, entropy_BNT, shift_SBNT)
     ctx.mark_non_differentiable(shift_SBNT)
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs its backward nothing
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q_BNTH, k_BKTH, v_BKTH, temperature, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
+    q_BNTH, k_BKTH, v_BKTH, temperature, document_start, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output_BNTH)
     if not ctx.with_entropy:
@@ -133,6 +140,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None,
         k_BKTH,
         v_BKTH,
         temperature,
+        document_start,
         output_BNTH,
         entropy_BNT,
         shift_SBNT,
@@ -140,7 +148,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None,
         ctx.causal,
         ctx.implementation,
     )
-    return dq_BNTH, dk_BKTH, dv_BKTH, None if temperature is None else dt, None, None, None, None
+    return dq_BNTH, dk_BKTH, dv_BKTH, None if temperature is None else dt, None, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_save_for_backward)

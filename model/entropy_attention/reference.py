@@ -12,6 +12,7 @@ def attention(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start_BT: Tensor | None,
     *,
     scale: float,
     causal: bool,
@@ -30,11 +31,14 @@ def attention(
     if temperature is not None:
         s_BNTT = s_BNTT / temperature.to(compute).view(temperature.shape[0], -1, 1)
     tokens = q_BNTH.shape[2]
-    visible_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BNTH.device)
-    visible_TT = visible_TT.tril() if causal else visible_TT
-    a_BNTT = s_BNTT.masked_fill(~visible_TT, float("-inf")).softmax(-1)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BNTH.device)
+    visible = visible.tril() if causal else visible
+    if document_start_BT is not None:
+        from_start_BTT = torch.arange(tokens, device=q_BNTH.device) >= document_start_BT.unsqueeze(-1)
+        visible = visible & from_start_BTT.unsqueeze(1)
+    a_BNTT = s_BNTT.masked_fill(~visible, float("-inf")).softmax(-1)
     output_BNTH = (a_BNTT @ v_BNTH).to(dtype)
     if not with_entropy:
         return output_BNTH, None
-    log_a_BNTT = s_BNTT.masked_fill(~visible_TT, float("-inf")).log_softmax(-1).masked_fill(~visible_TT, 0.0)
+    log_a_BNTT = s_BNTT.masked_fill(~visible, float("-inf")).log_softmax(-1).masked_fill(~visible, 0.0)
     return output_BNTH, -(a_BNTT * log_a_BNTT).sum(-1)

@@ -21,66 +21,37 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _query_gradient(
-    dq, q, do, key, value, batch, key_head, shift, log_sum, slope, offset, factor, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    dq, q, do, key, value, batch, key_head, shift, log_sum, slope, offset, factor, row_start, first_row, start, stop,
+    tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds dS k of keys start .. stop to dq."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
         _, ds = score_tile(
-            q,
-            k,
-            v,
-            do,
-            shift,
-            log_sum,
-            slope,
-            offset,
-            factor,
-            first_row,
-            n,
-            tokens,
-            MASK,
-            CAUSAL,
-            ENTROPY,
-            MODE,
-            EXACT,
-        )
+            q, k, v, do, shift, log_sum, slope, offset, factor, row_start, first_row, n, tokens,
+            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
+        )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
 def _mean_gradient(
-    mean, q, do, key, value, batch, key_head, shift, log_sum, slope, factor, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    mean, q, do, key, value, batch, key_head, shift, log_sum, slope, factor, row_start, first_row, start, stop, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds sum_j p_j g_j of keys start .. stop, where dS_j = p_j (g_j - that sum over all keys)."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
         _, pg = score_tile(
-            q,
-            k,
-            v,
-            do,
-            shift,
-            log_sum,
-            slope,
-            slope * 0,
-            factor,
-            first_row,
-            n,
-            tokens,
-            MASK,
-            CAUSAL,
-            ENTROPY,
-            MODE,
-            EXACT,
-        )
+            q, k, v, do, shift, log_sum, slope, slope * 0, factor, row_start, first_row, n, tokens,
+            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
+        )  # fmt: skip
         mean += tl.sum(pg, 1)
     return mean
 
@@ -88,9 +59,9 @@ def _mean_gradient(
 @triton.jit
 def query_kernel(
     query, key, value, output, grad_output, grad_query, shift, log_sum, entropy, grad_entropy, slope, offset,
-    temperature, row_grad_temperature, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    temperature, document_start, row_grad_temperature, scale_log2, heads, group, tokens,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ, the row constants, and each row's part of the temperature's gradient, of BLOCK_M rows of one query head.
 
@@ -121,13 +92,18 @@ def query_kernel(
     row_slope, row_const = row_constants(delta, row_entropy, row_grad, factor, MODE, ENTROPY)
     stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
     unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
+    row_start = first_row
+    if DOCUMENTS:
+        document_start += batch.to(tl.int64) * tokens
+        row_start = load_vector(document_start, first_row, tokens, 0, BLOCK_M, CHECK)
+        unmasked = (tl.load(document_start + first_row) // BLOCK_N) * BLOCK_N
     if EXACT:
         mean = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for masked in tl.static_range(2):
+        for masked in tl.static_range(1 if DOCUMENTS else 0, 2):
             first, last = (unmasked, stop) if masked else (0, unmasked)
             mean = _mean_gradient(
-                mean, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, factor, first_row, first,
-                last, tokens, masked == 1, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_N,
+                mean, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, factor, row_start,
+                first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
             )  # fmt: skip
         row_const = -mean
     store_vector(offset + row_offset, row_const, first_row, tokens, BLOCK_M, CHECK)
@@ -135,11 +111,11 @@ def query_kernel(
         store_vector(slope + row_offset, row_slope, first_row, tokens, BLOCK_M, CHECK)
 
     dq = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
-    for masked in tl.static_range(2):  # first the keys that all rows see
+    for masked in tl.static_range(1 if DOCUMENTS else 0, 2):  # first the keys that all rows see
         first, last = (unmasked, stop) if masked else (0, unmasked)
         dq = _query_gradient(
-            dq, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, row_const, factor, first_row,
-            first, last, tokens, masked == 1, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_N,
+            dq, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, row_const, factor, row_start,
+            first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
         )  # fmt: skip
     dq *= LN2 if MODE == 2 else LN2 * factor
     store_rows(grad_query, batch, head, first_row, dq)
@@ -151,10 +127,10 @@ def query_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, query, grad_output, batch, head, shift, log_sum, slope, offset, temperature, scale_log2, factor,
-    first_key, start, stop, tokens,
-    MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, k, v, query, grad_output, batch, head, shift, log_sum, slope, offset, temperature, document_start,
+    scale_log2, factor, first_key, start, stop, tokens,
+    MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds query rows start .. stop to dk and dv."""
     for m in tl.range(start, stop, BLOCK_M):
@@ -166,9 +142,10 @@ def _key_gradients(
         row_slope = load_vector(slope, m, tokens, 0.0, BLOCK_M, CHECK) if ENTROPY else row_const
         if MODE == 2:
             factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
+        row_start = load_vector(document_start, m, tokens, 0, BLOCK_M, CHECK) if DOCUMENTS else m
         p, ds = score_tile(
-            q, k, v, do, row_shift, row_log_sum, row_slope, row_const, factor, m, first_key, tokens,
-            MASK, CAUSAL, ENTROPY, MODE, EXACT,
+            q, k, v, do, row_shift, row_log_sum, row_slope, row_const, factor, row_start, m, first_key, tokens,
+            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         p, ds = p.to(do.dtype), ds.to(q.dtype)
         dv = tl.dot(tl.trans(p), do, dv, input_precision="ieee")
@@ -178,12 +155,15 @@ def _key_gradients(
 
 @triton.jit
 def key_kernel(
-    query, key, value, grad_output, grad_key, grad_value, shift, log_sum, slope, offset, temperature, scale_log2, heads,
-    group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query, key, value, grad_output, grad_key, grad_value, shift, log_sum, slope, offset, temperature, document_start,
+    document_stop, scale_log2, heads, group, tokens,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys of one key head, over all the query heads that share it."""
+    """dK and dV of BLOCK_N keys of one key head, over all the query heads that share it.
+
+    `document_stop` [B, blocks of keys] is the first row whose document begins after the block.
+    """
     CHECK: tl.constexpr = not EVEN
     blocks = tl.cdiv(tokens, BLOCK_N)
     program = tl.program_id(0)
@@ -201,15 +181,18 @@ def key_kernel(
     # rows from here on see every key of the block; without the causal mask only the last block of keys has any to hide
     unmasked = first_key + BLOCK_N if CAUSAL else (0 if EVEN else tokens)
     unmasked = tl.minimum(tl.cdiv(unmasked, BLOCK_M) * BLOCK_M, tl.cdiv(tokens, BLOCK_M) * BLOCK_M)
+    if DOCUMENTS:
+        document_start += batch.to(tl.int64) * tokens
+        unmasked = tl.load(document_stop + batch * blocks + first_key // BLOCK_N)
     for member in tl.range(0, group):
         head = key_head * group + member
         row_offset = (batch.to(tl.int64) * heads + head) * tokens
-        for masked in tl.static_range(1, -1, -1):
+        for masked in tl.static_range(1, 0 if DOCUMENTS else -1, -1):
             first, last = (start, unmasked) if masked else (unmasked, tokens)
             dk, dv = _key_gradients(
                 dk, dv, k, v, query, grad_output, batch, head, shift + row_offset, log_sum + row_offset,
-                slope + row_offset, offset + row_offset, temperature, scale_log2, factor, first_key, first, last,
-                tokens, masked == 1, CHECK, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_M,
+                slope + row_offset, offset + row_offset, temperature, document_start, scale_log2, factor, first_key,
+                first, last, tokens, masked == 1, CHECK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_M,
             )  # fmt: skip
     dk *= LN2 if MODE == 2 else LN2 * factor
     store_rows(grad_key, batch, key_head, first_key, dk)

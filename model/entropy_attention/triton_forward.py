@@ -13,26 +13,27 @@ from model.entropy_attention.triton_tiles import (
     MASKED,
     along_rows,
     load_rows,
+    load_vector,
     logit_factor,
     store_rows,
     store_vector,
+    visible,
 )
 
 
 @triton.jit
 def _attend(
-    acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, start, stop, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, row_start, first_row, start, stop, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Takes keys start .. stop into the running sums of one block of rows."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASK:
-            rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
-            keys = (n + tl.arange(0, BLOCK_N))[None, :]
-            scores = tl.where((keys <= rows) if CAUSAL else (keys < tokens), scores, MASKED)
+            seen = visible(first_row, n, row_start, tokens, CAUSAL, DOCUMENTS, BLOCK_M, BLOCK_N)
+            scores = tl.where(seen, scores, MASKED)
         if MODE != 0 and not IN_REGISTERS:
             scores = scores * along_rows(factor, MODE)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -41,6 +42,8 @@ def _attend(
             new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
             x = scores * along_rows(factor, MODE) - new_max[:, None]
         e = tl.exp2(x)
+        if DOCUMENTS:  # a row may meet whole tiles of keys before it meets its own
+            e = tl.where(seen, e, 0.0)
         shrink = tl.exp2(row_max - new_max)
         if ENTROPY:
             moment = shrink * (moment + row_sum * (row_max - new_max)) + tl.sum(e * x, 1)
@@ -54,9 +57,10 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, output, shift, log_sum, entropy, temperature, scale_log2, heads, group, tokens,
-    EVEN: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    query, key, value, output, shift, log_sum, entropy, temperature, document_start, scale_log2, heads, group, tokens,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -80,11 +84,16 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], MASKED, dtype=tl.float32)
     stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
     unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
-    for masked in tl.static_range(2):  # first the keys that all rows see
+    row_start = first_row
+    if DOCUMENTS:
+        document_start += batch.to(tl.int64) * tokens
+        row_start = load_vector(document_start, first_row, tokens, 0, BLOCK_M, not EVEN)
+        unmasked = (tl.load(document_start + first_row) // BLOCK_N) * BLOCK_N
+    for masked in tl.static_range(1 if DOCUMENTS else 0, 2):  # first the keys that all rows see
         first, last = (unmasked, stop) if masked else (0, unmasked)
         acc, row_sum, moment, row_max = _attend(
-            acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, first_row, first, last, tokens,
-            masked == 1, CAUSAL, ENTROPY, MODE, EXACT, BLOCK_M, BLOCK_N, IN_REGISTERS,
+            acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, row_start, first_row, first, last,
+            tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_M, BLOCK_N, IN_REGISTERS,
         )  # fmt: skip
 
     store_rows(output, batch, head, first_row, acc / row_sum[:, None])

@@ -25,6 +25,7 @@ def forward(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start_BT: Tensor | None,
     scale: float,
     causal: bool,
     with_entropy: bool,
@@ -50,11 +51,13 @@ def forward(
         shift_SBNT[-1],
         entropy_BNT,
         kernel_temperature,
+        _document_start(document_start_BT),
         scale * LOG2_E,
         heads,
         heads // k_BKTH.shape[1],
         tokens,
         CAUSAL=causal,
+        DOCUMENTS=document_start_BT is not None,
         ENTROPY=with_entropy,
         IN_REGISTERS=blocks.in_registers,
         **_constants(q_BNTH, mode, blocks),
@@ -69,6 +72,7 @@ def backward(
     k_BKTH: Tensor,
     v_BKTH: Tensor,
     temperature: Tensor | None,
+    document_start_BT: Tensor | None,
     output_BNTH: Tensor,
     entropy_BNT: Tensor,
     shift_SBNT: Tensor,
@@ -97,14 +101,17 @@ def backward(
         "slope": unread if grad_entropy_BNT is None else torch.empty_like(unread),
         "offset": torch.empty_like(unread),
         "temperature": kernel_temperature,
+        "document_start": _document_start(document_start_BT),
         "row_grad_temperature": unread if grad_temperature_BNT is None else grad_temperature_BNT,
         "scale_log2": scale * LOG2_E,
         "heads": q_BNTH.shape[1],
         "group": q_BNTH.shape[1] // k_BKTH.shape[1],
         "tokens": q_BNTH.shape[2],
+        "CAUSAL": causal,
+        "DOCUMENTS": document_start_BT is not None,
         "ENTROPY": grad_entropy_BNT is not None,
     }
-    _launch_backward(tensors, arguments, mode, causal)
+    _launch_backward(tensors, arguments, mode)
     grad_temperature = None
     if temperature is not None and grad_temperature_BNT is not None:
         shared = (0, 2) if temperature.dim() == 1 else 0
@@ -112,7 +119,7 @@ def backward(
     return tensors["grad_query"], tensors["grad_key"], tensors["grad_value"], grad_temperature
 
 
-def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode: int, causal: bool) -> None:
+def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode: int) -> None:
     """First the kernel that owns queries, which leaves the row constants to the one that owns keys."""
     batch, heads, tokens, width = tensors["query"].shape
     chosen = configuration(tensors["query"].dtype, width, tokens)
@@ -122,14 +129,14 @@ def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode
         **_descriptors(owned, blocks),
         **arguments,
         **_constants(tensors["query"], mode, blocks),
-        CAUSAL=causal,
     )
     blocks = chosen.key
     owned = {name: x for name, x in tensors.items() if name not in ("output", "grad_query")}
     not_read = ("entropy", "grad_entropy", "row_grad_temperature")
     arguments = {name: x for name, x in arguments.items() if name not in not_read}
+    arguments["document_stop"] = _document_stop(arguments["document_start"], blocks.keys)
     key_kernel[(triton.cdiv(tokens, blocks.keys) * batch * tensors["key"].shape[1],)](
-        **_descriptors(owned, blocks), **arguments, **_constants(tensors["query"], mode, blocks), CAUSAL=causal
+        **_descriptors(owned, blocks), **arguments, **_constants(tensors["query"], mode, blocks)
     )
 
 
@@ -142,6 +149,19 @@ def _temperature(temperature: Tensor | None, q_BNTH: Tensor, k_BKTH: Tensor) -> 
         # heads that share a key have temperatures of their own, so the factor belongs to the row
         temperature = temperature[:, None].expand(-1, q_BNTH.shape[2])
     return temperature.dim(), temperature.contiguous()
+
+
+def _document_start(document_start_BT: Tensor | None) -> Tensor | None:
+    return None if document_start_BT is None else document_start_BT.int().contiguous()
+
+
+def _document_stop(document_start_BT: Tensor | None, keys: int) -> Tensor | None:
+    """[B, blocks of keys]: how many rows come before the first whose document begins after the block."""
+    if document_start_BT is None:
+        return None
+    sequences, tokens = document_start_BT.shape
+    block_stops = torch.arange(keys, tokens + keys, keys, dtype=torch.int32, device=document_start_BT.device)
+    return torch.searchsorted(document_start_BT, block_stops.expand(sequences, -1).contiguous(), out_int32=True)
 
 
 def _addressable(x_BNTH: Tensor) -> Tensor:

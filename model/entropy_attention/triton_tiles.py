@@ -60,6 +60,24 @@ def along_rows(vector, MODE: tl.constexpr):
 
 
 @triton.jit
+def visible(
+    first_row,
+    first_key,
+    row_start,
+    tokens,
+    CAUSAL: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which keys of a tile [rows, keys] their rows attend to; `row_start` is the first of each row's document."""
+    rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
+    keys = (first_key + tl.arange(0, BLOCK_N))[None, :]
+    seen = (keys <= rows) if CAUSAL else (keys < tokens)
+    return (seen & (keys >= row_start[:, None])) if DOCUMENTS else seen
+
+
+@triton.jit
 def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTROPY: tl.constexpr):
     """(slope, offset) such that dS = p (dP + slope * log2 p + offset), both times `factor` in mode 2.
 
@@ -78,8 +96,9 @@ def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTR
 
 @triton.jit
 def score_tile(
-    q, k, v, do, shift, log_sum, slope, offset, factor, first_row, first_key, tokens,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
+    q, k, v, do, shift, log_sum, slope, offset, factor, row_start, first_row, first_key, tokens,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities p and score gradients dS of one tile [rows, keys]; in mode 2 dS has the rows' factor in it.
 
@@ -92,9 +111,9 @@ def score_tile(
         x -= log_sum[:, None]
     p = tl.exp2(x)
     if MASK:
-        rows = (first_row + tl.arange(0, q.shape[0]))[:, None]
-        keys = (first_key + tl.arange(0, k.shape[0]))[None, :]
-        p = tl.where((keys <= rows) if CAUSAL else (keys < tokens), p, 0.0)
+        p = tl.where(
+            visible(first_row, first_key, row_start, tokens, CAUSAL, DOCUMENTS, q.shape[0], k.shape[0]), p, 0.0
+        )
     constant = offset[:, None]
     if ENTROPY:
         constant = x * slope[:, None] + constant

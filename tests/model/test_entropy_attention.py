@@ -1,5 +1,6 @@
 """Attention with entropies on a CPU: against what PyTorch computes another way, and the operator's promises."""
 
+import itertools
 import math
 
 import pytest
@@ -69,6 +70,47 @@ def test_output_entropy_and_gradients(
     loss = (expected_output * weights[0]).sum() + (expected_entropy * weights[1]).sum()
     for gradient, expected in zip(gradients, torch.autograd.grad(loss, wanted), strict=True):
         torch.testing.assert_close(gradient, expected, atol=1e-11, rtol=1e-9)
+
+
+def document_starts(batch: int, tokens: int, boundaries: list[int]) -> Tensor:
+    """[B, T]: each position's first key, documents beginning at `boundaries`, shifted by one a sequence."""
+    starts = torch.zeros(batch, tokens, dtype=torch.long)
+    for sequence in range(batch):
+        for boundary in boundaries:
+            starts[sequence, boundary + sequence :] = boundary + sequence
+    return starts
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize("boundaries", [[40, 41, 130], [128], []])
+def test_documents_are_as_if_alone(implementation: str, boundaries: list[int]) -> None:
+    torch.manual_seed(2)
+    q, k, v = inputs(2, 4, 2, 150, 8)
+    t = (torch.rand(4, 150, dtype=torch.float64) + 0.5).requires_grad_()
+    starts = document_starts(2, 150, boundaries)
+    output, entropy = entropy_attention(q, k, v, temperature=t, document_start=starts, implementation=implementation)  # type: ignore[arg-type]
+    weights = torch.randn_like(output), torch.randn_like(entropy)
+    gradients = torch.autograd.grad((output * weights[0]).sum() + (entropy * weights[1]).sum(), (q, k, v, t))
+    loss = 0
+    for sequence in range(2):
+        edges = [0, *(boundary + sequence for boundary in boundaries), 150]
+        for begin, end in itertools.pairwise(edges):
+            at = (slice(sequence, sequence + 1), slice(None), slice(begin, end))
+            alone = entropy_attention(q[at], k[at], v[at], temperature=t[:, begin:end])
+            torch.testing.assert_close(output[at], alone[0], atol=1e-12, rtol=1e-12)
+            torch.testing.assert_close(entropy[at], alone[1], atol=1e-12, rtol=1e-12)
+            loss = loss + (alone[0] * weights[0][at]).sum() + (alone[1] * weights[1][at]).sum()
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, (q, k, v, t)), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-11, rtol=1e-9)
+
+
+def test_documents_without_the_causal_mask() -> None:
+    q, k, v = inputs(2, 2, 2, 140, 8)
+    starts = document_starts(2, 140, [20, 135])
+    found = entropy_attention(q, k, v, document_start=starts, causal=False)
+    expected = entropy_attention(q, k, v, document_start=starts, causal=False, implementation="reference")
+    for value, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, same, atol=1e-12, rtol=1e-12)
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +215,8 @@ def test_memory_is_linear_in_the_sequence() -> None:
     for tokens in (1024, 2048):
         q, k, v = (torch.randn(1, 1, tokens, 8) for _ in range(3))
         with LargestTensor() as record:
-            output, entropy, lse = blocked.forward(q, k, v, None, 1.0, True, True)
-            blocked.backward(output, entropy, q, k, v, None, output, entropy, lse, 1.0, True)
+            output, entropy, lse = blocked.forward(q, k, v, None, None, 1.0, True, True)
+            blocked.backward(output, entropy, q, k, v, None, None, output, entropy, lse, 1.0, True)
         largest.append(record.elements)
     assert largest[1] == 2 * largest[0]
 
@@ -183,10 +225,10 @@ def test_the_operators_keep_their_promises() -> None:
     """Schema, fake tensors, autograd registration and tracing, by PyTorch's own checker."""
     q, k, v = inputs(1, 2, 1, 6, 4)
     t = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(attention_forward, (q, k, v, t, 0.5, True, True, "blocked"))
+    torch.library.opcheck(attention_forward, (q, k, v, t, None, 0.5, True, True, "blocked"))
     with torch.no_grad():
-        output, entropy, lse = attention_forward(q, k, v, t, 0.5, True, True, "blocked")
-        arguments = (output, entropy, q, k, v, t, output, entropy, lse, 0.5, True, "blocked")
+        output, entropy, lse = attention_forward(q, k, v, t, None, 0.5, True, True, "blocked")
+        arguments = (output, entropy, q, k, v, t, None, output, entropy, lse, 0.5, True, "blocked")
     torch.library.opcheck(attention_backward, tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments))
 
 
@@ -218,6 +260,7 @@ def test_compiles_without_graph_breaks_under_recomputation_and_autocast() -> Non
         ({"value": torch.zeros(1, 4, 7, 4)}, r"expected \[B, N, T, H\]"),
         ({"query": torch.zeros(1, 4, 6, 4, dtype=torch.float64)}, "one floating-point type"),
         ({"temperature": torch.ones(3)}, "one per head"),
+        ({"document_start": torch.zeros(1, 7, dtype=torch.int32)}, r"expected integers \[1, 6\]"),
         ({"implementation": "cuda"}, "expected 'auto'"),
         ({"scale": -1.0}, "must be positive"),
         ({"implementation": "triton", "dtype": torch.float64}, "use implementation='blocked'"),

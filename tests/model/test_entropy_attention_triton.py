@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.entropy_attention import HAS_TRITON, entropy_attention
-from tests.model.test_entropy_attention import EXTREMES, extreme_errors, relative_error
+from tests.model.test_entropy_attention import EXTREMES, document_starts, extreme_errors, relative_error
 
 HAS_CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,6 +40,7 @@ def errors(
     temperature: str = "none",
     with_entropy: bool = True,
     tokens_first: bool = False,
+    boundaries: list[int] | None = None,
 ) -> list[float]:
     """Relative errors against float64: output, entropy, gradients of query, key, value and temperature."""
     batch, heads, key_heads, tokens, width = shape
@@ -55,6 +56,7 @@ def errors(
         t[0] *= -1  # the raw form may cross zero
         leaves.append(t if temperature == "per_position" else t[:, 0].contiguous())
     grad_output, grad_entropy = tensor(heads), torch.randn(batch, heads, tokens, generator=generator).to(DEVICE)
+    starts = None if boundaries is None else document_starts(batch, tokens, boundaries).to(DEVICE)
     results = []
     for implementation in ("triton", "reference"):
         exact = implementation == "reference"
@@ -62,6 +64,7 @@ def errors(
         output, entropy = entropy_attention(
             *used[:3],
             temperature=used[3] if len(used) > 3 else None,
+            document_start=starts,
             causal=causal,
             return_entropy=with_entropy,
             implementation=implementation,
@@ -94,6 +97,19 @@ def test_float32(shape: tuple[int, int, int, int, int], causal: bool, temperatur
 def test_half_precision(tokens: int, width: int, causal: bool) -> None:
     dtype = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter computes bfloat16 wrongly
     found = errors((1, 4, 2, tokens, width), dtype, causal=causal, temperature="per_position")
+    assert found[1] < 1e-3 and max(found) < 1e-2, found
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("boundaries", "causal", "temperature"),
+    [([5, 40, 63, 64], True, "per_position"), ([32, 70], True, "none"), ([97], False, "per_head"), ([], True, "none")],
+)
+def test_documents(boundaries: list[int], causal: bool, temperature: str) -> None:
+    found = errors((2, 4, 2, 100, 32), torch.float32, causal=causal, temperature=temperature, boundaries=boundaries)
+    assert max(found) < 5e-6, found
+    dtype = torch.bfloat16 if HAS_CUDA else torch.float16
+    found = errors((2, 2, 2, 200, 64), dtype, causal=causal, temperature=temperature, boundaries=boundaries)
     assert found[1] < 1e-3 and max(found) < 1e-2, found
 
 
