@@ -104,9 +104,10 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
-        q_TBNH, k_TBNH, v_TBNH = qkv.view(*qkv.shape[:2], -1, 3, self.head_width).unbind(3)
-        q_TBNH, k_TBNH = q_TBNH + self.query_bias, k_TBNH + self.key_bias
-        out_TBNH, entropy_BNT = self.core(q_TBNH, k_TBNH, v_TBNH, self.temperature())
+        # one sum, so that the backward pass keeps one tensor for all three and not the products beside it
+        bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
+        qkv_TBN3H = qkv.view(*qkv.shape[:2], -1, 3, self.head_width) + bias_N3H
+        out_TBNH, entropy_BNT = self.core(*qkv_TBN3H.unbind(3), self.temperature())
         return self.output(out_TBNH.flatten(2)), entropy_BNT
 
 
