@@ -88,13 +88,18 @@ class Engine:
         return self.stage.take_statistics()
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterator[MicroBatch], count: int) -> StageStatistics:
-        """Runs `count` micro-batches forward; the cross-entropy is a sum over tokens whose label is not negative."""
+    def evaluate(self, micro_batches: Iterator[MicroBatch], valid_rows: list[int]) -> StageStatistics:
+        """Runs micro-batches forward; the cross-entropy is a sum over tokens whose label is not negative.
+
+        Args:
+            valid_rows: of each micro-batch, how many of its sequences count; the others' labels are negative.
+        """
         if not self.pipelined:
-            return evaluate_stage(self.stage, micro_batches, count)
+            return evaluate_stage(self.stage, micro_batches, valid_rows)
         self.engine.eval()
-        self.stage.statistics = None
-        self.engine.eval_batch(micro_batches, num_micro_batches=count, bcast_loss=False)
+        self.stage.statistics, self.stage.valid_rows = None, valid_rows
+        self.engine.eval_batch(micro_batches, num_micro_batches=len(valid_rows), bcast_loss=False)
+        self.stage.valid_rows = None
         return self.stage.take_statistics()
 
     @property
@@ -113,12 +118,13 @@ class Engine:
 
 
 @torch.no_grad()
-def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], count: int) -> StageStatistics:
-    """Runs `count` micro-batches forward through a stage that is the whole model's depth."""
+def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], valid_rows: list[int]) -> StageStatistics:
+    """Like `Engine.evaluate`, through a stage that is the whole model's depth."""
     stage.eval()
-    stage.statistics = None
-    for _ in range(count):
+    stage.statistics, stage.valid_rows = None, valid_rows
+    for _ in valid_rows:
         stage(*next(micro_batches))
+    stage.valid_rows = None
     return stage.take_statistics()
 
 

@@ -26,15 +26,17 @@ class StageStatistics:
     """Sums over micro-batches of what this rank saw, on the device; losses in nats per token."""
 
     micro_batches: int
+    sequences: int
     cross_entropy: Tensor
     entropy_penalty: Tensor
-    entropy_LN: Tensor  # of the heads whose attention this rank computed
+    entropy_LN: Tensor  # nats, of the heads whose attention this rank computed, summed over sequences
 
 
 class Stage(nn.Module):
     """Layers, ends and regularizer of one rank.
 
     In training the result is the mean cross-entropy a token; in evaluation the sum, over labels that are not negative.
+    `valid_rows` tells for each micro-batch of an evaluation how many of its first sequences count; None means all.
     """
 
     def __init__(self, transformer: Transformer, regularizer: ShardedRegularizer | None) -> None:
@@ -42,6 +44,7 @@ class Stage(nn.Module):
         self.transformer = transformer
         self.regularizer = regularizer
         self.statistics: StageStatistics | None = None
+        self.valid_rows: list[int] | None = None
         self._penalties: list[Callable[[], Tensor]] = []
 
     @property
@@ -80,12 +83,15 @@ class Stage(nn.Module):
         return statistics
 
     def _record(self, entropy_LBNT: Tensor) -> None:
-        entropy_LN = entropy_LBNT.mean(dim=(1, 3))
         if self.statistics is None:
-            zero = entropy_LN.new_zeros(())
-            self.statistics = StageStatistics(0, zero, zero.clone(), torch.zeros_like(entropy_LN))
-        self.statistics.micro_batches += 1
-        self.statistics.entropy_LN += entropy_LN
+            zero = entropy_LBNT.new_zeros(())
+            heads_LN = entropy_LBNT.new_zeros(entropy_LBNT.shape[0], entropy_LBNT.shape[2])
+            self.statistics = StageStatistics(0, 0, zero, zero.clone(), heads_LN)
+        statistics = self.statistics
+        rows = entropy_LBNT.shape[1] if self.valid_rows is None else self.valid_rows[statistics.micro_batches]
+        statistics.micro_batches += 1
+        statistics.sequences += rows
+        statistics.entropy_LN += entropy_LBNT[:, :rows].mean(dim=3).sum(dim=1)
 
 
 def build_transformer(

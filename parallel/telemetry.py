@@ -64,18 +64,22 @@ def head_snapshot(stage: Stage, statistics: StageStatistics, groups: Groups) -> 
         len(FIELDS_OF_HEADS), config.num_layers, config.num_attention_heads, dtype=torch.float64, device=device
     )
     layers = torch.zeros(len(FIELDS_OF_LAYERS), config.num_layers, dtype=torch.float64, device=device)
-    local_LN = statistics.entropy_LN / statistics.micro_batches
+    sequences = torch.zeros(1, dtype=torch.float64, device=device)
+    if grid.stage == grid.tp_rank == grid.cp_rank == 0:
+        sequences += statistics.sequences
     with whole_vectors(stage):
         for row, (name, block) in enumerate(stage.transformer.layers.items()):
             layer = int(name)
-            heads[0, layer, computed.start : computed.stop] = local_LN[row].double() / grid.dp
+            heads[0, layer, computed.start : computed.stop] = statistics.entropy_LN[row]
             if grid.replica == 0:
                 heads[1:, layer, held] = _head_parameters(block.attention)
             if grid.replica == 0 and grid.tp_rank == 0 and block.ffn.alpha is not None:
                 layers[:, layer] = torch.stack([block.ffn.alpha, block.ffn.beta]).flatten().double()
-    flat = sum_over_ranks(torch.cat([heads.flatten(), layers.flatten()]))
-    heads_list = flat[: heads.numel()].view_as(heads).tolist()
-    layers_list = flat[heads.numel() :].view_as(layers).tolist()
+    flat = sum_over_ranks(torch.cat([heads.flatten(), layers.flatten(), sequences]))
+    heads, layers, sequences = flat.split([heads.numel(), layers.numel(), 1])
+    heads, layers = heads.view(len(FIELDS_OF_HEADS), config.num_layers, -1), layers.view(len(FIELDS_OF_LAYERS), -1)
+    heads[0] /= sequences
+    heads_list, layers_list = heads.tolist(), layers.tolist()
     tempered, scaled = config.temperature != "none", bool(config.scaled_ffn)
     return HeadSnapshot(
         entropy_nats=heads_list[0],

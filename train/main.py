@@ -75,6 +75,7 @@ def train(config: Config) -> int:
     if faults:
         raise ConfigError(faults)
     choose_accelerator()
+    from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError
     from train.trainer import TrainingError, run
 
@@ -84,7 +85,7 @@ def train(config: Config) -> int:
         return report(error, 2)
     except (LaunchError, TrainingError) as error:
         return report(error, 1)
-    except DataError as error:  # a shard that only some ranks read: whoever meets the damage tells it
+    except (DataError, ReplicaError) as error:  # met by some ranks only, which tell it
         return report(error, 1, from_any_rank=True)
     finally:
         leave()

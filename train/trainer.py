@@ -5,6 +5,7 @@ from typing import Any
 
 from data.manifest import Manifest
 from parallel.launch import local_device, rank
+from parallel.replicas import check_replicas
 from parallel.telemetry import HeadSnapshot, head_snapshot
 from train import checkpoint
 from train.checkpoint import Progress
@@ -63,6 +64,8 @@ class Trainer:
             self.metrics.record(self.step, rate, statistics, self.engine.gradient_norm)
             if self._due(self.config.logging.interval):
                 self._log(head_snapshot(self.engine.stage, statistics, self.engine.groups))
+            if every(self.config.parallel.replica_check_interval, self.step):
+                check_replicas(self.engine.stage, self.engine.groups)
             if self._due(self.config.training.evaluation_interval) and self.step < self.config.train_steps:
                 self._evaluate(self.config.training.evaluation_samples)
             if self._due(self.config.checkpoint.interval):
@@ -76,7 +79,7 @@ class Trainer:
 
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
-        return self.step == self.config.train_steps or (interval > 0 and self.step % interval == 0)
+        return self.step == self.config.train_steps or every(interval, self.step)
 
     def _log(self, heads: HeadSnapshot) -> None:
         rows = self.metrics.flush()
@@ -104,6 +107,11 @@ class Trainer:
             self.folder / "checkpoints", self.engine, self.config, dataset_identity(self.manifest), progress
         )
         self.metrics.start()
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether a thing done every `interval` steps (0: never) is due."""
+    return interval > 0 and step % interval == 0
 
 
 class RunLog:

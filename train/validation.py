@@ -26,23 +26,26 @@ class Validation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-Evaluate = Callable[[Iterator[MicroBatch], int], StageStatistics]
+Evaluate = Callable[[Iterator[MicroBatch], list[int]], StageStatistics]
 
 
 def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | None, evaluate: Evaluate) -> Validation:
     """Reads the first `limit_samples` validation sequences (all for None), each once; all ranks call.
 
     Args:
-        evaluate: runs so many micro-batches through the stage's layout.
+        evaluate: runs micro-batches through the stage's layout, told how many rows of each count.
     """
-    grid = groups.grid
+    grid, size = groups.grid, config.training.micro_batch_size
     stream = open_stream(config, grid, "validation", limit_samples)
     assert stream.num_batches is not None
-    statistics = evaluate(micro_batches(stream, grid, local_device()), stream.num_batches)
+    samples = stream.manifest.num_samples("validation", config.model.seq_length)
+    samples = samples if limit_samples is None else min(samples, limit_samples)
+    starts = [(batch * grid.dp + grid.dp_rank) * size for batch in range(stream.num_batches)]
+    valid_rows = [min(size, max(0, samples - start)) for start in starts]
+    statistics = evaluate(micro_batches(stream, grid, local_device()), valid_rows)
     stream.close()
     heads = head_snapshot(stage, statistics, groups)
     # The parts are means over micro-batches and replicas of sums over tokens.
     summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.replicas
-    samples = min(stream.manifest.num_samples("validation", config.model.seq_length), limit_samples or math.inf)
-    tokens = int(samples) * config.model.seq_length
+    tokens = samples * config.model.seq_length
     return Validation(summed.item() / tokens, tokens, heads)

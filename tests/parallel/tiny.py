@@ -18,6 +18,8 @@ EREG = "EReg(SM(t)+ScFuFFN)"
 VOCAB_SIZE = 101  # no tensor-parallel size divides it
 BATCHES = 2
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 16}
+LIVELY: dict[str, Any] = {"init_std": 0.15, "temperature_init": 0.05}
+"""Logits of order one: at the usual start all rows are uniform, and entropies of all sequences and heads the same."""
 
 
 def tiny_config(
@@ -25,7 +27,7 @@ def tiny_config(
 ) -> Config:
     """A configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
     return Config(
-        model=ModelConfig(**{**SIZES, "temperature_init": 0.05, **model}).resolved(),
+        model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
         regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
         data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size),
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),

@@ -1,0 +1,150 @@
+"""One bug at a time, put back into the code that shards: what each test of equality must notice."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def pipe_partitioned() -> Any:
+    """DeepSpeed partitions activations between stages by default, which sequence parallelism has done already."""
+    from parallel import engine
+
+    real = engine.deepspeed_config
+
+    def without_pipeline(*args: Any) -> dict[str, Any]:
+        config = real(*args)
+        del config["pipeline"]
+        return config
+
+    return mock.patch.object(engine, "deepspeed_config", without_pipeline)
+
+
+def replicated_gradients_not_summed() -> Any:
+    return mock.patch("parallel.stage.sum_replicated_gradients", lambda *args: None)
+
+
+def replicated_gradients_summed_of_the_last_micro_batch() -> Any:
+    """A hook that forgets what it held back."""
+    from parallel import tensor
+
+    real = tensor._SumOncePerStep.__call__
+
+    def forgetful(self: Any, grad: torch.Tensor) -> torch.Tensor:
+        self.held = None
+        return real(self, grad)
+
+    return mock.patch.object(tensor._SumOncePerStep, "__call__", forgetful)
+
+
+def split_parameters_not_marked() -> Any:
+    """DeepSpeed then counts only one rank's shard in the norm."""
+    from parallel import stage
+
+    real = stage.mark_split
+
+    def mark(model: Any, split: dict[str, int]) -> None:
+        real(model, split)
+        for parameter in model.parameters():
+            parameter.tensor_model_parallel = False
+
+    return mock.patch.object(stage, "mark_split", mark)
+
+
+def tied_copies_not_summed() -> Any:
+    return mock.patch("parallel.pipeline.PipelineStage.get_tied_weights_and_groups", lambda self: [])
+
+
+def tied_copy_counted_twice() -> Any:
+    from parallel import pipeline
+
+    real = pipeline.PipelineStage.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args)
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+
+    return mock.patch.object(pipeline.PipelineStage, "__init__", init)
+
+
+def regularizer(**wrong: Callable[[Any], Any]) -> Any:
+    """The sharded regularizer with one of its numbers computed otherwise."""
+    from parallel.regularizer import ShardedRegularizer
+
+    real = ShardedRegularizer.__init__
+
+    def init(self: Any, *args: Any, **named: Any) -> None:
+        real(self, *args, **named)
+        for name, compute in wrong.items():
+            setattr(self, name, compute(self))
+
+    return mock.patch.object(ShardedRegularizer, "__init__", init)
+
+
+def penalty_not_divided_by_micro_batches() -> Any:
+    return regularizer(gradient_scale=lambda self: 1.0)
+
+
+def context_ranks_averaged_not_summed() -> Any:
+    return regularizer(factor=lambda self: self.factor / self.groups.grid.cp)
+
+
+def local_heads_as_global() -> Any:
+    return regularizer(factor=lambda self: self.factor * self.groups.grid.tp)
+
+
+def local_layers_as_global() -> Any:
+    return regularizer(factor=lambda self: self.factor * self.groups.grid.pp)
+
+
+def thresholds_of_other_heads() -> Any:
+    return regularizer(own_heads=lambda self: slice(0, self.own_heads.stop - self.own_heads.start))
+
+
+def mean_entropy_not_reduced() -> Any:
+    from parallel import regularizer as module
+
+    def local_only(self: Any, local: torch.Tensor, groups: Any) -> None:
+        self._mean, self._work = local, None
+
+    return mock.patch.object(module._Average, "__init__", local_only)
+
+
+def temperatures_of_other_heads() -> Any:
+    """Every context-parallel rank takes the first rank's temperatures."""
+    from parallel import context
+
+    real = context.ContextParallelCore.forward
+
+    def forward(self: Any, q: Any, k: Any, v: Any, temperature: Any) -> Any:
+        if temperature is not None:
+            first = temperature.chunk(self.groups.grid.cp)[0]
+            temperature = torch.cat([first] * self.groups.grid.cp)
+        return real(self, q, k, v, temperature)
+
+    return mock.patch.object(context.ContextParallelCore, "forward", forward)
+
+
+def every_context_rank_at_position_zero() -> Any:
+    from parallel import stage
+
+    real = stage.apply_context_parallel
+
+    def apply(model: Any, groups: Any) -> None:
+        real(model, groups)
+        if model.embedding is not None:
+            model.embedding.first_position = 0
+
+    return mock.patch.object(stage, "apply_context_parallel", apply)
+
+
+def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
+    """`parallel.measurement`'s rank with a bug of this module; thresholds and temperatures differ from head to head."""
+    from parallel import measurement
+
+    if bug is None:
+        return measurement._measure_on_rank(*args)
+    with globals()[bug]():
+        return measurement._measure_on_rank(*args)

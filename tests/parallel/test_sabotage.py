@@ -1,0 +1,71 @@
+"""The comparison with one process is worth something: each of these bugs, put back, makes it fail."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from model import initialize
+from parallel.compare import apply_layout, compare, global_batches, reference_layout
+from parallel.layout import parse_layout
+from parallel.local_ranks import RankError, run_ranks
+from parallel.measurement import Measured, assemble
+from tests.parallel.sabotage import measure_with
+from tests.parallel.tiny import tiny_config
+
+BUGS = [
+    ("pipe_partitioned", "tp=2:pp=2:sp=1", "float32"),
+    ("replicated_gradients_not_summed", "tp=2:sp=1", "float64"),
+    ("replicated_gradients_summed_of_the_last_micro_batch", "tp=2:sp=1", "float64"),
+    ("split_parameters_not_marked", "tp=2", "float32"),
+    ("tied_copies_not_summed", "pp=2", "float32"),
+    ("tied_copy_counted_twice", "pp=2", "float32"),
+    ("penalty_not_divided_by_micro_batches", "tp=1", "float64"),
+    ("context_ranks_averaged_not_summed", "cp=2", "float64"),
+    ("local_heads_as_global", "tp=2", "float64"),
+    ("local_layers_as_global", "pp=2", "float64"),
+    ("thresholds_of_other_heads", "cp=2", "float64"),
+    ("mean_entropy_not_reduced", "dp=2:acc=2", "float64"),
+    ("temperatures_of_other_heads", "cp=2", "float64"),
+    ("every_context_rank_at_position_zero", "cp=2", "float64"),
+]
+
+
+def differing_heads(name: str, shape: torch.Size, *args: Any) -> torch.Tensor:
+    """Initial values in which every head has thresholds and temperatures of its own."""
+    value = _real(name, shape, *args)
+    if name.endswith((".threshold", ".temperature_parameter")):
+        value = value + torch.linspace(-0.2, 0.2, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    return value
+
+
+_real = initialize.initial_value
+
+
+def measure_differing_heads(bug: str | None, *args: Any) -> dict[str, Any]:
+    with mock.patch.object(initialize, "initial_value", differing_heads):
+        return measure_with(bug, *args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bug", "layout", "dtype"), BUGS, ids=[bug for bug, _, _ in BUGS])
+def test_a_bug_is_noticed(bug: str, layout: str, dtype: str) -> None:
+    parsed, tolerance = parse_layout(layout), {"float32": 1e-5, "float64": 1e-10}[dtype]
+    config = tiny_config(granularity="per_head" if bug == "mean_entropy_not_reduced" else "per_query")
+    reference = reference_layout(config, [parsed])
+    vocab_size, batches = global_batches(config, 1)
+
+    def measured(layout: Any, bug: str | None) -> Measured:
+        applied = apply_layout(config, layout, reference)
+        ranks = run_ranks(measure_differing_heads, layout.world_size, bug, applied, vocab_size, batches, dtype)
+        gradients = [assemble([rank["gradients"][0] for rank in ranks], vocab_size)]
+        return Measured(ranks[0]["losses"], gradients, ranks[0]["entropy_nats"], {})
+
+    expected = measured(reference, None)
+    assert compare(measured(parsed, None), expected).within(tolerance), "without the bug the layouts must agree"
+    try:
+        found = measured(parsed, bug)
+    except RankError:
+        return  # ranks that hold the same shard disagreed about it
+    assert not compare(found, expected).within(tolerance)
