@@ -47,8 +47,8 @@ def check_replicas(stage: Stage, groups: Groups) -> None:
     dist.all_reduce(total)
     if found:
         raise ReplicaError(
-            f"{found[0]}{f' ({len(found)} such parameters)' if len(found) > 1 else ''}; training stops, since results are "
-            "no longer those of one model: restart from the last checkpoint, and suspect the device of the odd rank"
+            f"{found[0]}{f' ({len(found)} such parameters)' if len(found) > 1 else ''}; training stops, since results "
+            "are no longer those of one model: restart from the last checkpoint, and suspect the device of the odd rank"
         )
     if int(total):
         raise ReplicaError("another rank found copies of a parameter that differ; its message names them")

@@ -18,7 +18,7 @@ EREG = "EReg(SM(t)+ScFuFFN)"
 VOCAB_SIZE = 101  # no tensor-parallel size divides it
 BATCHES = 2
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 16}
-LIVELY: dict[str, Any] = {"init_std": 0.15, "temperature_init": 0.05}
+LIVELY: dict[str, Any] = {"init_std": 0.1, "temperature_init": 0.02}
 """Logits of order one: at the usual start all rows are uniform, and entropies of all sequences and heads the same."""
 
 
