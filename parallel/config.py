@@ -8,6 +8,9 @@ from model.config import ModelConfig
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
 
+HEAD_SHARDED = ("query_bias", "key_bias", "temperature_parameter", "threshold")
+"""Vectors of an attention layer that have a row for each head, split with the heads."""
+
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """The vocabulary rounded up so that every tensor-parallel rank holds a multiple of 128 rows."""

@@ -6,14 +6,14 @@ pass on one GPU; what ZeRO 2 and 3 hold follows DeepSpeed's design.
 Symbols: t tokens of a micro-batch on this rank, D model width, F FFN width, N heads.
 """
 
+import functools
 from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.cross_entropy import CHUNK_BYTES
 from model.initialize import TIED_HEAD_SOURCE, global_shapes
-from parallel.config import ParallelConfig, padded_vocab_size
+from parallel.config import HEAD_SHARDED, ParallelConfig, padded_vocab_size
 from parallel.grid import RankGrid
-from parallel.tensor import HEAD_SHARDED
 
 ELEMENT_BYTES = 2  # bfloat16
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # float32: weight, Adam's two moments, accumulated gradient
@@ -67,20 +67,26 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.activations + max(self.loss, self.backward)
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def held_parameters(work: Workload) -> dict[str, int]:
     """Elements of each parameter that a rank of the grid's stage holds, by global name; ZeRO-3 is left out."""
     grid, model = work.grid, work.model
     layers = {str(layer) for layer in grid.layers(model.num_layers)}
-    shapes = global_shapes(model, work.padded_vocab_size)
+    ends = {"embedding": grid.is_first_stage, "head": grid.is_last_stage}
+    sizes = dict(_whole_sizes(model, work.padded_vocab_size))
     if model.tied_head and grid.pp > 1:
-        shapes["head.weight"] = shapes[TIED_HEAD_SOURCE]
+        sizes["head.weight"] = sizes[TIED_HEAD_SOURCE]
     held = {}
-    for name, shape in shapes.items():
+    for name, size in sizes.items():
         part, _, rest = name.partition(".")
-        here = {"embedding": grid.is_first_stage, "head": grid.is_last_stage}.get(part, rest.split(".")[0] in layers)
-        if here:
-            held[name] = shape.numel() // (grid.tp if _is_split(name, work) else 1)
+        if ends.get(part, rest.split(".")[0] in layers):
+            held[name] = size // (grid.tp if _is_split(name, work) else 1)
     return held
+
+
+@functools.lru_cache
+def _whole_sizes(model: ModelConfig, padded_vocab_size: int) -> dict[str, int]:
+    return {name: shape.numel() for name, shape in global_shapes(model, padded_vocab_size).items()}
 
 
 def replicated_elements(work: Workload) -> int:
@@ -146,12 +152,8 @@ def block_bytes(work: Workload, recompute: str) -> int:
 
 def _penalty_bytes(work: Workload) -> int:
     """Entropies of a layer once more, float32, and which of them are beyond the margin."""
-    return (
-        (4 + work.model.regularized * (not work.per_head))
-        * work.tokens
-        * work.model.num_attention_heads
-        // work.grid.tp
-    )
+    each = 4 + (1 if work.model.regularized and not work.per_head else 0)
+    return each * work.tokens * work.model.num_attention_heads // work.grid.tp
 
 
 def _hidden_bytes(work: Workload) -> int:

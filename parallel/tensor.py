@@ -28,10 +28,9 @@ from model.initialize import named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.transformer import Block, Embedding, Head, Transformer
 from parallel import megatron
+from parallel.config import HEAD_SHARDED
 from parallel.exchange import features_for_positions
 from parallel.megatron import Groups
-
-HEAD_SHARDED = ("query_bias", "key_bias", "temperature_parameter", "threshold")
 
 
 def apply_tensor_parallel(

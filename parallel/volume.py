@@ -67,8 +67,10 @@ def block_volume(work: Workload, hidden: float) -> float:
     tp, sequence_parallel, again = work.grid.tp, work.parallel.sequence_parallel, work.recompute == "full"
     two_matrices = 5 if sequence_parallel else 4
     forward = 2  # of it, repeated where the block is recomputed
-    if not work.model.fused_ffn:
-        ffn, ffn_forward = two_matrices, forward
+    if (
+        not work.model.fused_ffn
+    ):  # running again stops once all is there that was kept: before the last sum, if unscaled
+        ffn, ffn_forward = two_matrices, forward if work.model.scaled_ffn else int(sequence_parallel)
     elif not sequence_parallel:
         ffn, ffn_forward = 3, 2
     elif work.replicates_fused_ffn:
@@ -90,10 +92,17 @@ def _ends(work: Workload, hidden: float) -> float:
 
 
 def _data_bytes(work: Workload, element_bytes: int, gradient_bytes: int) -> int:
-    """Bytes a parameter, times (n-1)/n, that replicas exchange in a step."""
-    steps = {1: 2 * gradient_bytes + element_bytes, 2: gradient_bytes * work.num_micro_batches + element_bytes}
-    gathers = 2 * work.num_micro_batches * element_bytes
-    return steps.get(work.parallel.zero_stage, gradient_bytes * work.num_micro_batches + gathers)
+    """Bytes a parameter, times (n-1)/n, that replicas exchange in a step.
+
+    ZeRO-1 and 2 all-reduce gradients, 2 each micro-batch, and gather weights. ZeRO-3 scatters gradients and gathers
+    weights for each forward and each backward pass, at most: it keeps what it soon needs again.
+    """
+    micro_batches = work.num_micro_batches
+    return {
+        1: 2 * gradient_bytes + element_bytes,
+        2: 2 * gradient_bytes * micro_batches + element_bytes,
+        3: (gradient_bytes + 2 * element_bytes) * micro_batches,
+    }[work.parallel.zero_stage]
 
 
 def _share(ranks: int) -> float:

@@ -44,7 +44,7 @@ def print_plan(config: Config, world_size: int | None) -> None:
     faults = world_faults(config, ranks)
     if faults:
         raise ConfigError(faults)
-    vocab_size, source = _vocab_size(config)
+    vocab_size, source = vocabulary(config)
     grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
     print(json.dumps(config.as_dict(), indent=2))
@@ -68,7 +68,12 @@ def print_plan(config: Config, world_size: int | None) -> None:
     print(grid.table(config.model.num_layers))
 
 
-def _vocab_size(config: Config) -> tuple[int, str]:
+def vocabulary(config: Config) -> tuple[int, str]:
+    """The number of tokens, and where it is known from.
+
+    Raises:
+        ConfigError: neither the dataset nor data.planned_vocab_size tells.
+    """
     try:
         return load_manifest(config.data.path).vocab_size, f"from {config.data.path}"
     except DataError as error:
