@@ -12,12 +12,14 @@ import argparse
 import bisect
 import functools
 import gzip
+import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError, run_command
+from data.errors import DamagedShardError, DataError, run_command
 from data.manifest import SPLITS, Manifest, ShardInfo, load_manifest
 from data.mixture import Mixture
 from data.samples import open_shard
@@ -25,9 +27,8 @@ from data.sources import ReadOptions, Source
 from data.stream import DEFAULT_WINDOW_SHARDS, open_reader
 from data.text_shard import read_text_sidecar
 from data.tokenizer import Tokenizer
-from data.verified_file import DamagedShardError
 
-_MAX_DOCUMENT_LIST_BYTES = 1 << 30
+_MAX_DOCUMENT_LIST_BYTES = 256 << 20
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,9 +82,22 @@ def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) ->
 
 @functools.lru_cache(maxsize=64)
 def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
-    """First tokens and sources of a shard's documents."""
-    entries = [json.loads(line) for line in gzip.decompress(source.read(name, _MAX_DOCUMENT_LIST_BYTES)).splitlines()]
-    return [start for start, _ in entries], [origin for _, origin in entries]
+    """First tokens and sources of a shard's documents; raises DataError if the list is not one that was prepared."""
+    where = source.describe(name)
+    packed = source.read(name, _MAX_DOCUMENT_LIST_BYTES)
+    try:
+        lines = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(_MAX_DOCUMENT_LIST_BYTES + 1)
+        if len(lines) > _MAX_DOCUMENT_LIST_BYTES:
+            raise ValueError(f"more than {_MAX_DOCUMENT_LIST_BYTES} bytes")
+        entries = [(int(start), str(origin)) for start, origin in map(json.loads, lines.splitlines())]
+    except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{where}: damaged ({error}); copy or prepare the dataset again") from error
+    return [start for start, _ in entries], [_printable(origin) for _, origin in entries]
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def _take_from_run(options: argparse.Namespace) -> None:
@@ -155,7 +169,7 @@ def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: r
         where = f"{dataset.shard_source.describe(shard.name)} tokens {first} to {first + length}"
         print(f"sample {position}: {where}: {', '.join(documents_of(dataset, shard, first, first + length + 1))}")
         if tokens is not None:
-            print(Tokenizer(dataset.tokenizer_path).decode(tokens[row]))
+            print(_printable(Tokenizer(dataset.tokenizer_path).decode(tokens[row])))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from data.errors import DamagedShardError, DataError
 from data.manifest import Manifest, ShardInfo
 from data.order import SampleOrder
 from data.shard_fetcher import ShardFetcher
 from data.shard_reader import TokenShard
 from data.sources import ReadOptions
 from data.text_shard import TextShard
-from data.verified_file import DamagedShardError
 
 _log = logging.getLogger(__name__)
 

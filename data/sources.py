@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol, TypeVar
 
 from data.cache import Cache
 from data.errors import DataError
-from data.transport import stream_fsspec, stream_http, stream_pipe, with_retries
+from data.transport import steady, stream_fsspec, stream_http, stream_pipe, with_retries
 
 MANIFEST_NAME = "manifest.json"
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Source(Hashable, Protocol):
         """The whole of a small file, not checked; raises DataError if it is larger than `max_bytes`."""
 
     def forget(self, sha256: str) -> bool:
-        """Drop the cached copy of a file found damaged; False where there is no copy but only the original."""
+        """Drop the cached copy of a file found damaged; False where there was none but the original."""
 
 
 def open_source(address: str | Path, options: ReadOptions) -> Source:
@@ -94,7 +94,7 @@ class LocalSource:
     def read(self, name: str, max_bytes: int) -> bytes:
         path = self.root / name
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_open_at_once) as file:
                 content = file.read(max_bytes + 1)
         except OSError as error:
             raise DataError(
@@ -153,10 +153,16 @@ class RemoteSource:
         return self._cache.forget(sha256)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
-        return self._stream(self._address, name, self._options.time_limit_s)
+        time_limit_s = self._options.time_limit_s
+        return steady(self._stream(self._address, name, time_limit_s), time_limit_s)
 
     def _retried(self, name: str, attempt: Callable[[], T]) -> T:
         return with_retries(attempt, self._options.attempts, self.describe(name))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A file descriptor; a named pipe, which could be waited for without end, reads as empty."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _bounded(content: bytes, max_bytes: int, where: str) -> bytes:

@@ -132,7 +132,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> bytes:
         (lambda whole: whole[:700], "cut short|no plain tar"),
         (lambda whole: whole[:1024], "does not end as a tar"),
         (lambda whole: b"\x1f\x8b" + whole, "no plain tar"),
-        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt: no text"),
+        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt.: no text"),
         (lambda whole: whole.replace(b"a.txt", b"a.dat").replace(b"b.txt", b"b.dat"), "no plain tar"),
     ],
 )
