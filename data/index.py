@@ -183,7 +183,7 @@ def _documents(job: _Job, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[in
         with tarfile.open(path, "r:", tarinfo=_Member) as archive:
             for member in archive:
                 name = member.name
-                archive.members = []  # it would keep them all
+                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                 is_json = TEXT_SUFFIXES.get(Path(member.name).suffix)
                 if not member.isreg() or is_json is None:
                     continue

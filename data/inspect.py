@@ -5,7 +5,7 @@
     python -m data.inspect DIR --sample 7 --seq-length 128  the 8th sample of a run of that length, decoded
     python -m data.inspect --run RUN --step 300             the samples and documents of a run's 300th step
 
-With --run the dataset, sequence length, seed and batch size come from RUN/config.json.
+With --run the dataset, how it is read, sequence length, seed and batch size come from RUN/config.json.
 """
 
 import argparse
@@ -45,17 +45,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seq-length", type=int, metavar="T", help="tokens of a sample")
     add("--global-batch-size", type=int, metavar="B", help="sequences of a step")
     add("--seed", type=int, default=0, help="training.seed of the run (default 0)")
-    add("--window-shards", type=int, default=DEFAULT_WINDOW_SHARDS, help="shards shuffled together (default 8)")
+    add("--window-shards", type=int, default=DEFAULT_WINDOW_SHARDS, help="data.shuffle_window_shards (default 8)")
+    add("--on-damage", choices=("stop", "skip"), default="stop", help="data.on_damage of the run (default stop)")
+    add("--cache-dir", type=Path, metavar="DIR", help="where files from afar are kept")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    options.reading = {"on_damage": options.on_damage, "cache_dir": options.cache_dir}
     if options.run is not None:
         _take_from_run(options)
     if options.path is None:
         raise DataError("name a dataset, or a run with --run")
-    manifest = load_manifest(options.path)
+    manifest = load_manifest(options.path, ReadOptions.of(options.reading))
     if options.step is not None:
         _require(options, "seq_length", "global_batch_size")
         first = (options.step - 1) * options.global_batch_size
@@ -105,6 +108,8 @@ def _take_from_run(options: argparse.Namespace) -> None:
     try:
         config = json.loads(path.read_bytes())
         options.path = options.path or config["data"]["path"]
+        options.reading = config["data"]
+        options.window_shards = config["data"].get("shuffle_window_shards", options.window_shards)
         options.seq_length = config["model"]["seq_length"]
         options.global_batch_size = config["training"]["global_batch_size"]
         options.seed = config["training"]["seed"]
@@ -160,15 +165,16 @@ def _verify(manifest: Manifest) -> None:
 
 
 def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: range, with_text: bool) -> None:
-    length = options.seq_length
-    reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, ReadOptions())
-    tokens = reader.read(np.array(positions)) if with_text else None
+    length, reading = options.seq_length, ReadOptions.of(options.reading)
+    reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, reading)
+    if with_text or reading.on_damage == "skip":  # reading finds out which shards others take the place of
+        tokens = reader.read(np.array(positions))
     for row, position in enumerate(positions):
         dataset, shard, sample = reader.locate(position)
         first = sample * length
         where = f"{dataset.shard_source.describe(shard.name)} tokens {first} to {first + length}"
         print(f"sample {position}: {where}: {', '.join(documents_of(dataset, shard, first, first + length + 1))}")
-        if tokens is not None:
+        if with_text:
             print(_printable(Tokenizer(dataset.tokenizer_path).decode(tokens[row])))
 
 

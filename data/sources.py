@@ -11,10 +11,10 @@ sha256.
 """
 
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from data.cache import Cache
 from data.errors import DataError
@@ -29,18 +29,26 @@ class ReadOptions:
     """How data is fetched and checked.
 
     on_damage: "stop" raises at the first damaged byte; "skip" leaves out the whole shard and logs it (data/samples.py).
-    time_limit_s is the longest time to wait for the next piece of a file, in seconds.
+    fetch_time_limit_s is the longest time to wait for the next piece (1 MiB) of a file, in seconds.
     """
 
     on_damage: str = "stop"
     cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "entropy-guided-transformer"
     cache_gigabytes: float = 100.0
-    attempts: int = 5
-    time_limit_s: float = 60.0
+    fetch_attempts: int = 5
+    fetch_time_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("stop", "skip"):
             raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "ReadOptions":
+        """From the section `data` of a run's configuration; keys that are absent or null keep their defaults."""
+        named = {name: settings[name] for name in cls.__dataclass_fields__ if settings.get(name) is not None}
+        if "cache_dir" in named:
+            named["cache_dir"] = Path(named["cache_dir"]).expanduser()
+        return cls(**named)
 
 
 class Source(Hashable, Protocol):
@@ -153,11 +161,11 @@ class RemoteSource:
         return self._cache.forget(sha256)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
-        time_limit_s = self._options.time_limit_s
+        time_limit_s = self._options.fetch_time_limit_s
         return steady(self._stream(self._address, name, time_limit_s), time_limit_s)
 
     def _retried(self, name: str, attempt: Callable[[], T]) -> T:
-        return with_retries(attempt, self._options.attempts, self.describe(name))
+        return with_retries(attempt, self._options.fetch_attempts, self.describe(name))
 
 
 def _open_at_once(path: str, flags: int) -> int:

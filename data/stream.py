@@ -45,13 +45,12 @@ class TokenStream:
     reads only that many samples from the start of the validation split.
 
     A background thread reads ahead; what it raises comes out of `next`. Memory is at most `prefetch` micro-batches of
-    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows). `wait_s` is the time in
-    seconds that `next` has spent waiting.
+    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows).
     """
 
     def __init__(
         self,
-        path: str | Path,
+        dataset: str | Path | Manifest,
         split: str,
         seq_length: int,
         micro_batch_size: int,
@@ -73,7 +72,7 @@ class TokenStream:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(f"data_parallel_rank is {data_parallel_rank}, expected 0 to {data_parallel_size - 1}")
         options = options or ReadOptions()
-        self.manifest = load_manifest(path, options)
+        self.manifest = dataset if isinstance(dataset, Manifest) else load_manifest(dataset, options)
         self.seq_length, self.micro_batch_size, self.seed = seq_length, micro_batch_size, seed
         self._rank, self._group = data_parallel_rank, micro_batch_size * data_parallel_size
         self._prefetch, self._window_shards = prefetch, window_shards
@@ -82,7 +81,7 @@ class TokenStream:
         self._reader = open_reader(self.manifest, split, seq_length, seed, window_shards, options)
         self.samples_consumed = samples_consumed
         self.valid_rows = micro_batch_size
-        self.wait_s = 0.0
+        self._wait_s = 0.0
         self._producer: _Producer | None = None
 
     @property
@@ -104,12 +103,17 @@ class TokenStream:
             weakref.finalize(self, self._producer.stop)
         started = time.perf_counter()
         batch = self._producer.get()
-        self.wait_s += time.perf_counter() - started
+        self._wait_s += time.perf_counter() - started
         first_row = self.samples_consumed + self._rank * self.micro_batch_size
         if self._num_samples is not None:
             self.valid_rows = min(max(self._num_samples - first_row, 0), self.micro_batch_size)
         self.samples_consumed += self._group
         return batch
+
+    def take_wait_s(self) -> float:
+        """Seconds that `next` has spent waiting for batches since the last call."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, the same on every rank; `load_state_dict` takes it on any other number of ranks."""
@@ -158,11 +162,20 @@ def open_reader(
         own_seed = f"{seed}/{number}" if isinstance(manifest, Mixture) else seed
         order = SampleOrder(samples_per_shard, own_seed, window_shards, shuffle)
         readers.append(SampleReader(dataset, split, seq_length, order, window_shards, options))
+    _require_room_in_cache(sum(reader.cached_bytes for reader in readers), options)
     if not isinstance(manifest, Mixture):
         return readers[0]
     if shuffle:
         return MixtureReader(MixtureOrder(manifest.stages, seq_length, seed), readers)
     return MixtureReader(ConcatenatedOrder([reader.order.samples_per_epoch for reader in readers]), readers)
+
+
+def _require_room_in_cache(needed_bytes: int, options: ReadOptions) -> None:
+    if needed_bytes > options.cache_gigabytes * 1e9:
+        raise DataError(
+            f"cache_gigabytes is {options.cache_gigabytes}, but the shards in use or fetched ahead can have "
+            f"{needed_bytes / 1e9:.2f} GB; raise it, or lower shuffle_window_shards"
+        )
 
 
 class _RankPositions:

@@ -97,11 +97,11 @@ def read_text_sidecar(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, NDAr
     offset, size, tokens, _ = documents.T
     is_sound = (
         documents.nbytes == len(rows)
-        and (0 <= offset).all()
-        and (0 <= size).all()
+        and (offset >= 0).all()
+        and (size >= 0).all()
         and (size <= MAX_DOCUMENT_BYTES).all()
         and (offset <= shard.num_bytes - size).all()
-        and (1 <= tokens).all()
+        and (tokens >= 1).all()
         and (tokens <= size + 1).all()
         and tokens.sum() == shard.num_tokens
     )

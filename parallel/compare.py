@@ -214,7 +214,7 @@ def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
     from data.manifest import load_manifest
 
     try:
-        vocab_size = load_manifest(config.data.path).vocab_size
+        vocab_size = load_manifest(config.data.path, config.data.read_options()).vocab_size
     except DataError as error:
         if config.data.planned_vocab_size is None:
             raise ConfigError([f"{error} (or set data.planned_vocab_size to compare without the dataset)"]) from None

@@ -1,13 +1,13 @@
 """From a configuration to the parts of a run: groups, model, engine, data."""
 
+import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.manifest import Manifest
+from data.manifest import Manifest, load_manifest
 from data.stream import TokenStream
 from parallel.engine import Engine, EngineConfig, MicroBatch
 from parallel.grid import RankGrid
@@ -74,10 +74,15 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
     )
 
 
+load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
+"""`load_manifest`, but once a process: what is put in a dataset's place meanwhile is not what a run began with."""
+
+
 def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
     """This data-parallel rank's stream; its tensor-, pipeline- and context-parallel ranks read the same samples."""
+    data = config.data
     return TokenStream(
-        Path(config.data.path),
+        load_dataset(data.path, data.read_options()),
         split,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,
@@ -85,6 +90,9 @@ def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int |
         data_parallel_size=grid.dp,
         seed=config.training.seed,
         limit_samples=limit_samples,
+        window_shards=data.shuffle_window_shards,
+        prefetch=data.prefetch_micro_batches,
+        options=data.read_options(),
     )
 
 

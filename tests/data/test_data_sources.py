@@ -36,7 +36,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def options(tmp_path: Path, **changes: object) -> ReadOptions:
-    fields: dict = {"cache_dir": tmp_path / "cache", "time_limit_s": 5.0, **changes}
+    fields: dict = {"cache_dir": tmp_path / "cache", "fetch_time_limit_s": 5.0, **changes}
     return ReadOptions(**fields)
 
 
@@ -115,14 +115,14 @@ def test_a_manifest_that_is_cut_on_the_way_is_fetched_again(server: Server, tmp_
 
 def test_a_silent_server_is_given_up_within_the_time_limit(server: Server, tmp_path: Path) -> None:
     server.fail = lambda number, name: "hang" if number == 1 else None
-    load_manifest(server.address, options(tmp_path, time_limit_s=0.3))
+    load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.3))
     assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(("how", "message", "tries"), [("flip", "sha256", 3), (503, "3 attempts", 3), (404, "404", 1)])
 def test_lasting_failures_are_told(server: Server, tmp_path: Path, how: object, message: str, tries: int) -> None:
     server.fail = lambda number, name: how if name == "tokenizer.model" else None  # type: ignore[assignment]
-    manifest = load_manifest(server.address, options(tmp_path, attempts=3))
+    manifest = load_manifest(server.address, options(tmp_path, fetch_attempts=3))
     with pytest.raises(DataError, match=message):
         _ = manifest.tokenizer_path
     assert server.requests.count("tokenizer.model") == tries
@@ -131,7 +131,7 @@ def test_lasting_failures_are_told(server: Server, tmp_path: Path, how: object, 
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="could not be fetched in 2 attempts"):
-        load_manifest("http://127.0.0.1:9", options(tmp_path, attempts=2))
+        load_manifest("http://127.0.0.1:9", options(tmp_path, fetch_attempts=2))
 
 
 def test_a_pipe_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_pipe_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
 def test_a_pipe_that_ends_early_with_status_0_is_caught(made: Path, tmp_path: Path) -> None:
     command = f"pipe:head -c $([ {{}} = train-000002.tar ] && echo 512 || echo 99999) {made}/{{}}"
     with pytest.raises(DataError, match=r"train-000002.*512 bytes came, expected 10240"):
-        read_epoch(command, options(tmp_path, attempts=2))
+        read_epoch(command, options(tmp_path, fetch_attempts=2))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_pipe_that_ends_early_with_status_0_is_caught(made: Path, tmp_path: Pa
 )
 def test_a_pipe_that_fails_or_hangs_is_told(tmp_path: Path, command: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_manifest(command, options(tmp_path, attempts=2, time_limit_s=0.2))
+        load_manifest(command, options(tmp_path, fetch_attempts=2, fetch_time_limit_s=0.2))
 
 
 def test_a_pipe_has_to_say_where_the_name_goes(tmp_path: Path) -> None:
@@ -241,4 +241,4 @@ def test_a_fetched_dataset_outlives_its_origin_while_shards_are_cached(made: Pat
     assert read_epoch(f"pipe:cat {made}/{{}}", options(tmp_path)) == expected
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(DataError, match="could not be fetched"):
-        read_epoch(f"pipe:cat {made}/{{}} 2>/dev/null", options(tmp_path, attempts=1))
+        read_epoch(f"pipe:cat {made}/{{}} 2>/dev/null", options(tmp_path, fetch_attempts=1))
