@@ -39,7 +39,8 @@ class Cache:
     def fill(self, sha256: str, num_bytes: int, pieces: Iterable[bytes], where: str) -> Path:
         """Store what `pieces` yield, unless another process has done so meanwhile.
 
-        Raises WrongContentError if it is not what the sha256 says, DataError if it is larger than the cache or cannot be written.
+        Raises WrongContentError if it is not what the sha256 says, DataError if it is larger than the cache or cannot
+        be written.
         """
         if num_bytes > self._limit_bytes:
             raise DataError(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.document_starts import document_starts
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest, load_manifest
 from data.mixture import ConcatenatedOrder, Mixture, MixtureOrder, MixtureReader
@@ -44,6 +45,9 @@ class TokenStream:
     the first `valid_rows` count; the others repeat the split's last sample and belong in no average. `limit_samples`
     reads only that many samples from the start of the validation split.
 
+    Where `within_documents` is set, `document_starts` of the batch returned last are [micro_batch_size, seq_length]
+    (data/document_starts.py), else None.
+
     A background thread reads ahead; what it raises comes out of `next`. Memory is at most `prefetch` micro-batches of
     int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows).
     """
@@ -62,6 +66,7 @@ class TokenStream:
         limit_samples: int | None = None,
         window_shards: int = DEFAULT_WINDOW_SHARDS,
         prefetch: int = 8,
+        within_documents: bool = False,
         options: ReadOptions | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -81,6 +86,8 @@ class TokenStream:
         self._reader = open_reader(self.manifest, split, seq_length, seed, window_shards, options)
         self.samples_consumed = samples_consumed
         self.valid_rows = micro_batch_size
+        self.document_starts: NDArray[np.int32] | None = None
+        self._within_documents = within_documents
         self._wait_s = 0.0
         self._producer: _Producer | None = None
 
@@ -107,6 +114,8 @@ class TokenStream:
         first_row = self.samples_consumed + self._rank * self.micro_batch_size
         if self._num_samples is not None:
             self.valid_rows = min(max(self._num_samples - first_row, 0), self.micro_batch_size)
+        if self._within_documents:
+            self.document_starts = document_starts(batch[:, :-1], self.manifest.end_of_document)
         self.samples_consumed += self._group
         return batch
 

@@ -44,7 +44,8 @@ def with_retries(attempt: Callable[[], T], attempts: int, where: str) -> T:
         except WrongContentError as error:
             if not left:
                 raise DamagedShardError(
-                    f"{where}: damaged where it comes from, fetched {attempts} times ({error}); copy or prepare it again"
+                    f"{where}: damaged where it comes from, fetched {attempts} times ({error}); copy or prepare it "
+                    "again"
                 ) from error
         except FetchError as error:
             if not left:

@@ -20,8 +20,10 @@ from parallel.pipeline import PipelineStage
 from parallel.stage import Stage, StageStatistics
 from parallel.state import SavedState, load_pieces, save_pieces
 
-MicroBatch = tuple[Tensor, Tensor]
-"""Tokens and next tokens, each [T, B] int64 on the device."""
+MicroBatch = tuple[Tensor, ...]
+"""Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
+each token's document begins, [B, T].
+"""
 
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
@@ -82,8 +84,7 @@ class Engine:
             self.engine.train_batch(micro_batches)
         else:
             for _ in range(self.config.num_micro_batches):
-                tokens, labels = next(micro_batches)
-                self.engine.backward(self.engine(tokens, labels))
+                self.engine.backward(self.engine(*next(micro_batches)))
                 self.engine.step()
         return self.stage.take_statistics()
 
