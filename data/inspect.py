@@ -93,6 +93,8 @@ def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
         if len(lines) > _MAX_DOCUMENT_LIST_BYTES:
             raise ValueError(f"more than {_MAX_DOCUMENT_LIST_BYTES} bytes")
         entries = [(int(start), str(origin)) for start, origin in map(json.loads, lines.splitlines())]
+        if not entries:
+            raise ValueError("it is empty")
     except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{where}: damaged ({error}); copy or prepare the dataset again") from error
     return [start for start, _ in entries], [_printable(origin) for _, origin in entries]

@@ -299,6 +299,7 @@ CUT_ZSTD = zstandard.compress(os.urandom(100_000).hex().encode())[:-50_000]
         ("a.jsonl", b'{"body": "a"}\n', "--text-key"),
         ("a.jsonl", b"no json\n", "no JSON object"),
         ("a.jsonl", b'["text"]\n', "no JSON object"),
+        ("a.jsonl", b"[" * 200_000, "no JSON object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
         ("a.jsonl", b"\n\n", "no text"),
         ("a.jsonl.gz", CUT_GZIP, r"a\.jsonl\.gz: the archive is damaged"),
