@@ -108,7 +108,7 @@ def _printable(text: str) -> str:
 def _take_from_run(options: argparse.Namespace) -> None:
     path = options.run / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())["config"]
         options.path = options.path or config["data"]["path"]
         options.reading = config["data"]
         options.window_shards = config["data"].get("shuffle_window_shards", options.window_shards)

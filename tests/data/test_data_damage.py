@@ -159,7 +159,9 @@ BOMB = gzip.compress(b" " * 10**7 + b'[0, "a.txt"]\n')
 LIST = gzip.compress(b'[0, "a.txt"]\n' * 100)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", BOMB, LIST[:-9], LIST[:20] + b"x" + LIST[21:], gzip.compress(b"[0]")])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", BOMB, LIST[:-9], LIST[:20] + b"x" + LIST[21:], gzip.compress(b"[0]")]
+)
 def test_a_damaged_or_exploding_list_of_documents_is_one_clear_line(
     made: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
