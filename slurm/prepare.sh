@@ -4,8 +4,8 @@
 #   slurm/prepare.sh TASKS [sbatch options] -- [arguments of python -m data.prepare]
 #   slurm/prepare.sh 16 --partition=cpu --cpus-per-task=8 -- --input /data/text --output /data/set --vocab-size 32000
 #
-# The folders have to be on a file system that all nodes see. After a failure run the same command again: finished parts
-# are kept. PYTHON names the interpreter (default: .venv/bin/python of this repository).
+# The folders have to be on a file system that all nodes see; relative paths start from this repository. After a failure
+# run the same command again: finished parts are kept. PYTHON names the interpreter (default: .venv/bin/python of this repository).
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }

@@ -169,7 +169,7 @@ def test_damage_at_the_origin_falls_under_the_policy(made: Path, server: Server,
 def test_a_server_that_is_down_does_not_pass_for_damage(server: Server, tmp_path: Path) -> None:
     """One rank's network would else decide what all ranks read."""
     server.fail = lambda number, name: 503 if name == "train-000002.tar" else None
-    with pytest.raises(DataError, match="train-000002.*could not be fetched"):
+    with pytest.raises(DataError, match=r"train-000002.*could not be fetched"):
         read_epoch(server.address, options(tmp_path, fetch_attempts=2, on_damage="skip"))
 
 
