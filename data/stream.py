@@ -35,6 +35,7 @@ from data.sources import ReadOptions
 DEFAULT_WINDOW_SHARDS = 8
 _TOKENS_PER_READ = 1 << 20
 _SAMPLES_PER_READ = 8192
+_LONGEST_STOP_S = 5.0
 
 
 class TokenStream:
@@ -230,7 +231,9 @@ class _Producer:
         while not self._queue.empty():
             self._queue.get_nowait()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(
+                _LONGEST_STOP_S
+            )  # it may be waiting for a network; it does nothing more once it is through
 
 
 def _produce(

@@ -53,9 +53,8 @@ def print_plan(config: Config, world_size: int | None) -> None:
     grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
     print(json.dumps(config.as_dict(), indent=2))
-    print(
-        f"\nvocabulary        {vocab_size:,} tokens (from {source}), padded to {padded_vocab_size(vocab_size, grid.tp):,}"
-    )
+    padded = padded_vocab_size(vocab_size, grid.tp)
+    print(f"\nvocabulary        {vocab_size:,} tokens (from {source}), padded to {padded:,}")
     print(f"parameters        {sum(counts.values()):,}")
     for kind, count in counts.items():
         print(f"  {kind:<18}{count:>16,}")

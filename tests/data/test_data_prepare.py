@@ -377,3 +377,31 @@ def test_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "3.txt").write_text(text_of(3))
     with pytest.raises(DataError, match="--overwrite"):
         prepare(arguments)
+
+
+SBATCH = """#!/bin/bash
+# Runs the tasks of an array at once and prints a job's number, as sbatch --parsable does.
+while [[ $1 != --wrap ]]; do [[ $1 == --array=0-* ]] && last=${1#--array=0-}; echo "$1" >> "$SBATCH_LOG"; shift; done
+for task in $(seq 0 "$last"); do SLURM_ARRAY_TASK_ID=$task bash -c "$2" >&2 || exit 1; done
+wc -l < "$SBATCH_LOG"
+"""
+
+
+def test_the_array_script_gives_what_one_machine_gives(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SBATCH_LOG": str(tmp_path / "log"),
+    }
+    arguments = ["--input", str(corpus), "--output", str(tmp_path / "a set"), "--exclude", "site-packages"]
+    arguments += ["--vocab-size", "400", "--validation-fraction", "0.1"]
+    script = Path(__file__).parents[2] / "slurm" / "prepare.sh"
+    subprocess.run(["bash", script, "2", "--partition=cpu", "--", *arguments], env=environment, check=True)
+    assert digest_of(tmp_path / "a set") == digest_of(prepared)
+    submitted = (tmp_path / "log").read_text().split("--parsable")[1:]
+    assert [("dependency=afterok:" in each, "partition=cpu" in each) for each in submitted] == [
+        (False, True),
+        *[(True, True)] * 4,
+    ]
