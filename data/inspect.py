@@ -10,6 +10,7 @@ With --run the dataset, how it is read, sequence length, seed and batch size com
 
 import argparse
 import bisect
+import contextlib
 import functools
 import gzip
 import io
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     manifest = load_manifest(options.path, ReadOptions.of(options.reading))
     if options.step is not None:
         _require(options, "seq_length", "global_batch_size")
-        first = (options.step - 1) * options.global_batch_size
+        first = first_sample_of(options.step, options.global_batch_size, options.run)
         _print_samples(manifest, options, range(first, first + options.global_batch_size), with_text=False)
     elif options.sample is not None:
         _require(options, "seq_length")
@@ -70,6 +71,21 @@ def main(arguments: list[str] | None = None) -> None:
         _print_summary(manifest)
         if options.verify:
             _verify(manifest)
+
+
+def first_sample_of(step: int, global_batch_size: int, run: Path | None) -> int:
+    """The first sample that a step (from 1) read, going by the run's journal where the run went back and past some."""
+    begun = [(0, 0)]
+    journal = None if run is None else run / "journal.jsonl"
+    for line in journal.read_text().splitlines() if journal is not None and journal.exists() else ():
+        with contextlib.suppress(ValueError):  # a line that a crash cut off
+            row = json.loads(line)
+            if row.get("event") in ("rolled back", "resumed"):
+                begun[1:] = [(at, sample) for at, sample in begun[1:] if at < row["step"]]
+            if row.get("event") == "rolled back":
+                begun.append((row["step"], row["next_sample"]))
+    at, sample = max((at, sample) for at, sample in begun if at < step)
+    return sample + (step - 1 - at) * global_batch_size
 
 
 def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) -> list[str]:

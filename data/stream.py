@@ -50,7 +50,8 @@ class TokenStream:
     (data/document_starts.py), else None.
 
     A background thread reads ahead; what it raises comes out of `next`. Memory is at most `prefetch` micro-batches of
-    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows).
+    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows). `wait_s` is the time in
+    seconds that `next` has spent waiting.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class TokenStream:
         self.valid_rows = micro_batch_size
         self.document_starts: NDArray[np.int32] | None = None
         self._within_documents = within_documents
-        self._wait_s = 0.0
+        self.wait_s = 0.0
         self._producer: _Producer | None = None
 
     @property
@@ -111,7 +112,7 @@ class TokenStream:
             weakref.finalize(self, self._producer.stop)
         started = time.perf_counter()
         batch = self._producer.get()
-        self._wait_s += time.perf_counter() - started
+        self.wait_s += time.perf_counter() - started
         first_row = self.samples_consumed + self._rank * self.micro_batch_size
         if self._num_samples is not None:
             self.valid_rows = min(max(self._num_samples - first_row, 0), self.micro_batch_size)
@@ -119,11 +120,6 @@ class TokenStream:
             self.document_starts = document_starts(batch[:, :-1], self.manifest.end_of_document)
         self.samples_consumed += self._group
         return batch
-
-    def take_wait_s(self) -> float:
-        """Seconds that `next` has spent waiting for batches since the last call."""
-        wait_s, self._wait_s = self._wait_s, 0.0
-        return wait_s
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, the same on every rank; `load_state_dict` takes it on any other number of ranks."""

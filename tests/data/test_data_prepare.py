@@ -17,7 +17,7 @@ import zstandard
 from numpy import array, frombuffer
 
 from data.errors import DataError
-from data.inspect import documents_of
+from data.inspect import documents_of, first_sample_of
 from data.inspect import main as inspect
 from data.manifest import load_manifest
 from data.prepare import main as prepare
@@ -255,6 +255,21 @@ def test_a_step_is_traced_to_its_documents(corpus: Path, tmp_path: Path, capsys:
         assert text in together
     inspect([str(output), "--sample", "17", "--seq-length", "32", "--seed", "3"])
     assert rows[17] in capsys.readouterr().out
+
+
+def test_a_run_that_went_back_is_traced_by_its_journal(tmp_path: Path) -> None:
+    """Went back from step 9 to 4 past what it had read; killed before the next save; at last to 0 and past all that."""
+    assert first_sample_of(7, 8, None) == first_sample_of(7, 8, tmp_path) == 48
+    journal = tmp_path / "journal.jsonl"
+    back = {"event": "rolled back", "step": 4, "next_sample": 80}
+    journal.write_text(json.dumps({"event": "saved", "step": 4}) + "\n" + json.dumps(back) + '\n{"event": "ro')
+    assert [first_sample_of(step, 8, tmp_path) for step in (4, 5, 7)] == [24, 80, 96]
+    journal.write_text(journal.read_text() + "\n" + json.dumps({"event": "resumed", "step": 6}) + "\n")
+    assert [first_sample_of(step, 8, tmp_path) for step in (4, 5, 7)] == [24, 80, 96]
+    journal.write_text(journal.read_text() + json.dumps({"event": "resumed", "step": 4}) + "\n")
+    assert [first_sample_of(step, 8, tmp_path) for step in (4, 5, 7)] == [24, 32, 48]
+    journal.write_text(journal.read_text() + json.dumps({**back, "step": 0, "next_sample": 200}) + "\n")
+    assert [first_sample_of(step, 8, tmp_path) for step in (1, 4)] == [200, 224]
 
 
 def test_a_document_that_runs_into_the_next_shard_is_listed_there_too(corpus: Path, tmp_path: Path) -> None:
