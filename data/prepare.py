@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     preparation = Preparation(options.output, settings, parts)
     if _is_prepared(preparation):
+        shutil.rmtree(preparation.work, ignore_errors=True)  # where a kill came between the last write and this
         print(f"{options.output}: already prepared from this input with these settings")
         return
     with _locked(preparation, exclusive=options.stage == "all"):
