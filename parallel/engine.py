@@ -16,7 +16,7 @@ from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
-from parallel.pipeline import PipelineStage
+from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import Stage, StageStatistics
 from parallel.state import SavedState, load_pieces, save_pieces
 
@@ -81,7 +81,7 @@ class Engine:
         update_spectral_norms(self.stage)
         self.engine.train()
         if self.pipelined:
-            self.engine.train_batch(micro_batches)
+            self.engine.train_batch(map(inputs_and_labels, micro_batches))
         else:
             for _ in range(self.config.num_micro_batches):
                 self.engine.backward(self.engine(*next(micro_batches)))
@@ -99,7 +99,9 @@ class Engine:
             return evaluate_stage(self.stage, micro_batches, valid_rows)
         self.engine.eval()
         self.stage.statistics, self.stage.valid_rows = None, valid_rows
-        self.engine.eval_batch(micro_batches, num_micro_batches=len(valid_rows), bcast_loss=False)
+        self.engine.eval_batch(
+            map(inputs_and_labels, micro_batches), num_micro_batches=len(valid_rows), bcast_loss=False
+        )
         self.stage.valid_rows = None
         return self.stage.take_statistics()
 

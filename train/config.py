@@ -326,11 +326,6 @@ def section_faults(config: Config) -> list[str]:
         faults += section.faults()
     if not config.run_dir:
         faults.append("run_dir is empty; name the folder of this run, say runs/first")
-    if config.data.attention_within_documents and config.parallel.pipeline_parallel_size > 1:
-        faults.append(
-            f"data.attention_within_documents = true needs parallel.pipeline_parallel_size = 1, not "
-            f"{config.parallel.pipeline_parallel_size}: stages hand on hidden states only, not where documents begin"
-        )
     return faults + derived_key_faults(config)
 
 

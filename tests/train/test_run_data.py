@@ -35,7 +35,8 @@ def short_documents(folder: Path) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    return [row["ce_loss"] for row in rows(run) if "ce_loss" in row]
+    """Of every step, then of the last evaluation."""
+    return [row.get("ce_loss", row.get("validation_loss")) for row in rows(run)]
 
 
 def test_attention_within_documents_is_the_same_under_another_layout(tiny_config: Path, tmp_path: Path) -> None:
@@ -54,12 +55,14 @@ def test_attention_within_documents_is_the_same_under_another_layout(tiny_config
                 "training.activation_recompute=full",
             ),
         ),
+        ("stages", 2, ("data.attention_within_documents=true", "parallel.pipeline_parallel_size=2")),
         ("context", 2, ("data.attention_within_documents=true", "parallel.context_parallel_size=2")),
     ):
         answer = run_main(ranks, tiny_config, *SHORT, *settings, f"data.path={path}", f"run_dir={tmp_path / name}")
         assert answer.statuses == [0] * ranks, answer.stderr
         found[name] = losses(tmp_path / name)
     assert found["split"] == pytest.approx(found["one"], rel=1e-5)
+    assert found["stages"] == pytest.approx(found["one"], rel=1e-5)
     assert found["context"] == pytest.approx(found["one"], rel=1e-5)
     assert found["without"] != pytest.approx(found["one"], rel=1e-3)
 
@@ -106,10 +109,3 @@ def test_damage_where_a_dataset_comes_from_stops_the_run(tiny_config: Path, data
 def test_impossible_settings_are_refused(tiny_config: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(tiny_config, [override])
-
-
-def test_stages_cannot_hand_on_where_documents_begin(tiny_config: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"data\.attention_within_documents = true needs .*pipeline_parallel_size = 1"
-    ):
-        load_config(tiny_config, ["data.attention_within_documents=true", "parallel.pipeline_parallel_size=2"])
