@@ -211,17 +211,20 @@ def _write_litdata(setting: Setting) -> None:
 
 
 def _open_litdata(setting: Setting, consumed: int) -> Opened:
-    from litdata import StreamingDataset
+    from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.item_loader import TokensLoader
 
-    folder = str(setting.folder / "litdata")
+    item_loader = TokensLoader(setting.seq_length + 1)
+    dataset = StreamingDataset(str(setting.folder / "litdata"), item_loader=item_loader, shuffle=True, drop_last=True)
+    loader = StreamingDataLoader(dataset, batch_size=setting.batch_size, num_workers=0)
+    if consumed:
+        state = loader.state_dict()
+        state |= {"num_samples_yielded": consumed, "current_epoch": 1}
+        state["dataset"] |= {"num_samples_yielded": consumed, "sample_in_epoch": consumed}
+        loader.load_state_dict(state)
     while True:
-        dataset = StreamingDataset(
-            folder, item_loader=TokensLoader(setting.seq_length + 1), shuffle=True, drop_last=True
-        )
-        rows = (np.asarray(row) for row in dataset)
-        for _ in range(len(dataset) // setting.batch_size):
-            yield np.stack(list(itertools.islice(rows, setting.batch_size))).astype(np.int64)
+        for batch in loader:
+            yield np.asarray(batch, dtype=np.int64)
 
 
 def _write_mosaic(setting: Setting) -> None:
@@ -257,7 +260,7 @@ LOADERS = (
     Loader("memmap, unchecked", "numpy", _write_memmap, _open_memmap, resumes=True),
     Loader("webdataset, 1 sequence a member", "webdataset", _write_webdataset, _open_webdataset, resumes=False),
     Loader("webdataset, 64 Ki tokens a member", "webdataset", _nothing, _open_webdataset_blocks, resumes=False),
-    Loader("litdata", "litdata", _write_litdata, _open_litdata, resumes=False),
+    Loader("litdata", "litdata", _write_litdata, _open_litdata, resumes=True),
     Loader("mosaicml-streaming", "streaming", _write_mosaic, _open_mosaic, resumes=True),
 )
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.errors import DataError
-from data.transport import FetchError
+from data.transport import WrongContentError
 
 
 class Cache:
@@ -39,12 +39,21 @@ class Cache:
     def fill(self, sha256: str, num_bytes: int, pieces: Iterable[bytes], where: str) -> Path:
         """Store what `pieces` yield, unless another process has done so meanwhile.
 
-        Raises FetchError if it is not what the sha256 says, DataError if it is larger than the cache.
+        Raises WrongContentError if it is not what the sha256 says, DataError if it is larger than the cache or cannot
+        be written.
         """
         if num_bytes > self._limit_bytes:
             raise DataError(
                 f"{where}: has {num_bytes} bytes, the cache {self._root} may hold {self._limit_bytes}; raise its limit"
             )
+        try:
+            return self._fill(sha256, num_bytes, pieces)
+        except OSError as error:
+            raise DataError(
+                f"cache {self._root}: cannot be written ({error.strerror}); free space there or choose another folder"
+            ) from error
+
+    def _fill(self, sha256: str, num_bytes: int, pieces: Iterable[bytes]) -> Path:
         path = self._path(sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
@@ -61,8 +70,11 @@ class Cache:
         return path
 
     def forget(self, sha256: str) -> bool:
-        """Remove a file; True, since a new copy can be fetched."""
-        self._path(sha256).unlink(missing_ok=True)
+        """Remove a file; whether there was one."""
+        try:
+            self._path(sha256).unlink()
+        except FileNotFoundError:
+            return False
         return True
 
     def _path(self, sha256: str) -> Path:
@@ -99,9 +111,9 @@ def _store(partial: Path, pieces: Iterable[bytes], sha256: str, num_bytes: int) 
             file.write(piece)
             digest.update(piece)
     if received != num_bytes:
-        raise FetchError(f"{received} bytes came, expected {num_bytes}")
+        raise WrongContentError(f"{received} bytes came, expected {num_bytes}")
     if digest.hexdigest() != sha256:
-        raise FetchError(f"sha256 {digest.hexdigest()} came, expected {sha256}")
+        raise WrongContentError(f"sha256 {digest.hexdigest()} came, expected {sha256}")
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def _read_lines(file: BinaryIO, piece: Slice, text_key: str) -> Iterator[Documen
             continue
         try:
             text = json.loads(line)[text_key]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f'{source}: the line is no JSON object with a text under "{text_key}"; see --text-key'
             ) from error

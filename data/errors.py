@@ -8,6 +8,10 @@ class DataError(ValueError):
     """A fault in the user's data or settings, told in one line: what was found, what was expected, the remedy."""
 
 
+class DamagedShardError(DataError):
+    """A shard is not what its manifest says."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command-line main; a `DataError` becomes one line on stderr and exit status 2.
 

@@ -27,10 +27,18 @@ from data.errors import DataError, run_command
 from data.manifest import SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.sources import MANIFEST_NAME, LocalSource, ReadOptions, open_source
 from data.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for
-from data.text_shard import member_text
+from data.text_shard import MAX_DOCUMENT_BYTES, member_text
 from data.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = {".txt": False, ".json": True}
+_MAX_HEADER_BYTES = 1 << 20
+_HEADER_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 class _Job(NamedTuple):
@@ -39,6 +47,15 @@ class _Job(NamedTuple):
     output: Path
     tokenizer: Path
     text_key: str
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended headers, which are read into memory whole, are small."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _HEADER_TYPES and self.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -161,19 +178,24 @@ def _documents(job: _Job, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[in
 
     A header in the middle that cannot be read, or a cut between members, would pass for the end of the archive.
     """
+    name = "the first member"
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=_Member) as archive:
             for member in archive:
+                name = member.name
+                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                 is_json = TEXT_SUFFIXES.get(Path(member.name).suffix)
                 if not member.isreg() or is_json is None:
                     continue
+                if member.size > MAX_DOCUMENT_BYTES:
+                    raise ValueError(f"{member.size} bytes, a document may have {MAX_DOCUMENT_BYTES}")
                 text = member_text(_read(path, member), is_json, job.text_key)
                 yield member.offset_data, member.size, len(tokenizer.encode(text)) + 1, int(is_json)
             end = archive.offset
     except tarfile.TarError as error:
         raise DataError(f"{job.name}: no plain tar ({error}); unpack a compressed one first") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{job.name}: {member.name}: no text ({error}); see --text-key") from error
+        raise DataError(f"{job.name}: {name!r}: no text ({error}); see --text-key") from error
     _require_end(job, path, end)
 
 

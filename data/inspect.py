@@ -5,19 +5,22 @@
     python -m data.inspect DIR --sample 7 --seq-length 128  the 8th sample of a run of that length, decoded
     python -m data.inspect --run RUN --step 300             the samples and documents of a run's 300th step
 
-With --run the dataset, sequence length, seed and batch size come from RUN/config.json.
+With --run the dataset, how it is read, sequence length, seed and batch size come from RUN/config.json.
 """
 
 import argparse
 import bisect
+import contextlib
 import functools
 import gzip
+import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError, run_command
+from data.errors import DamagedShardError, DataError, run_command
 from data.manifest import SPLITS, Manifest, ShardInfo, load_manifest
 from data.mixture import Mixture
 from data.samples import open_shard
@@ -25,9 +28,8 @@ from data.sources import ReadOptions, Source
 from data.stream import DEFAULT_WINDOW_SHARDS, open_reader
 from data.text_shard import read_text_sidecar
 from data.tokenizer import Tokenizer
-from data.verified_file import DamagedShardError
 
-_MAX_DOCUMENT_LIST_BYTES = 1 << 30
+_MAX_DOCUMENT_LIST_BYTES = 256 << 20
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,20 +46,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seq-length", type=int, metavar="T", help="tokens of a sample")
     add("--global-batch-size", type=int, metavar="B", help="sequences of a step")
     add("--seed", type=int, default=0, help="training.seed of the run (default 0)")
-    add("--window-shards", type=int, default=DEFAULT_WINDOW_SHARDS, help="shards shuffled together (default 8)")
+    add("--window-shards", type=int, default=DEFAULT_WINDOW_SHARDS, help="data.shuffle_window_shards (default 8)")
+    add("--on-damage", choices=("stop", "skip"), default="stop", help="data.on_damage of the run (default stop)")
+    add("--cache-dir", type=Path, metavar="DIR", help="where files from afar are kept")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    options.reading = {"on_damage": options.on_damage, "cache_dir": options.cache_dir}
     if options.run is not None:
         _take_from_run(options)
     if options.path is None:
         raise DataError("name a dataset, or a run with --run")
-    manifest = load_manifest(options.path)
+    manifest = load_manifest(options.path, ReadOptions.of(options.reading))
     if options.step is not None:
         _require(options, "seq_length", "global_batch_size")
-        first = (options.step - 1) * options.global_batch_size
+        first = first_sample_of(options.step, options.global_batch_size, options.run)
         _print_samples(manifest, options, range(first, first + options.global_batch_size), with_text=False)
     elif options.sample is not None:
         _require(options, "seq_length")
@@ -66,6 +71,21 @@ def main(arguments: list[str] | None = None) -> None:
         _print_summary(manifest)
         if options.verify:
             _verify(manifest)
+
+
+def first_sample_of(step: int, global_batch_size: int, run: Path | None) -> int:
+    """The first sample that a step (from 1) read, going by the run's journal where the run went back and past some."""
+    begun = [(0, 0)]
+    journal = None if run is None else run / "journal.jsonl"
+    for line in journal.read_text().splitlines() if journal is not None and journal.exists() else ():
+        with contextlib.suppress(ValueError):  # a line that a crash cut off
+            row = json.loads(line)
+            if row.get("event") in ("rolled back", "resumed"):
+                begun[1:] = [(at, sample) for at, sample in begun[1:] if at < row["step"]]
+            if row.get("event") == "rolled back":
+                begun.append((row["step"], row["next_sample"]))
+    at, sample = max((at, sample) for at, sample in begun if at < step)
+    return sample + (step - 1 - at) * global_batch_size
 
 
 def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) -> list[str]:
@@ -81,16 +101,33 @@ def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) ->
 
 @functools.lru_cache(maxsize=64)
 def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
-    """First tokens and sources of a shard's documents."""
-    entries = [json.loads(line) for line in gzip.decompress(source.read(name, _MAX_DOCUMENT_LIST_BYTES)).splitlines()]
-    return [start for start, _ in entries], [origin for _, origin in entries]
+    """First tokens and sources of a shard's documents; raises DataError if the list is not one that was prepared."""
+    where = source.describe(name)
+    packed = source.read(name, _MAX_DOCUMENT_LIST_BYTES)
+    try:
+        lines = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(_MAX_DOCUMENT_LIST_BYTES + 1)
+        if len(lines) > _MAX_DOCUMENT_LIST_BYTES:
+            raise ValueError(f"more than {_MAX_DOCUMENT_LIST_BYTES} bytes")
+        entries = [(int(start), str(origin)) for start, origin in map(json.loads, lines.splitlines())]
+        if not entries:
+            raise ValueError("it is empty")
+    except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{where}: damaged ({error}); copy or prepare the dataset again") from error
+    return [start for start, _ in entries], [_printable(origin) for _, origin in entries]
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def _take_from_run(options: argparse.Namespace) -> None:
     path = options.run / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())["config"]
         options.path = options.path or config["data"]["path"]
+        options.reading = config["data"]
+        options.window_shards = config["data"].get("shuffle_window_shards", options.window_shards)
         options.seq_length = config["model"]["seq_length"]
         options.global_batch_size = config["training"]["global_batch_size"]
         options.seed = config["training"]["seed"]
@@ -146,16 +183,17 @@ def _verify(manifest: Manifest) -> None:
 
 
 def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: range, with_text: bool) -> None:
-    length = options.seq_length
-    reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, ReadOptions())
-    tokens = reader.read(np.array(positions)) if with_text else None
+    length, reading = options.seq_length, ReadOptions.of(options.reading)
+    reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, reading)
+    if with_text or reading.on_damage == "skip":  # reading finds out which shards others take the place of
+        tokens = reader.read(np.array(positions))
     for row, position in enumerate(positions):
         dataset, shard, sample = reader.locate(position)
         first = sample * length
         where = f"{dataset.shard_source.describe(shard.name)} tokens {first} to {first + length}"
         print(f"sample {position}: {where}: {', '.join(documents_of(dataset, shard, first, first + length + 1))}")
-        if tokens is not None:
-            print(Tokenizer(dataset.tokenizer_path).decode(tokens[row]))
+        if with_text:
+            print(_printable(Tokenizer(dataset.tokenizer_path).decode(tokens[row])))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     dataset/
       manifest.json                     this file's subject
       tokenizer.model                   SentencePiece
-      train-000000.tar                  a webdataset shard of tokens (data/shards.py)
+      train-000000.tar                  a webdataset shard of tokens (data/tar_layout.py)
       train-000000.digests              the digest of every 16 KiB of that shard (data/verified_file.py)
       train-000000.documents.jsonl.gz   which document starts where; only data.inspect reads it
       validation-000000.tar ...
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
-from data.sources import MANIFEST_NAME, ReadOptions, Source, open_source
+from data.errors import DamagedShardError, DataError
+from data.sources import MANIFEST_NAME, LocalSource, ReadOptions, Source, open_source
 from data.tar_layout import DTYPES, shard_bytes
 
 FORMAT = "entropy-guided-tokens"
@@ -34,8 +34,8 @@ VERSION = 1
 SPLITS = ("train", "validation")
 CONTENTS = ("tokens", "text")
 TOKENIZER = "tokenizer.model"
-MAX_MANIFEST_BYTES = 256 << 20
-MAX_SHARD_BYTES = 64 << 30
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_SHARD_BYTES = 16 << 30
 MAX_TOKENIZER_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -83,11 +83,13 @@ class Manifest:
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer as a local file; raises DataError if it is not the one that made the tokens."""
-        path = self.source.fetch(TOKENIZER, self.tokenizer_sha256, self.tokenizer_bytes)
         try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); copy the dataset again") from error
+            path = self.source.fetch(TOKENIZER, self.tokenizer_sha256, self.tokenizer_bytes)
+            found = hashlib.sha256(LocalSource(path.parent).read(path.name, self.tokenizer_bytes)).hexdigest()
+            if found != self.tokenizer_sha256 and self.source.forget(self.tokenizer_sha256):
+                return self.tokenizer_path
+        except DamagedShardError as error:
+            raise DataError(str(error)) from error  # no policy for damaged shards can replace the tokenizer
         if found != self.tokenizer_sha256:
             raise DataError(
                 f"{path}: sha256 {found}, but the tokens were made with {self.tokenizer_sha256}; copy the dataset again"

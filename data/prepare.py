@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     preparation = Preparation(options.output, settings, parts)
     if _is_prepared(preparation):
+        shutil.rmtree(preparation.work, ignore_errors=True)  # where a kill came between the last write and this
         print(f"{options.output}: already prepared from this input with these settings")
         return
     with _locked(preparation, exclusive=options.stage == "all"):
@@ -99,7 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         for stage in STAGES if options.stage == "all" else (options.stage,):
             _run_stage(preparation, stage, *_task(options.task), options.workers)
     if (options.output / REPORT).exists():
-        _print_report(options.output, time.monotonic() - started)
+        what = "" if options.stage == "all" else f" in stage {options.stage}"
+        _print_report(options.output, f"{time.monotonic() - started:.1f} s{what}")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -241,7 +243,7 @@ def _die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _print_report(folder: Path, seconds: float) -> None:
+def _print_report(folder: Path, time_spent: str) -> None:
     report = json.loads((folder / REPORT).read_text())
     for line in report["skipped"][:3]:
         print(f"skipped: {line}")
@@ -250,7 +252,7 @@ def _print_report(folder: Path, seconds: float) -> None:
     print(
         f"{folder}: {report['documents']} documents ({report['duplicates']} duplicates dropped), "
         f"{report['text_bytes'] / 1e6:.1f} MB of text, vocabulary {report['vocab_size']}, "
-        f"{report['characters_per_token']:.2f} characters a token, {seconds:.1f} s"
+        f"{report['characters_per_token']:.2f} characters a token, {time_spent}"
     )
     for split in SPLITS:
         counts = report[split]

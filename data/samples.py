@@ -13,14 +13,13 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from data.errors import DamagedShardError, DataError
 from data.manifest import Manifest, ShardInfo
 from data.order import SampleOrder
 from data.shard_fetcher import ShardFetcher
 from data.shard_reader import TokenShard
 from data.sources import ReadOptions
 from data.text_shard import TextShard
-from data.verified_file import DamagedShardError
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +53,13 @@ class SampleReader:
         self._open: OrderedDict[int, TokenShard | TextShard] = OrderedDict()
         self._damaged: set[int] = set()
         self._fetcher: ShardFetcher | None = None
-        if manifest.shard_source.is_remote:
-            self._require_room_in_cache()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Room in the cache for the shards in use or fetched ahead, at most."""
+        if not self._manifest.shard_source.is_remote:
+            return 0
+        return sum(sorted(shard.num_bytes for shard in self._shards)[-self._num_open :])
 
     def read(self, positions: NDArray[np.int64]) -> NDArray:
         """The samples at `positions` of the run: an array [len(positions), seq_length + 1] of the shards' type."""
@@ -130,15 +134,6 @@ class SampleReader:
     def _let_go(self, number: int) -> None:
         if number in self._open:
             self._open.pop(number).close()
-
-    def _require_room_in_cache(self) -> None:
-        needed = sum(sorted(shard.num_bytes for shard in self._shards)[-self._num_open :])
-        if needed > self._options.cache_gigabytes * 1e9:
-            raise DataError(
-                f"cache_gigabytes is {self._options.cache_gigabytes}, but {self._num_open} shards in use or fetched "
-                f"ahead "
-                f"can have {needed / 1e9:.2f} GB; raise it, or shuffle over fewer shards"
-            )
 
     def _fetch_ahead(self, position: int) -> None:
         """Ask for the shards of this window and the next; `read` waits for those it needs through the cache's locks."""

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from data.errors import DamagedShardError
 from data.manifest import Manifest, ShardInfo
 from data.tar_layout import BLOCK_TOKENS, DTYPES, HEADER_BYTES, digests_bytes
-from data.verified_file import DamagedShardError, VerifiedFile
+from data.verified_file import VerifiedFile
 
 
 class TokenShard:

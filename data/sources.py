@@ -11,14 +11,14 @@ sha256.
 """
 
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from data.cache import Cache
 from data.errors import DataError
-from data.transport import stream_fsspec, stream_http, stream_pipe, with_retries
+from data.transport import steady, stream_fsspec, stream_http, stream_pipe, with_retries
 
 MANIFEST_NAME = "manifest.json"
 T = TypeVar("T")
@@ -29,18 +29,26 @@ class ReadOptions:
     """How data is fetched and checked.
 
     on_damage: "stop" raises at the first damaged byte; "skip" leaves out the whole shard and logs it (data/samples.py).
-    time_limit_s is the longest time to wait for the next piece of a file, in seconds.
+    fetch_time_limit_s is the longest time to wait for the next piece (1 MiB) of a file, in seconds.
     """
 
     on_damage: str = "stop"
     cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "entropy-guided-transformer"
     cache_gigabytes: float = 100.0
-    attempts: int = 5
-    time_limit_s: float = 60.0
+    fetch_attempts: int = 5
+    fetch_time_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("stop", "skip"):
             raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "ReadOptions":
+        """From the section `data` of a run's configuration; keys that are absent or null keep their defaults."""
+        named = {name: settings[name] for name in cls.__dataclass_fields__ if settings.get(name) is not None}
+        if "cache_dir" in named:
+            named["cache_dir"] = Path(named["cache_dir"]).expanduser()
+        return cls(**named)
 
 
 class Source(Hashable, Protocol):
@@ -61,7 +69,7 @@ class Source(Hashable, Protocol):
         """The whole of a small file, not checked; raises DataError if it is larger than `max_bytes`."""
 
     def forget(self, sha256: str) -> bool:
-        """Drop the cached copy of a file found damaged; False where there is no copy but only the original."""
+        """Drop the cached copy of a file found damaged; False where there was none but the original."""
 
 
 def open_source(address: str | Path, options: ReadOptions) -> Source:
@@ -94,7 +102,7 @@ class LocalSource:
     def read(self, name: str, max_bytes: int) -> bytes:
         path = self.root / name
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_open_at_once) as file:
                 content = file.read(max_bytes + 1)
         except OSError as error:
             raise DataError(
@@ -153,10 +161,16 @@ class RemoteSource:
         return self._cache.forget(sha256)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
-        return self._stream(self._address, name, self._options.time_limit_s)
+        time_limit_s = self._options.fetch_time_limit_s
+        return steady(self._stream(self._address, name, time_limit_s), time_limit_s)
 
     def _retried(self, name: str, attempt: Callable[[], T]) -> T:
-        return with_retries(attempt, self._options.attempts, self.describe(name))
+        return with_retries(attempt, self._options.fetch_attempts, self.describe(name))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A file descriptor; a named pipe, which could be waited for without end, reads as empty."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _bounded(content: bytes, max_bytes: int, where: str) -> bytes:

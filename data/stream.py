@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.document_starts import document_starts
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest, load_manifest
 from data.mixture import ConcatenatedOrder, Mixture, MixtureOrder, MixtureReader
@@ -34,6 +35,7 @@ from data.sources import ReadOptions
 DEFAULT_WINDOW_SHARDS = 8
 _TOKENS_PER_READ = 1 << 20
 _SAMPLES_PER_READ = 8192
+_LONGEST_STOP_S = 5.0
 
 
 class TokenStream:
@@ -44,6 +46,9 @@ class TokenStream:
     the first `valid_rows` count; the others repeat the split's last sample and belong in no average. `limit_samples`
     reads only that many samples from the start of the validation split.
 
+    Where `within_documents` is set, `document_starts` of the batch returned last are [micro_batch_size, seq_length]
+    (data/document_starts.py), else None.
+
     A background thread reads ahead; what it raises comes out of `next`. Memory is at most `prefetch` micro-batches of
     int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows). `wait_s` is the time in
     seconds that `next` has spent waiting.
@@ -51,7 +56,7 @@ class TokenStream:
 
     def __init__(
         self,
-        path: str | Path,
+        dataset: str | Path | Manifest,
         split: str,
         seq_length: int,
         micro_batch_size: int,
@@ -63,6 +68,7 @@ class TokenStream:
         limit_samples: int | None = None,
         window_shards: int = DEFAULT_WINDOW_SHARDS,
         prefetch: int = 8,
+        within_documents: bool = False,
         options: ReadOptions | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -73,7 +79,7 @@ class TokenStream:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(f"data_parallel_rank is {data_parallel_rank}, expected 0 to {data_parallel_size - 1}")
         options = options or ReadOptions()
-        self.manifest = load_manifest(path, options)
+        self.manifest = dataset if isinstance(dataset, Manifest) else load_manifest(dataset, options)
         self.seq_length, self.micro_batch_size, self.seed = seq_length, micro_batch_size, seed
         self._rank, self._group = data_parallel_rank, micro_batch_size * data_parallel_size
         self._prefetch, self._window_shards = prefetch, window_shards
@@ -82,6 +88,8 @@ class TokenStream:
         self._reader = open_reader(self.manifest, split, seq_length, seed, window_shards, options)
         self.samples_consumed = samples_consumed
         self.valid_rows = micro_batch_size
+        self.document_starts: NDArray[np.int32] | None = None
+        self._within_documents = within_documents
         self.wait_s = 0.0
         self._producer: _Producer | None = None
 
@@ -108,6 +116,8 @@ class TokenStream:
         first_row = self.samples_consumed + self._rank * self.micro_batch_size
         if self._num_samples is not None:
             self.valid_rows = min(max(self._num_samples - first_row, 0), self.micro_batch_size)
+        if self._within_documents:
+            self.document_starts = document_starts(batch[:, :-1], self.manifest.end_of_document)
         self.samples_consumed += self._group
         return batch
 
@@ -158,11 +168,20 @@ def open_reader(
         own_seed = f"{seed}/{number}" if isinstance(manifest, Mixture) else seed
         order = SampleOrder(samples_per_shard, own_seed, window_shards, shuffle)
         readers.append(SampleReader(dataset, split, seq_length, order, window_shards, options))
+    _require_room_in_cache(sum(reader.cached_bytes for reader in readers), options)
     if not isinstance(manifest, Mixture):
         return readers[0]
     if shuffle:
         return MixtureReader(MixtureOrder(manifest.stages, seq_length, seed), readers)
     return MixtureReader(ConcatenatedOrder([reader.order.samples_per_epoch for reader in readers]), readers)
+
+
+def _require_room_in_cache(needed_bytes: int, options: ReadOptions) -> None:
+    if needed_bytes > options.cache_gigabytes * 1e9:
+        raise DataError(
+            f"cache_gigabytes is {options.cache_gigabytes}, but the shards in use or fetched ahead can have "
+            f"{needed_bytes / 1e9:.2f} GB; raise it, or lower shuffle_window_shards"
+        )
 
 
 class _RankPositions:
@@ -208,7 +227,9 @@ class _Producer:
         while not self._queue.empty():
             self._queue.get_nowait()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(
+                _LONGEST_STOP_S
+            )  # it may be waiting for a network; it does nothing more once it is through
 
 
 def _produce(

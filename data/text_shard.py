@@ -5,24 +5,28 @@ what comes before it: the stream of tokens, its samples, order and checks are th
 shard lies one file: the digests of its chunks, then one row (OFFSET, SIZE, TOKENS, IS_JSON) of four int64 a document,
 TOKENS counting the end-of-document token.
 
-A sample costs the tokenizing of every document it touches; whole documents are kept for the samples that follow.
+A sample costs the tokenizing of every document it touches; the documents used last are kept for the samples that
+follow, up to a million tokens a shard.
 """
 
 import functools
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import DamagedShardError
 from data.manifest import Manifest, ShardInfo
 from data.shard_reader import read_sidecar
-from data.tar_layout import digests_bytes
+from data.tar_layout import HEADER_BYTES, digests_bytes
 from data.tokenizer import Tokenizer
-from data.verified_file import DamagedShardError, VerifiedFile
+from data.verified_file import VerifiedFile
 
 COLUMNS = 4
-_KEPT_DOCUMENTS = 256
+MAX_DOCUMENT_BYTES = 64 << 20
+_KEPT_TOKENS = 1 << 20
 
 
 class TextShard:
@@ -36,7 +40,8 @@ class TextShard:
         self._file = VerifiedFile(path, self._where, shard.num_bytes, digests)
         self._manifest = manifest
         self._tokenizer = _tokenizer(manifest.tokenizer_path, manifest.tokenizer_sha256)
-        self._tokens_of = functools.lru_cache(_KEPT_DOCUMENTS)(self._tokenize)
+        self._kept: OrderedDict[int, NDArray] = OrderedDict()
+        self._num_kept = 0
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray:
         """Tokens [start, start + length) for every start: an array [len(starts), length] of the manifest's type.
@@ -58,6 +63,16 @@ class TextShard:
     def close(self) -> None:
         self._file.close()
 
+    def _tokens_of(self, number: int) -> NDArray:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        tokens = self._kept[number] = self._tokenize(number)
+        self._num_kept += len(tokens)
+        while self._num_kept > _KEPT_TOKENS and len(self._kept) > 1:
+            self._num_kept -= len(self._kept.popitem(last=False)[1])
+        return tokens
+
     def _tokenize(self, number: int) -> NDArray:
         offset, size, num_tokens, is_json = (int(value) for value in self._documents[number])
         self._file.verify(np.array([offset]), np.array([max(offset, offset + size - 1)]))
@@ -75,13 +90,33 @@ class TextShard:
 def read_text_sidecar(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, NDArray[np.int64]]:
     """The digests of a text shard's chunks, and its documents as rows (OFFSET, SIZE, TOKENS, IS_JSON)."""
     num_digests = digests_bytes(shard.num_bytes)
-    content = read_sidecar(manifest, shard, num_digests + shard.num_tokens * COLUMNS * 8)
-    return content[:num_digests], np.frombuffer(content, dtype="<i8", offset=num_digests).reshape(-1, COLUMNS)
+    most_documents = min(shard.num_tokens, shard.num_bytes // HEADER_BYTES)
+    content = read_sidecar(manifest, shard, num_digests + most_documents * COLUMNS * 8)
+    rows = content[num_digests:]
+    documents = np.frombuffer(rows[: len(rows) // (COLUMNS * 8) * COLUMNS * 8], dtype="<i8").reshape(-1, COLUMNS)
+    offset, size, tokens, _ = documents.T
+    is_sound = (
+        documents.nbytes == len(rows)
+        and (offset >= 0).all()
+        and (size >= 0).all()
+        and (size <= MAX_DOCUMENT_BYTES).all()
+        and (offset <= shard.num_bytes - size).all()
+        and (tokens >= 1).all()
+        and (tokens <= size + 1).all()
+        and tokens.sum() == shard.num_tokens
+    )
+    if not is_sound:
+        where = manifest.source.describe(shard.digests_name)
+        raise DamagedShardError(f"{where}: lists documents that the shard cannot hold; index the shards again")
+    return content[:num_digests], documents
 
 
 def member_text(raw: bytes, is_json: bool, text_key: str) -> str:
     """The text of a .txt or .json member; raises ValueError, KeyError or TypeError where there is none."""
-    text = json.loads(raw)[text_key] if is_json else raw.decode("utf-8")
+    try:
+        text = json.loads(raw)[text_key] if is_json else raw.decode("utf-8")
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(text, str):
         raise TypeError(f'"{text_key}" holds {type(text).__name__}')
     return text

@@ -1,21 +1,22 @@
 """Stream a remote file piece by piece, and try again when that fails for a passing reason."""
 
 import os
+import queue
 import select
 import shlex
 import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from urllib.parse import quote
 
 import fsspec
 
-from data.errors import DataError
+from data.errors import DamagedShardError, DataError
 
 PIECE_BYTES = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
@@ -27,13 +28,26 @@ class FetchError(Exception):
     """A fetch failed in a way that may pass."""
 
 
+class WrongContentError(FetchError):
+    """What came is not what was to come."""
+
+
 def with_retries(attempt: Callable[[], T], attempts: int, where: str) -> T:
-    """The result of `attempt`; after a FetchError or OSError it is repeated, with pauses that double."""
+    """The result of `attempt`; after a FetchError it is repeated, with pauses that double.
+
+    Raises DamagedShardError if the wrong content came to the last, DataError if nothing did.
+    """
     pause_s = _FIRST_PAUSE_S
     for left in reversed(range(attempts)):
         try:
             return attempt()
-        except (FetchError, OSError) as error:
+        except WrongContentError as error:
+            if not left:
+                raise DamagedShardError(
+                    f"{where}: damaged where it comes from, fetched {attempts} times ({error}); copy or prepare it "
+                    "again"
+                ) from error
+        except FetchError as error:
             if not left:
                 raise DataError(
                     f"{where}: could not be fetched in {attempts} attempts ({error}); check the address and the network"
@@ -43,13 +57,28 @@ def with_retries(attempt: Callable[[], T], attempts: int, where: str) -> T:
     raise AssertionError("attempts is at least 1")
 
 
+def steady(pieces: Iterator[bytes], time_limit_s: float) -> Iterator[bytes]:
+    """The same pieces; a FetchError where less than PIECE_BYTES come in `time_limit_s`, for a trickle never ends."""
+    received, since = 0, time.monotonic()
+    try:
+        for piece in pieces:
+            received += len(piece)
+            if received >= PIECE_BYTES:
+                received, since = 0, time.monotonic()
+            elif time.monotonic() - since > time_limit_s:
+                raise FetchError(f"only {received} bytes came in {time_limit_s} s")
+            yield piece
+    except OSError as error:
+        raise FetchError(str(error)) from error
+
+
 def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
     """The body of `address`/`name`; a body shorter than announced is a FetchError."""
     url = f"{address}/{quote(name)}"
     try:
         with urllib.request.urlopen(url, timeout=time_limit_s) as response:
             announced, received = response.headers.get("Content-Length"), 0
-            while piece := response.read(PIECE_BYTES):
+            while piece := response.read1(PIECE_BYTES):
                 received += len(piece)
                 yield piece
     except urllib.error.HTTPError as error:
@@ -66,20 +95,15 @@ def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
 
 def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
     """The content of `address`/`name` through fsspec, whose reads are watched: not every store limits their time."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
     try:
-        file = pool.submit(lambda: fsspec.open(f"{address}/{name}", "rb").open()).result(time_limit_s)
-        while piece := pool.submit(file.read, PIECE_BYTES).result(time_limit_s):
+        file = _within(time_limit_s, lambda: fsspec.open(f"{address}/{name}", "rb").open())
+        while piece := _within(time_limit_s, lambda: file.read(PIECE_BYTES)):
             yield piece
         file.close()
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{address}/{name}: cannot be read ({error}); check the address") from error
     except (ImportError, ValueError) as error:
         raise DataError(f"{address}: {error}") from error
-    except TimeoutError as error:
-        raise FetchError(f"nothing came for {time_limit_s} s") from error
-    finally:
-        pool.shutdown(wait=False)
 
 
 def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
@@ -105,3 +129,28 @@ def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
             process.wait()
     if status:
         raise FetchError(f"the command ended with status {status}")
+
+
+def _within(time_limit_s: float, call: Callable[[], T]) -> T:
+    """The result of `call`, in a thread that can be abandoned: it does not keep the process from ending."""
+    answer: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answer.put(_outcome(call)), daemon=True, name="fetch").start()
+    try:
+        outcome = answer.get(timeout=time_limit_s)
+    except queue.Empty as error:
+        raise FetchError(f"nothing came for {time_limit_s} s") from error
+    return outcome()
+
+
+def _outcome(call: Callable[[], T]) -> Callable[[], T]:
+    """A function that returns or raises what `call` did."""
+    try:
+        result = call()
+    except BaseException as error:
+        failure = error
+
+        def fail() -> T:
+            raise failure
+
+        return fail
+    return lambda: result

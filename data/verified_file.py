@@ -7,12 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from data.errors import DamagedShardError
 from data.tar_layout import CHUNK_BYTES, DIGEST_BYTES, chunk_digest
-
-
-class DamagedShardError(DataError):
-    """A shard is not what its manifest says."""
 
 
 class VerifiedFile:
@@ -26,7 +22,7 @@ class VerifiedFile:
         self._verified = np.zeros(0, dtype=bool)
         self._stamp = -1
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe would wait for ever
         except OSError as error:
             raise DamagedShardError(
                 f"{where}: the manifest names it but it cannot be opened ({error.strerror}); copy it again"

@@ -54,7 +54,12 @@ class CoreAttention(nn.Module):
         self.rotary = config.positions == "rotary"
 
     def forward(
-        self, q_TBNH: Tensor, k_TBNH: Tensor, v_TBNH: Tensor, temperature: Tensor | None
+        self,
+        q_TBNH: Tensor,
+        k_TBNH: Tensor,
+        v_TBNH: Tensor,
+        temperature: Tensor | None,
+        document_start_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output [T, B, N, H] and entropy in nats [B, N, T]; the temperature is [N] or [N, at least T]."""
         if self.rotary:
@@ -62,7 +67,9 @@ class CoreAttention(nn.Module):
         if temperature is not None and temperature.dim() == 2:
             temperature = temperature[:, : q_TBNH.shape[0]]
         q_BNTH, k_BNTH, v_BNTH = (x.permute(1, 2, 0, 3) for x in (q_TBNH, k_TBNH, v_TBNH))
-        out_BNTH, entropy_BNT = entropy_attention(q_BNTH, k_BNTH, v_BNTH, temperature=temperature)
+        out_BNTH, entropy_BNT = entropy_attention(
+            q_BNTH, k_BNTH, v_BNTH, temperature=temperature, document_start=document_start_BT
+        )
         return out_BNTH.permute(2, 0, 1, 3), entropy_BNT
 
 
@@ -98,16 +105,16 @@ class Attention(nn.Module):
             return self.temperature_parameter.to(exact).exp()
         return self.temperature_parameter
 
-    def forward(self, x_TBD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
-        return self.attend(self.query_key_value(x_TBD))
+        return self.attend(self.query_key_value(x_TBD), document_start_BT)
 
-    def attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
         # one sum, so that the backward pass keeps one tensor for all three and not the products beside it
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
         qkv_TBN3H = qkv.view(*qkv.shape[:2], -1, 3, self.head_width) + bias_N3H
-        out_TBNH, entropy_BNT = self.core(*qkv_TBN3H.unbind(3), self.temperature())
+        out_TBNH, entropy_BNT = self.core(*qkv_TBN3H.unbind(3), self.temperature(), document_start_BT)
         return self.output(out_TBNH.flatten(2)), entropy_BNT
 
 
@@ -156,9 +163,9 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         normalize_weights(self, config)
 
-    def forward(self, x_TBD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> [T, B, D] and entropy in nats [B, N, T]."""
-        attended_TBD, entropy_BNT = self.attention(self.attention_norm(x_TBD))
+        attended_TBD, entropy_BNT = self.attention(self.attention_norm(x_TBD), document_start_BT)
         x_TBD = x_TBD + attended_TBD
         return self.ffn(self.ffn_norm(x_TBD), x_TBD), entropy_BNT
 
@@ -217,11 +224,13 @@ class Transformer(nn.Module):
         if self.embedding is not None and self.head is not None and self.config.tied_head:
             self.head.weight = self.embedding.word.weight
 
-    def hidden_states(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def hidden_states(self, x: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Runs embedding and layers as far as they are held.
 
         Args:
             x: tokens [T, B] where the embedding is held, else hidden states [T, B, D].
+            document_start_BT: the first position that each may attend to (integers), where sequences are packed of
+                several documents; positions and per-position temperatures stay those of the packed sequence.
 
         Returns:
             Hidden states [T, B, D] and the entropy in nats of each layer held, [B, N, T].
@@ -229,16 +238,18 @@ class Transformer(nn.Module):
         x = self.embedding(x) if self.embedding is not None else x
         entropies_BNT = []
         for layer in self.layers.values():
-            x, entropy_BNT = layer(x)
+            x, entropy_BNT = layer(x, document_start_BT)
             entropies_BNT.append(entropy_BNT)
         return x, entropies_BNT
 
-    def forward(self, tokens_TB: Tensor, labels_TB: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, tokens_TB: Tensor, labels_TB: Tensor | None = None, document_start_BT: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The whole model: logits [T, B, V], or the summed cross-entropy in nats with labels, and every layer's
         entropy.
         """
         assert self.head is not None, "only a model that holds its head has an output"
-        x_TBD, entropies_BNT = self.hidden_states(tokens_TB)
+        x_TBD, entropies_BNT = self.hidden_states(tokens_TB, document_start_BT)
         return self.head(x_TBD, labels_TB), entropies_BNT
 
 

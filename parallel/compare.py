@@ -210,15 +210,9 @@ def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
 
     The vocabulary is the dataset's, or without one data.planned_vocab_size.
     """
-    from data.errors import DataError
-    from data.manifest import load_manifest
+    from train.dry_run import dataset_if_there, vocabulary
 
-    try:
-        vocab_size = load_manifest(config.data.path).vocab_size
-    except DataError as error:
-        if config.data.planned_vocab_size is None:
-            raise ConfigError([f"{error} (or set data.planned_vocab_size to compare without the dataset)"]) from None
-        vocab_size = config.data.planned_vocab_size
+    vocab_size, _ = vocabulary(config, dataset_if_there(config))
     shape = (count, config.training.global_batch_size, config.model.seq_length + 1)
     return vocab_size, torch.randint(
         0, vocab_size, shape, generator=torch.Generator().manual_seed(config.training.seed)

@@ -38,12 +38,17 @@ class ContextParallelCore(nn.Module):
         self.core, self.groups = core, groups
 
     def forward(
-        self, q_TBNH: Tensor, k_TBNH: Tensor, v_TBNH: Tensor, temperature: Tensor | None
+        self,
+        q_TBNH: Tensor,
+        k_TBNH: Tensor,
+        v_TBNH: Tensor,
+        temperature: Tensor | None,
+        document_start_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Positions of this rank, heads of all cp ranks -> output likewise; entropy [B, N / cp, T] of its own heads."""
         cp, cp_rank = self.groups.grid.cp, self.groups.grid.cp_rank
         qkv_TB3NH = heads_for_positions(torch.stack([q_TBNH, k_TBNH, v_TBNH], dim=2), self.groups.context)
         if temperature is not None:
             temperature = temperature.chunk(cp)[cp_rank]
-        out_TBNH, entropy_BNT = self.core(*qkv_TB3NH.unbind(2), temperature)
+        out_TBNH, entropy_BNT = self.core(*qkv_TB3NH.unbind(2), temperature, document_start_BT)
         return positions_for_heads(out_TBNH, self.groups.context), entropy_BNT

@@ -16,12 +16,14 @@ from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
-from parallel.pipeline import PipelineStage
+from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import Stage, StageStatistics
 from parallel.state import SavedState, load_pieces, save_pieces
 
-MicroBatch = tuple[Tensor, Tensor]
-"""Tokens and next tokens, each [T, B] int64 on the device."""
+MicroBatch = tuple[Tensor, ...]
+"""Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
+each token's document begins, [B, T].
+"""
 
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
@@ -79,11 +81,10 @@ class Engine:
         update_spectral_norms(self.stage)
         self.engine.train()
         if self.pipelined:
-            self.engine.train_batch(micro_batches)
+            self.engine.train_batch(map(inputs_and_labels, micro_batches))
         else:
             for _ in range(self.config.num_micro_batches):
-                tokens, labels = next(micro_batches)
-                self.engine.backward(self.engine(tokens, labels))
+                self.engine.backward(self.engine(*next(micro_batches)))
                 self.engine.step()
         return self.stage.take_statistics()
 
@@ -98,7 +99,9 @@ class Engine:
             return evaluate_stage(self.stage, micro_batches, valid_rows)
         self.engine.eval()
         self.stage.statistics, self.stage.valid_rows = None, valid_rows
-        self.engine.eval_batch(micro_batches, num_micro_batches=len(valid_rows), bcast_loss=False)
+        self.engine.eval_batch(
+            map(inputs_and_labels, micro_batches), num_micro_batches=len(valid_rows), bcast_loss=False
+        )
         self.stage.valid_rows = None
         return self.stage.take_statistics()
 

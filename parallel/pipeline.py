@@ -11,6 +11,12 @@ from parallel.megatron import Groups
 from parallel.stage import Stage
 
 
+def inputs_and_labels(micro_batch: tuple[Tensor, ...]) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """A micro-batch as DeepSpeed wants it: what the first stage gets, and what the last one does."""
+    tokens, labels, *document_start = micro_batch
+    return (tokens, *document_start) if document_start else tokens, labels
+
+
 class PipelineStage(PipelineModule):
     """Runs a stage's body; the last stage's loss comes from `Stage.loss`.
 
@@ -27,13 +33,17 @@ class PipelineStage(PipelineModule):
             partition_method="uniform",
         )
         self.stage = stage
+        self.hands_on = not grid.is_last_stage
         self.embedding_ends = groups.embedding_ends
         tied = self._tied_weight()
         for parameter in stage.parameters():
             parameter.ds_pipe_replicated = parameter is tied and not grid.is_first_stage
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stage.body(x)
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What the next stage gets: hidden states and, where it came with the tokens, where documents begin."""
+        x, *document_start = x if isinstance(x, tuple) else (x,)
+        hidden = self.stage.body(x, *document_start)
+        return (hidden, *document_start) if document_start and self.hands_on else hidden
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, ProcessGroup]]:
         """What DeepSpeed sums before a step: the tied embedding over first and last stage."""

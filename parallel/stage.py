@@ -51,9 +51,9 @@ class Stage(nn.Module):
     def thresholds_LN(self) -> Tensor:
         return torch.stack([block.attention.threshold for block in self.transformer.layers.values()])
 
-    def body(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
         """Tokens [T, B] or hidden states [T, B, D] to hidden states, with the penalty attached in training."""
-        x_TBD, entropies_BNT = self.transformer.hidden_states(x)
+        x_TBD, entropies_BNT = self.transformer.hidden_states(x, document_start_BT)
         entropy_LBNT = torch.stack(entropies_BNT)
         self._record(entropy_LBNT.detach())
         if self.regularizer is not None and self.training:
@@ -70,8 +70,8 @@ class Stage(nn.Module):
         self.statistics.cross_entropy += loss.detach()
         return loss
 
-    def forward(self, tokens_TB: Tensor, labels_TB: Tensor) -> Tensor:
-        return self.loss(self.body(tokens_TB), labels_TB)
+    def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+        return self.loss(self.body(tokens_TB, document_start_BT), labels_TB)
 
     def take_statistics(self) -> StageStatistics:
         """What was summed since the last call; in training, after the backward passes."""

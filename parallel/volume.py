@@ -67,9 +67,10 @@ def block_volume(work: Workload, hidden: float) -> float:
     tp, sequence_parallel, again = work.grid.tp, work.parallel.sequence_parallel, work.recompute == "full"
     two_matrices = 5 if sequence_parallel else 4
     forward = 2  # of it, repeated where the block is recomputed
-    if (
-        not work.model.fused_ffn
-    ):  # running again stops once all is there that was kept: before the last sum, if unscaled
+    ffn: float
+    ffn_forward: float
+    if not work.model.fused_ffn:
+        # a block stops running again once all is there that was kept: before the FFN's last sum, if it is not scaled
         ffn, ffn_forward = two_matrices, forward if work.model.scaled_ffn else int(sequence_parallel)
     elif not sequence_parallel:
         ffn, ffn_forward = 3, 2

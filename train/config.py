@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data.errors import DataError
+from data.manifest import SPLITS, Manifest
+from data.sources import ReadOptions
+from data.stream import open_reader
 from model.config import ModelConfig
 from model.regularizer import RegularizerConfig
 from parallel.config import ParallelConfig
@@ -38,17 +42,49 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: str = _explained(
-        "datasets/quickstart", "A prepared dataset (python -m data.prepare); its tokenizer fixes the vocabulary."
+        "datasets/quickstart",
+        "A prepared dataset (python -m data.prepare): a folder, https://..., s3://... or 'pipe:COMMAND {}'; or a "
+        "mixture of some, a .json file as data/mixture.py explains. Its tokenizer fixes the vocabulary.",
     )
     planned_vocab_size: int | None = _explained(
         None,
         "Tokens that --dry-run assumes where the dataset is not prepared yet; training takes the dataset's own number.",
     )
+    attention_within_documents: bool = _explained(
+        False,
+        "Whether a token attends to its own document only, rather than to all that a packed sequence holds before it. "
+        "Positions and per-position temperatures stay those of the packed sequence.",
+    )
+    shuffle_window_shards: int = _explained(
+        8, "Shards whose samples are shuffled together; as many are in use at a time, and as many again fetched ahead."
+    )
+    prefetch_micro_batches: int = _explained(8, "Micro-batches that a thread reads ahead of training.")
+    on_damage: Literal["stop", "skip"] = _explained(
+        "stop", "A shard that is not what was prepared stops the run, or is left out whole and others take its place."
+    )
+    cache_dir: str | None = _explained(
+        None,
+        "Where files from afar are kept, shared by a node's ranks; null means ~/.cache/entropy-guided-transformer.",
+    )
+    cache_gigabytes: float = _explained(100.0, "Size that the cache keeps to, in GB; what was used longest ago goes.")
+    fetch_attempts: int = _explained(5, "How often a file from afar is tried to be fetched before the run stops.")
+    fetch_time_limit_s: float = _explained(60.0, "Longest wait for the next MiB of a file from afar, in seconds.")
 
     def faults(self) -> list[str]:
+        faults = []
         if self.planned_vocab_size is not None and self.planned_vocab_size < 1:
-            return [f"data.planned_vocab_size = {self.planned_vocab_size} must be at least 1 (tokens), or null"]
-        return []
+            faults.append(f"data.planned_vocab_size = {self.planned_vocab_size} must be at least 1 (tokens), or null")
+        for name in ("shuffle_window_shards", "prefetch_micro_batches", "fetch_attempts"):
+            if getattr(self, name) < 1:
+                faults.append(f"data.{name} = {getattr(self, name)} must be at least 1")
+        for name in ("cache_gigabytes", "fetch_time_limit_s"):
+            if getattr(self, name) <= 0:
+                faults.append(f"data.{name} = {getattr(self, name)} must be positive")
+        return faults
+
+    def read_options(self) -> ReadOptions:
+        """How the dataset is fetched and checked."""
+        return ReadOptions.of(vars(self))
 
 
 @dataclass(frozen=True)
@@ -344,6 +380,24 @@ def world_faults(config: Config, world_size: int) -> list[str]:
             f"{config.training.micro_batch_size}) * data-parallel size({dp}) = {group}; change one of them"
         ]
     return []
+
+
+def dataset_faults(config: Config, manifest: Manifest) -> list[str]:
+    """Faults of the settings against the dataset: splits too short for a sample, a cache too small for its shards."""
+    data, faults = config.data, []
+    for split in SPLITS:
+        try:
+            open_reader(
+                manifest,
+                split,
+                config.model.seq_length,
+                config.training.seed,
+                data.shuffle_window_shards,
+                data.read_options(),
+            )
+        except DataError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _read_json(path: Path) -> dict[str, Any]:

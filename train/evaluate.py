@@ -58,7 +58,7 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     if not found:
         raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
     marker = checkpoint.read_marker(found[-1])
-    manifest = load_manifest(config.data.path)
+    manifest = load_manifest(config.data.path, config.data.read_options())
     identity = dataset_identity(manifest)
     checkpoint.check_fits(found[-1], marker, config, {key: identity[key] for key in ("vocab_size", "tokenizer_sha256")})
     stage, groups = build_stage(config, manifest.vocab_size)

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
 from data.errors import DataError  # noqa: E402
-from train.config import Config, ConfigError, load_config, world_faults  # noqa: E402
+from train.config import Config, ConfigError, dataset_faults, load_config, world_faults  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
 
 
@@ -63,15 +63,8 @@ def train(config: Config) -> int:
     from data.manifest import load_manifest
     from parallel.launch import LaunchError, choose_accelerator, world_size
 
-    manifest = load_manifest(config.data.path)
-    faults = world_faults(config, world_size())
-    for split in ("train", "validation"):
-        if manifest.num_samples(split, config.model.seq_length) == 0:
-            faults.append(
-                f"{config.data.path}: its {split} split has {manifest.num_tokens(split)} tokens, fewer than one "
-                f"sample of "
-                f"model.seq_length = {config.model.seq_length}; prepare more text or shorten the sequence"
-            )
+    manifest = load_manifest(config.data.path, config.data.read_options())
+    faults = world_faults(config, world_size()) + dataset_faults(config, manifest)
     if faults:
         raise ConfigError(faults)
     choose_accelerator()

@@ -21,7 +21,7 @@ from parallel.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workloa
 from parallel.volume import Volume, volume
 from train.accounting import training_flops_per_token
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
-from train.dry_run import vocabulary
+from train.dry_run import dataset_if_there, vocabulary
 from train.step_time import GPUS, Assumptions, Gpu, StepTime, step_time
 
 GIB = 2**30
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         faults = world_faults(config, ranks)
         if faults:
             raise ConfigError(faults)
-        vocab_size, source = vocabulary(config)
+        vocab_size, source = vocabulary(config, dataset_if_there(config))
     except ConfigError as error:
         for line in error.faults:
             print(f"error: {line}", file=sys.stderr)
@@ -179,8 +179,8 @@ def print_plan(plan: Plan, gpu: Gpu, vocab_size: int, source: str) -> None:
     print(
         f"{config.model.architecture}, {config.model.num_layers} layers of width {config.model.hidden_size}, T = "
         f"{config.model.seq_length}, vocabulary {vocab_size:,} ({source})\n"
-        f"{plan.ranks} {gpu.name}: {layout_name(config, plan.ranks)}; {config.training.global_batch_size} sequences a step "
-        f"in {config.num_micro_batches(plan.ranks)} micro-batches\n"
+        f"{plan.ranks} {gpu.name}: {layout_name(config, plan.ranks)}; {config.training.global_batch_size} sequences a "
+        f"step in {config.num_micro_batches(plan.ranks)} micro-batches\n"
     )
     print("GiB a rank     weights  gradients  optimizer  activations    logits  backward      peak     parameters")
     for stage, held in zip(kinds_of_stage(config), plan.stages, strict=True):

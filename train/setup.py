@@ -1,13 +1,13 @@
 """From a configuration to the parts of a run: groups, model, engine, data."""
 
+import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.manifest import Manifest
+from data.manifest import Manifest, load_manifest
 from data.stream import TokenStream
 from parallel.engine import Engine, EngineConfig, MicroBatch
 from parallel.grid import RankGrid
@@ -74,10 +74,15 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
     )
 
 
+load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
+"""`load_manifest`, but once a process: what is put in a dataset's place meanwhile is not what a run began with."""
+
+
 def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
     """This data-parallel rank's stream; its tensor-, pipeline- and context-parallel ranks read the same samples."""
+    data = config.data
     return TokenStream(
-        Path(config.data.path),
+        load_dataset(data.path, data.read_options()),
         split,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,
@@ -85,11 +90,18 @@ def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int |
         data_parallel_size=grid.dp,
         seed=config.training.seed,
         limit_samples=limit_samples,
+        window_shards=data.shuffle_window_shards,
+        prefetch=data.prefetch_micro_batches,
+        within_documents=data.attention_within_documents,
+        options=data.read_options(),
     )
 
 
 def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> Iterator[MicroBatch]:
-    """Tokens and next tokens [T / cp, B] on the device; labels of rows that do not count are ignored."""
+    """Tokens and next tokens [T / cp, B] on the device; labels of rows that do not count are ignored.
+
+    With data.attention_within_documents, also where the document of each of the T positions begins, [B, T].
+    """
     for batch in stream:
         tokens_BT = torch.from_numpy(batch)
         if stream.valid_rows < tokens_BT.shape[0]:
@@ -99,12 +111,16 @@ def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> 
             labels_BT = tokens_BT[:, 1:]
         held = grid.positions(labels_BT.shape[1])
         positions = slice(held.start, held.stop)
-        yield _to_device(tokens_BT[:, positions], device), _to_device(labels_BT[:, positions], device)
+        micro_batch = _to_device(tokens_BT[:, positions].t(), device), _to_device(labels_BT[:, positions].t(), device)
+        if stream.document_starts is None:
+            yield micro_batch
+        else:
+            yield *micro_batch, _to_device(torch.from_numpy(stream.document_starts), device)
 
 
-def _to_device(tokens_BT: Tensor, device: torch.device) -> Tensor:
-    tokens_TB = tokens_BT.t().contiguous()
-    return tokens_TB.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens_TB
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def dataset_identity(manifest: Manifest) -> dict[str, str | int]:

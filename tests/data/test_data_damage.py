@@ -1,5 +1,6 @@
 """Shards and manifests damaged in every way that other readers pass over in silence."""
 
+import gzip
 import json
 import logging
 import os
@@ -120,6 +121,15 @@ def test_skipping_decides_before_the_first_sample_of_a_shard_is_used(tmp_path: P
     stream.close()
 
 
+@pytest.mark.parametrize("name", [SHARD, "train-000001.digests", "manifest.json", "tokenizer.model"])
+def test_a_named_pipe_in_the_place_of_a_file_is_not_waited_for(made: Path, name: str) -> None:
+    (made / name).unlink()
+    os.mkfifo(made / name)
+    with pytest.raises(DataError, match=name):
+        _ = load_manifest(made).tokenizer_path
+        read_epoch(made)
+
+
 def test_damage_in_the_middle_of_a_long_sample_is_found(tmp_path: Path) -> None:
     path = make_dataset(tmp_path, [2], seq_length=20_000)
     flip(path / "train-000000.tar", 40_000)
@@ -143,6 +153,31 @@ def test_verify_names_every_damaged_shard(made: Path, capsys: pytest.CaptureFixt
         inspect([str(made), "--verify"])
     printed = capsys.readouterr().out
     assert SHARD in printed and "train-000002.tar" in printed and "train-000000.tar: " not in printed
+
+
+BOMB = gzip.compress(b" " * 10**7 + b'[0, "a.txt"]\n')
+LIST = gzip.compress(b'[0, "a.txt"]\n' * 100)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", BOMB, LIST[:-9], LIST[:20] + b"x" + LIST[21:], gzip.compress(b"[0]")]
+)
+def test_a_damaged_or_exploding_list_of_documents_is_one_clear_line(
+    made: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.inspect._MAX_DOCUMENT_LIST_BYTES", 10**6)
+    for path in made.glob("*.tar"):
+        path.with_suffix(".documents.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"documents\.jsonl\.gz: damaged") as caught:
+        inspect([str(made), "--step", "1", "--global-batch-size", "1", "--seq-length", "4"])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_printed_cannot_steer_the_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in made.glob("*.tar"):
+        path.with_suffix(".documents.jsonl.gz").write_bytes(gzip.compress(b'[0, "a\\u001b[2J.txt"]\n'))
+    inspect([str(made), "--step", "1", "--global-batch-size", "1", "--seq-length", "4"])
+    assert "a\\x1b[2J.txt" in capsys.readouterr().out
 
 
 def edit(path: Path, change: dict) -> None:

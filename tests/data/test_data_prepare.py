@@ -17,7 +17,7 @@ import zstandard
 from numpy import array, frombuffer
 
 from data.errors import DataError
-from data.inspect import documents_of
+from data.inspect import documents_of, first_sample_of
 from data.inspect import main as inspect
 from data.manifest import load_manifest
 from data.prepare import main as prepare
@@ -176,6 +176,7 @@ def test_run_again_it_says_so_and_touches_nothing(
     corpus: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    (prepared / ".work" / "scan").mkdir(parents=True)  # as a kill at the very end leaves it
     run(corpus, prepared)
     assert "already prepared" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
@@ -257,6 +258,21 @@ def test_a_step_is_traced_to_its_documents(corpus: Path, tmp_path: Path, capsys:
     assert rows[17] in capsys.readouterr().out
 
 
+def test_a_run_that_went_back_is_traced_by_its_journal(tmp_path: Path) -> None:
+    """Went back from step 9 to 4 past what it had read; killed before the next save; at last to 0 and past all that."""
+    assert first_sample_of(7, 8, None) == first_sample_of(7, 8, tmp_path) == 48
+    journal = tmp_path / "journal.jsonl"
+    back = {"event": "rolled back", "step": 4, "next_sample": 80}
+    journal.write_text(json.dumps({"event": "saved", "step": 4}) + "\n" + json.dumps(back) + '\n{"event": "ro')
+    assert [first_sample_of(step, 8, tmp_path) for step in (4, 5, 7)] == [24, 80, 96]
+    journal.write_text(journal.read_text() + "\n" + json.dumps({"event": "resumed", "step": 6}) + "\n")
+    assert [first_sample_of(step, 8, tmp_path) for step in (4, 5, 7)] == [24, 80, 96]
+    journal.write_text(journal.read_text() + json.dumps({"event": "resumed", "step": 4}) + "\n")
+    assert [first_sample_of(step, 8, tmp_path) for step in (4, 5, 7)] == [24, 32, 48]
+    journal.write_text(journal.read_text() + json.dumps({**back, "step": 0, "next_sample": 200}) + "\n")
+    assert [first_sample_of(step, 8, tmp_path) for step in (1, 4)] == [200, 224]
+
+
 def test_a_document_that_runs_into_the_next_shard_is_listed_there_too(corpus: Path, tmp_path: Path) -> None:
     manifest = load_manifest(run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01"))
     tokenizer = Tokenizer(manifest.tokenizer_path)
@@ -299,6 +315,7 @@ CUT_ZSTD = zstandard.compress(os.urandom(100_000).hex().encode())[:-50_000]
         ("a.jsonl", b'{"body": "a"}\n', "--text-key"),
         ("a.jsonl", b"no json\n", "no JSON object"),
         ("a.jsonl", b'["text"]\n', "no JSON object"),
+        ("a.jsonl", b"[" * 200_000, "no JSON object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
         ("a.jsonl", b"\n\n", "no text"),
         ("a.jsonl.gz", CUT_GZIP, r"a\.jsonl\.gz: the archive is damaged"),
@@ -376,3 +393,31 @@ def test_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "3.txt").write_text(text_of(3))
     with pytest.raises(DataError, match="--overwrite"):
         prepare(arguments)
+
+
+SBATCH = """#!/bin/bash
+# Runs the tasks of an array at once and prints a job's number, as sbatch --parsable does.
+while [[ $1 != --wrap ]]; do [[ $1 == --array=0-* ]] && last=${1#--array=0-}; echo "$1" >> "$SBATCH_LOG"; shift; done
+for task in $(seq 0 "$last"); do SLURM_ARRAY_TASK_ID=$task bash -c "$2" >&2 || exit 1; done
+wc -l < "$SBATCH_LOG"
+"""
+
+
+def test_the_array_script_gives_what_one_machine_gives(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SBATCH_LOG": str(tmp_path / "log"),
+    }
+    arguments = ["--input", str(corpus), "--output", str(tmp_path / "a set"), "--exclude", "site-packages"]
+    arguments += ["--vocab-size", "400", "--validation-fraction", "0.1"]
+    script = Path(__file__).parents[2] / "slurm" / "prepare.sh"
+    subprocess.run(["bash", script, "2", "--partition=cpu", "--", *arguments], env=environment, check=True)
+    assert digest_of(tmp_path / "a set") == digest_of(prepared)
+    submitted = (tmp_path / "log").read_text().split("--parsable")[1:]
+    assert [("dependency=afterok:" in each, "partition=cpu" in each) for each in submitted] == [
+        (False, True),
+        *[(True, True)] * 4,
+    ]

@@ -36,7 +36,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def options(tmp_path: Path, **changes: object) -> ReadOptions:
-    fields: dict = {"cache_dir": tmp_path / "cache", "time_limit_s": 5.0, **changes}
+    fields: dict = {"cache_dir": tmp_path / "cache", "fetch_time_limit_s": 5.0, **changes}
     return ReadOptions(**fields)
 
 
@@ -49,7 +49,9 @@ def read_epoch(path: str | Path, options: ReadOptions) -> list[int]:
 
 
 class Server:
-    """A loopback server; `fail` decides by the number of the request: a status, "cut", "flip", "hang" or None."""
+    """A loopback server; `fail` decides by the number of the request: a status, "cut", "flip", "hang", "trickle" or
+    None.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.fail = lambda number, name: None
@@ -71,6 +73,8 @@ class Server:
                 if how == "hang":
                     outer.released.wait(20)
                     return
+                while how == "trickle" and not outer.released.wait(0.05):
+                    self.wfile.write(b" ")
                 if how == "flip":
                     body[len(body) // 2] ^= 1
                 self.wfile.write(body[: len(body) // 2] if how == "cut" else body)
@@ -115,14 +119,20 @@ def test_a_manifest_that_is_cut_on_the_way_is_fetched_again(server: Server, tmp_
 
 def test_a_silent_server_is_given_up_within_the_time_limit(server: Server, tmp_path: Path) -> None:
     server.fail = lambda number, name: "hang" if number == 1 else None
-    load_manifest(server.address, options(tmp_path, time_limit_s=0.3))
+    load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.3))
     assert len(server.requests) == 2
+
+
+def test_a_server_that_trickles_is_given_up_too(server: Server, tmp_path: Path) -> None:
+    server.fail = lambda number, name: "trickle"
+    with pytest.raises(DataError, match=r"only \d bytes came in 0.2 s"):
+        load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.2, fetch_attempts=1))
 
 
 @pytest.mark.parametrize(("how", "message", "tries"), [("flip", "sha256", 3), (503, "3 attempts", 3), (404, "404", 1)])
 def test_lasting_failures_are_told(server: Server, tmp_path: Path, how: object, message: str, tries: int) -> None:
     server.fail = lambda number, name: how if name == "tokenizer.model" else None  # type: ignore[assignment]
-    manifest = load_manifest(server.address, options(tmp_path, attempts=3))
+    manifest = load_manifest(server.address, options(tmp_path, fetch_attempts=3))
     with pytest.raises(DataError, match=message):
         _ = manifest.tokenizer_path
     assert server.requests.count("tokenizer.model") == tries
@@ -131,7 +141,7 @@ def test_lasting_failures_are_told(server: Server, tmp_path: Path, how: object, 
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="could not be fetched in 2 attempts"):
-        load_manifest("http://127.0.0.1:9", options(tmp_path, attempts=2))
+        load_manifest("http://127.0.0.1:9", options(tmp_path, fetch_attempts=2))
 
 
 def test_a_pipe_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
@@ -141,15 +151,45 @@ def test_a_pipe_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
 def test_a_pipe_that_ends_early_with_status_0_is_caught(made: Path, tmp_path: Path) -> None:
     command = f"pipe:head -c $([ {{}} = train-000002.tar ] && echo 512 || echo 99999) {made}/{{}}"
     with pytest.raises(DataError, match=r"train-000002.*512 bytes came, expected 10240"):
-        read_epoch(command, options(tmp_path, attempts=2))
+        read_epoch(command, options(tmp_path, fetch_attempts=2))
+
+
+def test_damage_at_the_origin_falls_under_the_policy(made: Path, server: Server, tmp_path: Path) -> None:
+    content = bytearray((made / "train-000002.tar").read_bytes())
+    content[900] ^= 1
+    (made / "train-000002.tar").write_bytes(content)
+    with pytest.raises(DataError, match=rf"train-000002.*sha256 {hashlib.sha256(content).hexdigest()} came, expected"):
+        read_epoch(server.address, options(tmp_path, fetch_attempts=2))
+    server.requests.clear()
+    skipping = options(tmp_path, fetch_attempts=2, on_damage="skip")
+    assert read_epoch(server.address, skipping) == read_epoch(made, skipping)
+    assert server.requests.count("train-000002.tar") <= 4  # by the thread that fetches ahead and by the reader
+
+
+def test_a_server_that_is_down_does_not_pass_for_damage(server: Server, tmp_path: Path) -> None:
+    """One rank's network would else decide what all ranks read."""
+    server.fail = lambda number, name: 503 if name == "train-000002.tar" else None
+    with pytest.raises(DataError, match=r"train-000002.*could not be fetched"):
+        read_epoch(server.address, options(tmp_path, fetch_attempts=2, on_damage="skip"))
+
+
+def test_a_cache_that_cannot_be_written_is_told(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"cache .*: cannot be written \(Not a directory\); free space"):
+        read_epoch(server.address, options(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("command", "message"), [("pipe:false {}", "status 1"), ("pipe:sleep 9; cat {}", "nothing for")]
+    ("command", "message"),
+    [
+        ("pipe:false {}", "status 1"),
+        ("pipe:sleep 9; cat {}", "nothing for"),
+        ("pipe:while printf x; do sleep 0.05; done; cat {}", "bytes came in 0.2 s"),
+    ],
 )
 def test_a_pipe_that_fails_or_hangs_is_told(tmp_path: Path, command: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_manifest(command, options(tmp_path, attempts=2, time_limit_s=0.2))
+        load_manifest(command, options(tmp_path, fetch_attempts=2, fetch_time_limit_s=0.2))
 
 
 def test_a_pipe_has_to_say_where_the_name_goes(tmp_path: Path) -> None:
@@ -164,6 +204,40 @@ def test_an_object_store_gives_what_the_folder_gives(made: Path, tmp_path: Path)
     assert read_epoch("memory://bucket/set", options(tmp_path)) == read_epoch(made, options(tmp_path))
     with pytest.raises(DataError, match="cannot be read"):
         load_manifest("memory://bucket/absent", options(tmp_path))
+
+
+HANGING_STORE = """
+import fsspec, time
+from fsspec.implementations.memory import MemoryFileSystem
+from data.errors import DataError
+from data.manifest import load_manifest
+from data.sources import ReadOptions
+class Hanging(MemoryFileSystem):
+    protocol = "hanging"
+    def _open(self, *arguments, **more):
+        time.sleep(1000)
+fsspec.register_implementation("hanging", Hanging)
+try:
+    load_manifest("hanging://bucket/set", ReadOptions(fetch_attempts=2, fetch_time_limit_s=0.1))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_an_object_store_that_hangs_is_given_up_and_the_process_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGING_STORE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "nothing came for 0.1 s" in done.stdout
+
+
+def test_a_damaged_cached_tokenizer_is_mended(made: Path, server: Server, tmp_path: Path) -> None:
+    path = load_manifest(server.address, options(tmp_path)).tokenizer_path
+    path.write_bytes(b"nine")
+    assert load_manifest(server.address, options(tmp_path)).tokenizer_path.read_bytes() == b"none"
+    (made / "tokenizer.model").write_bytes(b"nine")
+    path.write_bytes(b"nine")
+    with pytest.raises(DataError, match="sha256") as caught:
+        _ = load_manifest(server.address, options(tmp_path, fetch_attempts=1)).tokenizer_path
+    assert type(caught.value) is DataError  # no shard, so nothing to skip
 
 
 def test_a_damaged_cache_is_mended(made: Path, server: Server, tmp_path: Path) -> None:
@@ -241,4 +315,4 @@ def test_a_fetched_dataset_outlives_its_origin_while_shards_are_cached(made: Pat
     assert read_epoch(f"pipe:cat {made}/{{}}", options(tmp_path)) == expected
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(DataError, match="could not be fetched"):
-        read_epoch(f"pipe:cat {made}/{{}} 2>/dev/null", options(tmp_path, attempts=1))
+        read_epoch(f"pipe:cat {made}/{{}} 2>/dev/null", options(tmp_path, fetch_attempts=1))

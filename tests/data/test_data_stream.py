@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_two_ranks_see_what_one_sees_in_the_same_order(made: Path) -> None:
 
 @given(
     sizes=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any),
-    phases=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 6)), min_size=1, max_size=5),
+    phases=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 3), st.integers(1, 6)), min_size=1, max_size=5),
 )
 @settings(max_examples=25, deadline=None)
 def test_any_sequence_of_layouts_reads_each_sample_once_an_epoch(
@@ -208,6 +209,33 @@ def test_an_error_while_reading_ahead_comes_out_of_next(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="cannot be opened"):
             next(stream)
+
+
+def test_the_time_spent_waiting_is_told(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = TokenStream(made, "train", SEQ_LENGTH, 1)
+    read = stream._reader.read
+
+    def slowly(positions: np.ndarray) -> np.ndarray:
+        time.sleep(0.2)
+        return read(positions)
+
+    monkeypatch.setattr(stream._reader, "read", slowly)
+    next(stream)
+    assert 0.15 < stream.wait_s < 60
+    stream.close()
+
+
+def test_closing_does_not_wait_for_a_network(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.stream._LONGEST_STOP_S", 0.1)
+    stream, released = TokenStream(made, "train", SEQ_LENGTH, 1), threading.Event()
+    next(stream)
+    monkeypatch.setattr(stream._reader, "read", lambda positions: released.wait(30))
+    for _ in range(30):
+        if stream._producer is not None and stream._producer._queue.empty():
+            break
+        next(stream)
+    stream.close()
+    released.set()
 
 
 def test_closing_stops_the_thread_and_next_starts_it_again(made: Path) -> None:

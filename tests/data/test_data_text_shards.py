@@ -1,5 +1,6 @@
 """Shards of text that this project did not write, against tokenizing them in one go."""
 
+import hashlib
 import io
 import json
 import random
@@ -11,10 +12,14 @@ import pytest
 import webdataset
 
 from data.errors import DataError
+from data.index import _documents, _Job
 from data.index import main as index
 from data.inspect import main as inspect
-from data.manifest import load_manifest
+from data.manifest import _fingerprint, load_manifest
+from data.samples import open_shard
 from data.stream import TokenStream
+from data.tar_layout import CHUNK_BYTES, DIGEST_BYTES
+from data.text_shard import TextShard
 from data.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ["red", "green", "blue", "été", "▁", "tab\t"]
@@ -132,7 +137,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> bytes:
         (lambda whole: whole[:700], "cut short|no plain tar"),
         (lambda whole: whole[:1024], "does not end as a tar"),
         (lambda whole: b"\x1f\x8b" + whole, "no plain tar"),
-        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt: no text"),
+        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt.: no text"),
         (lambda whole: whole.replace(b"a.txt", b"a.dat").replace(b"b.txt", b"b.dat"), "no plain tar"),
     ],
 )
@@ -155,6 +160,65 @@ def test_a_bad_shard_cannot_be_indexed(shards: Path, tmp_path: Path, damage, mes
             ]
         )
     assert "bad.tar" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+NESTED = b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (member("a.txt", 1 << 32), "4294967296 bytes, a document may have"),
+        (member("a", 1 << 32, tarfile.XHDTYPE), "a header of 4294967296 bytes"),
+        (member("a", 1 << 32, tarfile.GNUTYPE_LONGNAME), "a header of 4294967296 bytes"),
+        (member("a.json", len(NESTED)) + NESTED, "nested too deeply"),
+    ],
+)
+def test_a_shard_cannot_exhaust_memory(shards: Path, tmp_path: Path, start: bytes, message: str) -> None:
+    with (tmp_path / "web-00.tar").open("wb") as file:
+        file.write(start)
+        file.truncate((1 << 32) + 20_480)  # takes no room on the disk
+    job = _Job(str(tmp_path), "web-00.tar", tmp_path, shards / "tokenizer.model", "text")
+    with pytest.raises(DataError, match=message):
+        list(_documents(job, tmp_path / "web-00.tar", Tokenizer(job.tokenizer)))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"),
+    [(0, 0, -1), (0, 0, 1 << 62), (3, 1, 1 << 62), (3, 1, -1), (0, 2, 1 << 62), (0, 2, -(1 << 62)), (0, 2, 0)],
+)
+def test_an_index_that_lies_is_refused(indexed: Path, row: int, column: int, value: int) -> None:
+    """With every digest made to fit, as somebody who means harm would."""
+    manifest = json.loads((indexed / "manifest.json").read_text())
+    for shard in manifest["shards"]["train"]:
+        sidecar = indexed / shard["name"].replace(".tar", ".digests")
+        content, digests = sidecar.read_bytes(), -(-shard["num_bytes"] // CHUNK_BYTES) * DIGEST_BYTES
+        documents = np.frombuffer(content, dtype="<i8", offset=digests).reshape(-1, 4).copy()
+        documents[row, column] = value
+        sidecar.write_bytes(content[:digests] + documents.tobytes())
+        shard["digests_sha256"] = hashlib.sha256(sidecar.read_bytes()).hexdigest()
+    manifest["fingerprint"] = _fingerprint(manifest)
+    (indexed / "manifest.json").write_text(json.dumps(manifest))
+    stream = TokenStream(indexed, "train", 16, 8)
+    with pytest.raises(DataError, match="lists documents that the shard cannot hold"):
+        next(stream)
+    stream.close()
+
+
+def test_the_tokens_kept_of_a_text_shard_are_bounded(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.text_shard._KEPT_TOKENS", 300)
+    manifest = load_manifest(indexed)
+    shard = open_shard(manifest, manifest.shards["train"][0])
+    whole = shard.rows(np.arange(0, 640, 16), 17)
+    again = shard.rows(np.arange(0, 640, 16)[::-1], 17)[::-1]
+    assert np.array_equal(whole, again)
+    assert isinstance(shard, TextShard) and sum(map(len, shard._kept.values())) == shard._num_kept <= 300
 
 
 def test_names_that_match_nothing_are_told(shards: Path, tmp_path: Path) -> None:
