@@ -36,8 +36,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output in the query's layout, entropy [B, N, T] in nats (empty where not asked for), and what the backward needs.
 
-    The last is [2, B, N, T], each row's largest logit and the logarithm of the sum of exp(logit - largest), or
-    [1, B, N, T], their sum, where the kernels compute in 16 bits and float32 apart would gain nothing.
+    The last is [2, B, N, T]: each row's largest logit (Triton: its q . k) and the logarithm of the sum of exp(logit -
+    largest), apart, for their sum would be rounded.
     """
     with torch.autocast(q_BNTH.device.type, enabled=False):
         return _kernels(implementation).forward(
@@ -57,9 +57,8 @@ def _(
     with_entropy: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parts = 1 if implementation == "triton" and q_BNTH.dtype != torch.float32 else 2
     dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
-    shift_SBNT = q_BNTH.new_empty((parts, *q_BNTH.shape[:3]), dtype=dtype)
+    shift_SBNT = q_BNTH.new_empty((2, *q_BNTH.shape[:3]), dtype=dtype)
     entropy_BNT = shift_SBNT.new_empty(q_BNTH.shape[:3] if with_entropy else 0)
     return empty_in_layout(q_BNTH), entropy_BNT, shift_SBNT
 

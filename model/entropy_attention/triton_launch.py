@@ -30,15 +30,14 @@ def forward(
     causal: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), and the rows' shift.
+    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), each row's shift [2, B, N, T].
 
-    The shift is in powers of two: [2, B, N, T] for float32, log2 of the sum apart from the maximum, else [1, B, N, T].
+    The shift is the q . k of the row's largest logit, and log2 of the sum of exp2(logit - largest).
     """
     batch, heads, tokens, width = q_BNTH.shape
     q_BNTH, k_BKTH, v_BKTH = (_addressable(x) for x in (q_BNTH, k_BKTH, v_BKTH))
     output_BNTH = empty_in_layout(q_BNTH)
-    parts = 2 if q_BNTH.dtype == torch.float32 else 1
-    shift_SBNT = torch.empty(parts, batch, heads, tokens, dtype=torch.float32, device=q_BNTH.device)
+    shift_SBNT = torch.empty(2, batch, heads, tokens, dtype=torch.float32, device=q_BNTH.device)
     entropy_BNT = shift_SBNT.new_empty((batch, heads, tokens) if with_entropy else 0)
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     blocks = configuration(q_BNTH.dtype, width, tokens).forward
@@ -48,7 +47,7 @@ def forward(
         _descriptor(v_BKTH, blocks.keys),
         _descriptor(output_BNTH, blocks.rows),
         shift_SBNT[0],
-        shift_SBNT[-1],
+        shift_SBNT[1],
         entropy_BNT,
         kernel_temperature,
         _document_start(document_start_BT),
@@ -94,8 +93,8 @@ def backward(
     unread = shift_SBNT[0]  # stands in for pointers that the kernel's mode leaves alone
     grad_temperature_BNT = torch.empty_like(unread) if temperature is not None else None
     arguments = {
-        "shift": shift_SBNT[0],
-        "log_sum": shift_SBNT[-1],
+        "peak": shift_SBNT[0],
+        "log_sum": shift_SBNT[1],
         "entropy": entropy_BNT,
         "grad_entropy": unread if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
         "slope": unread if grad_entropy_BNT is None else torch.empty_like(unread),
@@ -129,6 +128,7 @@ def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode
         **_descriptors(owned, blocks),
         **arguments,
         **_constants(tensors["query"], mode, blocks),
+        EXACT=tensors["query"].dtype == torch.float32,
     )
     blocks = chosen.key
     owned = {name: x for name, x in tensors.items() if name not in ("output", "grad_query")}
@@ -191,13 +191,10 @@ def _constants(q_BNTH: Tensor, mode: int, blocks: Blocks) -> dict[str, Any]:
     return {
         "EVEN": tokens % max(blocks.rows, blocks.keys) == 0,
         "MODE": mode,
-        "EXACT": q_BNTH.dtype == torch.float32,
         "HP": _padded(width),
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.keys,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         "maxnreg": blocks.registers,
-        # in float32 products are rounded before they are subtracted, so that the largest score of a row gives exactly 0
-        "enable_fp_fusion": q_BNTH.dtype != torch.float32,
     }

@@ -93,7 +93,9 @@ def test_float32(shape: tuple[int, int, int, int, int], causal: bool, temperatur
 
 
 @needs_kernels
-@pytest.mark.parametrize(("tokens", "width", "causal"), [(200, 64, True), (130, 128, True), (100, 64, False)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "causal"), [(200, 64, True), (130, 128, True), (100, 64, False), (50, 64, True)]
+)
 def test_half_precision(tokens: int, width: int, causal: bool) -> None:
     dtype = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter computes bfloat16 wrongly
     found = errors((1, 4, 2, tokens, width), dtype, causal=causal, temperature="per_position")
@@ -136,6 +138,26 @@ def test_one_key_has_entropy_zero(implementation_scale: float) -> None:
 def test_extreme_logits_are_no_worse_than_plain_autograd(case: str) -> None:
     ours, plain = extreme_errors(case, "triton", DEVICE)
     assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, plain, strict=True)), (ours, plain)
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [96, 160])
+def test_enormous_scores_are_finite_and_one_hot(tokens: int) -> None:
+    """Scores near 1e16, as residuals of 1e7 give: the largest takes all, and nothing overflows."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 2, tokens, 128, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    q, k = (q * 1e7).requires_grad_(), (k * 1e7).requires_grad_()
+    t = torch.full((2, tokens), 0.01, device=DEVICE, requires_grad=True)
+    for temperature in (None, t):
+        output, entropy = entropy_attention(q, k, v, temperature=temperature, implementation="triton")
+        expected, _ = entropy_attention(
+            q.double(), k.double(), v.double(), temperature=temperature, implementation="reference"
+        )
+        torch.testing.assert_close(output, expected.to(dtype))
+        assert (entropy == 0).all()
+        gradients = torch.autograd.grad(output.sum() + entropy.sum(), (q, k))
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @needs_kernels
