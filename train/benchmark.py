@@ -2,15 +2,20 @@
 
     python -m train.benchmark attention          attention with entropies beside its peers, over lengths
     python -m train.benchmark step --config configs/ereg.json      a whole training step beside a GPT-2 of equal size
+    python -m train.benchmark learning --config configs/ereg.json  the fused attention against the reference
 
 Each says more with --help.
 """
 
 import sys
 
-from train import benchmark_attention, benchmark_step
+from train import benchmark_attention, benchmark_learning, benchmark_step
 
-BENCHMARKS = {"attention": benchmark_attention.main, "step": benchmark_step.main}
+BENCHMARKS = {
+    "attention": benchmark_attention.main,
+    "step": benchmark_step.main,
+    "learning": benchmark_learning.main,
+}
 
 
 def main(arguments: list[str]) -> int:

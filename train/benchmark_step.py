@@ -68,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--profile", action="store_true", help="also write each contender's time by kernel (GPU)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     return parser.parse_intermixed_args(argv)
 
@@ -87,6 +88,8 @@ class Contender:
     peak_memory_gib: float | None = None
     peak_reserved_gib: float | None = None
     device_waits: int | None = None
+    host_time_s: float | None = None
+    kernels: list[tuple[str, float, float]] = dataclasses.field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -186,6 +189,9 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
             contender.step()
         measure_memory(contender)
         contender.device_waits = count_device_waits(contender.step)
+        contender.host_time_s = host_time_s(contender.step)
+        if options.profile:
+            contender.kernels = kernel_times(contender.step)
         ready.append(contender)
         print(f"ready: {contender.name}, micro-batch {contender.micro_batch_size}, recompute {contender.recompute}")
     for _ in range(options.rounds):
@@ -246,9 +252,38 @@ def count_device_waits(step: Callable[[], Any]) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in found)
 
 
+def host_time_s(step: Callable[[], Any]) -> float | None:
+    """Seconds in which the host alone has prepared a step: below the device's, the device never waits for it."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return spent
+
+
+def kernel_times(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, float, float]]:
+    """(kernel, launches a step, milliseconds a step), the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time / 1e3)
+    rows = [(name, len(times) / steps, sum(times) / steps) for name, times in found.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
 def matmul_tflops() -> float:
     """What this device's own bf16 product of two square matrices reaches, on random data: the ceiling of a step."""
     a, b = (torch.randn(RATE_SIZE, RATE_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    timed(lambda: a @ b, 300)  # as warm as in training
     times_s = timed(lambda: a @ b, 50)
     return 2 * RATE_SIZE**3 / statistics.median(times_s) / 1e12
 
@@ -274,6 +309,8 @@ def described(contender: Contender, rate: float | None) -> dict[str, Any]:
         "peak_memory_gib": contender.peak_memory_gib,
         "peak_reserved_gib": contender.peak_reserved_gib,
         "device_waits": contender.device_waits,
+        "host_time_s": contender.host_time_s,
+        "kernels_ms": contender.kernels,
         "step_times_s": contender.step_times_s,
     }
 
@@ -289,8 +326,8 @@ def as_table(report: dict[str, Any]) -> str:
     lines += [
         "",
         "| contender | T | micro-batch | recompute | ms a step | tokens/s | x GPT-2 | TFLOP/s | of product | MFU | "
-        "GiB | waits |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "GiB | waits | host ms |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results:
         peer = peers.get(r["micro_batch_size"])
@@ -307,6 +344,7 @@ def as_table(report: dict[str, Any]) -> str:
             f"{r['mfu']:.1%}" if r["mfu"] else "",
             f"{r['peak_memory_gib']:.1f}" if r["peak_memory_gib"] else "",
             "" if r["device_waits"] is None else str(r["device_waits"]),
+            "" if r["host_time_s"] is None else f"{1e3 * r['host_time_s']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

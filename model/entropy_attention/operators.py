@@ -1,9 +1,13 @@
 """Attention with entropies as operators of PyTorch's library: one call to compilers, autocast and recomputation.
 
+Both take `projections`: query [B, N, T, H], key and value [B, K, T, H], or one joint tensor [T, B, N, 3, H] of all
+three. A joint one has a joint gradient, which the kernels write in place; three would have to be gathered into it.
+
 Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width,
 S parts of a row's shift (see `attention_forward`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +26,16 @@ def _kernels(implementation: str) -> Any:
     return triton_launch
 
 
+def separate(projections: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Query, key and value [B, heads, T, H], as views."""
+    if len(projections) == 3:
+        return projections
+    return [x_TBNH.permute(1, 2, 0, 3) for x_TBNH in projections[0].unbind(3)]
+
+
 @torch.library.custom_op("entropy_attention::forward", mutates_args=())
 def attention_forward(
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     scale: float,
@@ -39,17 +48,15 @@ def attention_forward(
     The last is [2, B, N, T]: each row's largest logit (Triton: its q . k) and the logarithm of the sum of exp(logit -
     largest), apart, for their sum would be rounded.
     """
-    with torch.autocast(q_BNTH.device.type, enabled=False):
+    with torch.autocast(projections[0].device.type, enabled=False):
         return _kernels(implementation).forward(
-            q_BNTH, k_BKTH, v_BKTH, temperature, document_start, scale, causal, with_entropy
+            *separate(projections), temperature, document_start, scale, causal, with_entropy
         )
 
 
 @attention_forward.register_fake
 def _(
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     scale: float,
@@ -57,6 +64,7 @@ def _(
     with_entropy: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q_BNTH = separate(projections)[0]
     dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
     shift_SBNT = q_BNTH.new_empty((2, *q_BNTH.shape[:3]), dtype=dtype)
     entropy_BNT = shift_SBNT.new_empty(q_BNTH.shape[:3] if with_entropy else 0)
@@ -67,9 +75,7 @@ def _(
 def attention_backward(
     grad_output_BNTH: Tensor,
     grad_entropy_BNT: Tensor | None,
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     output_BNTH: Tensor,
@@ -78,15 +84,14 @@ def attention_backward(
     scale: float,
     causal: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, each in its tensor's layout, and of the temperature (empty without one)."""
-    with torch.autocast(q_BNTH.device.type, enabled=False):
-        dq_BNTH, dk_BKTH, dv_BKTH, dt = _kernels(implementation).backward(
+) -> list[Tensor]:
+    """Gradients of the projections, each in its tensor's layout, and of the temperature (empty without one)."""
+    gradients = [empty_in_layout(x) for x in projections]
+    with torch.autocast(output_BNTH.device.type, enabled=False):
+        dt = _kernels(implementation).backward(
             grad_output_BNTH,
             grad_entropy_BNT,
-            q_BNTH,
-            k_BKTH,
-            v_BKTH,
+            *separate(projections),
             temperature,
             document_start,
             output_BNTH,
@@ -94,17 +99,16 @@ def attention_backward(
             shift_SBNT,
             scale,
             causal,
+            *separate(gradients),
         )
-    return dq_BNTH, dk_BKTH, dv_BKTH, shift_SBNT.new_empty(0) if dt is None else dt
+    return [*gradients, shift_SBNT.new_empty(0) if dt is None else dt]
 
 
 @attention_backward.register_fake
 def _(
     grad_output_BNTH: Tensor,
     grad_entropy_BNT: Tensor | None,
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     output_BNTH: Tensor,
@@ -113,31 +117,28 @@ def _(
     scale: float,
     causal: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     dt = shift_SBNT.new_empty(0) if temperature is None else torch.empty_like(temperature).contiguous()
-    return empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH), dt
+    return [*(empty_in_layout(x) for x in projections), dt]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
-    output_BNTH, entropy_BNT, shift_SBNT = output
-    ctx.save_for_backward(*tensors, output_BNTH, entropy_BNT, shift_SBNT)
-    ctx.mark_non_differentiable(shift_SBNT)
+    projections, temperature, document_start, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
+    ctx.save_for_backward(*projections, temperature, document_start, *output)
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs its backward nothing
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q_BNTH, k_BKTH, v_BKTH, temperature, document_start, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
+def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    *projections, temperature, document_start, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output_BNTH)
     if not ctx.with_entropy:
         grad_entropy = None
-    dq_BNTH, dk_BKTH, dv_BKTH, dt = attention_backward(
+    *gradients, dt = attention_backward(
         grad_output,
         grad_entropy,
-        q_BNTH,
-        k_BKTH,
-        v_BKTH,
+        projections,
         temperature,
         document_start,
         output_BNTH,
@@ -147,7 +148,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None,
         ctx.causal,
         ctx.implementation,
     )
-    return dq_BNTH, dk_BKTH, dv_BKTH, None if temperature is None else dt, None, None, None, None, None
+    return gradients, None if temperature is None else dt, None, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_save_for_backward)

@@ -22,21 +22,23 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _query_gradient(
-    dq, q, do, key, value, batch, key_head, peak, log_sum, slope, offset, factor, row_start, first_row, start, stop,
-    tokens,
+    dq, ds_x, q, do, key, value, batch, key_head, peak, log_sum, slope, offset, factor, row_start, first_row, start,
+    stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS k of keys start .. stop to dq."""
+    """Adds dS k of keys start .. stop to dq, and with a temperature dS x to ds_x."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
-        _, ds = score_tile(
+        x, _, ds = score_tile(
             q, k, v, do, peak, log_sum, slope, offset, factor, row_start, first_row, n, tokens,
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE,
         )  # fmt: skip
+        if MODE != 0:
+            ds_x += tl.sum(ds * x, 1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
+    return dq, ds_x
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def _mean_gradient(
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
-        _, pg = score_tile(
+        _, _, pg = score_tile(
             q, k, v, do, peak, log_sum, slope, slope * 0, factor, row_start, first_row, n, tokens,
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE,
         )  # fmt: skip
@@ -69,7 +71,7 @@ def query_kernel(
     EXACT takes sum_j p_j g_j over the very scores that dS is made of, one more pass over the keys, where rowsum(dO o O)
     would leave a rounding error in rows that attend to a single key and whose dS is 0.
 
-    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij = -(q_i . dq_i) / t_i.
+    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij, where s may be ln p, since sum_j dS_ij = 0.
     """
     CHECK: tl.constexpr = not EVEN
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -112,18 +114,18 @@ def query_kernel(
         store_vector(slope + row_offset, row_slope, first_row, tokens, BLOCK_M, CHECK)
 
     dq = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
+    ds_x = tl.zeros([BLOCK_M], dtype=tl.float32)
     for masked in tl.static_range(1 if DOCUMENTS else 0, 2):  # first the keys that all rows see
         first, last = (unmasked, stop) if masked else (0, unmasked)
-        dq = _query_gradient(
-            dq, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, row_const, factor, row_start,
-            first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, BLOCK_N,
+        dq, ds_x = _query_gradient(
+            dq, ds_x, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, row_const, factor,
+            row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, BLOCK_N,
         )  # fmt: skip
     dq *= LN2 * along_rows(factor, MODE)
     store_rows(grad_query, batch, head, first_row, dq)
     if MODE != 0:
-        q = load_rows(query, batch, head, first_row)  # again, rather than held in registers all along
-        row_grad = tl.sum(q.to(tl.float32) * dq, 1) * (-factor / scale_log2)
-        store_vector(row_grad_temperature + row_offset, row_grad, first_row, tokens, BLOCK_M, CHECK)
+        ds_x *= -LN2 * factor / scale_log2
+        store_vector(row_grad_temperature + row_offset, ds_x, first_row, tokens, BLOCK_M, CHECK)
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def _key_gradients(
         if MODE == 2:
             factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         row_start = load_vector(document_start, m, tokens, 0, BLOCK_M, CHECK) if DOCUMENTS else m
-        p, ds = score_tile(
+        _, p, ds = score_tile(
             q, k, v, do, row_peak, row_log_sum, row_slope, row_const, factor, row_start, m, first_key, tokens,
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE,
         )  # fmt: skip

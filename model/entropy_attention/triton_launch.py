@@ -77,17 +77,20 @@ def backward(
     shift_SBNT: Tensor,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and of the temperature (None without one)."""
+    dq_BNTH: Tensor,
+    dk_BKTH: Tensor,
+    dv_BKTH: Tensor,
+) -> Tensor | None:
+    """Fills the gradients of query, key and value, and returns that of the temperature (None without one)."""
     tensors = {
         "query": _addressable(q_BNTH),
         "key": _addressable(k_BKTH),
         "value": _addressable(v_BKTH),
         "output": output_BNTH,
         "grad_output": _addressable(grad_output_BNTH),
-        "grad_query": empty_in_layout(q_BNTH),
-        "grad_key": empty_in_layout(k_BKTH),
-        "grad_value": empty_in_layout(v_BKTH),
+        "grad_query": dq_BNTH,
+        "grad_key": dk_BKTH,
+        "grad_value": dv_BKTH,
     }
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     unread = shift_SBNT[0]  # stands in for pointers that the kernel's mode leaves alone
@@ -111,11 +114,9 @@ def backward(
         "ENTROPY": grad_entropy_BNT is not None,
     }
     _launch_backward(tensors, arguments, mode)
-    grad_temperature = None
-    if temperature is not None and grad_temperature_BNT is not None:
-        shared = (0, 2) if temperature.dim() == 1 else 0
-        grad_temperature = grad_temperature_BNT.sum(shared).to(temperature.dtype)
-    return tensors["grad_query"], tensors["grad_key"], tensors["grad_value"], grad_temperature
+    if temperature is None or grad_temperature_BNT is None:
+        return None
+    return grad_temperature_BNT.sum((0, 2) if temperature.dim() == 1 else 0).to(temperature.dtype)
 
 
 def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode: int) -> None:

@@ -97,9 +97,9 @@ def score_tile(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities p and score gradients dS of one tile [rows, keys].
+    """Logarithms x = log2 p of the probabilities, p, and score gradients dS of one tile [rows, keys].
 
-    A row's probabilities are exp2((q . k - peak) * factor - log_sum): its largest q . k goes first, as in the forward.
+    x = ((q . k - peak) * factor - log_sum: a row's largest q . k goes first, as in the forward.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -112,4 +112,4 @@ def score_tile(
     constant = offset[:, None]
     if ENTROPY:
         constant = x * slope[:, None] + constant
-    return p, p * (dp + constant)  # Triton starts the sum of dp at the constant
+    return x, p, p * (dp + constant)  # Triton starts the sum of dp at the constant

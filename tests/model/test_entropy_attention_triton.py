@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from model.entropy_attention import HAS_TRITON, entropy_attention
+from model.entropy_attention import HAS_TRITON, entropy_attention, joint_entropy_attention
 from tests.model.test_entropy_attention import EXTREMES, document_starts, extreme_errors, relative_error
 
 HAS_CUDA = torch.cuda.is_available()
@@ -181,6 +181,23 @@ def test_every_width_and_type_on_the_device(tokens: int, width: int, dtype: torc
             found = found[:2]
         limit = 5e-6 if dtype == torch.float32 else 1e-2
         assert max(found) < limit and found[1] < (5e-6 if dtype == torch.float32 else 1e-3), found
+
+
+@pytest.mark.gpu
+def test_a_joint_projection_on_the_device() -> None:
+    joint = torch.randn(200, 3, 4, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    t = torch.rand(4, 200, device="cuda").add(0.5).requires_grad_()
+
+    def attend(joint: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        output, entropy = joint_entropy_attention(joint * 1.0, temperature=t)
+        return output.float().square().sum() + entropy.square().sum()
+
+    q, k, v = (x.permute(1, 2, 0, 3).contiguous() for x in joint.unbind(3))
+    output, entropy = entropy_attention(q, k, v, temperature=t)
+    expected = torch.autograd.grad(output.float().square().sum() + entropy.square().sum(), (joint, t))
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        found = torch.autograd.grad(function(joint, t), (joint, t))
+        assert all(relative_error(x, y) < 1e-3 for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
