@@ -25,7 +25,7 @@ def _query_gradient(
     dq, ds_x, q, do, key, value, batch, key_head, peak, log_sum, slope, offset, factor, row_start, first_row, start,
     stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds dS k of keys start .. stop to dq, and with a temperature dS x to ds_x."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -33,7 +33,7 @@ def _query_gradient(
         v = load_rows(value, batch, key_head, n)
         x, _, ds = score_tile(
             q, k, v, do, peak, log_sum, slope, offset, factor, row_start, first_row, n, tokens,
-            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE,
+            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         if MODE != 0:
             ds_x += tl.sum(ds * x, 1)
@@ -45,7 +45,7 @@ def _query_gradient(
 def _mean_gradient(
     mean, q, do, key, value, batch, key_head, peak, log_sum, slope, factor, row_start, first_row, start, stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds sum_j p_j g_j of keys start .. stop, where dS_j = p_j (g_j - that sum over all keys)."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -53,7 +53,7 @@ def _mean_gradient(
         v = load_rows(value, batch, key_head, n)
         _, _, pg = score_tile(
             q, k, v, do, peak, log_sum, slope, slope * 0, factor, row_start, first_row, n, tokens,
-            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE,
+            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         mean += tl.sum(pg, 1)
     return mean
@@ -106,7 +106,7 @@ def query_kernel(
             first, last = (unmasked, stop) if masked else (0, unmasked)
             mean = _mean_gradient(
                 mean, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, factor, row_start,
-                first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, BLOCK_N,
+                first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
             )  # fmt: skip
         row_const = -mean
     store_vector(offset + row_offset, row_const, first_row, tokens, BLOCK_M, CHECK)
@@ -119,7 +119,7 @@ def query_kernel(
         first, last = (unmasked, stop) if masked else (0, unmasked)
         dq, ds_x = _query_gradient(
             dq, ds_x, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, row_const, factor,
-            row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, BLOCK_N,
+            row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
         )  # fmt: skip
     dq *= LN2 * along_rows(factor, MODE)
     store_rows(grad_query, batch, head, first_row, dq)
@@ -133,7 +133,7 @@ def _key_gradients(
     dk, dv, k, v, query, grad_output, batch, head, peak, log_sum, slope, offset, temperature, document_start,
     scale_log2, factor, first_key, start, stop, tokens,
     MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds query rows start .. stop to dk and dv."""
     for m in tl.range(start, stop, BLOCK_M):
@@ -148,7 +148,7 @@ def _key_gradients(
         row_start = load_vector(document_start, m, tokens, 0, BLOCK_M, CHECK) if DOCUMENTS else m
         _, p, ds = score_tile(
             q, k, v, do, row_peak, row_log_sum, row_slope, row_const, factor, row_start, m, first_key, tokens,
-            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE,
+            MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         if MODE == 2:
             ds *= factor[:, None]
@@ -163,7 +163,7 @@ def key_kernel(
     query, key, value, grad_output, grad_key, grad_value, peak, log_sum, slope, offset, temperature, document_start,
     document_stop, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, over all the query heads that share it.
 
@@ -197,7 +197,7 @@ def key_kernel(
             dk, dv = _key_gradients(
                 dk, dv, k, v, query, grad_output, batch, head, peak + row_offset, log_sum + row_offset,
                 slope + row_offset, offset + row_offset, temperature, document_start, scale_log2, factor, first_key,
-                first, last, tokens, masked == 1, CHECK, CAUSAL, DOCUMENTS, ENTROPY, MODE, BLOCK_M,
+                first, last, tokens, masked == 1, CHECK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_M,
             )  # fmt: skip
     dk *= LN2 if MODE == 2 else LN2 * factor
     store_rows(grad_key, batch, key_head, first_key, dk)

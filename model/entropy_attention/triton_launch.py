@@ -112,6 +112,7 @@ def backward(
         "CAUSAL": causal,
         "DOCUMENTS": document_start_BT is not None,
         "ENTROPY": grad_entropy_BNT is not None,
+        "EXACT": q_BNTH.dtype == torch.float32,
     }
     _launch_backward(tensors, arguments, mode)
     if temperature is None or grad_temperature_BNT is None:
@@ -129,7 +130,6 @@ def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode
         **_descriptors(owned, blocks),
         **arguments,
         **_constants(tensors["query"], mode, blocks),
-        EXACT=tensors["query"].dtype == torch.float32,
     )
     blocks = chosen.key
     owned = {name: x for name, x in tensors.items() if name not in ("output", "grad_query")}

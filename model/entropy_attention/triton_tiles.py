@@ -95,7 +95,7 @@ def row_constants(delta, entropy, grad_entropy, ENTROPY: tl.constexpr):
 def score_tile(
     q, k, v, do, peak, log_sum, slope, offset, factor, row_start, first_row, first_key, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Logarithms x = log2 p of the probabilities, p, and score gradients dS of one tile [rows, keys].
 
@@ -109,7 +109,12 @@ def score_tile(
         p = tl.where(
             visible(first_row, first_key, row_start, tokens, CAUSAL, DOCUMENTS, q.shape[0], k.shape[0]), p, 0.0
         )
-    constant = offset[:, None]
-    if ENTROPY:
-        constant = x * slope[:, None] + constant
-    return x, p, p * (dp + constant)  # Triton starts the sum of dp at the constant
+    # Triton starts the sum of dp at what is added to it, which rounds each sum otherwise. In a row that attends to one
+    # key dP and the offset cancel, exactly only if dP was summed as in the offset.
+    if EXACT:
+        ds = p * (dp + x * slope[:, None] if ENTROPY else dp) + p * offset[:, None]
+    elif ENTROPY:
+        ds = p * (dp + (x * slope[:, None] + offset[:, None]))
+    else:
+        ds = p * (dp + offset[:, None])
+    return x, p, ds
