@@ -9,10 +9,8 @@ and step.png.
 import argparse
 import dataclasses
 import statistics
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from model.config import ModelConfig
 from train import benchmark_report
 from train.accounting import mfu, training_flops_per_token
+from train.benchmark_timing import MATMUL_SIZE, count_device_waits, kernel_times, matmul_tflops, memory, timed
 from train.config import Config, config_from_dict, load_config
 
 CONTENDERS = {
@@ -29,7 +28,6 @@ CONTENDERS = {
     "SM+LN+G": "LayerNorm and GELU through this project's engine",
     "GPT-2": "LayerNorm and GELU in plain compiled PyTorch",
 }
-RATE_SIZE = 8192
 WARM_UP_STEPS = 4
 
 
@@ -41,12 +39,13 @@ def main(argv: list[str]) -> None:
     choose_accelerator()
     torch._dynamo.config.automatic_dynamic_shapes = False  # each micro-batch size is compiled for itself
     config = load_config(options.config, options.overrides)
-    rate = matmul_tflops() if torch.cuda.is_available() else None
+    rate, sustained = matmul_tflops() if torch.cuda.is_available() else (None, None)
     results = [described(contender, rate) for contender in measure(build(config, options), options)]
     report = {
         "machine": benchmark_report.machine(),
         "config": config.as_dict(),
         "matmul_tflops": rate,
+        "sustained_matmul_tflops": sustained,
         "results": results,
     }
     benchmark_report.write(options.output, "step", report, as_table(report))
@@ -88,7 +87,6 @@ class Contender:
     peak_memory_gib: float | None = None
     peak_reserved_gib: float | None = None
     device_waits: int | None = None
-    host_time_s: float | None = None
     kernels: list[tuple[str, float, float]] = dataclasses.field(default_factory=list)
 
     @property
@@ -189,7 +187,6 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
             contender.step()
         measure_memory(contender)
         contender.device_waits = count_device_waits(contender.step)
-        contender.host_time_s = host_time_s(contender.step)
         if options.profile:
             contender.kernels = kernel_times(contender.step)
         ready.append(contender)
@@ -198,33 +195,6 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
         for contender in ready:
             contender.step_times_s += timed(contender.step, options.steps)
     return ready
-
-
-def timed(step: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of each of `steps` steps after one that settles; on a GPU between events, never waiting between steps."""
-    step()
-    if not torch.cuda.is_available():
-        marks = [time.perf_counter()]
-        for _ in range(steps):
-            step()
-            marks.append(time.perf_counter())
-        return [end - start for start, end in pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
-
-
-def memory() -> tuple[int, int]:
-    """Bytes allocated and reserved on the device, unused blocks given back."""
-    if not torch.cuda.is_available():
-        return 0, 0
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
 def measure_memory(contender: Contender) -> None:
@@ -238,54 +208,6 @@ def measure_memory(contender: Contender) -> None:
     allocated, reserved = contender.memory_before
     contender.peak_memory_gib = (torch.cuda.max_memory_allocated() - allocated) / 2**30
     contender.peak_reserved_gib = (torch.cuda.max_memory_reserved() - reserved) / 2**30
-
-
-def count_device_waits(step: Callable[[], Any]) -> int | None:
-    """How often a step makes the host wait for the device, by PyTorch's own detector."""
-    if not torch.cuda.is_available():
-        return None
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in found)
-
-
-def host_time_s(step: Callable[[], Any]) -> float | None:
-    """Seconds in which the host alone has prepared a step: below the device's, the device never waits for it."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    spent = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return spent
-
-
-def kernel_times(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, float, float]]:
-    """(kernel, launches a step, milliseconds a step), the longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    found: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(event.name, []).append(event.device_time / 1e3)
-    rows = [(name, len(times) / steps, sum(times) / steps) for name, times in found.items()]
-    return sorted(rows, key=lambda row: -row[2])
-
-
-def matmul_tflops() -> float:
-    """What this device's own bf16 product of two square matrices reaches, on random data: the ceiling of a step."""
-    a, b = (torch.randn(RATE_SIZE, RATE_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    timed(lambda: a @ b, 300)  # as warm as in training
-    times_s = timed(lambda: a @ b, 50)
-    return 2 * RATE_SIZE**3 / statistics.median(times_s) / 1e12
 
 
 def described(contender: Contender, rate: float | None) -> dict[str, Any]:
@@ -309,7 +231,6 @@ def described(contender: Contender, rate: float | None) -> dict[str, Any]:
         "peak_memory_gib": contender.peak_memory_gib,
         "peak_reserved_gib": contender.peak_reserved_gib,
         "device_waits": contender.device_waits,
-        "host_time_s": contender.host_time_s,
         "kernels_ms": contender.kernels,
         "step_times_s": contender.step_times_s,
     }
@@ -322,12 +243,15 @@ def as_table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     lines = [f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}; medians"]
     if report["matmul_tflops"]:
-        lines[0] += f"; bf16 product of {RATE_SIZE}^3: {report['matmul_tflops']:.0f} TFLOP/s"
+        lines[0] += (
+            f"; bf16 product of {MATMUL_SIZE}^3: {report['matmul_tflops']:.0f} TFLOP/s, "
+            f"{report['sustained_matmul_tflops']:.0f} once warm"
+        )
     lines += [
         "",
         "| contender | T | micro-batch | recompute | ms a step | tokens/s | x GPT-2 | TFLOP/s | of product | MFU | "
-        "GiB | waits | host ms |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "GiB | waits |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results:
         peer = peers.get(r["micro_batch_size"])
@@ -344,7 +268,6 @@ def as_table(report: dict[str, Any]) -> str:
             f"{r['mfu']:.1%}" if r["mfu"] else "",
             f"{r['peak_memory_gib']:.1f}" if r["peak_memory_gib"] else "",
             "" if r["device_waits"] is None else str(r["device_waits"]),
-            "" if r["host_time_s"] is None else f"{1e3 * r['host_time_s']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.entropy_attention import reference
-from model.entropy_attention.operators import attention_forward, separate
+from model.entropy_attention.operators import attention, separate
 
 __all__ = ["entropy_attention", "joint_entropy_attention"]
 
@@ -30,6 +30,9 @@ def entropy_attention(
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """a_ij = softmax_j(q_i . k_j * scale / t_i); returns sum_j a_ij v_j and H_i = -sum_j a_ij ln a_ij.
+
+    float32 is computed with IEEE products everywhere; tf32 is never used, whatever PyTorch's matmul precision says.
+    Backward passes are deterministic: no kernel adds atomically.
 
     Args:
         query: [B, N, T, H], any strides with a contiguous last dimension; the output has its memory order.
@@ -75,10 +78,12 @@ def entropy_attention(
         step = 16 // query.element_size()
         query, key, value = (F.pad(x, (0, -width % step)) for x in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    output, entropy, _ = attention_forward(
+    output, entropy = attention(
         [query, key, value], temperature, document_start, scale, causal, return_entropy, implementation
     )
-    return output[..., :width], entropy if return_entropy else None
+    if output.shape[-1] != width:
+        output = output[..., :width]
+    return output, entropy if return_entropy else None
 
 
 def joint_entropy_attention(
@@ -106,7 +111,7 @@ def joint_entropy_attention(
         output, entropy = entropy_attention(query, key, value, temperature=temperature, document_start=document_start)
         assert entropy is not None
     else:
-        output, entropy, _ = attention_forward(
+        output, entropy = attention(
             [qkv_TBN3H.contiguous()], temperature, document_start, 1 / math.sqrt(width), True, True, implementation
         )
     return output.permute(2, 0, 1, 3), entropy

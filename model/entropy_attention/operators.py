@@ -1,4 +1,7 @@
-"""Attention with entropies as operators of PyTorch's library: one call to compilers, autocast and recomputation.
+"""Attention with entropies for autograd: as operators of PyTorch's library, and directly where nobody looks on.
+
+To compilers and dispatch modes (fake tensors, selective recomputation) the operators are one call each. In eager mode
+`attention` skips their machinery, which costs the host more than a short sequence costs a GPU.
 
 Both take `projections`: query [B, N, T, H], key and value [B, K, T, H], or one joint tensor [T, B, N, 3, H] of all
 three. A joint one has a joint gradient, which the kernels write in place; three would have to be gathered into it.
@@ -7,11 +10,13 @@ Tensor names carry their shape: B sequences, N query heads, K key heads, T token
 S parts of a row's shift (see `attention_forward`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from model.entropy_attention import blocked
 from model.entropy_attention.layout import empty_in_layout
@@ -33,6 +38,22 @@ def separate(projections: Sequence[Tensor]) -> Sequence[Tensor]:
     return [x_TBNH.permute(1, 2, 0, 3) for x_TBNH in projections[0].unbind(3)]
 
 
+def attention(
+    projections: Sequence[Tensor],
+    temperature: Tensor | None,
+    document_start: Tensor | None,
+    scale: float,
+    causal: bool,
+    with_entropy: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and entropy as `attention_forward` gives them, differentiable."""
+    options = (temperature, document_start, scale, causal, with_entropy, implementation)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return attention_forward(projections, *options)[:2]
+    return _Attention.apply(*options, *projections)[:2]
+
+
 @torch.library.custom_op("entropy_attention::forward", mutates_args=())
 def attention_forward(
     projections: Sequence[Tensor],
@@ -48,10 +69,7 @@ def attention_forward(
     The last is [2, B, N, T]: each row's largest logit (Triton: its q . k) and the logarithm of the sum of exp(logit -
     largest), apart, for their sum would be rounded.
     """
-    with torch.autocast(projections[0].device.type, enabled=False):
-        return _kernels(implementation).forward(
-            *separate(projections), temperature, document_start, scale, causal, with_entropy
-        )
+    return _forward(projections, temperature, document_start, scale, causal, with_entropy, implementation)
 
 
 @attention_forward.register_fake
@@ -86,22 +104,19 @@ def attention_backward(
     implementation: str,
 ) -> list[Tensor]:
     """Gradients of the projections, each in its tensor's layout, and of the temperature (empty without one)."""
-    gradients = [empty_in_layout(x) for x in projections]
-    with torch.autocast(output_BNTH.device.type, enabled=False):
-        dt = _kernels(implementation).backward(
-            grad_output_BNTH,
-            grad_entropy_BNT,
-            *separate(projections),
-            temperature,
-            document_start,
-            output_BNTH,
-            entropy_BNT,
-            shift_SBNT,
-            scale,
-            causal,
-            *separate(gradients),
-        )
-    return [*gradients, shift_SBNT.new_empty(0) if dt is None else dt]
+    return _gradients(
+        grad_output_BNTH,
+        grad_entropy_BNT,
+        projections,
+        temperature,
+        document_start,
+        output_BNTH,
+        entropy_BNT,
+        shift_SBNT,
+        scale,
+        causal,
+        implementation,
+    )
 
 
 @attention_backward.register_fake
@@ -122,22 +137,39 @@ def _(
     return [*(empty_in_layout(x) for x in projections), dt]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    projections, temperature, document_start, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
+def _forward(projections: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(projections[0].device.type, enabled=False):
+        return _kernels(options[-1]).forward(*separate(projections), *options[:-1])
+
+
+def _gradients(
+    grad_output: Tensor, grad_entropy: Tensor | None, projections: Sequence[Tensor], *others: Any
+) -> list[Tensor]:
+    gradients = [empty_in_layout(x) for x in projections]
+    with torch.autocast(grad_output.device.type, enabled=False):
+        dt = _kernels(others[-1]).backward(
+            grad_output, grad_entropy, *separate(projections), *others[:-1], *separate(gradients)
+        )
+    return [*gradients, grad_output.new_empty(0) if dt is None else dt]
+
+
+def _save(ctx: Any, projections: Sequence[Tensor], options: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    temperature, document_start, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = options
     ctx.save_for_backward(*projections, temperature, document_start, *output)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs its backward nothing
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, gradients: Callable[..., list[Tensor]], grad_output: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Gradients of the projections and of the temperature."""
     *projections, temperature, document_start, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output_BNTH)
-    if not ctx.with_entropy:
-        grad_entropy = None
-    *gradients, dt = attention_backward(
+    *of_projections, dt = gradients(
         grad_output,
-        grad_entropy,
+        grad_entropy if ctx.with_entropy else None,
         projections,
         temperature,
         document_start,
@@ -148,7 +180,36 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None,
         ctx.causal,
         ctx.implementation,
     )
-    return gradients, None if temperature is None else dt, None, None, None, None, None
+    return of_projections, None if temperature is None else dt
 
 
-attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
+def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, inputs[0], inputs[1:], output)
+
+
+def _backward_of_operator(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    of_projections, dt = _backward(ctx, attention_backward, grad_output, grad_entropy)
+    return of_projections, dt, None, None, None, None, None
+
+
+attention_forward.register_autograd(_backward_of_operator, setup_context=_save_for_operator)
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        options, projections = inputs[:OPTIONS], inputs[OPTIONS:]
+        output = _forward(projections, *options)
+        _save(ctx, projections, options, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        of_projections, dt = _backward(ctx, _gradients, grads[0], grads[1])
+        return dt, None, None, None, None, None, *of_projections
+
+
+OPTIONS = 6  # temperature, document_start, scale, causal, with_entropy, implementation

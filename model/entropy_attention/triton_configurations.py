@@ -34,7 +34,7 @@ def configuration(dtype: torch.dtype, width: int, tokens: int) -> Configuration:
     """The table; `width` is the head width."""
     if dtype == torch.float32:
         size = 32 if width <= 128 else 16
-        blocks = Blocks(size, size, 4, 2)
+        blocks = Blocks(size, size, 8, 1)
         return Configuration(blocks, blocks, blocks)
     if width > 128:
         return Configuration(Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1))
