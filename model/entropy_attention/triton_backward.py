@@ -22,12 +22,12 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _query_gradient(
-    dq, ds_x, q, do, key, value, batch, key_head, peak, log_sum, slope, offset, factor, row_start, first_row, start,
-    stop, tokens,
+    dq, ds_x, mean_x, q, do, key, value, batch, key_head, peak, log_sum, slope, offset, factor, row_start, first_row,
+    start, stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS k of keys start .. stop to dq, and with a temperature dS x to ds_x."""
+    """Adds dS k of keys start .. stop to dq, and with a temperature dS (x - mean_x) to ds_x."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
@@ -36,7 +36,7 @@ def _query_gradient(
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         if MODE != 0:
-            ds_x += tl.sum(ds * x, 1)
+            ds_x += tl.sum(ds * (x - mean_x[:, None] if ENTROPY else x), 1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq, ds_x
 
@@ -71,7 +71,8 @@ def query_kernel(
     EXACT takes sum_j p_j g_j over the very scores that dS is made of, one more pass over the keys, where rowsum(dO o O)
     would leave a rounding error in rows that attend to a single key and whose dS is 0.
 
-    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij, where s may be ln p, since sum_j dS_ij = 0.
+    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij. Since sum_j dS_ij = 0, s may be taken from anywhere: from its mean, which is -H
+    for ln p, so that an error of the row's constant, p_ij times which is in every dS_ij, does not enter.
     """
     CHECK: tl.constexpr = not EVEN
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -118,8 +119,9 @@ def query_kernel(
     for masked in tl.static_range(1 if DOCUMENTS else 0, 2):  # first the keys that all rows see
         first, last = (unmasked, stop) if masked else (0, unmasked)
         dq, ds_x = _query_gradient(
-            dq, ds_x, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, row_const, factor,
-            row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
+            dq, ds_x, row_entropy / -LN2, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope,
+            row_const, factor, row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY,
+            MODE, EXACT, BLOCK_N,
         )  # fmt: skip
     dq *= LN2 * along_rows(factor, MODE)
     store_rows(grad_query, batch, head, first_row, dq)
