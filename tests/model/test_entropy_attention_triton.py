@@ -103,6 +103,13 @@ def test_half_precision(tokens: int, width: int, causal: bool) -> None:
 
 
 @needs_kernels
+def test_the_gradient_of_a_temperature_survives_a_rounded_output() -> None:
+    """It sums to little over a head's rows, so the output's rounding to 16 bits must not enter."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    assert errors((2, 2, 1, 96, 64), dtype, causal=False, temperature="per_head")[-1] < 1e-4
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("boundaries", "causal", "temperature"),
     [([5, 40, 63, 64], True, "per_position"), ([32, 70], True, "none"), ([97], False, "per_head"), ([], True, "none")],
