@@ -77,20 +77,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(hidden.shape[0], weight):
             logits = F.linear(hidden[rows], weight)
             counted, local = labels[rows] >= 0, labels[rows] - shard.start
-            highest = (
-                logits[:, :valid].amax(dim=1).to(exact)
-                if valid
-                else logits.new_full((len(local),), -torch.inf, dtype=exact)
-            )
-            peak = shard.maximum(highest)
-            total, target = row_statistics(logits, local, peak, valid)
-            total, target = shard.sum(total), shard.sum(target)
+            own_peak, own_total, target = row_statistics(logits, local, valid)
+            peak = shard.maximum(own_peak)
+            total, target = shard.sum(own_total * (own_peak - peak).exp()), shard.sum(target)
             lse = total.log() + peak
             loss += torch.where(counted, lse - target, 0.0).sum()
             if grad_hidden is not None and grad_weight is not None:
                 grad_logits = gradient(logits, local, lse, counted, valid)
                 grad_hidden[rows] = grad_logits @ weight
-                grad_weight += grad_logits.t() @ hidden[rows]
+                _add_product(grad_weight, grad_logits.t(), hidden[rows])
         if grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
@@ -110,13 +105,18 @@ def _chunks(tokens: int, weight: Tensor) -> list[slice]:
     return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
 
 
-def _row_statistics(logits: Tensor, local: Tensor, peak: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Of each row of logits [C, V]: the sum of e^(logit - peak) over valid columns, and the label's logit (0 if not
-    here).
+def _row_statistics(logits: Tensor, local: Tensor, valid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of logits [C, V]: the largest over valid columns, the sum of e^(logit - largest) over them, and the
+    label's logit (0 if not here). Without valid columns the largest is -inf and the sum 0.
     """
-    total = (logits[:, :valid].to(peak.dtype) - peak.unsqueeze(1)).exp_().sum(dim=1)
+    exact = torch.promote_types(logits.dtype, torch.float32)
     here, column = _label_column(local, logits.shape[1])
-    return total, torch.where(here, logits.gather(1, column).squeeze(1).to(peak.dtype), 0.0)
+    target = torch.where(here, logits.gather(1, column).squeeze(1).to(exact), 0.0)
+    if not valid:
+        return torch.full_like(target, -torch.inf), torch.zeros_like(target), target
+    counted = logits[:, :valid].to(exact)
+    peak = counted.amax(dim=1, keepdim=True)
+    return peak.squeeze(1), (counted - peak).exp().sum(dim=1), target
 
 
 def _gradient(logits: Tensor, local: Tensor, lse: Tensor, counted: Tensor, valid: int) -> Tensor:
@@ -131,6 +131,14 @@ def _gradient(logits: Tensor, local: Tensor, lse: Tensor, counted: Tensor, valid
     probability.mul_(counted.unsqueeze(1))
     at_label = probability.gather(1, column) - (here & counted).unsqueeze(1).to(lse.dtype)
     return probability.to(logits.dtype).scatter_(1, column, at_label.to(logits.dtype))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in the type of `total`."""
+    if total.is_cuda and total.dtype != left.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _label_column(local: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from model.config import ModelConfig
 from model.cross_entropy import linear_cross_entropy
-from model.entropy_attention import entropy_attention
+from model.entropy_attention import joint_entropy_attention
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.rotary import rotate
 
@@ -54,23 +54,18 @@ class CoreAttention(nn.Module):
         self.rotary = config.positions == "rotary"
 
     def forward(
-        self,
-        q_TBNH: Tensor,
-        k_TBNH: Tensor,
-        v_TBNH: Tensor,
-        temperature: Tensor | None,
-        document_start_BT: Tensor | None = None,
+        self, qkv_TBN3H: Tensor, temperature: Tensor | None, document_start_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Output [T, B, N, H] and entropy in nats [B, N, T]; the temperature is [N] or [N, at least T]."""
+        """Query, key and value of each head -> output [T, B, N, H] and entropy in nats [B, N, T].
+
+        The temperature is [N] or [N, at least T].
+        """
         if self.rotary:
-            q_TBNH, k_TBNH = rotate(q_TBNH), rotate(k_TBNH)
+            q_TBNH, k_TBNH, v_TBNH = qkv_TBN3H.unbind(3)
+            qkv_TBN3H = torch.stack([rotate(q_TBNH), rotate(k_TBNH), v_TBNH], dim=3)
         if temperature is not None and temperature.dim() == 2:
-            temperature = temperature[:, : q_TBNH.shape[0]]
-        q_BNTH, k_BNTH, v_BNTH = (x.permute(1, 2, 0, 3) for x in (q_TBNH, k_TBNH, v_TBNH))
-        out_BNTH, entropy_BNT = entropy_attention(
-            q_BNTH, k_BNTH, v_BNTH, temperature=temperature, document_start=document_start_BT
-        )
-        return out_BNTH.permute(2, 0, 1, 3), entropy_BNT
+            temperature = temperature[:, : qkv_TBN3H.shape[0]]
+        return joint_entropy_attention(qkv_TBN3H, temperature=temperature, document_start=document_start_BT)
 
 
 class Attention(nn.Module):
@@ -114,7 +109,7 @@ class Attention(nn.Module):
         # one sum, so that the backward pass keeps one tensor for all three and not the products beside it
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
         qkv_TBN3H = qkv.view(*qkv.shape[:2], -1, 3, self.head_width) + bias_N3H
-        out_TBNH, entropy_BNT = self.core(*qkv_TBN3H.unbind(3), self.temperature(), document_start_BT)
+        out_TBNH, entropy_BNT = self.core(qkv_TBN3H, self.temperature(), document_start_BT)
         return self.output(out_TBNH.flatten(2)), entropy_BNT
 
 

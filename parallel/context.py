@@ -11,7 +11,6 @@ with the head's threshold (see parallel.regularizer). Every parameter sees a par
 rank, so its gradient is a part of a sum, exactly as over data-parallel ranks; the engine averages over both alike.
 """
 
-import torch
 from torch import Tensor, nn
 
 from model.transformer import CoreAttention, Transformer
@@ -38,17 +37,13 @@ class ContextParallelCore(nn.Module):
         self.core, self.groups = core, groups
 
     def forward(
-        self,
-        q_TBNH: Tensor,
-        k_TBNH: Tensor,
-        v_TBNH: Tensor,
-        temperature: Tensor | None,
-        document_start_BT: Tensor | None = None,
+        self, qkv_TBN3H: Tensor, temperature: Tensor | None, document_start_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Positions of this rank, heads of all cp ranks -> output likewise; entropy [B, N / cp, T] of its own heads."""
         cp, cp_rank = self.groups.grid.cp, self.groups.grid.cp_rank
-        qkv_TB3NH = heads_for_positions(torch.stack([q_TBNH, k_TBNH, v_TBNH], dim=2), self.groups.context)
+        width = qkv_TBN3H.shape[-1]
+        qkv_TBN3H = heads_for_positions(qkv_TBN3H.flatten(3), self.groups.context).unflatten(3, (3, width))
         if temperature is not None:
             temperature = temperature.chunk(cp)[cp_rank]
-        out_TBNH, entropy_BNT = self.core(*qkv_TB3NH.unbind(2), temperature, document_start_BT)
+        out_TBNH, entropy_BNT = self.core(qkv_TBN3H, temperature, document_start_BT)
         return positions_for_heads(out_TBNH, self.groups.context), entropy_BNT

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from parallel.clipping import clip_on_device
 from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
@@ -62,7 +63,7 @@ class Engine:
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,
-            fused=torch.cuda.is_available(),
+            fused=torch.cuda.is_available() or uses_bf16_optimizer(config),
         )
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partitioning
             self.engine, *_ = deepspeed.initialize(
@@ -72,6 +73,8 @@ class Engine:
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
+        if uses_bf16_optimizer(config):
+            clip_on_device(self.engine.optimizer, config.gradient_clipping)
         check_alignment(stage)
 
     def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float) -> StageStatistics:
@@ -146,6 +149,13 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def uses_bf16_optimizer(config: EngineConfig) -> bool:
+    """Whether DeepSpeed's bf16 optimizer runs: float32 accumulation with the update fused into the backward pass, which
+    only ZeRO-1 knows.
+    """
+    return config.bf16 and config.parallel.zero_stage == 1
+
+
 def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     """DeepSpeed's configuration: what is derived from ours, over the user's `deepspeed` section."""
     derived: dict[str, Any] = {
@@ -157,11 +167,11 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if config.bf16:
-        # float32 accumulation with the update fused into the backward pass; only ZeRO-1 knows it.
         derived["bf16"] = {"enabled": True}
-        if config.parallel.zero_stage == 1:
-            derived["bf16"]["immediate_grad_update"] = True
-            derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    if uses_bf16_optimizer(config):
+        derived["bf16"]["immediate_grad_update"] = True
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["gradient_clipping"] = 0.0  # see parallel.clipping
     merged = {"steps_per_print": 2**31, **config.deepspeed, **derived}
     merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
     return merged

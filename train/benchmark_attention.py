@@ -5,9 +5,7 @@ are medians. Peers without an entropy are marked as such. Writes attention.json,
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.entropy_attention import entropy_attention
+from train import benchmark_report
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 GPU_SHAPES = "128,512,12,64 512,128,12,64 1024,64,12,64 2048,16,16,128 4096,8,16,128 8192,4,16,128"
+OVERWRITES = 16  # of 256 MiB, about a millisecond
 CPU_SHAPES = "128,16,4,32 2048,1,4,32"
 
 
@@ -34,13 +34,9 @@ def main(argv: list[str]) -> None:
     results = []
     for shape in arguments.shapes:
         results += measure_shape(shape, arguments)
-    report = {"machine": machine(arguments.device), "arguments": printable(arguments), "results": results}
-    table = as_table(report)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "attention.json").write_text(json.dumps(report, indent=1))
-    (arguments.output / "attention.md").write_text(table)
+    report = {"machine": benchmark_report.machine(), "arguments": printable(arguments), "results": results}
+    benchmark_report.write(arguments.output, "attention", report, as_table(report))
     plot(results, arguments.output / "attention.png")
-    print(table)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -178,7 +174,10 @@ def both_ways(attend: Attend, inputs: list[Tensor], grad_output: Tensor, grad_en
 
 
 def times_ms(call: Callable[[], Any], device: str) -> list[float]:
-    """Milliseconds of a few calls after one that warms up; on a GPU by events, its cache overwritten before each."""
+    """Milliseconds of a few calls after one that warms up.
+
+    On a GPU by events; before each the cache is overwritten, often enough that the host has launched the call by then.
+    """
     call()
     if device == "cpu":
         start = time.perf_counter()
@@ -187,7 +186,8 @@ def times_ms(call: Callable[[], Any], device: str) -> list[float]:
     overwritten = torch.empty(2**26, dtype=torch.int32, device=device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(10)]
     for start_event, end_event in events:
-        overwritten.zero_()
+        for _ in range(OVERWRITES):
+            overwritten.zero_()
         start_event.record()
         call()
         end_event.record()
@@ -206,11 +206,6 @@ def peak_memory_gib(call: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def machine(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-
-
 def printable(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value if isinstance(value, bool | int) else str(value) for name, value in vars(arguments).items()}
 
@@ -219,7 +214,7 @@ def as_table(report: dict[str, Any]) -> str:
     """Markdown: a row per contender and shape."""
     lines = [
         f"{report['machine']['device']}, torch {report['machine']['torch']}, {report['machine']['date']}, "
-        f"{report['arguments']['dtype']}, causal; medians",
+        f"commit {report['machine']['commit']}, {report['arguments']['dtype']}, causal; medians",
         "",
         "| T, B, N, H | attention | forward ms | forward + backward ms | memory GiB |",
         "|---|---|--:|--:|--:|",
@@ -261,9 +256,3 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     axes.set_xticks(range(len(shapes)), [f"T={t}\nB={b} N={n} H={h}" for t, b, n, h in shapes])
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(file, dpi=150)
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])

@@ -20,11 +20,16 @@ from train.config import Config
 IGNORED_LABEL = -100
 
 
-def build_stage(config: Config, vocab_size: int, dtype: torch.dtype = torch.float32) -> tuple[Stage, Groups]:
-    """Joins the process group and builds this rank's part of the model with its part of the regularizer."""
-    initialize_distributed()
+def build_stage(
+    config: Config, vocab_size: int, dtype: torch.dtype = torch.float32, groups: Groups | None = None
+) -> tuple[Stage, Groups]:
+    """Builds this rank's part of the model with its part of the regularizer; joins the process group first, unless this
+    process has `groups` from an earlier call.
+    """
     parallel, training, device = config.parallel, config.training, local_device()
-    groups = initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
+    if groups is None:
+        initialize_distributed()
+        groups = initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
     transformer = build_transformer(
         config.model,
         parallel,
@@ -42,10 +47,10 @@ def build_stage(config: Config, vocab_size: int, dtype: torch.dtype = torch.floa
     return Stage(transformer, build_regularizer(config, groups)), groups
 
 
-def build_engine(config: Config, vocab_size: int) -> Engine:
-    """This rank's stage with its optimizer."""
+def build_engine(config: Config, vocab_size: int, groups: Groups | None = None) -> Engine:
+    """This rank's stage with its optimizer; `groups` as in `build_stage`."""
     training = config.training
-    stage, groups = build_stage(config, vocab_size)
+    stage, groups = build_stage(config, vocab_size, groups=groups)
     engine_config = EngineConfig(
         parallel=config.parallel,
         micro_batch_size=training.micro_batch_size,
@@ -111,14 +116,15 @@ def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> 
             labels_BT = tokens_BT[:, 1:]
         held = grid.positions(labels_BT.shape[1])
         positions = slice(held.start, held.stop)
-        micro_batch = _to_device(tokens_BT[:, positions].t(), device), _to_device(labels_BT[:, positions].t(), device)
+        micro_batch = to_device(tokens_BT[:, positions].t(), device), to_device(labels_BT[:, positions].t(), device)
         if stream.document_starts is None:
             yield micro_batch
         else:
-            yield *micro_batch, _to_device(torch.from_numpy(stream.document_starts), device)
+            yield *micro_batch, to_device(torch.from_numpy(stream.document_starts), device)
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to the device, contiguous and without waiting."""
     tensor = tensor.contiguous()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.entropy_attention import reference
-from model.entropy_attention.operators import attention_forward
+from model.entropy_attention.operators import attention, separate
 
-__all__ = ["entropy_attention"]
+__all__ = ["entropy_attention", "joint_entropy_attention"]
 
 Implementation = Literal["auto", "triton", "blocked", "reference"]
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +30,9 @@ def entropy_attention(
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """a_ij = softmax_j(q_i . k_j * scale / t_i); returns sum_j a_ij v_j and H_i = -sum_j a_ij ln a_ij.
+
+    float32 is computed with IEEE products everywhere; tf32 is never used, whatever PyTorch's matmul precision says.
+    Backward passes are deterministic: no kernel adds atomically.
 
     Args:
         query: [B, N, T, H], any strides with a contiguous last dimension; the output has its memory order.
@@ -75,10 +78,43 @@ def entropy_attention(
         step = 16 // query.element_size()
         query, key, value = (F.pad(x, (0, -width % step)) for x in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    output, entropy, _ = attention_forward(
-        query, key, value, temperature, document_start, scale, causal, return_entropy, implementation
+    output, entropy = attention(
+        [query, key, value], temperature, document_start, scale, causal, return_entropy, implementation
     )
-    return output[..., :width], entropy if return_entropy else None
+    if output.shape[-1] != width:
+        output = output[..., :width]
+    return output, entropy if return_entropy else None
+
+
+def joint_entropy_attention(
+    qkv_TBN3H: Tensor, *, temperature: Tensor | None = None, document_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal `entropy_attention` of queries, keys and values as a joint projection leaves them: one tensor.
+
+    Its gradient is one tensor too, written in place, where three would first have to be gathered.
+
+    Args:
+        qkv_TBN3H: query, key and value of each head.
+        temperature, document_start: as for `entropy_attention`.
+
+    Returns:
+        Output [T, B, N, H], contiguous, and entropy [B, N, T] in nats.
+    """
+    device = qkv_TBN3H.device.type
+    if torch.is_autocast_enabled(device):
+        qkv_TBN3H = qkv_TBN3H.to(torch.get_autocast_dtype(device))
+    query, key, value = separate([qkv_TBN3H])
+    implementation = "triton" if _has_kernel(query) else "blocked"
+    _check(query, key, value, temperature, document_start, None, implementation)
+    width = query.shape[-1]
+    if implementation == "triton" and width * query.element_size() % 16:
+        output, entropy = entropy_attention(query, key, value, temperature=temperature, document_start=document_start)
+        assert entropy is not None
+    else:
+        output, entropy = attention(
+            [qkv_TBN3H.contiguous()], temperature, document_start, 1 / math.sqrt(width), True, True, implementation
+        )
+    return output.permute(2, 0, 1, 3), entropy
 
 
 def _has_kernel(query: Tensor) -> bool:

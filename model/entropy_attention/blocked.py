@@ -78,13 +78,15 @@ def backward(
     shift_SBNT: Tensor,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and of the temperature (None without one).
+    dq_BNTH: Tensor,
+    dk_BKTH: Tensor,
+    dv_BKTH: Tensor,
+) -> Tensor | None:
+    """Fills the gradients of query, key and value, and returns that of the temperature (None without one).
 
     Output and entropy are not needed here: a whole row of scores is at hand.
     """
     compute, key_heads = shift_SBNT.dtype, k_BKTH.shape[1]
-    dq_BNTH, dk_BKTH, dv_BKTH = empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH)
     ds_s_BNT = torch.empty_like(shift_SBNT[0])
     for batch in _batches(q_BNTH, k_BKTH):
         k_BKTC, v_BKTC = k_BKTH[batch].to(compute), v_BKTH[batch].to(compute)
@@ -113,9 +115,9 @@ def backward(
                 ds_s_BNT[at] = (q_BKRH.view(dq_BNRH.shape) * dq_BNRH).sum(-1) * LN2
         dk_BKTH[batch], dv_BKTH[batch] = dk_BKTC * LN2, dv_BKTC
     if temperature is None:
-        return dq_BNTH, dk_BKTH, dv_BKTH, None
+        return None
     shared = (0, 2) if temperature.dim() == 1 else 0
-    return dq_BNTH, dk_BKTH, dv_BKTH, (-ds_s_BNT.sum(shared) / temperature).to(temperature.dtype)
+    return (-ds_s_BNT.sum(shared) / temperature).to(temperature.dtype)
 
 
 def _compute_type(tensor: Tensor) -> torch.dtype:

@@ -1,13 +1,22 @@
-"""Attention with entropies as operators of PyTorch's library: one call to compilers, autocast and recomputation.
+"""Attention with entropies for autograd: as operators of PyTorch's library, and directly where nobody looks on.
+
+To compilers and dispatch modes (fake tensors, selective recomputation) the operators are one call each. In eager mode
+`attention` skips their machinery, which costs the host more than a short sequence costs a GPU.
+
+Both take `projections`: query [B, N, T, H], key and value [B, K, T, H], or one joint tensor [T, B, N, 3, H] of all
+three. A joint one has a joint gradient, which the kernels write in place; three would have to be gathered into it.
 
 Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width,
 S parts of a row's shift (see `attention_forward`).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from model.entropy_attention import blocked
 from model.entropy_attention.layout import empty_in_layout
@@ -22,11 +31,32 @@ def _kernels(implementation: str) -> Any:
     return triton_launch
 
 
+def separate(projections: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Query, key and value [B, heads, T, H], as views."""
+    if len(projections) == 3:
+        return projections
+    return [x_TBNH.permute(1, 2, 0, 3) for x_TBNH in projections[0].unbind(3)]
+
+
+def attention(
+    projections: Sequence[Tensor],
+    temperature: Tensor | None,
+    document_start: Tensor | None,
+    scale: float,
+    causal: bool,
+    with_entropy: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and entropy as `attention_forward` gives them, differentiable."""
+    options = (temperature, document_start, scale, causal, with_entropy, implementation)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return attention_forward(projections, *options)[:2]
+    return _Attention.apply(*options, *projections)[:2]
+
+
 @torch.library.custom_op("entropy_attention::forward", mutates_args=())
 def attention_forward(
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     scale: float,
@@ -36,20 +66,15 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output in the query's layout, entropy [B, N, T] in nats (empty where not asked for), and what the backward needs.
 
-    The last is [2, B, N, T], each row's largest logit and the logarithm of the sum of exp(logit - largest), or
-    [1, B, N, T], their sum, where the kernels compute in 16 bits and float32 apart would gain nothing.
+    The last is [2, B, N, T]: each row's largest logit (Triton: its q . k) and the logarithm of the sum of exp(logit -
+    largest), apart, for their sum would be rounded.
     """
-    with torch.autocast(q_BNTH.device.type, enabled=False):
-        return _kernels(implementation).forward(
-            q_BNTH, k_BKTH, v_BKTH, temperature, document_start, scale, causal, with_entropy
-        )
+    return _forward(projections, temperature, document_start, scale, causal, with_entropy, implementation)
 
 
 @attention_forward.register_fake
 def _(
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     scale: float,
@@ -57,9 +82,9 @@ def _(
     with_entropy: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parts = 1 if implementation == "triton" and q_BNTH.dtype != torch.float32 else 2
+    q_BNTH = separate(projections)[0]
     dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
-    shift_SBNT = q_BNTH.new_empty((parts, *q_BNTH.shape[:3]), dtype=dtype)
+    shift_SBNT = q_BNTH.new_empty((2, *q_BNTH.shape[:3]), dtype=dtype)
     entropy_BNT = shift_SBNT.new_empty(q_BNTH.shape[:3] if with_entropy else 0)
     return empty_in_layout(q_BNTH), entropy_BNT, shift_SBNT
 
@@ -68,9 +93,7 @@ def _(
 def attention_backward(
     grad_output_BNTH: Tensor,
     grad_entropy_BNT: Tensor | None,
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     output_BNTH: Tensor,
@@ -79,33 +102,28 @@ def attention_backward(
     scale: float,
     causal: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, each in its tensor's layout, and of the temperature (empty without one)."""
-    with torch.autocast(q_BNTH.device.type, enabled=False):
-        dq_BNTH, dk_BKTH, dv_BKTH, dt = _kernels(implementation).backward(
-            grad_output_BNTH,
-            grad_entropy_BNT,
-            q_BNTH,
-            k_BKTH,
-            v_BKTH,
-            temperature,
-            document_start,
-            output_BNTH,
-            entropy_BNT,
-            shift_SBNT,
-            scale,
-            causal,
-        )
-    return dq_BNTH, dk_BKTH, dv_BKTH, shift_SBNT.new_empty(0) if dt is None else dt
+) -> list[Tensor]:
+    """Gradients of the projections, each in its tensor's layout, and of the temperature (empty without one)."""
+    return _gradients(
+        grad_output_BNTH,
+        grad_entropy_BNT,
+        projections,
+        temperature,
+        document_start,
+        output_BNTH,
+        entropy_BNT,
+        shift_SBNT,
+        scale,
+        causal,
+        implementation,
+    )
 
 
 @attention_backward.register_fake
 def _(
     grad_output_BNTH: Tensor,
     grad_entropy_BNT: Tensor | None,
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
+    projections: Sequence[Tensor],
     temperature: Tensor | None,
     document_start: Tensor | None,
     output_BNTH: Tensor,
@@ -114,31 +132,45 @@ def _(
     scale: float,
     causal: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     dt = shift_SBNT.new_empty(0) if temperature is None else torch.empty_like(temperature).contiguous()
-    return empty_in_layout(q_BNTH), empty_in_layout(k_BKTH), empty_in_layout(v_BKTH), dt
+    return [*(empty_in_layout(x) for x in projections), dt]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = inputs
-    output_BNTH, entropy_BNT, shift_SBNT = output
-    ctx.save_for_backward(*tensors, output_BNTH, entropy_BNT, shift_SBNT)
-    ctx.mark_non_differentiable(shift_SBNT)
+def _forward(projections: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(projections[0].device.type, enabled=False):
+        return _kernels(options[-1]).forward(*separate(projections), *options[:-1])
+
+
+def _gradients(
+    grad_output: Tensor, grad_entropy: Tensor | None, projections: Sequence[Tensor], *others: Any
+) -> list[Tensor]:
+    gradients = [empty_in_layout(x) for x in projections]
+    with torch.autocast(grad_output.device.type, enabled=False):
+        dt = _kernels(others[-1]).backward(
+            grad_output, grad_entropy, *separate(projections), *others[:-1], *separate(gradients)
+        )
+    return [*gradients, grad_output.new_empty(0) if dt is None else dt]
+
+
+def _save(ctx: Any, projections: Sequence[Tensor], options: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    temperature, document_start, ctx.scale, ctx.causal, ctx.with_entropy, ctx.implementation = options
+    ctx.save_for_backward(*projections, temperature, document_start, *output)
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # an entropy that no loss uses costs its backward nothing
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q_BNTH, k_BKTH, v_BKTH, temperature, document_start, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
+def _backward(
+    ctx: Any, gradients: Callable[..., list[Tensor]], grad_output: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Gradients of the projections and of the temperature."""
+    *projections, temperature, document_start, output_BNTH, entropy_BNT, shift_SBNT = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output_BNTH)
-    if not ctx.with_entropy:
-        grad_entropy = None
-    dq_BNTH, dk_BKTH, dv_BKTH, dt = attention_backward(
+    *of_projections, dt = gradients(
         grad_output,
-        grad_entropy,
-        q_BNTH,
-        k_BKTH,
-        v_BKTH,
+        grad_entropy if ctx.with_entropy else None,
+        projections,
         temperature,
         document_start,
         output_BNTH,
@@ -148,7 +180,36 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None,
         ctx.causal,
         ctx.implementation,
     )
-    return dq_BNTH, dk_BKTH, dv_BKTH, None if temperature is None else dt, None, None, None, None, None
+    return of_projections, None if temperature is None else dt
 
 
-attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
+def _save_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, inputs[0], inputs[1:], output)
+
+
+def _backward_of_operator(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    of_projections, dt = _backward(ctx, attention_backward, grad_output, grad_entropy)
+    return of_projections, dt, None, None, None, None, None
+
+
+attention_forward.register_autograd(_backward_of_operator, setup_context=_save_for_operator)
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        options, projections = inputs[:OPTIONS], inputs[OPTIONS:]
+        output = _forward(projections, *options)
+        _save(ctx, projections, options, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        of_projections, dt = _backward(ctx, _gradients, grads[0], grads[1])
+        return dt, None, None, None, None, None, *of_projections
+
+
+OPTIONS = 6  # temperature, document_start, scale, causal, with_entropy, implementation

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from model.entropy_attention.triton_tiles import (
     LN2,
+    along_rows,
     load_rows,
     load_vector,
     logit_factor,
@@ -21,26 +22,28 @@ from model.entropy_attention.triton_tiles import (
 
 @triton.jit
 def _query_gradient(
-    dq, q, do, key, value, batch, key_head, shift, log_sum, slope, offset, factor, row_start, first_row, start, stop,
-    tokens,
+    dq, ds_x, mean_x, q, do, key, value, batch, key_head, peak, log_sum, slope, offset, factor, row_start, first_row,
+    start, stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS k of keys start .. stop to dq."""
+    """Adds dS k of keys start .. stop to dq, and with a temperature dS (x - mean_x) to ds_x."""
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
-        _, ds = score_tile(
-            q, k, v, do, shift, log_sum, slope, offset, factor, row_start, first_row, n, tokens,
+        x, _, ds = score_tile(
+            q, k, v, do, peak, log_sum, slope, offset, factor, row_start, first_row, n, tokens,
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
+        if MODE != 0:
+            ds_x += tl.sum(ds * (x - mean_x[:, None] if ENTROPY else x), 1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
+    return dq, ds_x
 
 
 @triton.jit
 def _mean_gradient(
-    mean, q, do, key, value, batch, key_head, shift, log_sum, slope, factor, row_start, first_row, start, stop, tokens,
+    mean, q, do, key, value, batch, key_head, peak, log_sum, slope, factor, row_start, first_row, start, stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +51,8 @@ def _mean_gradient(
     for n in tl.range(start, stop, BLOCK_N):
         k = load_rows(key, batch, key_head, n)
         v = load_rows(value, batch, key_head, n)
-        _, pg = score_tile(
-            q, k, v, do, shift, log_sum, slope, slope * 0, factor, row_start, first_row, n, tokens,
+        _, _, pg = score_tile(
+            q, k, v, do, peak, log_sum, slope, slope * 0, factor, row_start, first_row, n, tokens,
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
         mean += tl.sum(pg, 1)
@@ -58,7 +61,7 @@ def _mean_gradient(
 
 @triton.jit
 def query_kernel(
-    query, key, value, output, grad_output, grad_query, shift, log_sum, entropy, grad_entropy, slope, offset,
+    query, key, value, output, grad_output, grad_query, peak, log_sum, entropy, grad_entropy, slope, offset,
     temperature, document_start, row_grad_temperature, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -68,7 +71,8 @@ def query_kernel(
     EXACT takes sum_j p_j g_j over the very scores that dS is made of, one more pass over the keys, where rowsum(dO o O)
     would leave a rounding error in rows that attend to a single key and whose dS is 0.
 
-    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij = -(q_i . dq_i) / t_i.
+    dL/dt_i = -(1/t_i) sum_j dS_ij s_ij. Since sum_j dS_ij = 0, s may be taken from anywhere: from its mean, which is -H
+    for ln p, so that an error of the row's constant, p_ij times which is in every dS_ij, does not enter.
     """
     CHECK: tl.constexpr = not EVEN
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -83,13 +87,13 @@ def query_kernel(
     o = load_rows(output, batch, head, first_row)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     factor = logit_factor(temperature, head, first_row, tokens, scale_log2, MODE, BLOCK_M, CHECK)
-    row_shift = load_vector(shift + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
-    row_log_sum = load_vector(log_sum + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK) if EXACT else row_shift
+    row_peak = load_vector(peak + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
+    row_log_sum = load_vector(log_sum + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
     row_entropy, row_grad = delta, delta
     if ENTROPY:
         row_entropy = load_vector(entropy + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
         row_grad = load_vector(grad_entropy + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
-    row_slope, row_const = row_constants(delta, row_entropy, row_grad, factor, MODE, ENTROPY)
+    row_slope, row_const = row_constants(delta, row_entropy, row_grad, ENTROPY)
     stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
     unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
     row_start = first_row
@@ -102,7 +106,7 @@ def query_kernel(
         for masked in tl.static_range(1 if DOCUMENTS else 0, 2):
             first, last = (unmasked, stop) if masked else (0, unmasked)
             mean = _mean_gradient(
-                mean, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, factor, row_start,
+                mean, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, factor, row_start,
                 first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
             )  # fmt: skip
         row_const = -mean
@@ -111,23 +115,24 @@ def query_kernel(
         store_vector(slope + row_offset, row_slope, first_row, tokens, BLOCK_M, CHECK)
 
     dq = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
+    ds_x = tl.zeros([BLOCK_M], dtype=tl.float32)
     for masked in tl.static_range(1 if DOCUMENTS else 0, 2):  # first the keys that all rows see
         first, last = (unmasked, stop) if masked else (0, unmasked)
-        dq = _query_gradient(
-            dq, q, do, key, value, batch, key_head, row_shift, row_log_sum, row_slope, row_const, factor, row_start,
-            first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
+        dq, ds_x = _query_gradient(
+            dq, ds_x, row_entropy / -LN2, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope,
+            row_const, factor, row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY,
+            MODE, EXACT, BLOCK_N,
         )  # fmt: skip
-    dq *= LN2 if MODE == 2 else LN2 * factor
+    dq *= LN2 * along_rows(factor, MODE)
     store_rows(grad_query, batch, head, first_row, dq)
     if MODE != 0:
-        q = load_rows(query, batch, head, first_row)  # again, rather than held in registers all along
-        row_grad = tl.sum(q.to(tl.float32) * dq, 1) * (-factor / scale_log2)
-        store_vector(row_grad_temperature + row_offset, row_grad, first_row, tokens, BLOCK_M, CHECK)
+        ds_x *= -LN2 * factor / scale_log2
+        store_vector(row_grad_temperature + row_offset, ds_x, first_row, tokens, BLOCK_M, CHECK)
 
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, query, grad_output, batch, head, shift, log_sum, slope, offset, temperature, document_start,
+    dk, dv, k, v, query, grad_output, batch, head, peak, log_sum, slope, offset, temperature, document_start,
     scale_log2, factor, first_key, start, stop, tokens,
     MASK: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -136,17 +141,19 @@ def _key_gradients(
     for m in tl.range(start, stop, BLOCK_M):
         q = load_rows(query, batch, head, m)
         do = load_rows(grad_output, batch, head, m)
-        row_shift = load_vector(shift, m, tokens, 0.0, BLOCK_M, CHECK)
-        row_log_sum = load_vector(log_sum, m, tokens, 0.0, BLOCK_M, CHECK) if EXACT else row_shift
+        row_peak = load_vector(peak, m, tokens, 0.0, BLOCK_M, CHECK)
+        row_log_sum = load_vector(log_sum, m, tokens, 0.0, BLOCK_M, CHECK)
         row_const = load_vector(offset, m, tokens, 0.0, BLOCK_M, CHECK)
         row_slope = load_vector(slope, m, tokens, 0.0, BLOCK_M, CHECK) if ENTROPY else row_const
         if MODE == 2:
             factor = logit_factor(temperature, head, m, tokens, scale_log2, MODE, BLOCK_M, CHECK)
         row_start = load_vector(document_start, m, tokens, 0, BLOCK_M, CHECK) if DOCUMENTS else m
-        p, ds = score_tile(
-            q, k, v, do, row_shift, row_log_sum, row_slope, row_const, factor, row_start, m, first_key, tokens,
+        _, p, ds = score_tile(
+            q, k, v, do, row_peak, row_log_sum, row_slope, row_const, factor, row_start, m, first_key, tokens,
             MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT,
         )  # fmt: skip
+        if MODE == 2:
+            ds *= factor[:, None]
         p, ds = p.to(do.dtype), ds.to(q.dtype)
         dv = tl.dot(tl.trans(p), do, dv, input_precision="ieee")
         dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
@@ -155,7 +162,7 @@ def _key_gradients(
 
 @triton.jit
 def key_kernel(
-    query, key, value, grad_output, grad_key, grad_value, shift, log_sum, slope, offset, temperature, document_start,
+    query, key, value, grad_output, grad_key, grad_value, peak, log_sum, slope, offset, temperature, document_start,
     document_stop, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -190,7 +197,7 @@ def key_kernel(
         for masked in tl.static_range(1, 0 if DOCUMENTS else -1, -1):
             first, last = (start, unmasked) if masked else (unmasked, tokens)
             dk, dv = _key_gradients(
-                dk, dv, k, v, query, grad_output, batch, head, shift + row_offset, log_sum + row_offset,
+                dk, dv, k, v, query, grad_output, batch, head, peak + row_offset, log_sum + row_offset,
                 slope + row_offset, offset + row_offset, temperature, document_start, scale_log2, factor, first_key,
                 first, last, tokens, masked == 1, CHECK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_M,
             )  # fmt: skip

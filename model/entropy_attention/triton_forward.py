@@ -1,8 +1,12 @@
 """The forward kernel: online softmax whose third running sum gives the entropy of each row.
 
-For a row with logits x_j in powers of two, m their maximum so far and e_j = exp2(x_j - m), it carries sum_j e_j,
-sum_j e_j v_j and w = sum_j e_j (x_j - m). When the maximum grows by d, all three are rescaled by exp2(-d), after w has
-taken -d * sum_j e_j. Then H = ln 2 (log2 sum - w / sum), without the cancellation of ln sum_j exp(s_j) - sum_j p_j s_j.
+For a row with products q . k_j, m the largest of them so far, x_j = (q . k_j - m) * factor and e_j = exp2(x_j), it
+carries sum_j e_j, sum_j e_j v_j and w = sum_j e_j x_j. When the maximum grows, all x fall by some d, and all three are
+rescaled by exp2(-d), after w has taken -d * sum_j e_j. Then H = ln 2 (log2 sum - w / sum), without the cancellation of
+ln sum_j exp(s_j) - sum_j p_j s_j.
+
+The maximum is subtracted before the factor, so that the largest score gives exactly 0: the difference of two products
+is rounded to some units in their last place, which for scores of 1e10 is enough to overflow exp2.
 """
 
 import triton
@@ -25,7 +29,7 @@ from model.entropy_attention.triton_tiles import (
 def _attend(
     acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, row_start, first_row, start, stop, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Takes keys start .. stop into the running sums of one block of rows."""
     for n in tl.range(start, stop, BLOCK_N):
@@ -34,19 +38,15 @@ def _attend(
         if MASK:
             seen = visible(first_row, n, row_start, tokens, CAUSAL, DOCUMENTS, BLOCK_M, BLOCK_N)
             scores = tl.where(seen, scores, MASKED)
-        if MODE != 0 and not IN_REGISTERS:
-            scores = scores * along_rows(factor, MODE)
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            x = scores - new_max[:, None]
-        else:
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-            x = scores * along_rows(factor, MODE) - new_max[:, None]
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        x = (scores - new_max[:, None]) * along_rows(factor, MODE)
         e = tl.exp2(x)
         if DOCUMENTS:  # a row may meet whole tiles of keys before it meets its own
             e = tl.where(seen, e, 0.0)
-        shrink = tl.exp2(row_max - new_max)
+        fall = (row_max - new_max) * factor
+        shrink = tl.exp2(fall)
         if ENTROPY:
-            moment = shrink * (moment + row_sum * (row_max - new_max)) + tl.sum(e * x, 1)
+            moment = shrink * (moment + row_sum * fall) + tl.sum(e * x, 1)
         row_sum = row_sum * shrink + tl.sum(e, 1)
         acc = acc * shrink[:, None]
         v = load_rows(value, batch, key_head, n)
@@ -57,9 +57,9 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, output, shift, log_sum, entropy, temperature, document_start, scale_log2, heads, group, tokens,
+    query, key, value, output, peak, log_sum, entropy, temperature, document_start, scale_log2, heads, group, tokens,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr, EXACT: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head; the longest rows of a head come first."""
@@ -74,8 +74,9 @@ def forward_kernel(
     q = load_rows(query, batch, head, first_row)
     # The maximum is taken of q . k, so a negative factor gives its sign to the query, which is exact. This also keeps
     # the query in registers, which leaves shared memory to the keys and values.
-    if IN_REGISTERS:
-        q = tl.where(along_rows(factor, MODE) < 0, -q.to(tl.float32), q.to(tl.float32)).to(q.dtype)
+    sign = tl.where(factor < 0, -1.0, 1.0)
+    if MODE != 0 or IN_REGISTERS:
+        q = (q.to(tl.float32) * along_rows(sign, MODE)).to(q.dtype)
         factor = tl.abs(factor)
 
     acc = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
@@ -93,16 +94,13 @@ def forward_kernel(
         first, last = (unmasked, stop) if masked else (0, unmasked)
         acc, row_sum, moment, row_max = _attend(
             acc, row_sum, moment, row_max, q, key, value, batch, key_head, factor, row_start, first_row, first, last,
-            tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_M, BLOCK_N, IN_REGISTERS,
+            tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, BLOCK_M, BLOCK_N, IN_REGISTERS,
         )  # fmt: skip
 
     store_rows(output, batch, head, first_row, acc / row_sum[:, None])
     log2_sum = tl.log2(row_sum)
-    if EXACT:  # apart, for their sum would be rounded
-        store_vector(shift + row_offset, row_max, first_row, tokens, BLOCK_M, not EVEN)
-        store_vector(log_sum + row_offset, log2_sum, first_row, tokens, BLOCK_M, not EVEN)
-    else:
-        store_vector(shift + row_offset, row_max + log2_sum, first_row, tokens, BLOCK_M, not EVEN)
+    store_vector(peak + row_offset, row_max * sign, first_row, tokens, BLOCK_M, not EVEN)
+    store_vector(log_sum + row_offset, log2_sum, first_row, tokens, BLOCK_M, not EVEN)
     if ENTROPY:
         nats = LN2 * (log2_sum - moment / row_sum)
         one_key = (first_row + tl.arange(0, BLOCK_M) == 0) if CAUSAL else (tl.arange(0, BLOCK_M) * 0 + tokens == 1)

@@ -30,15 +30,14 @@ def forward(
     causal: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), and the rows' shift.
+    """Output [B, N, T, H], entropy [B, N, T] in nats (empty where not asked for), each row's shift [2, B, N, T].
 
-    The shift is in powers of two: [2, B, N, T] for float32, log2 of the sum apart from the maximum, else [1, B, N, T].
+    The shift is the q . k of the row's largest logit, and log2 of the sum of exp2(logit - largest).
     """
     batch, heads, tokens, width = q_BNTH.shape
     q_BNTH, k_BKTH, v_BKTH = (_addressable(x) for x in (q_BNTH, k_BKTH, v_BKTH))
     output_BNTH = empty_in_layout(q_BNTH)
-    parts = 2 if q_BNTH.dtype == torch.float32 else 1
-    shift_SBNT = torch.empty(parts, batch, heads, tokens, dtype=torch.float32, device=q_BNTH.device)
+    shift_SBNT = torch.empty(2, batch, heads, tokens, dtype=torch.float32, device=q_BNTH.device)
     entropy_BNT = shift_SBNT.new_empty((batch, heads, tokens) if with_entropy else 0)
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     blocks = configuration(q_BNTH.dtype, width, tokens).forward
@@ -48,7 +47,7 @@ def forward(
         _descriptor(v_BKTH, blocks.keys),
         _descriptor(output_BNTH, blocks.rows),
         shift_SBNT[0],
-        shift_SBNT[-1],
+        shift_SBNT[1],
         entropy_BNT,
         kernel_temperature,
         _document_start(document_start_BT),
@@ -78,24 +77,27 @@ def backward(
     shift_SBNT: Tensor,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and of the temperature (None without one)."""
+    dq_BNTH: Tensor,
+    dk_BKTH: Tensor,
+    dv_BKTH: Tensor,
+) -> Tensor | None:
+    """Fills the gradients of query, key and value, and returns that of the temperature (None without one)."""
     tensors = {
         "query": _addressable(q_BNTH),
         "key": _addressable(k_BKTH),
         "value": _addressable(v_BKTH),
         "output": output_BNTH,
         "grad_output": _addressable(grad_output_BNTH),
-        "grad_query": empty_in_layout(q_BNTH),
-        "grad_key": empty_in_layout(k_BKTH),
-        "grad_value": empty_in_layout(v_BKTH),
+        "grad_query": dq_BNTH,
+        "grad_key": dk_BKTH,
+        "grad_value": dv_BKTH,
     }
     mode, kernel_temperature = _temperature(temperature, q_BNTH, k_BKTH)
     unread = shift_SBNT[0]  # stands in for pointers that the kernel's mode leaves alone
     grad_temperature_BNT = torch.empty_like(unread) if temperature is not None else None
     arguments = {
-        "shift": shift_SBNT[0],
-        "log_sum": shift_SBNT[-1],
+        "peak": shift_SBNT[0],
+        "log_sum": shift_SBNT[1],
         "entropy": entropy_BNT,
         "grad_entropy": unread if grad_entropy_BNT is None else grad_entropy_BNT.contiguous(),
         "slope": unread if grad_entropy_BNT is None else torch.empty_like(unread),
@@ -110,13 +112,12 @@ def backward(
         "CAUSAL": causal,
         "DOCUMENTS": document_start_BT is not None,
         "ENTROPY": grad_entropy_BNT is not None,
+        "EXACT": q_BNTH.dtype == torch.float32,
     }
     _launch_backward(tensors, arguments, mode)
-    grad_temperature = None
-    if temperature is not None and grad_temperature_BNT is not None:
-        shared = (0, 2) if temperature.dim() == 1 else 0
-        grad_temperature = grad_temperature_BNT.sum(shared).to(temperature.dtype)
-    return tensors["grad_query"], tensors["grad_key"], tensors["grad_value"], grad_temperature
+    if temperature is None or grad_temperature_BNT is None:
+        return None
+    return grad_temperature_BNT.sum((0, 2) if temperature.dim() == 1 else 0).to(temperature.dtype)
 
 
 def _launch_backward(tensors: dict[str, Tensor], arguments: dict[str, Any], mode: int) -> None:
@@ -191,13 +192,10 @@ def _constants(q_BNTH: Tensor, mode: int, blocks: Blocks) -> dict[str, Any]:
     return {
         "EVEN": tokens % max(blocks.rows, blocks.keys) == 0,
         "MODE": mode,
-        "EXACT": q_BNTH.dtype == torch.float32,
         "HP": _padded(width),
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.keys,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         "maxnreg": blocks.registers,
-        # in float32 products are rounded before they are subtracted, so that the largest score of a row gives exactly 0
-        "enable_fp_fusion": q_BNTH.dtype != torch.float32,
     }

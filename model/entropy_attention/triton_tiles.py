@@ -1,7 +1,7 @@
 """What the Triton kernels share: moving tiles, the factor of the logits, and the gradient of one tile of scores.
 
-Inside the kernels logits are in powers of two, x = s / ln 2, since exp2 is the hardware's exponential. The temperature
-mode is 0 (none), 1 (one per head: a number) or 2 (one per row: a vector).
+Inside the kernels logits are in powers of two, x = s / ln 2 = q . k * factor, since exp2 is the hardware's exponential.
+The temperature mode is 0 (none), 1 (one per head: a number) or 2 (one per row: a vector).
 """
 
 import triton
@@ -78,8 +78,8 @@ def visible(
 
 
 @triton.jit
-def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTROPY: tl.constexpr):
-    """(slope, offset) such that dS = p (dP + slope * log2 p + offset), both times `factor` in mode 2.
+def row_constants(delta, entropy, grad_entropy, ENTROPY: tl.constexpr):
+    """(slope, offset) such that dS = p (dP + slope * log2 p + offset).
 
     With delta = rowsum(dO o O): dS = p (dP - delta - dH (s - lse + H)), and s - lse = ln 2 * log2 p.
     """
@@ -88,35 +88,33 @@ def row_constants(delta, entropy, grad_entropy, factor, MODE: tl.constexpr, ENTR
     if ENTROPY:
         offset -= grad_entropy * entropy
         slope = -LN2 * grad_entropy
-    if MODE == 2:
-        offset *= factor
-        slope *= factor
     return slope, offset
 
 
 @triton.jit
 def score_tile(
-    q, k, v, do, shift, log_sum, slope, offset, factor, row_start, first_row, first_key, tokens,
+    q, k, v, do, peak, log_sum, slope, offset, factor, row_start, first_row, first_key, tokens,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities p and score gradients dS of one tile [rows, keys]; in mode 2 dS has the rows' factor in it.
+    """Logarithms x = log2 p of the probabilities, p, and score gradients dS of one tile [rows, keys].
 
-    A row's probabilities are exp2(q . k * factor - shift - log_sum) if EXACT, else the shift is both in one.
+    x = ((q . k - peak) * factor - log_sum: a row's largest q . k goes first, as in the forward.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    x = scores * along_rows(factor, MODE) - shift[:, None]
-    if EXACT:
-        x -= log_sum[:, None]
+    x = (scores - peak[:, None]) * along_rows(factor, MODE) - log_sum[:, None]
     p = tl.exp2(x)
     if MASK:
         p = tl.where(
             visible(first_row, first_key, row_start, tokens, CAUSAL, DOCUMENTS, q.shape[0], k.shape[0]), p, 0.0
         )
-    constant = offset[:, None]
-    if ENTROPY:
-        constant = x * slope[:, None] + constant
-    if MODE == 2:
-        dp = dp * factor[:, None]
-    return p, p * (dp + constant)
+    # Triton starts the sum of dp at what is added to it, which rounds each sum otherwise. In a row that attends to one
+    # key dP and the offset cancel, exactly only if dP was summed as in the offset.
+    if EXACT:
+        ds = p * (dp + x * slope[:, None] if ENTROPY else dp) + p * offset[:, None]
+    elif ENTROPY:
+        ds = p * (dp + (x * slope[:, None] + offset[:, None]))
+    else:
+        ds = p * (dp + offset[:, None])
+    return x, p, ds

@@ -55,7 +55,7 @@ def test_chunks_bound_the_logits_held_at_once(monkeypatch: pytest.MonkeyPatch) -
     sizes = []
     original = cross_entropy._row_statistics
 
-    def spy(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    def spy(logits: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
         sizes.append(logits.shape[0])
         return original(logits, *others)
 
@@ -119,6 +119,24 @@ def test_bfloat16_accumulates_in_float32() -> None:
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss.double(), wanted[0], rtol=1e-2, atol=0)
     torch.testing.assert_close(weight.grad.double(), wanted[2], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+def test_on_the_device() -> None:
+    """Compiled passes and a product summed in float32, over several chunks, some of the vocabulary padding."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4000, 256, generator=generator).mul(0.1)
+    weight = torch.randn(50048, 256, generator=generator).mul(0.1)
+    labels = torch.randint(50000, (4000,), generator=generator)
+    labels[:7] = -100
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        own_hidden, own_weight = (x.bfloat16().to(device, dtype).requires_grad_() for x in (hidden, weight))
+        loss = linear_cross_entropy(own_hidden, own_weight, labels.to(device), vocab_size=50000)
+        loss.backward()
+        results.append([x.detach().float().cpu() for x in (loss, own_hidden.grad, own_weight.grad)])
+    for value, wanted in zip(*results, strict=True):
+        assert (value - wanted).norm() < 1e-2 * wanted.norm()
 
 
 class Lockstep:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from model.entropy_attention import blocked, entropy_attention
+from model.entropy_attention import blocked, entropy_attention, joint_entropy_attention
 from model.entropy_attention.operators import attention_backward, attention_forward
 
 
@@ -197,6 +197,28 @@ def test_results_keep_the_memory_order_of_their_inputs() -> None:
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_joint_projection_has_a_joint_gradient(documents: bool) -> None:
+    joint = torch.randn(40, 2, 4, 3, 8, dtype=torch.float64, requires_grad=True)
+    t = (torch.rand(4, 40, dtype=torch.float64) + 0.5).requires_grad_()
+    starts = document_starts(2, 40, [11, 30]) if documents else None
+    weights = torch.randn(40, 2, 4, 8, dtype=torch.float64), torch.randn(2, 4, 40, dtype=torch.float64)
+
+    def gradients(output_TBNH: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((output_TBNH * weights[0]).sum() + (entropy * weights[1]).sum(), (joint, t))
+
+    output, entropy = joint_entropy_attention(joint, temperature=t, document_start=starts)
+    assert output.is_contiguous()
+    q, k, v = (x.permute(1, 2, 0, 3) for x in joint.unbind(3))
+    expected = entropy_attention(q, k, v, temperature=t, document_start=starts, implementation="reference")
+    for value, same in zip(
+        (output, entropy, *gradients(output, entropy)),
+        (expected[0].permute(2, 0, 1, 3), expected[1], *gradients(expected[0].permute(2, 0, 1, 3), expected[1])),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, same, atol=1e-11, rtol=1e-9)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the largest tensor that any operation returns."""
 
@@ -216,7 +238,8 @@ def test_memory_is_linear_in_the_sequence() -> None:
         q, k, v = (torch.randn(1, 1, tokens, 8) for _ in range(3))
         with LargestTensor() as record:
             output, entropy, lse = blocked.forward(q, k, v, None, None, 1.0, True, True)
-            blocked.backward(output, entropy, q, k, v, None, None, output, entropy, lse, 1.0, True)
+            gradients = (torch.empty_like(x) for x in (q, k, v))
+            blocked.backward(output, entropy, q, k, v, None, None, output, entropy, lse, 1.0, True, *gradients)
         largest.append(record.elements)
     assert largest[1] == 2 * largest[0]
 
@@ -225,10 +248,22 @@ def test_the_operators_keep_their_promises() -> None:
     """Schema, fake tensors, autograd registration and tracing, by PyTorch's own checker."""
     q, k, v = inputs(1, 2, 1, 6, 4)
     t = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(attention_forward, (q, k, v, t, None, 0.5, True, True, "blocked"))
+    torch.library.opcheck(attention_forward, ([q, k, v], t, None, 0.5, True, True, "blocked"))
     with torch.no_grad():
-        output, entropy, lse = attention_forward(q, k, v, t, None, 0.5, True, True, "blocked")
-        arguments = (output, entropy, q, k, v, t, None, output, entropy, lse, 0.5, True, "blocked")
+        output, entropy, lse = attention_forward([q, k, v], t, None, 0.5, True, True, "blocked")
+        arguments = (
+            output,
+            entropy,
+            [q.detach(), k.detach(), v.detach()],
+            t,
+            None,
+            output,
+            entropy,
+            lse,
+            0.5,
+            True,
+            "blocked",
+        )
     torch.library.opcheck(attention_backward, tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments))
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from model.entropy_attention import HAS_TRITON, entropy_attention
+from model.entropy_attention import HAS_TRITON, entropy_attention, joint_entropy_attention
 from tests.model.test_entropy_attention import EXTREMES, document_starts, extreme_errors, relative_error
 
 HAS_CUDA = torch.cuda.is_available()
@@ -93,11 +93,20 @@ def test_float32(shape: tuple[int, int, int, int, int], causal: bool, temperatur
 
 
 @needs_kernels
-@pytest.mark.parametrize(("tokens", "width", "causal"), [(200, 64, True), (130, 128, True), (100, 64, False)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "causal"), [(200, 64, True), (130, 128, True), (100, 64, False), (50, 64, True)]
+)
 def test_half_precision(tokens: int, width: int, causal: bool) -> None:
     dtype = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter computes bfloat16 wrongly
     found = errors((1, 4, 2, tokens, width), dtype, causal=causal, temperature="per_position")
     assert found[1] < 1e-3 and max(found) < 1e-2, found
+
+
+@needs_kernels
+def test_the_gradient_of_a_temperature_survives_a_rounded_output() -> None:
+    """It sums to little over a head's rows, so the output's rounding to 16 bits must not enter."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    assert errors((2, 2, 1, 96, 64), dtype, causal=False, temperature="per_head")[-1] < 1e-4
 
 
 @needs_kernels
@@ -139,6 +148,26 @@ def test_extreme_logits_are_no_worse_than_plain_autograd(case: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("tokens", [96, 160])
+def test_enormous_scores_are_finite_and_one_hot(tokens: int) -> None:
+    """Scores near 1e16, as residuals of 1e7 give: the largest takes all, and nothing overflows."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 2, tokens, 128, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    q, k = (q * 1e7).requires_grad_(), (k * 1e7).requires_grad_()
+    t = torch.full((2, tokens), 0.01, device=DEVICE, requires_grad=True)
+    for temperature in (None, t):
+        output, entropy = entropy_attention(q, k, v, temperature=temperature, implementation="triton")
+        expected, _ = entropy_attention(
+            q.double(), k.double(), v.double(), temperature=temperature, implementation="reference"
+        )
+        torch.testing.assert_close(output, expected.to(dtype))
+        assert (entropy == 0).all()
+        gradients = torch.autograd.grad(output.sum() + entropy.sum(), (q, k))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@needs_kernels
 def test_results_keep_the_memory_order_of_their_inputs() -> None:
     joint = torch.randn(48, 2, 4, 3, 32, device=DEVICE, requires_grad=True)
     q, k, v = (x.permute(1, 2, 0, 3) for x in joint.unbind(3))
@@ -159,6 +188,23 @@ def test_every_width_and_type_on_the_device(tokens: int, width: int, dtype: torc
             found = found[:2]
         limit = 5e-6 if dtype == torch.float32 else 1e-2
         assert max(found) < limit and found[1] < (5e-6 if dtype == torch.float32 else 1e-3), found
+
+
+@pytest.mark.gpu
+def test_a_joint_projection_on_the_device() -> None:
+    joint = torch.randn(200, 3, 4, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    t = torch.rand(4, 200, device="cuda").add(0.5).requires_grad_()
+
+    def attend(joint: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        output, entropy = joint_entropy_attention(joint * 1.0, temperature=t)
+        return output.float().square().sum() + entropy.square().sum()
+
+    q, k, v = (x.permute(1, 2, 0, 3).contiguous() for x in joint.unbind(3))
+    output, entropy = entropy_attention(q, k, v, temperature=t)
+    expected = torch.autograd.grad(output.float().square().sum() + entropy.square().sum(), (joint, t))
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        found = torch.autograd.grad(function(joint, t), (joint, t))
+        assert all(relative_error(x, y) < 1e-3 for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,44 @@
+"""Clipping without waiting for the device, against PyTorch's own."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from parallel.clipping import clip_on_device, global_norm
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 3), (7,))]
+    for parameter in made:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return made
+
+
+def step(max_norm: float, spoil: float | None = None) -> list[torch.nn.Parameter]:
+    own = parameters()
+    if spoil is not None:
+        own[1].grad[2] = spoil
+    adam = torch.optim.AdamW(own, lr=0.1, weight_decay=0.3, fused=True)
+    wrapper = SimpleNamespace(optimizer=adam, _global_grad_norm=global_norm([p.grad for p in own]))
+    clip_on_device(wrapper, max_norm)
+    adam.step()
+    return own
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0, 0.0])
+def test_the_step_is_that_of_clipped_gradients(max_norm: float) -> None:
+    own, expected = step(max_norm), parameters()
+    if max_norm:
+        torch.nn.utils.clip_grad_norm_(expected, max_norm)
+    torch.optim.AdamW(expected, lr=0.1, weight_decay=0.3).step()
+    for value, same in zip(own, expected, strict=True):
+        torch.testing.assert_close(value, same)
+
+
+@pytest.mark.parametrize("spoil", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_leave_the_step_out(spoil: float) -> None:
+    for value, before in zip(step(1.0, spoil), parameters(), strict=True):
+        assert torch.equal(value, before)

@@ -1,0 +1,31 @@
+"""Benchmarks that anyone can repeat: contenders side by side in one run, medians, JSON, a table and a picture.
+
+    python -m train.benchmark attention          attention with entropies beside its peers, over lengths
+    python -m train.benchmark step --config configs/ereg.json      a whole training step beside a GPT-2 of equal size
+    python -m train.benchmark learning --config configs/ereg.json  the fused attention against the reference
+
+Each says more with --help.
+"""
+
+import sys
+
+from train import benchmark_attention, benchmark_learning, benchmark_step
+
+BENCHMARKS = {
+    "attention": benchmark_attention.main,
+    "step": benchmark_step.main,
+    "learning": benchmark_learning.main,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 2 if the benchmark is not named."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        print(__doc__)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    BENCHMARKS[arguments[0]](arguments[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Does it learn the same? One run with the fused attention, one with the materialized reference, compared.
+
+Both start from the same weights and read the same samples; only the rounding of attention differs. Writes
+learning.json, learning.md and learning.png; the runs themselves stay below the output folder.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from train import benchmark_report
+
+ATTENTIONS = ("fused", "reference")
+
+
+def main(argv: list[str]) -> None:
+    """Runs both, or with --attention one of them in this process, and compares what is in the output folder."""
+    options = parse(argv)
+    if options.attention:
+        sys.exit(train(options))
+    processes = []
+    for attention in ATTENTIONS:
+        command = [sys.executable, "-m", "train.benchmark", "learning", *argv, "--attention", attention]
+        processes.append(subprocess.Popen(command))
+        if not options.at_once:
+            processes[-1].wait()
+    if any(process.wait() for process in processes):
+        sys.exit("a run failed; see above")
+    rows = {attention: validations(options.output / attention) for attention in ATTENTIONS}
+    report = {"machine": benchmark_report.machine(), "overrides": options.overrides, "validations": rows}
+    benchmark_report.write(options.output, "learning", report, as_table(report))
+    plot(options.output)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.benchmark learning", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, as for train/main.py")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="train with this one only")
+    parser.add_argument("--at-once", action="store_true", help="both runs at the same time, on the same device")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
+    return parser.parse_intermixed_args(argv)
+
+
+def train(options: argparse.Namespace) -> int:
+    """One run, in a folder of its own; its exit status."""
+    from train.main import main as train_main
+
+    if options.attention == "reference":
+        use_reference()
+    folder = options.output / options.attention
+    return train_main(["--config", options.config, *options.overrides, f"run_dir={folder}"])
+
+
+def use_reference() -> None:
+    """Lets the model attend through materialized matrices."""
+    from torch import Tensor
+
+    import model.transformer
+    from model.entropy_attention import entropy_attention
+    from model.entropy_attention.operators import separate
+
+    def attend(qkv_TBN3H: Tensor, *, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+        output, entropy = entropy_attention(*separate([qkv_TBN3H]), temperature=temperature, implementation="reference")
+        assert entropy is not None
+        return output.permute(2, 0, 1, 3), entropy
+
+    model.transformer.joint_entropy_attention = attend  # type: ignore[assignment]
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics that have a validation loss."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "validation_loss" in row]
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """Markdown: a row per evaluation."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}",
+        "",
+        "| step | fused, nats | reference, nats | difference |",
+        "|--:|--:|--:|--:|",
+    ]
+    for fused, reference in zip(*(report["validations"][a] for a in ATTENTIONS), strict=True):
+        ours, theirs = fused["validation_loss"], reference["validation_loss"]
+        lines.append(f"| {fused['step']} | {ours:.4f} | {theirs:.4f} | {ours / theirs - 1:+.3%} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(folder: Path) -> None:
+    """Training losses of both runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for attention in ATTENTIONS:
+        rows = [json.loads(line) for line in (folder / attention / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in rows if "ce_loss" in row]
+        axes.plot([row["step"] for row in steps], [row["ce_loss"] for row in steps], linewidth=0.7, label=attention)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nats a token")
+    axes.legend()
+    figure.savefig(folder / "learning.png", dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,42 @@
+"""What benchmarks share: the machine they ran on, and the files they leave."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, str]:
+    """Device, versions, day, commit and command, without which a figure means nothing."""
+    has_gpu = torch.cuda.is_available()
+    described = {
+        "device": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "command": "python -m train.benchmark " + " ".join(sys.argv[1:]),
+    }
+    if has_gpu:
+        import triton
+
+        described["triton"] = triton.__version__
+    return described
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def write(folder: Path, name: str, report: dict[str, Any], table: str) -> None:
+    """NAME.json and NAME.md below `folder`, and the table on the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
+    (folder / f"{name}.md").write_text(table)
+    print(table)

@@ -1,0 +1,291 @@
+"""A whole training step, from the data on: tokens a second and memory, beside a GPT-2 of equal size and variants.
+
+Every contender is built as training builds it, warmed up, and timed in turn, several times over, so that a drifting
+clock touches all alike; the figures are medians. Memory is the peak of one step beyond what other contenders hold.
+With data.path a dataset, samples are read and moved as in training; else tokens are random. Writes step.json, step.md
+and step.png.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from train import benchmark_report
+from train.accounting import mfu, training_flops_per_token
+from train.benchmark_timing import MATMUL_SIZE, count_device_waits, kernel_times, matmul_tflops, memory, timed
+from train.config import Config, config_from_dict, load_config
+
+CONTENDERS = {
+    "ours": "the configuration's model through this project's engine",
+    "unregularized": "the same without the entropy regularizer",
+    "SM+LN+G": "LayerNorm and GELU through this project's engine",
+    "GPT-2": "LayerNorm and GELU in plain compiled PyTorch",
+}
+WARM_UP_STEPS = 4
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark as the command line says and prints the table."""
+    options = parse(argv)
+    from parallel.launch import choose_accelerator
+
+    choose_accelerator()
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each micro-batch size is compiled for itself
+    config = load_config(options.config, options.overrides)
+    rate, sustained = matmul_tflops() if torch.cuda.is_available() else (None, None)
+    results = [described(contender, rate) for contender in measure(build(config, options), options)]
+    report = {
+        "machine": benchmark_report.machine(),
+        "config": config.as_dict(),
+        "matmul_tflops": rate,
+        "sustained_matmul_tflops": sustained,
+        "results": results,
+    }
+    benchmark_report.write(options.output, "step", report, as_table(report))
+    plot(results, options.output / "step.png")
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.benchmark step", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, for instance configs/ereg.json")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, as for train/main.py")
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--micro-batch-sizes", nargs="+", type=int, metavar="B", help="one step each; the file's")
+    parser.add_argument(
+        "--recompute", nargs="+", choices=["none", "selective", "full"], help="activation recompute; the file's"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--profile", action="store_true", help="also write each contender's time by kernel (GPU)")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    return parser.parse_intermixed_args(argv)
+
+
+@dataclasses.dataclass
+class Contender:
+    """A step to be timed, and what came of it."""
+
+    name: str
+    model: ModelConfig
+    vocab_size: int
+    micro_batch_size: int
+    recompute: str
+    step: Callable[[], Any]
+    memory_before: tuple[int, int]
+    step_times_s: list[float] = dataclasses.field(default_factory=list)
+    peak_memory_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    device_waits: int | None = None
+    kernels: list[tuple[str, float, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch_size * self.model.seq_length
+
+
+def build(config: Config, options: argparse.Namespace) -> Iterator[Contender]:
+    """Contenders one after the other; each is warmed up before the next is built."""
+    from parallel.config import padded_vocab_size
+    from parallel.launch import local_device
+    from train.setup import build_engine
+
+    vocab_size = dataset_vocab_size(config)
+    sizes = options.micro_batch_sizes or [config.training.micro_batch_size]
+    groups = None
+    for name, recompute in product(options.contenders, options.recompute or [config.training.activation_recompute]):
+        own = variant(config, name, sizes[0], recompute)
+        before = memory()
+        if name == "GPT-2":
+            if recompute != "none":
+                continue
+            from train.benchmark_peer import Peer
+
+            peer = Peer(own, padded_vocab_size(vocab_size, 1), local_device())
+            run: Callable[..., Any] = peer_step(peer)
+        else:
+            engine = build_engine(own, vocab_size, groups)
+            groups = engine.groups
+            run = engine_step(engine, own.optimizer.learning_rate)
+        for size in sizes:
+            sized = variant(config, name, size, recompute)
+            batches = open_batches(sized, vocab_size)
+            yield Contender(name, sized.model, vocab_size, size, recompute, step_of(run, batches), before)
+
+
+def variant(config: Config, name: str, micro_batch_size: int, recompute: str) -> Config:
+    """The configuration of one contender: one micro-batch a step."""
+    tree = config.as_dict()
+    tree["training"] |= {
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": micro_batch_size,
+        "activation_recompute": recompute,
+    }
+    own = {key: tree["model"][key] for key in SIZES}
+    if name == "unregularized":
+        tree["model"]["regularized"] = False
+    elif name in ("SM+LN+G", "GPT-2"):
+        tree["model"] = {**own, "architecture": "SM+LN+G"}
+    return config_from_dict(tree)
+
+
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+
+
+def engine_step(engine: Any, learning_rate: float) -> Callable[..., Any]:
+    return lambda batches: engine.train_step(batches, learning_rate)
+
+
+def peer_step(peer: Any) -> Callable[..., Any]:
+    return lambda batches: peer.train_step(*next(batches))
+
+
+def step_of(run: Callable[..., Any], batches: Iterator[Any]) -> Callable[[], Any]:
+    return lambda: run(batches)
+
+
+def dataset_vocab_size(config: Config) -> int:
+    from data.manifest import load_manifest
+
+    if has_dataset(config):
+        return load_manifest(config.data.path).vocab_size
+    return config.data.planned_vocab_size or 32000
+
+
+def has_dataset(config: Config) -> bool:
+    return (Path(config.data.path) / "manifest.json").exists()
+
+
+def open_batches(config: Config, vocab_size: int) -> Iterator[Any]:
+    """Micro-batches on the device without end: of the dataset where there is one, else random tokens."""
+    from parallel.launch import local_device
+    from train.setup import micro_batches, open_stream, to_device
+
+    grid = config.grid(1)
+    if has_dataset(config):
+        yield from micro_batches(open_stream(config, grid, "train"), grid, local_device())
+    while True:
+        tokens_BT = torch.randint(vocab_size, (config.training.micro_batch_size, config.model.seq_length + 1))
+        yield to_device(tokens_BT[:, :-1].t(), local_device()), to_device(tokens_BT[:, 1:].t(), local_device())
+
+
+def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> list[Contender]:
+    """Warms each up, measures its memory and its waits for the device, then times all in turn."""
+    ready = []
+    for contender in contenders:
+        for _ in range(WARM_UP_STEPS):
+            contender.step()
+        measure_memory(contender)
+        contender.device_waits = count_device_waits(contender.step)
+        if options.profile:
+            contender.kernels = kernel_times(contender.step)
+        ready.append(contender)
+        print(f"ready: {contender.name}, micro-batch {contender.micro_batch_size}, recompute {contender.recompute}")
+    for _ in range(options.rounds):
+        for contender in ready:
+            contender.step_times_s += timed(contender.step, options.steps)
+    return ready
+
+
+def measure_memory(contender: Contender) -> None:
+    """Peaks of two steps from a cache without unused blocks."""
+    if not torch.cuda.is_available():
+        return
+    memory()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        contender.step()
+    allocated, reserved = contender.memory_before
+    contender.peak_memory_gib = (torch.cuda.max_memory_allocated() - allocated) / 2**30
+    contender.peak_reserved_gib = (torch.cuda.max_memory_reserved() - reserved) / 2**30
+
+
+def described(contender: Contender, rate: float | None) -> dict[str, Any]:
+    """A record with every figure; shares are of the matrix product's rate and of the device's peak."""
+    step_time_s = statistics.median(contender.step_times_s)
+    tokens_per_second = contender.tokens / step_time_s
+    flops = training_flops_per_token(contender.model, contender.vocab_size)
+    name = torch.cuda.get_device_name() if rate else ""
+    return {
+        "name": contender.name,
+        "architecture": contender.model.architecture,
+        "seq_length": contender.model.seq_length,
+        "micro_batch_size": contender.micro_batch_size,
+        "recompute": contender.recompute,
+        "step_time_s": step_time_s,
+        "tokens_per_second": tokens_per_second,
+        "flops_per_token": flops,
+        "tflops": tokens_per_second * flops / 1e12,
+        "share_of_matmul": tokens_per_second * flops / 1e12 / rate if rate else None,
+        "mfu": mfu(tokens_per_second, flops, name, 1) if rate else None,
+        "peak_memory_gib": contender.peak_memory_gib,
+        "peak_reserved_gib": contender.peak_reserved_gib,
+        "device_waits": contender.device_waits,
+        "kernels_ms": contender.kernels,
+        "step_times_s": contender.step_times_s,
+    }
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """Markdown: a row per contender; MFU = tokens/s * FLOPs a token / the device's dense bf16 peak."""
+    results = report["results"]
+    peers = {r["micro_batch_size"]: r["tokens_per_second"] for r in results if r["name"] == "GPT-2"}
+    machine = report["machine"]
+    lines = [f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}; medians"]
+    if report["matmul_tflops"]:
+        lines[0] += (
+            f"; bf16 product of {MATMUL_SIZE}^3: {report['matmul_tflops']:.0f} TFLOP/s, "
+            f"{report['sustained_matmul_tflops']:.0f} once warm"
+        )
+    lines += [
+        "",
+        "| contender | T | micro-batch | recompute | ms a step | tokens/s | x GPT-2 | TFLOP/s | of product | MFU | "
+        "GiB | waits |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in results:
+        peer = peers.get(r["micro_batch_size"])
+        cells = [
+            r["name"],
+            str(r["seq_length"]),
+            str(r["micro_batch_size"]),
+            r["recompute"],
+            f"{1e3 * r['step_time_s']:.1f}",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['tokens_per_second'] / peer:.2f}" if peer else "",
+            f"{r['tflops']:.3g}",
+            f"{r['share_of_matmul']:.1%}" if r["share_of_matmul"] else "",
+            f"{r['mfu']:.1%}" if r["mfu"] else "",
+            f"{r['peak_memory_gib']:.1f}" if r["peak_memory_gib"] else "",
+            "" if r["device_waits"] is None else str(r["device_waits"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Tokens a second as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(results) + 1.2), layout="constrained")
+    labels = [f"{r['name']}, {r['micro_batch_size']} x {r['seq_length']}, recompute {r['recompute']}" for r in results]
+    bars = axes.barh(range(len(results)), [r["tokens_per_second"] / 1e3 for r in results])
+    axes.bar_label(bars, fmt="%.4g", padding=3)
+    axes.set_yticks(range(len(results)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("thousand tokens a second")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
