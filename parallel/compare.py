@@ -46,7 +46,8 @@ class Comparison:
     worst_parameter: str
 
     def within(self, tolerance: float) -> bool:
-        return max(self.loss, self.gradient_norm, self.entropy_nats, self.gradient) <= tolerance  # False for NaN
+        errors = (self.loss, self.gradient_norm, self.entropy_nats, self.gradient)
+        return all(error <= tolerance for error in errors)  # NaN is beyond any
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -230,9 +231,7 @@ def compare(found: Measured, expected: Measured) -> Comparison:
     return Comparison(
         loss=float(torch.maximum(whole.max(), relative[:, 0].max())),
         gradient_norm=float(relative[:, 2].max()),
-        entropy_nats=max(
-            float((a - b).abs().max()) for a, b in zip(found.entropy_nats, expected.entropy_nats, strict=True)
-        ),
+        entropy_nats=float((torch.stack(found.entropy_nats) - torch.stack(expected.entropy_nats)).abs().max()),
         gradient=worst[0],
         worst_parameter=worst[1],
     )

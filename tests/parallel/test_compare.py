@@ -1,0 +1,141 @@
+"""The command that a user runs before a large job: what it prints, its exit status, and what it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from parallel import compare
+from parallel.layout import Layout, parse_layout
+from parallel.local_ranks import RankError
+from parallel.measurement import GradientPiece, Measured, assemble
+from tests.parallel.tiny import EREG, SIZES, assert_layout
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.json"
+    tree = {
+        "model": SIZES,
+        "data": {"path": "no/dataset", "planned_vocab_size": 50},
+        "training": {"micro_batch_size": 2, "global_batch_size": 4, "train_steps": 1},
+    }
+    file.write_text(json.dumps(tree))
+    return file
+
+
+def run(config_file: Path, *arguments: str) -> int:
+    return compare.main(["--config", str(config_file), *arguments])
+
+
+def test_the_table_and_the_lines_beside_it(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines_file = config_file.with_name("lines.jsonl")
+    assert run(config_file, "--layouts", "tp=2,dp=2:cp=2", "--batches", "1", "--json", str(lines_file)) == 0
+    text = capsys.readouterr().out
+    assert "2 of 2 layouts equal one process within 1e-05" in text and "BEYOND" not in text
+    lines = [json.loads(line) for line in lines_file.read_text().splitlines()]
+    assert [line["layout"] for line in lines] == ["tp=2", "dp=2:cp=2"]
+    assert all(line["passed"] and line["gradient"] <= 1e-5 and line["worst_parameter"] for line in lines)
+    assert lines[0]["sent_bytes"]["tensor"] > 0
+
+
+def test_beyond_the_tolerance_the_status_is_one(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config_file, "--layouts", "tp=2", "--batches", "1", "--tolerance", "1e-12") == 1
+    assert "BEYOND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layouts", "tq=2"], "'tq=2' is no key=value of a layout; the keys are tp (tensor-parallel ranks)"),
+        (["--layouts", "tp=2:tp=4"], "tp is given twice"),
+        (["--layouts", "zero=4"], "zero=4 must be one of 1, 2, 3"),
+        (["--layouts", "tp=3"], "model.num_attention_heads = 8 is not a multiple of"),
+        (["--layouts", "tp=4:cp=4"], "tensor_parallel_size(4) * parallel.context_parallel_size(4) = 16"),
+        (["--layouts", "pp=2:zero=2"], "zero_stage = 2 needs parallel.pipeline_parallel_size = 1"),
+        (["--layouts", "dp=3"], "training.global_batch_size = 4 is not a multiple of acc(2) * dp(3)"),
+        (["--layouts", "sp=1"], "sequence_parallel = true needs parallel.tensor_parallel_size > 1"),
+        (
+            ["--layouts", "acc=1,acc=2", "regularizer.granularity=per_head"],
+            "layouts must agree in acc, not have [1, 2]",
+        ),
+        (["--layouts", "tp=1", "data.planned_vocab_size=null"], "no/dataset"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_a_line(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(config_file, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_gradient_of_nan_is_never_within() -> None:
+    gradient = {"a": torch.ones(2), "b": torch.ones(2)}
+    expected = Measured(torch.ones(1, 3), [gradient], [torch.ones(1, 1)], {})
+    found = dataclasses.replace(expected, gradients=[{**gradient, "a": torch.tensor([1.0, torch.nan])}])
+    result = compare.compare(found, expected)
+    assert result.worst_parameter == "a" and not result.within(1.0)
+    assert compare.compare(expected, expected).within(0.0)
+
+
+def test_gradients_are_put_together_and_disagreement_is_told() -> None:
+    rows = torch.arange(12.0).view(6, 2)
+    ranks: list[dict[str, GradientPiece]] = [
+        {"head.weight": GradientPiece((3, 2), 0, 0, 0, rows[:2].flatten())},  # ZeRO cuts a shard anywhere
+        {"head.weight": GradientPiece((3, 2), 0, 0, 4, rows[2:3].flatten())},
+        {"head.weight": GradientPiece((3, 2), 0, 1, 0, rows[3:].flatten())},
+    ]
+    assert torch.equal(assemble(ranks, vocab_size=5)["head.weight"], rows[:5])
+    ranks.append({"head.weight": GradientPiece((3, 2), 0, 1, 0, rows[3:].flatten() + 1)})
+    with pytest.raises(RankError, match=r"rank 3 holds another gradient of head\.weight"):
+        assemble(ranks, vocab_size=5)
+
+
+@pytest.mark.parametrize("text", ["tp=2:pp=2:dp=2:cp=2:sp=1:zero=1:acc=4:recompute=selective", "tp=1", "cp=4:zero=3"])
+def test_a_layout_reads_as_it_is_written(text: str) -> None:
+    assert parse_layout(str(parse_layout(text))) == parse_layout(text)
+
+
+ODD_SIZES = st.fixed_dictionaries(
+    {
+        "num_layers": st.integers(2, 5),
+        "num_attention_heads": st.sampled_from([2, 4, 6]),
+        "head_width": st.integers(1, 7),
+        "seq_length": st.sampled_from([4, 12, 20]),
+        "vocab_size": st.integers(1, 300),
+        "architecture": st.sampled_from([EREG, "SM+LN+G", "SM+ScFFN"]),
+    }
+)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(ODD_SIZES, st.sampled_from(["tp=2:pp=2", "tp=2:sp=1:acc=3", "pp=2:dp=3:acc=1", "dp=2:cp=2:acc=3"]))
+def test_odd_sizes(sizes: dict[str, Any], layout: str) -> None:
+    _odd(sizes, parse_layout(layout))
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(ODD_SIZES, st.sampled_from(["tp=2:pp=2", "tp=2:sp=1:acc=3", "pp=2:dp=3:acc=1", "cp=2:tp=2", "tp=2:dp=3:zero=3"]))
+def test_many_odd_sizes(sizes: dict[str, Any], layout: str) -> None:
+    _odd(sizes, parse_layout(layout))
+
+
+def _odd(sizes: dict[str, Any], layout: Layout) -> None:
+    """Uneven stages, vocabularies smaller than a shard, heads of one feature; tp * cp = 2 or 4 must divide the heads."""
+    heads = sizes["num_attention_heads"] * (2 if layout.tp * layout.cp == 4 else 1)
+    model = {name: value for name, value in sizes.items() if name != "head_width"}
+    model.update(num_attention_heads=heads, hidden_size=heads * sizes["head_width"], ffn_hidden_size=2 * heads + 2)
+    assert_layout(layout, "float64", global_batch_size=6, **model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_context_of_32k_tokens() -> None:
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 32768}
+    assert_layout(parse_layout("cp=2:acc=1"), "float32", global_batch_size=1, architecture=EREG, **model)

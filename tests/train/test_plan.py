@@ -1,0 +1,66 @@
+"""Planning on paper: memory against measured peaks, what is printed, and which layouts fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.footprint import footprint
+from train.config import load_config
+from train.plan import main, workload
+
+ROOT = Path(__file__).parents[2]
+ONE_BATCH = ["training.global_batch_size=8", "training.micro_batch_size=8"]
+
+# torch.cuda.max_memory_allocated of training steps on one H200 at vocabulary 32,000, in GiB
+MEASURED_GIB = [
+    ("ereg.json", [], 10.90),
+    ("baseline.json", [], 21.82),
+    ("ereg_1b.json", ONE_BATCH, 34.36),
+    ("ereg_1b.json", [*ONE_BATCH, "training.activation_recompute=full"], 21.10),
+    ("ereg_1b.json", [*ONE_BATCH, "training.activation_recompute=selective"], 32.10),
+    ("ereg_1b.json", ["training.global_batch_size=16", "training.micro_batch_size=16"], 50.06),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "measured_gib"), MEASURED_GIB)
+def test_peak_memory_is_within_three_percent_of_the_measured(
+    name: str, overrides: list[str], measured_gib: float
+) -> None:
+    config = load_config(ROOT / "configs" / name, overrides)
+    predicted_gib = footprint(workload(config, 1, 0, 32_000)).peak / 2**30
+    assert predicted_gib == pytest.approx(measured_gib, rel=0.03)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    status = main([*arguments, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_splitting_divides_what_is_split(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--config", str(ROOT / "configs/ereg_1b.json"), "--gpus", "8", "--gpu", "h100"]
+    _, whole = planned(capsys, *common)
+    _, halves = planned(capsys, *common, "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
+    one, two = whole["plan"]["stages_bytes"][0], halves["plan"]["stages_bytes"][0]
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.01)
+    assert one["parameters"] / 2 < two["parameters"] < one["parameters"]  # a replicated FFN is not divided
+    _, staged = planned(capsys, *common, "parallel.pipeline_parallel_size=4")
+    stages = staged["plan"]["stages_bytes"]
+    assert len(stages) == 3 and staged["plan"]["step_time_s"]["bubble"] > 0
+    assert stages[0]["activations"] > stages[1]["activations"] > stages[2]["activations"]  # micro-batches in flight
+    assert all(layout["fits"] for layout in whole["layouts"]) and len(whole["layouts"]) > 10
+
+
+def test_a_job_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(ROOT / "configs/ereg_1b.json"), "--gpus", "1", "--gpu", "a100"]
+    status = main([*arguments, "training.micro_batch_size=64"])
+    text = capsys.readouterr().out
+    assert status == 1 and "does NOT fit in 79.2 GiB" in text and "Fastest of" in text and "Assumed:" in text
+    assert main([*arguments, "training.micro_batch_size=8"]) == 0
+
+
+def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(ROOT / "configs/ereg_1b.json"), "--gpus", "3"]
+    assert main([*arguments, "parallel.tensor_parallel_size=2"]) == 2
+    assert "world size 3 is not a multiple of tensor_parallel_size(2)" in capsys.readouterr().err
