@@ -127,7 +127,7 @@ def test_many_odd_sizes(sizes: dict[str, Any], layout: str) -> None:
 
 
 def _odd(sizes: dict[str, Any], layout: Layout) -> None:
-    """Uneven stages, vocabularies smaller than a shard, heads of one feature; tp * cp = 2 or 4 must divide the heads."""
+    """Uneven stages, vocabularies smaller than a shard, heads of one feature; tp * cp divides the heads."""
     heads = sizes["num_attention_heads"] * (2 if layout.tp * layout.cp == 4 else 1)
     model = {name: value for name, value in sizes.items() if name != "head_width"}
     model.update(num_attention_heads=heads, hidden_size=heads * sizes["head_width"], ffn_hidden_size=2 * heads + 2)

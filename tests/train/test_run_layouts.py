@@ -1,0 +1,47 @@
+"""Whole runs under other layouts leave the metrics, entropies and evaluations of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_run import rows, run_main, without_times
+
+PARTIAL_BATCH = "training.evaluation_samples=5"  # of micro-batches of 4 or 2: the last is not full
+
+LAYOUTS = {
+    "tp=2:sp=1:cp=2": (
+        4,
+        ["tensor_parallel_size=2", "sequence_parallel=true", "context_parallel_size=2", "replica_check_interval=3"],
+    ),
+    "pp=2:dp=2": (4, ["pipeline_parallel_size=2", "replica_check_interval=3"]),
+    "dp=2:zero=3": (2, ["zero_stage=3"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_metrics_are_those_of_one_process(tiny_config: Path, tmp_path: Path, layout: str) -> None:
+    world_size, keys = LAYOUTS[layout]
+    parallel = [f"parallel.{key}" for key in keys]
+    if "dp=2" in layout:
+        parallel.append("training.micro_batch_size=2")
+    common = [PARTIAL_BATCH, "model.init_std=0.1", "training.train_steps=6", "training.evaluation_interval=3"]
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    assert run_main(1, tiny_config, *common, f"run_dir={whole}").statuses == [0]
+    answer = run_main(world_size, tiny_config, *common, *parallel, f"run_dir={sharded}")
+    assert answer.statuses == [0] * world_size, answer.stderr
+    expected, found = without_times(whole), without_times(sharded)
+    assert sum("validation_loss" in row for row in expected) == 2 and len(expected) == 8
+    for there, here in zip(expected, found, strict=True):
+        assert there == pytest.approx(here, rel=1e-4)
+    for there, here in zip(rows(whole, "entropy.jsonl"), rows(sharded, "entropy.jsonl"), strict=True):
+        assert json.dumps(there).count("null") == json.dumps(here).count("null")
+        for name, values in there.items():
+            assert _flat(here[name]) == pytest.approx(_flat(values), rel=1e-4)
+
+
+def _flat(values: object) -> list[float]:
+    if isinstance(values, list):
+        return [number for each in values for number in _flat(each)]
+    assert isinstance(values, int | float)
+    return [float(values)]
