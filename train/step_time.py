@@ -127,8 +127,7 @@ def _communication(work: Workload, gpu: Gpu, assumed: Assumptions, sent: Volume)
 
 
 def link_rate(work: Workload, gpu: Gpu, assumed: Assumptions, ranks: int, stride: int) -> float:
-    """Bytes a second between neighbours of an axis whose ranks are `stride` apart: within a node, or over the network.
-    """
+    """Bytes a second between neighbours of an axis whose ranks are `stride` apart: within a node, or over the network."""
     within = ranks * stride <= gpu.gpus_per_node
     return assumed.links * (gpu.node_gb_per_s if within else gpu.network_gb_per_s) * 1e9
 

@@ -70,8 +70,7 @@ def test_a_penalty_for_each_query_sends_nothing() -> None:
 
 
 def test_a_fused_ffn_halves_what_a_block_sends_under_sequence_parallelism() -> None:
-    """Counted: of a third layer, in a step of four micro-batches against one of two, so that only activations differ.
-    """
+    """Counted: of a third layer, in a step of four micro-batches against one of two, so that only activations differ."""
 
     def activation_bytes(architecture: str) -> int:
         def sent(num_layers: int, acc: int) -> int:
