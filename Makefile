@@ -1,5 +1,6 @@
 # make quickstart   install, prepare text, train on two processes, evaluate, draw
 # make test         install what tests need and run them
+# make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
 # make check        tests, format, lint, types
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 RUN_DIR := runs/quickstart
 DATASET := datasets/quickstart
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test test-slurm check clean
 
 install: $(VENV)/.installed
 
@@ -22,7 +23,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-$(VENV)/.installed-check: $(VENV)/.installed-test
+$(VENV)/.installed-test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm
+
+check: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	touch $@
 
@@ -37,6 +41,9 @@ quickstart: install $(DATASET)/manifest.json
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm
 
 check: $(VENV)/.installed-check test
 	$(BIN)/ruff format --check .

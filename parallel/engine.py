@@ -5,7 +5,8 @@ With one pipeline stage this is DeepSpeed's plain engine (ZeRO 1 to 3), with mor
 
 import contextlib
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,22 @@ from torch import Tensor
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from parallel.chunks import Chunk
 from parallel.clipping import clip_on_device
 from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import Stage, StageStatistics
-from parallel.state import SavedState, load_pieces, save_pieces
+from parallel.state import SavedState, StateMap, adam_step, create_moments, load_training_state
+from parallel.telemetry import StepReport, step_report
 
 MicroBatch = tuple[Tensor, ...]
 """Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
 each token's document begins, [B, T].
 """
+
+Judge = Callable[[StepReport], bool]
+"""Whether a step that measured this may change the weights; the same answer on every rank."""
 
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
@@ -43,6 +49,11 @@ class EngineConfig:
     betas: tuple[float, float]
     epsilon: float
     deepspeed: dict[str, Any]
+
+
+def accept_finite(report: StepReport) -> bool:
+    """The least a judge does."""
+    return math.isfinite(report.loss) and math.isfinite(report.gradient_norm)
 
 
 class Engine:
@@ -75,10 +86,23 @@ class Engine:
             )
         if uses_bf16_optimizer(config):
             clip_on_device(self.engine.optimizer, config.gradient_clipping)
+        ask_before_stepping(optimizer, self._may_step)
+        create_moments(self.engine.optimizer, 0)
         check_alignment(stage)
+        self.stop_requested = False
+        self._judge: Judge = accept_finite
+        self._report: StepReport | None = None
+        self._accepted = True
 
-    def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float) -> StageStatistics:
-        """Runs `num_micro_batches` and one optimizer step; nothing is fetched from the device."""
+    def train_step(
+        self, micro_batches: Iterator[MicroBatch], learning_rate: float, judge: Judge = accept_finite
+    ) -> tuple[StepReport, StageStatistics]:
+        """Runs `num_micro_batches` and, if `judge` accepts what they measured, one optimizer step.
+
+        The judge is asked between the backward pass and the optimizer; this is where an ordinary step waits for the
+        device, once. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
+        """
+        self._judge, self._report = judge, None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         update_spectral_norms(self.stage)
@@ -89,7 +113,18 @@ class Engine:
             for _ in range(self.config.num_micro_batches):
                 self.engine.backward(self.engine(*next(micro_batches)))
                 self.engine.step()
-        return self.stage.take_statistics()
+        self._may_step()  # where the gradients are not finite DeepSpeed skips the optimizer, which then never asked
+        assert self._report is not None
+        return self._report, self.stage.take_statistics()
+
+    def _may_step(self) -> bool:
+        if self._report is None:
+            assert self.stage.statistics is not None
+            norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
+            norm = float("inf") if getattr(self.engine.optimizer, "overflow", False) or norm is None else norm
+            self._report = step_report(self.stage.statistics, self.groups, norm, self.stop_requested)
+            self._accepted = self._judge(self._report)
+        return self._accepted
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch], valid_rows: list[int]) -> StageStatistics:
@@ -108,19 +143,27 @@ class Engine:
         self.stage.valid_rows = None
         return self.stage.take_statistics()
 
+    def state_chunks(self, vocab_size: int) -> list[Chunk]:
+        """Views of this rank's share of the training state, under global names (see parallel.state)."""
+        return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.engine.optimizer.optimizer)
+
     @property
-    def gradient_norm(self) -> Tensor | float:
-        """The global L2 norm before clipping at the last step, equal on all ranks; NaN if it was not computed."""
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else norm
+    def adam_step(self) -> float:
+        """Optimizer steps taken, as Adam's bias correction counts them."""
+        return adam_step(self.engine.optimizer.optimizer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's share of the training state, under global names (see parallel.state)."""
-        return save_pieces(self.stage, self.engine.optimizer.optimizer, self.groups)
+    def load_state(self, saved: SavedState, vocab_size: int) -> None:
+        """Restores the training state, whatever layout saved it."""
+        load_training_state(self.stage, self.engine.optimizer, self.groups, saved, vocab_size)
 
-    def load_state_dict(self, saved: SavedState, vocab_size: int) -> None:
-        """Restores the training state, whatever layout saved it; raises KeyError where something is missing."""
-        load_pieces(self.stage, self.engine.optimizer, self.groups, saved, vocab_size)
+
+def ask_before_stepping(optimizer: torch.optim.Optimizer, may_step: Callable[[], bool]) -> None:
+    """Makes `step` do nothing where it may not: weights, moments and step counts stay as they are.
+
+    DeepSpeed calls it when gradients are reduced and their norm is known, once for each of its parameter groups.
+    """
+    step = optimizer.step
+    optimizer.step = lambda closure=None: step() if may_step() else None  # type: ignore[method-assign]
 
 
 @torch.no_grad()

@@ -46,11 +46,13 @@ def local_device() -> torch.device:
 
 
 def initialize_distributed(timeout_s: float = 600.0) -> None:
-    """Joins the process group: NCCL with GPUs, gloo without.
+    """Joins the process group: NCCL with GPUs, gloo without; a process that has joined stays as it is.
 
     Raises:
         LaunchError: no port is free, or the other ranks do not answer.
     """
+    if torch.distributed.is_initialized():
+        return
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())

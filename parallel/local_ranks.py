@@ -36,17 +36,8 @@ def run_ranks(
     Raises:
         RankError: a rank failed, died, or was still running after `time_limit_s`.
     """
-    context: Any = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
-    if not use_gpu:
-        context.set_forkserver_preload([PRELOADED])
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
-        processes = [
-            context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = start_ranks(function, world_size, folder, *args, use_gpu=use_gpu)
         try:
             _wait(processes, time_limit_s)
         finally:
@@ -55,6 +46,23 @@ def run_ranks(
                 process.kill()
                 process.join()
         return _answers(Path(folder), world_size, hung, [process.exitcode for process in processes])
+
+
+def start_ranks(
+    function: Callable[..., Any], world_size: int, folder: str, *args: Any, use_gpu: bool = False
+) -> list[Any]:
+    """The started processes of the ranks, which leave their answers in `folder`."""
+    context: Any = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
+    if not use_gpu:
+        context.set_forkserver_preload([PRELOADED])
+    port = _free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _wait(processes: list[Any], time_limit_s: float) -> None:

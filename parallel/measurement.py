@@ -121,10 +121,11 @@ class EngineStep:
         self.stage, self.groups = self.engine.stage, self.engine.groups
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
-        return self.engine.train_step(micro_batches, learning_rate=0.0)
+        self.report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)
+        return statistics
 
     def gradient_norm(self) -> float:
-        return float(self.engine.gradient_norm)
+        return self.report.gradient_norm
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
         """Where the piece that ZeRO left here begins, and the piece; None where there is none."""

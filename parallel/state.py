@@ -1,25 +1,28 @@
 """Training state under global parameter names, independent of the layout that holds it.
 
 ZeRO keeps of each parameter's float32 master copy and Adam moments a contiguous piece of the flattened local tensor on
-each data-parallel rank; tensor parallelism makes the local tensor a slice of the whole. A `Piece` records both cuts, so
-that the whole tensor can be put together from any layout's pieces and cut again for any other:
+each data-parallel rank; tensor parallelism makes the local tensor a slice of the whole. A `Piece` records the one cut,
+`parallel.chunks` turns it into rectangles of the whole:
 
     whole [rows, columns]  --tensor parallel-->  local shard  --flatten, ZeRO-->  piece [start, start + length)
 
-The pieces of all ranks cover every parameter exactly once: of what several ranks hold, one records it.
+    model.NAME, exp_avg.NAME, exp_avg_sq.NAME    float32, shapes of the whole model without vocabulary padding
+    buffer.tp0of2.NAME                           power-iteration vectors of one tensor-parallel rank
+
+The chunks saved by all ranks cover every tensor exactly once: of what several ranks hold, one saves it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
 from model.normalized_weights import update_spectral_norms
+from parallel.chunks import Chunk, chunks_of_range, whole_chunk
 from parallel.megatron import Groups
-from parallel.tensor import cut
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 POWER_ITERATIONS_AFTER_RESHARDING = 30
@@ -33,102 +36,113 @@ class Piece:
     master: Tensor
     moments: dict[str, Tensor]
 
-
-def save_pieces(stage: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups) -> dict[str, Any]:
-    """What this rank contributes to a checkpoint: plain tensors, numbers and strings."""
-    grid, pieces = groups.grid, []
-    for name, parameter in named_parameters(stage.transformer):
-        piece = piece_of(parameter, optimizer, groups)
-        if piece is None or _recorded_elsewhere(name, parameter, stage, groups):
-            continue
-        pieces.append(
-            {
-                "name": name,
-                "shape": list(local_shape(parameter)),
-                "split_dim": parameter.partition_dim,
-                "shard": grid.tp_rank if parameter.partition_dim is not None else 0,
-                "start": piece.start,
-                "master": piece.master.detach().cpu(),
-                **{key: value.detach().cpu() for key, value in piece.moments.items()},
-            }
-        )
-    buffers = {name: buffer.cpu() for name, buffer in stage.transformer.named_buffers()} if grid.replica == 0 else {}
-    return {"pieces": pieces, "buffers": buffers, "tp": [grid.tp_rank, grid.tp], "adam_step": adam_step(optimizer)}
+    def tensors(self) -> dict[str, Tensor]:
+        """By the prefix under which they are saved."""
+        return {"model": self.master, **self.moments}
 
 
-class SavedState:
-    """The saved pieces of all ranks, looked up by name; tensors may be memory-mapped and are read when asked for."""
+class StateMap:
+    """Finds a stage's tensors in the whole model.
 
-    def __init__(self, saved: Iterable[dict[str, Any]]) -> None:
-        self.pieces: dict[str, list[dict[str, Any]]] = {}
-        self.buffers: dict[tuple[str, int, int], Tensor] = {}
-        self.adam_step = 0.0
-        for rank_state in saved:
-            self.adam_step = rank_state["adam_step"]
-            for piece in rank_state["pieces"]:
-                self.pieces.setdefault(piece["name"], []).append(piece)
-            for name, buffer in rank_state["buffers"].items():
-                self.buffers[(name, *rank_state["tp"])] = buffer
+    Args:
+        vocab_size: without padding.
+    """
 
-    def whole(self, name: str, kind: str = "master") -> Tensor:
-        """The whole tensor in float32; `kind` is 'master' or one of the moments.
+    def __init__(self, stage: nn.Module, groups: Groups, vocab_size: int) -> None:
+        self.stage, self.groups = stage, groups
+        self._shapes = global_shapes(stage.transformer.config, vocab_size)
 
-        Raises:
-            KeyError: pieces are missing.
-        """
-        pieces = self.pieces[name]
-        shards: dict[int, Tensor] = {}
-        filled = 0
-        for piece in pieces:
-            flat = shards.setdefault(piece["shard"], torch.empty(torch.Size(piece["shape"]).numel()))
-            flat[piece["start"] : piece["start"] + piece[kind].numel()] = piece[kind]
-            filled += piece[kind].numel()
-        if filled != sum(shard.numel() for shard in shards.values()):
-            raise KeyError(
-                f"{name}: {filled} of {sum(shard.numel() for shard in shards.values())} values of {kind} found"
-            )
-        tensors = [shards[shard].view(pieces[0]["shape"]) for shard in sorted(shards)]
-        split_dim = pieces[0]["split_dim"]
-        return tensors[0] if split_dim is None else torch.cat(tensors, dim=split_dim)
+    def saved_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
+        """What this rank contributes to a checkpoint; views of the live state."""
+        chunks: list[Chunk] = []
+        for name, parameter in named_parameters(self.stage.transformer):
+            if not self._saved_elsewhere(name, parameter):
+                chunks += self._piece_chunks(name, parameter, piece_of(parameter, optimizer, self.groups))
+        return chunks + (self._own_buffers() if self.groups.grid.replica == 0 else [])
+
+    def optimizer_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
+        """Where this rank's master copies and moments are to be loaded."""
+        chunks: list[Chunk] = []
+        for name, parameter in named_parameters(self.stage.transformer):
+            chunks += self._piece_chunks(name, parameter, piece_of(parameter, optimizer, self.groups))
+        return chunks
+
+    def weight_chunks(self) -> list[Chunk]:
+        """Where this rank's weights are to be loaded; ZeRO-3's, which are partitioned, come from their masters."""
+        chunks: list[Chunk] = []
+        for name, parameter in named_parameters(self.stage.transformer):
+            if not hasattr(parameter, "ds_tensor"):
+                chunks += self._range_chunks("model", name, parameter, 0, parameter.detach().view(-1))
+        return chunks
+
+    def buffer_chunks(self, saved_names: Container[str]) -> list[Chunk]:
+        """Where power-iteration vectors are to be loaded; empty where another tensor-parallel size saved them."""
+        chunks = self._own_buffers()
+        return chunks if all(chunk.name in saved_names for chunk in chunks) else []
+
+    def _piece_chunks(self, name: str, parameter: nn.Parameter, piece: Piece | None) -> Iterator[Chunk]:
+        if piece is not None:
+            for kind, flat in piece.tensors().items():
+                yield from self._range_chunks(kind, name, parameter, piece.start, flat)
+
+    def _range_chunks(self, kind: str, name: str, parameter: nn.Parameter, start: int, flat: Tensor) -> Iterator[Chunk]:
+        name, shape, dim = source(name, self.stage), local_shape(parameter), parameter.partition_dim
+        offsets = [0] * len(shape)
+        if dim is not None:
+            offsets[dim] = shape[dim] * self.groups.grid.tp_rank
+        return chunks_of_range(f"{kind}.{name}", self._shapes[name], shape, offsets, start, flat.detach())
+
+    def _own_buffers(self) -> list[Chunk]:
+        prefix = f"buffer.tp{self.groups.grid.tp_rank}of{self.groups.grid.tp}"
+        return [whole_chunk(f"{prefix}.{name}", b) for name, b in self.stage.transformer.named_buffers()]
+
+    def _saved_elsewhere(self, name: str, parameter: nn.Parameter) -> bool:
+        replicated = parameter.partition_dim is None and self.groups.grid.tp_rank != 0
+        return replicated or source(name, self.stage) != name
+
+
+class SavedState(Protocol):
+    """A checkpoint as seen from here."""
+
+    adam_step: float
+    names: Container[str]
+
+    def read(self, chunks: list[Chunk]) -> None:
+        """Fills the chunks; all ranks call."""
+
+
+@torch.no_grad()
+def load_training_state(stage: nn.Module, wrapper: Any, groups: Groups, saved: SavedState, vocab_size: int) -> None:
+    """Fills weights, master copies and moments of this rank's layout, whatever the layout that saved them.
+
+    Args:
+        wrapper: DeepSpeed's optimizer around AdamW.
+    """
+    create_moments(wrapper, saved.adam_step)
+    state = StateMap(stage, groups, vocab_size)
+    targets = state.optimizer_chunks(wrapper.optimizer) + state.weight_chunks()
+    _load(stage, state, saved, targets)
+    for _, parameter in named_parameters(stage.transformer):
+        piece = piece_of(parameter, wrapper.optimizer, groups) if hasattr(parameter, "ds_tensor") else None
+        if piece is not None:
+            parameter.ds_tensor[: piece.master.numel()].copy_(piece.master)
 
 
 @torch.no_grad()
 def load_weights(stage: nn.Module, groups: Groups, saved: SavedState, vocab_size: int) -> None:
     """Fills a stage's weights of any layout; not for ZeRO-3, whose weights are partitioned."""
-    shard = cut(stage.transformer, groups)
-    for name, parameter in named_parameters(stage.transformer):
-        parameter.copy_(_local(saved.whole(source(name, stage)), name, parameter, shard, vocab_size))
-    _load_buffers(stage, groups, saved)
+    state = StateMap(stage, groups, vocab_size)
+    _load(stage, state, saved, state.weight_chunks())
 
 
-@torch.no_grad()
-def load_pieces(stage: nn.Module, wrapper: Any, groups: Groups, saved: SavedState, vocab_size: int) -> None:
-    """Fills weights, master copies and moments of this rank's layout, whatever the layout that saved them.
-
-    Args:
-        wrapper: DeepSpeed's optimizer around AdamW.
-
-    Raises:
-        KeyError: a parameter or a part of it was not saved.
-    """
-    create_moments(wrapper, saved.adam_step)
-    optimizer = wrapper.optimizer
-    shard = cut(stage.transformer, groups)
-    for name, parameter in named_parameters(stage.transformer):
-        piece = piece_of(parameter, optimizer, groups)
-        local = _local(saved.whole(source(name, stage)), name, parameter, shard, vocab_size)
-        if piece is not None:
-            window = slice(piece.start, piece.start + piece.master.numel())
-            piece.master.copy_(local.flatten()[window])
-            for kind in MOMENTS:
-                moment = _local(saved.whole(source(name, stage), kind), name, parameter, shard, vocab_size)
-                piece.moments[kind].copy_(moment.flatten()[window])
-        if hasattr(parameter, "ds_tensor"):
-            if piece is not None:
-                parameter.ds_tensor[: piece.master.numel()].copy_(piece.master)
-        else:
-            parameter.copy_(local)
-    _load_buffers(stage, groups, saved)
+def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Chunk]) -> None:
+    """Reads the targets and the power-iteration vectors; those that another layout saved are found again."""
+    buffers = state.buffer_chunks(saved.names)
+    saved.read(targets + buffers)
+    if not buffers:
+        for _, buffer in stage.transformer.named_buffers():
+            buffer.fill_(1.0)
+        update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)
 
 
 def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: Groups) -> Piece | None:
@@ -140,11 +154,7 @@ def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: 
         return None
     flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
     address = mapping.hp_fragment_address
-    moments = {
-        kind: optimizer.state[flat][kind].narrow(0, address.start, address.numel)
-        for kind in MOMENTS
-        if kind in optimizer.state[flat]
-    }
+    moments = {kind: optimizer.state[flat][kind].narrow(0, address.start, address.numel) for kind in MOMENTS}
     return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
 
 
@@ -161,7 +171,11 @@ def _piece_of_stage_3(parameter: nn.Parameter, groups: Groups) -> Piece | None:
 
 
 def create_moments(wrapper: Any, adam_step: float) -> None:
-    """Gives every flat master copy Adam's state at `adam_step`, which torch would create at the first step."""
+    """Gives every flat master copy Adam's state at `adam_step`, which torch would create at the first step.
+
+    Args:
+        wrapper: DeepSpeed's optimizer around AdamW.
+    """
     optimizer = wrapper.optimizer
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for flat in flat_masters(wrapper):
@@ -190,35 +204,3 @@ def source(name: str, stage: nn.Module) -> str:
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _recorded_elsewhere(name: str, parameter: nn.Parameter, stage: nn.Module, groups: Groups) -> bool:
-    replicated = parameter.partition_dim is None and groups.grid.tp_rank != 0
-    return replicated or source(name, stage) != name
-
-
-def _local(whole: Tensor, name: str, parameter: nn.Parameter, shard: Any, vocab_size: int) -> Tensor:
-    """This rank's slice of a whole tensor, rows of vocabulary padding zero."""
-    if name in (TIED_HEAD_SOURCE, "head.weight"):
-        whole = whole[:vocab_size]
-    value = shard(name, whole)
-    shape = local_shape(parameter)
-    if value.shape == shape:
-        return value
-    padded = torch.zeros(shape)
-    padded[tuple(slice(size) for size in value.shape)] = value
-    return padded
-
-
-def _load_buffers(stage: nn.Module, groups: Groups, saved: SavedState) -> None:
-    """Power-iteration vectors: exactly where tensor parallelism is unchanged, else found again from the weights."""
-    missing = False
-    for name, buffer in stage.transformer.named_buffers():
-        value = saved.buffers.get((name, groups.grid.tp_rank, groups.grid.tp))
-        if value is None:
-            missing = True
-            buffer.fill_(1.0)
-        else:
-            buffer.copy_(value)
-    if missing:
-        update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)

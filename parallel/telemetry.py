@@ -5,6 +5,7 @@ and a quantity split over ranks enters from each in its place; the sum then is t
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,33 @@ def loss_parts(statistics: StageStatistics, groups: Groups) -> Tensor:
     cross_entropy = statistics.cross_entropy if holds_loss else torch.zeros_like(statistics.cross_entropy)
     parts = torch.stack([cross_entropy, statistics.entropy_penalty])
     return parts / (statistics.micro_batches * grid.replicas)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training step measured, over all ranks and equal on all of them; losses in nats a token."""
+
+    cross_entropy: float
+    entropy_loss: float
+    gradient_norm: float  # before clipping; infinite where the gradients are not finite
+    stop_requested: bool  # by any rank
+
+    @property
+    def loss(self) -> float:
+        return self.cross_entropy + self.entropy_loss
+
+
+def step_report(
+    statistics: StageStatistics, groups: Groups, gradient_norm: Tensor | float, stop_requested: bool
+) -> StepReport:
+    """One reduction over all ranks; the norm, which DeepSpeed has reduced already, counts as rank 0 has it."""
+    parts = loss_parts(statistics, groups)
+    norm = torch.as_tensor(gradient_norm, device=parts.device).reshape(1) * (groups.grid.rank == 0)
+    stop = torch.full_like(parts[:1], float(stop_requested))
+    summed = sum_over_ranks(torch.cat([parts, norm.to(parts.dtype), stop]))
+    cross_entropy, entropy_loss, total_norm, stops = summed.tolist()
+    norm_or_inf = total_norm if math.isfinite(total_norm) and total_norm >= 0 else math.inf  # DeepSpeed: -1 for NaN
+    return StepReport(cross_entropy, entropy_loss, norm_or_inf, stops > 0)
 
 
 def sum_over_ranks(parts: Tensor) -> Tensor:

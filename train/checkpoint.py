@@ -1,148 +1,161 @@
 """Checkpoints of a run, under global parameter names: any layout resumes what any other saved.
 
-    checkpoints/step_00000500/
-        rank_00000.pt ...    each rank's pieces of the float32 master weights and Adam moments
-        checkpoint.json      step, samples consumed, model, layout, dataset, file sizes; its presence means "complete"
+    checkpoints/step_00000500/    see train/checkpoint_folder.py
 
-A checkpoint is written beside its final name and renamed when all ranks are done, so a crash leaves the one before
-intact. Files are read with torch's weights-only loader, which runs no code from them.
+This file finds and loads them, train/checkpoint_saver.py saves them. Before a checkpoint is loaded every file's size
+and sha256 are checked, each file by one rank; if any is damaged, the one before is taken. The ranks talk about
+checkpoints over a gloo group of their own, so that the training's collectives are not disturbed.
 """
 
-import json
-import os
-import pickle
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 
-from parallel import state
-from parallel.engine import Engine
-from parallel.megatron import Groups
-from parallel.stage import Stage
-from parallel.state import SavedState
+from parallel.chunks import Chunk, ChunkLoadPlanner
+from train.checkpoint_folder import MARKER, DamagedFileError, Folder, read_marker, verify_file
+from train.checkpoint_tensors import Reader
 from train.config import Config
-from train.run_dir import finite_or_none
+
+VERIFYING_THREADS = 4
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; one clear line."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands."""
+class SavedCheckpoint:
+    """A complete checkpoint whose files are as they were written."""
 
-    step: int
-    data_state: dict[str, Any]
+    def __init__(self, folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> None:
+        self.folder, self.marker, self._group = folder, marker, group
+        self.step: int = marker["step"]
+        self.adam_step: float = marker["adam_step"]
+        self._reader = Reader(folder)
+        self.names = self._reader.read_metadata().state_dict_metadata.keys()
 
+    def read(self, chunks: list[Chunk]) -> None:
+        """Fills the chunks; all ranks call.
 
-def save(folder: Path, engine: Engine, config: Config, dataset: dict[str, Any], progress: Progress) -> Path:
-    """Writes a checkpoint (all ranks call) and deletes those beyond `checkpoint.keep`."""
-    final = folder / f"step_{progress.step:08d}"
-    temporary = final.with_suffix(".tmp")
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    torch.save(engine.state_dict(), temporary / _rank_file(rank))
-    dist.barrier()
-    if rank == 0:
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        marker = {
-            "step": progress.step,
-            "data_state": progress.data_state,
-            "config": finite_or_none(config.as_dict()),
-            "dataset": dataset,
-            "world_size": dist.get_world_size(),
-            "sizes_bytes": sizes,
-        }
-        (temporary / "checkpoint.json").write_text(json.dumps(marker, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in complete_checkpoints(folder)[: -config.checkpoint.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return final
+        Raises:
+            CheckpointError: something is not there, or not in this shape.
+        """
+        try:
+            dcp.load({}, storage_reader=self._reader, planner=ChunkLoadPlanner(chunks), process_group=self._group)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self.folder.address}: {first_failure(error)}") from None
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*[0-9]/checkpoint.json"))
+def checkpoint_group(timeout_s: float) -> ProcessGroup:
+    """The group that checkpoints are agreed on over; all ranks call."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
-def read_marker(path: Path) -> dict[str, Any]:
-    """The description of a checkpoint, its files checked for presence and size."""
-    try:
-        marker = json.loads((path / "checkpoint.json").read_text())
-        sizes = marker["sizes_bytes"]
-    except (OSError, ValueError, KeyError) as error:
+def steps_saved(root: Folder) -> list[int]:
+    """Steps of the complete checkpoints below a folder, oldest first."""
+    steps = [int(name[5:]) for name in root.names() if name.startswith("step_") and name[5:].isdecimal()]
+    return sorted(step for step in steps if root.child(folder_name(step)).exists(MARKER))
+
+
+def newest_sound(
+    root: Folder, group: ProcessGroup, before: int | None = None
+) -> tuple[SavedCheckpoint | None, list[str]]:
+    """The newest checkpoint (of a step below `before`) whose files are all intact, and what is wrong with newer ones.
+
+    All ranks call and get the same answer.
+    """
+    (steps,) = _from_rank_zero([steps_saved(root)] if dist.get_rank() == 0 else [None], group)
+    faults: list[str] = []
+    for step in reversed([step for step in steps if before is None or step < before]):
+        folder = root.child(folder_name(step))
+        marker, fault = _verified_marker(folder, group)
+        if fault is None:
+            try:
+                return SavedCheckpoint(folder, marker, group), faults
+            except DamagedFileError as error:  # intact, but no table of tensors: every rank reads the same
+                fault = str(error)
+        faults.append(fault)
+    return None, faults
+
+
+def newest_to_resume(
+    root: Folder, group: ProcessGroup, config: Config, dataset: dict[str, Any]
+) -> tuple[SavedCheckpoint | None, list[str]]:
+    """The newest sound checkpoint (None for a new run), and what is wrong with newer ones; all ranks call.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is sound, or it is of another model or dataset.
+    """
+    saved, faults = newest_sound(root, group)
+    if saved is None and faults:
         raise CheckpointError(
-            f"{path}/checkpoint.json: damaged ({error}); delete this checkpoint to use the one before"
-        ) from None
-    for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
-            raise CheckpointError(f"{path / name} {state}; delete this checkpoint to use the one before")
-    return dict(marker)
+            f"{root.address}: no checkpoint is intact: {'; '.join(faults)}; restore one from a copy, or choose another "
+            "run_dir to start anew"
+        )
+    if saved is not None:
+        check_fits(saved, config, dataset)
+    return saved, faults
 
 
-def check_fits(path: Path, marker: dict[str, Any], config: Config, dataset: dict[str, Any]) -> None:
+def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any], str | None]:
+    """The marker, and the first fault found in it or in the files, which the ranks check between them."""
+    try:
+        marker, fault = (read_marker(folder) if dist.get_rank() == 0 else {}), None
+    except DamagedFileError as error:
+        marker, fault = {}, str(error)
+    marker, fault = _from_rank_zero([marker, fault], group)
+    if fault is None:
+        names = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
+        found = [_fault_of(folder, names, marker["files"])]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, found[0], group=group)
+        fault = next((each for each in gathered if each is not None), None)
+    return marker, fault
+
+
+def _fault_of(folder: Folder, names: list[str], files: dict[str, Any]) -> str | None:
+    def check(name: str) -> str | None:
+        try:
+            verify_file(folder, name, files[name])
+        except DamagedFileError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(VERIFYING_THREADS, thread_name_prefix="verify") as threads:
+        return next((fault for fault in threads.map(check, names) if fault is not None), None)
+
+
+def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any]) -> None:
     """Raises CheckpointError where the checkpoint is of another model or dataset."""
-    here = config.as_dict()
-    for key, value in here["model"].items():
-        there = marker["config"]["model"].get(key)
+    for key, value in config.as_dict()["model"].items():
+        there = saved.marker["config"]["model"].get(key)
         if there != value:
             raise CheckpointError(
-                f"{path}: written with model.{key} = {there!r}, but the configuration has {value!r}; "
+                f"{saved.folder.address}: written with model.{key} = {there!r}, but the configuration has {value!r}; "
                 "use the same value or another run_dir"
             )
     for key, value in dataset.items():
-        if marker["dataset"].get(key) != value:
+        there = saved.marker["dataset"].get(key)
+        if there != value:
             raise CheckpointError(
-                f"{path}: trained on a dataset with {key} = {marker['dataset'].get(key)!r}, but {config.data.path} "
-                f"has {value!r}; "
-                "use the same dataset or another run_dir"
+                f"{saved.folder.address}: trained on a dataset with {key} = {there!r}, but {config.data.path} has "
+                f"{value!r}; use the same dataset or another run_dir"
             )
 
 
-def read_state(path: Path, marker: dict[str, Any]) -> SavedState:
-    """The pieces of all ranks, memory-mapped."""
-    saved = []
-    for name in sorted(marker["sizes_bytes"]):
-        try:
-            saved.append(torch.load(path / name, map_location="cpu", weights_only=True, mmap=True))
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise _damaged(path / name, error) from None
-    return SavedState(saved)
+def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values
 
 
-def load(path: Path, marker: dict[str, Any], engine: Engine, vocab_size: int) -> None:
-    """Restores an engine of any layout (all ranks call)."""
-    try:
-        engine.load_state_dict(read_state(path, marker), vocab_size)
-    except (KeyError, RuntimeError) as error:
-        raise _damaged(path, error) from None
+def first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}"
 
 
-def load_weights(path: Path, marker: dict[str, Any], stage: Stage, groups: Groups, vocab_size: int) -> None:
-    """Fills the weights alone, for evaluation."""
-    try:
-        state.load_weights(stage, groups, read_state(path, marker), vocab_size)
-    except (KeyError, RuntimeError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: damaged ({str(error).splitlines()[0]}); delete this checkpoint to use the one before"
-    )
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"

@@ -200,10 +200,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When and how much of a run is saved."""
+    """When a run is saved, where, and what is kept."""
 
-    interval: int = _explained(500, "Steps between checkpoints; 0 saves only at the end.")
+    interval: int = _explained(500, "Steps between checkpoints; 0 saves only at the end and when asked to stop.")
+    path: str | None = _explained(
+        None, "Folder or fsspec address (s3://bucket/run) of the checkpoints; null is run_dir/checkpoints."
+    )
     keep: int = _explained(2, "Newest checkpoints kept; older ones are deleted after a newer one is complete.")
+    keep_every: int = _explained(0, "Steps whose multiples are kept for good, beyond the newest; 0 for none.")
+    keep_best: bool = _explained(True, "Also keep the checkpoint with the lowest validation loss of those evaluated.")
 
     def faults(self) -> list[str]:
         faults = []
@@ -211,6 +216,46 @@ class CheckpointConfig:
             faults.append(f"checkpoint.interval = {self.interval} must not be negative; 0 saves only at the end")
         if self.keep < 1:
             faults.append(f"checkpoint.keep = {self.keep} must be at least 1")
+        if self.keep_every < 0:
+            faults.append(f"checkpoint.keep_every = {self.keep_every} must not be negative; 0 keeps none for good")
+        if self.path == "":
+            faults.append("checkpoint.path is empty; name a folder or an fsspec address, or null for run_dir")
+        return faults
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What is done about numbers that go wrong, and how long each part of a run may take."""
+
+    spike_factor: float = _explained(
+        8.0,
+        "A step is skipped if its loss or the logarithm of its gradient norm lies this many robust standard "
+        "deviations above the median of recent steps; 0 skips only what is not finite.",
+    )
+    window: int = _explained(128, "Recent steps that spikes are judged by; with fewer than a quarter nothing is one.")
+    skip_limit: int = _explained(
+        5, "Skipped steps of the last 20 at which the run goes back to its last good checkpoint, past those samples."
+    )
+    rollback_limit: int = _explained(2, "Times a run goes back for one trouble before it stops.")
+    start_limit_s: float = _explained(
+        1800.0, "Seconds from start to the first finished step (loading, compiling); then stacks are dumped, exit 4."
+    )
+    step_limit_s: float = _explained(600.0, "Seconds a step may take, waiting for other ranks and for data included.")
+    save_limit_s: float = _explained(1800.0, "Seconds to wait for a checkpoint to be written.")
+    evaluation_limit_s: float = _explained(3600.0, "Seconds an evaluation may take.")
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.spike_factor < 0:
+            faults.append(f"health.spike_factor = {self.spike_factor} must not be negative; 0 turns it off")
+        for name in ("window", "skip_limit"):
+            if getattr(self, name) < 1:
+                faults.append(f"health.{name} = {getattr(self, name)} must be at least 1 (steps)")
+        if self.rollback_limit < 0:
+            faults.append(f"health.rollback_limit = {self.rollback_limit} must not be negative; 0 stops at once")
+        for name in ("start_limit_s", "step_limit_s", "save_limit_s", "evaluation_limit_s"):
+            if getattr(self, name) <= 0:
+                faults.append(f"health.{name} = {getattr(self, name)} must be positive (seconds)")
         return faults
 
 
@@ -244,6 +289,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = field(
         default_factory=dict,
@@ -257,6 +303,11 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Folder or address of the run's checkpoints."""
+        return self.checkpoint.path or f"{self.run_dir}/checkpoints"
 
     @property
     def train_steps(self) -> int:
@@ -321,7 +372,15 @@ def section_faults(config: Config) -> list[str]:
     faults = config.model.faults()
     if not faults:
         faults += config.parallel.faults(config.model.resolved())
-    sections = (config.regularizer, config.data, config.optimizer, config.training, config.checkpoint, config.logging)
+    sections = (
+        config.regularizer,
+        config.data,
+        config.optimizer,
+        config.training,
+        config.checkpoint,
+        config.health,
+        config.logging,
+    )
     for section in sections:
         faults += section.faults()
     if not config.run_dir:

@@ -44,7 +44,10 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     """The row of evaluation.json for a run's newest checkpoint; raises one of the errors `main` reports."""
     from data.manifest import load_manifest
     from parallel.engine import evaluate_stage
+    from parallel.launch import initialize_distributed
+    from parallel.state import load_weights
     from train import checkpoint
+    from train.checkpoint_folder import Folder
     from train.setup import build_stage, dataset_identity
     from train.validation import validate
 
@@ -54,19 +57,22 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     config = single_process(config_from_dict(tree))
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
-    found = checkpoint.complete_checkpoints(run / "checkpoints")
-    if not found:
+    initialize_distributed()
+    root, group = Folder(config.checkpoint_folder), checkpoint.checkpoint_group(config.health.save_limit_s)
+    saved, faults = checkpoint.newest_sound(root, group)
+    for fault in faults:
+        print(f"warning: {fault}; the one before is evaluated", file=sys.stderr)
+    if saved is None:
         raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
-    marker = checkpoint.read_marker(found[-1])
     manifest = load_manifest(config.data.path, config.data.read_options())
     identity = dataset_identity(manifest)
-    checkpoint.check_fits(found[-1], marker, config, {key: identity[key] for key in ("vocab_size", "tokenizer_sha256")})
+    checkpoint.check_fits(saved, config, {key: identity[key] for key in ("vocab_size", "tokenizer_sha256")})
     stage, groups = build_stage(config, manifest.vocab_size)
-    checkpoint.load_weights(found[-1], marker, stage, groups, manifest.vocab_size)
+    load_weights(stage, groups, saved, manifest.vocab_size)
     result = validate(stage, groups, config, samples, partial(evaluate_stage, stage))
     return {
-        "step": marker["step"],
-        "tokens": marker["step"] * config.tokens_per_step,
+        "step": saved.step,
+        "tokens": saved.step * config.tokens_per_step,
         "validation_loss": result.loss,
         "validation_perplexity": result.perplexity,
         "validation_tokens": result.tokens,

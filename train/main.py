@@ -3,20 +3,26 @@
     deepspeed train/main.py --config configs/ereg.json [section.key=value ...]
     python train/main.py --config configs/ereg.json --dry-run
 
-The same command on a run_dir that holds a run continues it. Exit status: 0 done, 1 failed while running, 2 cannot start
-as asked.
+The same command on a run_dir that holds a run continues it. Exit status: 0 done, or saved
+and stopped as asked; 1 failed while running; 2 cannot start as asked; 3 the numbers went wrong beyond what going back
+mends, so that starting again would not help; 4 a time limit passed.
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
 from data.errors import DataError  # noqa: E402
 from train.config import Config, ConfigError, dataset_faults, load_config, world_faults  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
+from train.signals import StopRequest  # noqa: E402
+
+if TYPE_CHECKING:
+    from train.validation import Validation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             print_plan(config, options.world_size)
             return 0
-        return train(config)
+        stop = StopRequest()  # before the libraries, which take a while to load
+        try:
+            return train(config, stop)
+        finally:
+            stop.close()
     except (ConfigError, DataError, RunError) as error:
         return report(error, 2)
 
@@ -58,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: StopRequest) -> int:
     """Checks what needs no device, then trains."""
     from data.manifest import load_manifest
     from parallel.launch import LaunchError, choose_accelerator, world_size
@@ -70,27 +80,43 @@ def train(config: Config) -> int:
     choose_accelerator()
     from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError
+    from train.checkpoint_saver import SaveError
     from train.trainer import TrainingError, run
 
     try:
-        result = run(config, manifest)
+        result = run(config, manifest, stop)
     except CheckpointError as error:
         return report(error, 2)
-    except (LaunchError, TrainingError) as error:
+    except TrainingError as error:
+        return report(error, 3)
+    except (LaunchError, SaveError) as error:
         return report(error, 1)
     except (DataError, ReplicaError) as error:  # met by some ranks only, which tell it
         return report(error, 1, from_any_rank=True)
-    finally:
-        leave()
+    except OSError as error:  # of the run's own files: a full disk, a folder that is gone
+        text = f"{error.filename or config.run_dir}: {error.strerror or error}; make room or mend it, then start again"
+        return report(OSError(text), 1, from_any_rank=True)
+    except RuntimeError as error:  # gloo and NCCL have no error class of their own
+        if not any(name in str(error) for name in ("gloo", "NCCL", "Connection", "Timed out")):
+            raise
+        cause = str(error).splitlines()[0]
+        lost = RuntimeError(f"lost touch with another rank ({cause}); its own message says why")
+        return report(lost, 1, from_any_rank=True)
+    leave()
     if is_rank_zero():
-        if result is None:
-            print(f"{config.run_dir} is complete at step {config.train_steps}; raise training.train_steps to go on")
-        else:
-            print(
-                f"done: validation perplexity {result.perplexity:.3f} ({result.loss:.4f} nats a token); see "
-                f"{config.run_dir}"
-            )
+        print(last_words(config, result.step, result.validation))
     return 0
+
+
+def last_words(config: Config, step: int, validation: "Validation | None") -> str:
+    if validation is not None:
+        return (
+            f"done: validation perplexity {validation.perplexity:.3f} ({validation.loss:.4f} nats a token); see "
+            f"{config.run_dir}"
+        )
+    if step < config.train_steps:
+        return f"stopped as asked at step {step} of {config.train_steps}; the same command goes on"
+    return f"{config.run_dir} is complete at step {step}; raise training.train_steps to go on"
 
 
 def report(error: Exception, status: int, from_any_rank: bool = False) -> int:
@@ -114,4 +140,8 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # an orderly end would wait for ranks that may be gone

@@ -1,28 +1,27 @@
-"""Metrics of a run: every step has its row, but the device is asked only at logging steps.
+"""Metrics of a run: a row for every step, its time taken without waiting for the device."""
 
-Between logging steps each rank keeps its parts of the losses, the gradient norm and a time mark on the device; `flush`
-sums them over ranks in one reduction and fetches them together.
-"""
-
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from parallel.megatron import Groups
-from parallel.stage import StageStatistics
-from parallel.telemetry import loss_parts, sum_over_ranks
+from parallel.launch import world_size
+from parallel.telemetry import StepReport
+from train.accounting import mfu, mfu_statement, training_flops_per_token
+from train.config import Config
 
 
 class StepMetrics:
-    """Collects what each step leaves behind; all ranks hold one and flush together."""
+    """Collects what each step leaves behind; rows come out at logging steps, when their times are known."""
 
-    def __init__(self, groups: Groups, tokens_per_step: int) -> None:
-        self.groups, self.tokens_per_step = groups, tokens_per_step
-        self._parts: list[Tensor] = []
-        self._steps: list[tuple[int, float]] = []
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        self.tokens_per_step = config.tokens_per_step
+        self._flops_per_token = training_flops_per_token(config.model, vocab_size)
+        self._device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        self.mfu_words = ""
+        self._rows: list[dict[str, Any]] = []
         self._clock = StepClock()
 
     def start(self) -> None:
@@ -30,41 +29,50 @@ class StepMetrics:
         self._clock.mark()
 
     def record(
-        self, step: int, learning_rate: float, statistics: StageStatistics, gradient_norm: Tensor | float
+        self,
+        step: int,
+        first_sample: int,
+        learning_rate: float,
+        report: StepReport,
+        refused: str | None,
+        data_wait_s: float,
     ) -> None:
-        parts = loss_parts(statistics, self.groups)
-        norm = torch.as_tensor(gradient_norm, dtype=parts.dtype, device=parts.device).reshape(1)
-        if self.groups.grid.rank != 0:
-            norm = torch.zeros_like(norm)
-        self._parts.append(torch.cat([parts, norm]))
-        self._steps.append((step, learning_rate))
+        """What the step that read samples from `first_sample` on measured, and why it was refused if it was."""
+        self._rows.append(
+            {
+                "step": step,
+                "tokens": step * self.tokens_per_step,
+                "first_sample": first_sample,
+                "loss": report.loss,
+                "ce_loss": report.cross_entropy,
+                "entropy_loss": report.entropy_loss,
+                "learning_rate": learning_rate,
+                "grad_norm": report.gradient_norm,
+                **({"skipped": refused} if refused is not None else {}),
+                "data_wait_s": data_wait_s,
+            }
+        )
         self._clock.mark(ends_step=True)
 
     def flush(self) -> list[dict[str, Any]]:
-        """Rows of the steps since the last flush, with global values."""
-        values = sum_over_ranks(torch.stack(self._parts)).tolist()
+        """Rows of the steps since the last flush."""
         times_s = self._clock.step_times_s()
         memory = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
-        rows = []
-        for (step, rate), (cross_entropy, entropy_loss, norm), step_time_s in zip(
-            self._steps, values, times_s, strict=True
-        ):
-            rows.append(
-                {
-                    "step": step,
-                    "tokens": step * self.tokens_per_step,
-                    "loss": cross_entropy + entropy_loss,
-                    "ce_loss": cross_entropy,
-                    "entropy_loss": entropy_loss,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                    "step_time_s": step_time_s,
-                    "tokens_per_second": self.tokens_per_step / step_time_s,
-                    **memory,
-                }
-            )
-        self._parts, self._steps = [], []
+        rows, self._rows = self._rows, []
+        if times_s and torch.cuda.is_available():
+            usual = self.tokens_per_step / statistics.median(times_s)
+            self.mfu_words = mfu_statement(usual, self._flops_per_token, self._device, world_size())
+        for row, step_time_s in zip(rows, times_s, strict=True):
+            tokens_per_second = self.tokens_per_step / step_time_s
+            share = mfu(tokens_per_second, self._flops_per_token, self._device, world_size())
+            row.update(step_time_s=step_time_s, tokens_per_second=tokens_per_second, **memory)
+            row.update({} if share is None else {"mfu": share})
         return rows
+
+    @property
+    def last_row(self) -> dict[str, Any]:
+        """What the last step recorded."""
+        return self._rows[-1]
 
 
 class StepClock:
@@ -112,9 +120,9 @@ class TensorBoardLog:
         for group, keys in {
             "loss": ("loss", "ce_loss", "entropy_loss"),
             "optimizer": ("learning_rate", "grad_norm"),
-            "speed": ("step_time_s", "tokens_per_second"),
+            "speed": ("step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"),
         }.items():
-            for key in keys:
+            for key in (key for key in keys if row.get(key) is not None):
                 self._writer.add_scalar(f"{group}/{key}", row[key], step)
 
     def evaluation(self, row: dict[str, Any]) -> None:
@@ -147,6 +155,10 @@ class TensorBoardLog:
         )
         if row["threshold"] is not None:
             self._writer.add_figure("heads/threshold", threshold_map_figure(np.array(row["threshold"])), row["step"])
+
+    def flush(self) -> None:
+        """Writes out what is buffered, so that a process that is killed leaves no gap."""
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

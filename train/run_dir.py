@@ -24,6 +24,7 @@ class RunError(ValueError):
     """The run folder cannot be used; one clear line."""
 
 
+COMMIT = "COMMIT"
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "triton")
 
 
@@ -105,6 +106,9 @@ def description(config: Config) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the code that runs, marked '-dirty' where files differ from it; None outside a git checkout."""
+    noted = Path(__file__).resolve().parents[1] / COMMIT  # in a snapshot of the code (train.snapshot)
+    if noted.exists():
+        return noted.read_text().strip()
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

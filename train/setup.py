@@ -20,6 +20,12 @@ from train.config import Config
 IGNORED_LABEL = -100
 
 
+def build_groups(config: Config) -> Groups:
+    """Joins the process group and creates the groups of the grid's axes."""
+    initialize_distributed()
+    return initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
+
+
 def build_stage(
     config: Config, vocab_size: int, dtype: torch.dtype = torch.float32, groups: Groups | None = None
 ) -> tuple[Stage, Groups]:
@@ -27,9 +33,7 @@ def build_stage(
     process has `groups` from an earlier call.
     """
     parallel, training, device = config.parallel, config.training, local_device()
-    if groups is None:
-        initialize_distributed()
-        groups = initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
+    groups = groups or build_groups(config)
     transformer = build_transformer(
         config.model,
         parallel,

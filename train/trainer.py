@@ -1,25 +1,43 @@
 """The training loop."""
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.manifest import Manifest
-from parallel.launch import local_device, rank
+from parallel.launch import initialize_distributed, local_device, rank
 from parallel.replicas import check_replicas
-from parallel.telemetry import HeadSnapshot, head_snapshot
+from parallel.telemetry import head_snapshot
 from train import checkpoint
-from train.checkpoint import Progress
+from train.agreement import on_rank_zero
+from train.checkpoint import SavedCheckpoint
+from train.checkpoint_folder import Folder
+from train.checkpoint_saver import CheckpointSaver, Progress, prepare
 from train.config import Config
-from train.metrics import StepMetrics, TensorBoardLog
-from train.progress import ProgressDisplay
-from train.run_dir import JsonLines, RunDirectory
+from train.goodput import Goodput
+from train.health import Health
+from train.metrics import StepMetrics
+from train.rank_times import RankTimes
+from train.run_dir import RunDirectory
+from train.run_log import RunLog, seconds_after
 from train.schedule import learning_rate
 from train.setup import build_engine, dataset_identity, micro_batches, open_stream
+from train.signals import StopRequest
+from train.time_limits import GRACE_S, TimeLimits
+from train.trouble import TroubleReporter
 from train.validation import Validation, validate
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; one clear line."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended; `validation` is of the whole split, None where this process did not train to the last step."""
+
+    step: int
+    validation: Validation | None
 
 
 class Trainer:
@@ -28,85 +46,168 @@ class Trainer:
     Args:
         config: resolved.
         manifest: of the dataset at `config.data.path`.
-        run: the open run directory on rank 0, None on other ranks.
+        limits: watches how long each section takes.
+        stop: asks for an early end.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, run: RunDirectory | None) -> None:
-        self.config, self.manifest = config, manifest
-        self.folder = Path(config.run_dir)
-        found = checkpoint.complete_checkpoints(self.folder / "checkpoints")
-        marker = checkpoint.read_marker(found[-1]) if found else None
-        if marker is not None:
-            checkpoint.check_fits(found[-1], marker, config, dataset_identity(manifest))
+    def __init__(self, config: Config, manifest: Manifest, limits: TimeLimits, stop: StopRequest) -> None:
+        self.config, self.manifest, self.limits, self.stop = config, manifest, limits, stop
+        self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
+        dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
+        on_rank_zero(lambda: prepare(self.root))
+        saved, faults = checkpoint.newest_to_resume(self.root, self.group, config, dataset)
         self.engine = build_engine(config, manifest.vocab_size)
-        self.grid = self.engine.groups.grid
-        self.stream = open_stream(config, self.grid, "train")
-        self.batches = micro_batches(self.stream, self.grid, local_device())
+        self.stream = open_stream(config, self.engine.groups.grid, "train")
         self.step = 0
-        if marker is not None:
-            checkpoint.load(found[-1], marker, self.engine, manifest.vocab_size)
-            self.stream.load_state_dict(marker["data_state"])
-            self.step = marker["step"]
-        self.metrics = StepMetrics(self.engine.groups, config.tokens_per_step)
-        self.log = RunLog(self.folder, config, self.step) if run is not None else None
+        if saved is not None:
+            self._restore(saved)
+            self.stream.load_state_dict(saved.marker["data_state"])
+        self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
+        is_first = rank() == 0
+        self.goodput = Goodput(self.folder, seconds_after(self.folder, self.step)) if is_first else Goodput(None)
+        self.log = RunLog(self.folder, config, self.step, faults) if is_first else None
+        told = None if self.log is None else self.log.saving
+        self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
+        self.metrics = StepMetrics(config, manifest.vocab_size)
+        self.health = Health(config.health)
+        options = config.data.read_options()
+        self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
+        self.rank_times = RankTimes(self.engine.stage)
+        self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
+        self.validated: tuple[int, float] | None = None
 
     def train(self) -> Validation | None:
-        """Trains to the last step; returns the validation over the whole split, or None if the run was complete
-        before.
+        """Trains to the last step and returns the validation over the whole split; None where the run was complete
+        before, or was asked to stop before its end.
         """
         if self.step >= self.config.train_steps:
             return None
         self.metrics.start()
-        while self.step < self.config.train_steps:
-            rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
-            statistics = self.engine.train_step(self.batches, rate)
-            self.step += 1
-            self.metrics.record(self.step, rate, statistics, self.engine.gradient_norm)
-            if self._due(self.config.logging.interval):
-                self._log(head_snapshot(self.engine.stage, statistics, self.engine.groups))
+        while self.step < self.config.train_steps and not self.is_stopping:
+            self._train_step()
+            if self.health.reason is not None and self._answer_trouble():
+                continue
+            if self.is_stopping or self._due(self.config.logging.interval):
+                self._log()
             if every(self.config.parallel.replica_check_interval, self.step):
                 check_replicas(self.engine.stage, self.engine.groups)
             if self._due(self.config.training.evaluation_interval) and self.step < self.config.train_steps:
                 self._evaluate(self.config.training.evaluation_samples)
-            if self._due(self.config.checkpoint.interval):
-                self._save()
-        return self._evaluate(None)
+            self._save_if_due()
+        self._finish_save()
+        return self._evaluate(None) if self.step == self.config.train_steps else None
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Releases everything; after an error nothing here waits for another rank."""
         self.stream.close()
+        if error is None:
+            self.saver.close()
+        self.goodput.spent("other")
         if self.log is not None:
-            self.log.close()
+            with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):  # a full disk, say
+                self.log.end(self.step, self.stop.received, error, self.goodput, self.metrics.mfu_words)
+                self.log.close()
 
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
         return self.step == self.config.train_steps or every(interval, self.step)
 
-    def _log(self, heads: HeadSnapshot) -> None:
+    def _train_step(self) -> None:
+        rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
+        first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
+        self.engine.stop_requested = self.stop.received is not None
+        with self.limits.section("start" if self.is_first_step else "step"):
+            report, statistics = self.engine.train_step(self.batches, rate, self.health.judge)
+        self.step += 1
+        self.is_stopping = report.stop_requested
+        waited_s = self.stream.wait_s - waited_s
+        self.metrics.record(self.step, first_sample, rate, report, self.health.reason, waited_s)
+        self.trouble.remember(self.step, (first_sample, self.stream.samples_consumed), statistics)
+        self.rank_times.step(waited_s)
+        self.goodput.spent("start_up" if self.is_first_step else "steps", waited_s)
+        self.is_first_step = False
+
+    def _log(self) -> None:
         rows = self.metrics.flush()
+        heads = head_snapshot(self.engine.stage, self.trouble.last_statistics, self.engine.groups)
+        ranks = self.rank_times.gather()
         if self.log is not None:
-            self.log.steps(rows, heads)
-        lost = next((row for row in rows if row["loss"] != row["loss"] or abs(row["loss"]) == float("inf")), None)
-        if lost is not None:
-            raise TrainingError(
-                f"step {lost['step']}: the loss is {lost['loss']}; entropies up to here are in "
-                f"{self.folder}/entropy.jsonl, the last "
-                "checkpoint is intact; lower optimizer.learning_rate or choose a more stable architecture"
-            )
+            self.log.steps(rows, heads, ranks, self.goodput)
+        self.goodput.spent("other")
         self.metrics.start()
 
     def _evaluate(self, limit_samples: int | None) -> Validation:
-        validation = validate(self.engine.stage, self.engine.groups, self.config, limit_samples, self.engine.evaluate)
+        with self.limits.section("evaluation"):
+            stage, groups = self.engine.stage, self.engine.groups
+            validation = validate(stage, groups, self.config, limit_samples, self.engine.evaluate)
+        self.validated = (self.step, validation.loss)
         if self.log is not None:
             self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)
+        self.goodput.spent("evaluation")
         self.metrics.start()
         return validation
 
-    def _save(self) -> None:
-        progress = Progress(self.step, self.stream.state_dict())
-        checkpoint.save(
-            self.folder / "checkpoints", self.engine, self.config, dataset_identity(self.manifest), progress
-        )
+    def _save_if_due(self) -> None:
+        """Saves at intervals, at the end and when asked to stop; what falls on a refused step waits for a good one."""
+        is_last = self.is_stopping or self.step == self.config.train_steps
+        self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
+        if not self.save_is_due or (self.health.reason is not None and not is_last):
+            return
+        rows = self.metrics.flush()
+        if self.log is not None:
+            self.log.rows(rows)  # a resumed run goes on after them, so they are there before the checkpoint is
+        loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
+        with self.limits.section("save"):
+            self.saver.save(Progress(self.step, self.stream.state_dict(), loss))
+        self.save_is_due = False
+        self.goodput.spent("save")
         self.metrics.start()
+
+    def _finish_save(self) -> None:
+        with self.limits.section("save"):
+            self.saver.finish()
+        self.goodput.spent("save")
+
+    def _answer_trouble(self) -> bool:
+        """Journals a refused step; goes back where skipping has not helped. True if the run went back.
+
+        Raises:
+            TrainingError: going back has not helped either, or there is nothing to go back to.
+        """
+        report = self.trouble.report()
+        if self.log is not None:
+            self.log.refused(self.step, str(self.health.reason), report, self.metrics.last_row)
+        if not self.health.must_go_back:
+            return False
+        self._finish_save()
+        first_refused = self.health.first_refused(self.step)
+        saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
+        if not self.health.may_go_back(self.step) or saved is None:
+            self._log()
+            why = "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
+            raise TrainingError(
+                f"step {self.step}: {self.health.reason}; {why}; {report.words}; see {self.folder}/journal.jsonl; "
+                "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
+            )
+        self._go_back(saved, first_refused)
+        return True
+
+    def _go_back(self, saved: SavedCheckpoint, first_refused: int) -> None:
+        """Restores an earlier state and goes on with samples that were not read yet."""
+        from_step, self.save_is_due = self.step, True  # soon, so that a crash does not lead to those samples again
+        lost_s = sum(row["step_time_s"] for row in self.metrics.flush() if row["step"] > saved.step)
+        self._restore(saved)
+        self.saver.forget_after(self.step)
+        self.health.forget()
+        if self.log is not None:
+            self.goodput.lose(lost_s + seconds_after(self.folder, self.step))
+            self.log.went_back(from_step, self.step, first_refused, self.stream.samples_consumed)
+        self.goodput.spent("other")
+        self.metrics.start()
+
+    def _restore(self, saved: SavedCheckpoint) -> None:
+        self.engine.load_state(saved, self.manifest.vocab_size)
+        self.step = saved.step
 
 
 def every(interval: int, step: int) -> bool:
@@ -114,61 +215,24 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-class RunLog:
-    """Everything rank 0 writes while training: JSON lines, TensorBoard, the terminal."""
-
-    def __init__(self, folder: Path, config: Config, first_step: int) -> None:
-        self.config = config
-        self.metrics = JsonLines(folder / "metrics.jsonl", first_step)
-        self.heads = JsonLines(folder / "entropy.jsonl", first_step)
-        self.board = TensorBoardLog(folder / "tensorboard", first_step) if config.logging.tensorboard else None
-        self.display = ProgressDisplay(config.train_steps, first_step)
-        if first_step:
-            self.display.say(f"resumed {folder} at step {first_step}")
-
-    def steps(self, rows: list[dict[str, Any]], heads: HeadSnapshot) -> None:
-        """Rows since the last logging step, and the heads at the last of them."""
-        for row in rows:
-            self.metrics.write(row)
-            if self.board is not None:
-                self.board.step(row)
-        head_row = {"step": rows[-1]["step"], "tokens": rows[-1]["tokens"], **heads.as_row()}
-        self.heads.write(head_row)
-        self.display.show_step(rows[-1])
-        if self.board is not None:
-            self.board.heads(head_row)
-            interval = self.config.logging.image_interval
-            if interval and (head_row["step"] % interval == 0 or head_row["step"] == self.config.train_steps):
-                self.board.images(head_row, self.config.model.seq_length)
-
-    def evaluation(self, step: int, tokens: int, validation: Validation) -> None:
-        row = {
-            "step": step,
-            "tokens": tokens,
-            "validation_loss": validation.loss,
-            "validation_perplexity": validation.perplexity,
-            "validation_tokens": validation.tokens,
-        }
-        self.metrics.write(row)
-        self.display.say(f"step {step}  validation loss {validation.loss:.4f}  perplexity {validation.perplexity:.2f}")
-        if self.board is not None:
-            self.board.evaluation(row)
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.heads.close()
-        self.display.close()
-        if self.board is not None:
-            self.board.close()
-
-
-def run(config: Config, manifest: Manifest) -> Validation | None:
+def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
     """One run on this process's rank; resources are released in any case."""
-    directory = RunDirectory(config.run_dir, config) if rank() == 0 else None
-    trainer = Trainer(config, manifest, directory)
+    limits = TimeLimits(config, rank())
+    directory: list[RunDirectory] = []
+    trainer: Trainer | None = None
+    error: BaseException | None = None
     try:
-        return trainer.train()
+        with limits.section("start"):
+            initialize_distributed(limits.longest_s + 2 * GRACE_S)
+            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
+            trainer = Trainer(config, manifest, limits, stop)
+        return RunResult(validation=trainer.train(), step=trainer.step)
+    except BaseException as raised:
+        error = raised
+        raise
     finally:
-        trainer.close()
-        if directory is not None:
-            directory.close()
+        if trainer is not None:
+            trainer.close(error)
+        limits.close()
+        for each in directory:
+            each.close()

@@ -106,7 +106,8 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, wanted:
 
 def test_unknown_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
     assert re.fullmatch(
-        r"checkpoint\.zzz is no known key; known keys: interval, keep", fault_of(tmp_path, MINIMAL, "checkpoint.zzz=1")
+        r"checkpoint\.zzz is no known key; known keys: interval, path, keep, keep_every, keep_best",
+        fault_of(tmp_path, MINIMAL, "checkpoint.zzz=1"),
     )
 
 
@@ -182,6 +183,12 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("training.evaluation_interval=-1", r"training\.evaluation_interval = -1 must not be negative; 0 .*"),
         ("checkpoint.interval=-1", r"checkpoint\.interval = -1 must not be negative; 0 saves only at the end"),
         ("checkpoint.keep=0", r"checkpoint\.keep = 0 must be at least 1"),
+        ("checkpoint.keep_every=-1", r"checkpoint\.keep_every = -1 must not be negative; 0 keeps none for good"),
+        ("checkpoint.path=", r"checkpoint\.path is empty; name a folder or an fsspec address.*"),
+        ("health.spike_factor=-1", r"health\.spike_factor = -1\.0 must not be negative; 0 turns it off"),
+        ("health.skip_limit=0", r"health\.skip_limit = 0 must be at least 1 \(steps\)"),
+        ("health.step_limit_s=0", r"health\.step_limit_s = 0\.0 must be positive \(seconds\)"),
+        ("health.rollback_limit=-1", r"health\.rollback_limit = -1 must not be negative; 0 stops at once"),
         ("logging.interval=0", r"logging\.interval = 0 must be at least 1 \(steps\)"),
         ("logging.image_interval=-1", r"logging\.image_interval = -1 must not be negative; 0 .*"),
         ("run_dir=", r"run_dir is empty; name the folder.*"),

@@ -1,47 +1,13 @@
 """Whole runs through train.main: resuming, other layouts, evaluation, and what bad input is answered with."""
 
-import contextlib
-import io
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from parallel.local_ranks import run_ranks
-
-
-@dataclass
-class Answer:
-    statuses: list[int]
-    stdout: str
-    stderr: str
-
-
-def run_main(world_size: int, config: Path, *overrides: str) -> Answer:
-    answers = run_ranks(_main, world_size, ["--config", str(config), *overrides])
-    return Answer([a[0] for a in answers], "".join(a[1] for a in answers), "".join(a[2] for a in answers))
-
-
-def _main(arguments: list[str]) -> tuple[int, str, str]:
-    from train.main import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(arguments)
-    return status, out.getvalue(), err.getvalue()
-
-
-def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-TIMES = {"step_time_s", "tokens_per_second"}
-
-
-def without_times(run: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run)]
+from tests.train.runs import rows, run_main, without_times
 
 
 def interrupted_copy(run: Path, step: int) -> Path:
@@ -141,19 +107,6 @@ def test_a_run_directory_in_use_is_refused(tiny_config: Path, tmp_path: Path) ->
     assert answer.statuses == [2] and "process 7 on node3 is training there" in answer.stderr
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "marker"])
-def test_a_damaged_checkpoint_is_named(tiny_config: Path, tmp_path: Path, damage: str) -> None:
-    assert run_main(1, tiny_config).statuses == [0]
-    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
-    file = newest / ("checkpoint.json" if damage == "marker" else "rank_00000.pt")
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:100])
-    answer = run_main(1, tiny_config, "training.train_steps=14")
-    assert answer.statuses == [2] and str(file) in answer.stderr and answer.stderr.count("\n") == 1
-
-
 def test_a_missing_dataset_is_named(tiny_config: Path, tmp_path: Path) -> None:
     answer = run_main(1, tiny_config, f"data.path={tmp_path}/nowhere")
     assert answer.statuses == [2] and "nowhere" in answer.stderr and answer.stderr.count("\n") == 1
@@ -163,4 +116,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tiny_c
     answer = run_main(
         1, tiny_config, "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0", "checkpoint.interval=1"
     )
-    assert answer.statuses == [1] and "the loss is nan" in answer.stderr.lower()
+    assert answer.statuses == [3] and "the loss is nan" in answer.stderr.lower()
+
+
+def test_tensorboard_shows_one_curve_after_an_interruption(tiny_config: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run_main(1, tiny_config, "logging.tensorboard=true", "training.train_steps=8").statuses == [0]
+    copy = interrupted_copy(tmp_path / "run", 6)
+    assert run_main(1, tiny_config, "logging.tensorboard=true", f"run_dir={copy}").statuses == [0]
+    curves = EventAccumulator(str(copy / "tensorboard"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("loss/loss")] == list(range(1, 13))
+    rates = [event.value for event in curves.Scalars("optimizer/learning_rate")]
+    assert rates == pytest.approx([row["learning_rate"] for row in rows(copy) if "learning_rate" in row])

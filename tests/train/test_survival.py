@@ -1,0 +1,200 @@
+"""Signals, kills, hangs and slow ranks."""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.local_ranks import start_ranks
+from tests.train.faulty import until, with_output_to_file, with_slow_rank
+from tests.train.runs import journal, rows, run_faulty, run_main, without_times
+
+LONG = [
+    "training.train_steps=100000",
+    "training.evaluation_interval=0",
+    "checkpoint.interval=20",
+    "logging.interval=10",
+]
+STEADY = ["optimizer.schedule=wsd", "optimizer.decay_fraction=0", "optimizer.warmup_steps=1"]
+
+
+def start(world_size: int, config: Path, folder: Path, *overrides: str) -> list[Any]:
+    return start_ranks(
+        with_output_to_file, world_size, str(folder), ["--config", str(config), *overrides], str(folder / "log")
+    )
+
+
+def wait(processes: list[Any], limit_s: float = 60.0) -> list[int]:
+    for process in processes:
+        process.join(limit_s)
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
+
+
+def saved_steps(run: Path) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return [row["step"] for row in journal(run) if row["event"] == "saved"]
+    return []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_saves_on_all_and_the_curve_goes_on(
+    tiny_config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run, layout = tmp_path / "run", ["parallel.tensor_parallel_size=2"]
+    processes = start(2, tiny_config, tmp_path, *LONG, *STEADY, *layout)
+    until(lambda: len(saved_steps(run)) > 0)
+    os.kill(processes[1].pid, number)
+    asked = time.monotonic()
+    assert wait(processes) == [0, 0], (tmp_path / "log.0").read_text()
+    assert time.monotonic() - asked < 60
+    stopped = journal(run)[-1]
+    assert stopped["event"] == "asked to stop" and saved_steps(run)[-1] == stopped["step"]
+    assert "stopped as asked at step" in (tmp_path / "log.0").read_text()
+
+    end = f"training.train_steps={stopped['step'] + 5}"
+    assert run_main(2, tiny_config, *LONG, *STEADY, *layout, end).statuses == [0, 0]
+    assert run_main(2, tiny_config, *LONG, *STEADY, *layout, end, f"run_dir={tmp_path}/straight").statuses == [0, 0]
+    assert without_times(run) == without_times(tmp_path / "straight")
+
+
+def test_a_second_signal_ends_at_once(tiny_config: Path, tmp_path: Path) -> None:
+    slow = start_ranks(_with_slow_step, 1, str(tmp_path), ["--config", str(tiny_config), *LONG], str(tmp_path / "log"))
+    until(lambda: (tmp_path / "in_step").exists())
+    os.kill(slow[0].pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert slow[0].is_alive(), "the first one waits for the step to end"
+    os.kill(slow[0].pid, signal.SIGTERM)
+    assert wait(slow, 5) == [128 + signal.SIGTERM]
+    assert "a second signal" in (tmp_path / "log.0").read_text()
+
+
+def _with_slow_step(arguments: list[str], log: str) -> None:
+    from parallel.stage import Stage
+
+    body = Stage.body
+
+    def slow(self: Any, *inputs: Any) -> Any:
+        Path(log).with_name("in_step").touch()
+        time.sleep(20)
+        return body(self, *inputs)
+
+    Stage.body = slow  # type: ignore[method-assign]
+    with_output_to_file(arguments, log)
+
+
+def test_kills_at_random_moments_leave_one_curve(tiny_config: Path, tmp_path: Path) -> None:
+    kill_at_random(tiny_config, tmp_path, kills=3, steps=60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_many_kills_at_random_moments_leave_one_curve(tiny_config: Path, tmp_path: Path) -> None:
+    kill_at_random(tiny_config, tmp_path, kills=60, steps=3000)
+
+
+def _has_saved_more(run: Path, before: int, process: Any) -> bool:
+    return len(saved_steps(run)) > before + 1 or not process.is_alive()
+
+
+def kill_at_random(config: Path, folder: Path, kills: int, steps: int) -> None:
+    """kill -9 of either rank at any moment, most of them shortly after some step; then the run is let end."""
+    run, options = folder / "run", ["parallel.tensor_parallel_size=2", f"training.train_steps={steps}"]
+    options += ["training.evaluation_interval=50", "checkpoint.interval=3", "logging.interval=5"]
+    moments = random.Random(os.environ.get("KILL_SEED", str(time.time_ns())))
+    for number in range(kills):
+        processes = start(2, config, folder, *options)
+        before = len(saved_steps(run))
+        if number % 5:
+            until(partial(_has_saved_more, run, before, processes[0]), 120)
+            time.sleep(moments.uniform(0, 0.5))
+        else:
+            time.sleep(moments.uniform(0, 3))
+        victim = processes[moments.randrange(2)]
+        victim.kill()
+        statuses = wait(processes, 10)  # one that still waits for its start is killed then, as a launcher does
+        assert set(statuses) <= {None, 0, 1, -signal.SIGKILL}, (statuses, (folder / "log.0").read_text())
+    assert wait(start(2, config, folder, *options), 280) == [0, 0], (folder / "log.0").read_text()
+    answer = run_main(2, config, *options, f"run_dir={folder}/straight")
+    assert answer.statuses == [0, 0]
+    assert without_times(run) == without_times(folder / "straight")
+    assert not [row for row in journal(run) if row["event"] == "damaged checkpoint"]
+
+
+def test_a_rank_that_dies_ends_the_others_with_one_line(tiny_config: Path, tmp_path: Path) -> None:
+    processes = start(2, tiny_config, tmp_path, *LONG, "parallel.tensor_parallel_size=2")
+    until(lambda: len(saved_steps(tmp_path / "run")) > 0)
+    processes[1].kill()
+    assert wait(processes, 30)[0] == 1
+    told = [line for line in (tmp_path / "log.0").read_text().splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "lost touch with another rank" in told[0]
+    assert "Traceback" not in (tmp_path / "log.0").read_text()
+
+
+def test_a_hang_ends_every_rank_with_its_stacks(tiny_config: Path, tmp_path: Path) -> None:
+    options = [*LONG, "parallel.tensor_parallel_size=2", "health.step_limit_s=2"]
+    processes = start_ranks(
+        _with_hanging_rank, 2, str(tmp_path), ["--config", str(tiny_config), *options], str(tmp_path / "log")
+    )
+    assert wait(processes) == [4, 4], (tmp_path / "log.0").read_text()
+    for rank in range(2):
+        stacks = (tmp_path / f"run/stacks/rank_{rank:05d}.txt").read_text()
+        assert f"rank {rank}: the section 'step' has not ended within health.step_limit_s = 2 seconds" in stacks
+        assert "train_step" in stacks
+    assert journal(tmp_path / "run")[-1]["event"] == "time limit"
+    assert "time.sleep" not in (tmp_path / "run/stacks/rank_00000.txt").read_text()
+    assert "in hang" in (tmp_path / "run/stacks/rank_00001.txt").read_text(), "the one that hangs shows where"
+
+
+def _with_hanging_rank(arguments: list[str], log: str) -> None:
+    from parallel.stage import Stage
+
+    body, calls = Stage.body, 0
+
+    def hang(self: Any, *inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6 and os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return body(self, *inputs)
+
+    Stage.body = hang  # type: ignore[method-assign]
+    with_output_to_file(arguments, log)
+
+
+def test_the_slow_rank_is_named(tiny_config: Path, tmp_path: Path) -> None:
+    options = ["training.micro_batch_size=2", "logging.interval=2"]
+    answer = run_faulty(with_slow_rank, 2, tiny_config, options, 1, 0.1)
+    assert answer.statuses == [0, 0], answer.stderr
+    assert {row["slowest_rank"] for row in rows(tmp_path / "run", "ranks.jsonl")} == {1}
+    assert all(len(row["forward_s"]) == 2 for row in rows(tmp_path / "run", "ranks.jsonl"))
+    assert answer.stdout.count("rank 1 on ") == 1 and "is slow: forward 0." in answer.stdout
+
+
+def test_goodput_counts_every_restart(tiny_config: Path, tmp_path: Path) -> None:
+    import json
+
+    run = tmp_path / "run"
+    often = [*LONG, "logging.interval=1"]
+    processes = start(1, tiny_config, tmp_path, *often)
+    until(lambda: len(saved_steps(run)) > 0 and rows(run)[-1]["step"] % 20 > 10)
+    processes[0].kill()
+    wait(processes)
+    started = time.time()
+    time.sleep(3)
+    last = saved_steps(run)[-1] + 5
+    assert run_main(1, tiny_config, *often, f"training.train_steps={last}").statuses == [0]
+    kept = json.loads((run / "goodput.json").read_text())
+    assert kept["seconds"]["lost"] > 0, "steps after the checkpoint were done twice"
+    assert kept["seconds"]["down"] > 1.5 and kept["seconds"]["save"] > 0 and kept["seconds"]["start_up"] > 0
+    assert kept["goodput"] == pytest.approx(kept["seconds"]["steps"] / sum(kept["seconds"].values()))
+    assert kept["updated"] > started
+    assert all("goodput" in row for row in rows(run) if "loss" in row)

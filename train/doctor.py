@@ -1,0 +1,161 @@
+"""Checks machines before a big job; runs on every rank as training does, on CPUs too:
+
+    deepspeed --num_gpus 8 train/doctor.py --config configs/ereg_1b.json
+    python -m train.doctor --config configs/quickstart.json
+    sbatch --nodes=16 slurm/doctor.sh
+
+Devices (speed, right products, memory), interconnect along each axis, disk and checkpoint speed, data and its hashes,
+room for checkpoints, clocks, versions. Prints a table, and writes one JSON line a check with --json. Exit status: 0 all
+is well, 1 something is not, 2 cannot start as asked.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: the packages lie beside train/, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data.errors import DataError
+from train.config import Config, ConfigError, load_config, world_faults
+
+OUTLIER = 0.8
+"""A rank whose speed is below this share of the median is named."""
+MAX_CLOCK_SKEW_S = 1.0
+SPEEDS = ("matmul", "all-reduce", "checkpoint")
+
+
+@dataclass
+class Row:
+    """One check over all ranks."""
+
+    check: str
+    unit: str
+    values: list[float | None]
+    faults: list[str]
+
+    @property
+    def known(self) -> list[float]:
+        return [value for value in self.values if value is not None]
+
+    def judge(self, hosts: list[str]) -> None:
+        """Adds what shows only in comparison: outliers in speed, clocks apart."""
+        if not self.known:
+            return
+        usual = statistics.median(self.known)
+        for rank, value in enumerate(self.values):
+            if value is None:
+                continue
+            if self.check.startswith(SPEEDS) and value < OUTLIER * usual:
+                self.faults.append(
+                    f"rank {rank} on {hosts[rank]}: {value:.4g} {self.unit}, the median is {usual:.4g}; it would hold "
+                    "the others up"
+                )
+            if self.check == "clock skew" and value > MAX_CLOCK_SKEW_S:
+                self.faults.append(f"rank {rank} on {hosts[rank]}: its clock is {value:.1f} s off; set it (NTP)")
+
+    def line(self) -> str:
+        known = self.known
+        numbers = [min(known), statistics.median(known), max(known)] if known else []
+        columns = "".join(f"{value:>10.4g}" for value in numbers).rjust(30)
+        return f"{self.check:<22}{columns}  {self.unit:<8} {'ok' if not self.faults else 'TROUBLE'}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        faults = world_faults(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if faults:
+            raise ConfigError(faults)
+        rows, hosts = examine(config, options.all_shards)
+    except (ConfigError, DataError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        print_table(rows, hosts)
+        if options.json is not None:
+            options.json.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+    return 1 if any(row.faults for row in rows) else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of the job to come")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    parser.add_argument("--all-shards", action="store_true", help="hash every shard of the dataset, not a sample")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON lines")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
+    return parser.parse_intermixed_args(arguments)
+
+
+def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
+    """Runs every check on every rank; all ranks get all rows, and each rank's host."""
+    from data.manifest import load_manifest
+    from parallel.launch import choose_accelerator, initialize_distributed
+
+    manifest_vocab = load_manifest(config.data.path, config.data.read_options()).vocab_size
+    choose_accelerator()
+    import torch.distributed as dist
+
+    initialize_distributed()
+    from train import doctor_checks as checks
+    from train.setup import build_groups
+
+    groups = build_groups(config)
+    findings = [
+        checks.matmul(),
+        checks.memory(),
+        *(checks.bandwidth(axis, group) for axis, group in checks.axes(groups).items()),
+        *checks.disk(config),
+        checks.free_space(config, manifest_vocab),
+        checks.temporary_space(),
+        checks.data(config, all_shards),
+        checks.clock(),
+    ]
+    mine = (findings, checks.version_table(config), platform.node())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    dist.destroy_process_group()
+    hosts = [host for _, _, host in everyone]
+    rows = [_row([found[number] for found, _, _ in everyone]) for number in range(len(findings))]
+    for row in rows:
+        row.judge(hosts)
+    return [*rows, _versions([table for _, table, _ in everyone], hosts)], hosts
+
+
+def print_table(rows: list[Row], hosts: list[str]) -> None:
+    print(f"{len(hosts)} ranks on {len(set(hosts))} hosts\n")
+    print(f"{'check':<22}{'least':>10}{'median':>10}{'most':>10}")
+    for row in rows:
+        print(row.line())
+    faults = [fault for row in rows for fault in row.faults]
+    print("\nall is well" if not faults else "\n" + "\n".join(f"trouble: {fault}" for fault in faults))
+
+
+def _row(of_ranks: list[Any]) -> Row:
+    faults = list(dict.fromkeys(fault for finding in of_ranks for fault in finding.faults))
+    return Row(of_ranks[0].check, of_ranks[0].unit, [finding.value for finding in of_ranks], faults)
+
+
+def _versions(tables: list[dict[str, str]], hosts: list[str]) -> Row:
+    faults = [
+        f"rank {rank} on {hosts[rank]}: {name} is {table.get(name)!r}, on rank 0 it is {tables[0].get(name)!r}"
+        for rank, table in enumerate(tables)
+        for name in sorted(tables[0].keys() | table.keys())
+        if table.get(name) != tables[0].get(name)
+    ]
+    return Row("versions", "", [None] * len(tables), faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

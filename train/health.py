@@ -1,0 +1,91 @@
+"""Judges each step's numbers before they change the weights, and says when skipping is no longer enough.
+
+A step is refused where its loss or gradient norm is not finite, or lies far above recent steps. Far is counted in
+robust standard deviations (1.4826 times the median absolute deviation) of the last accepted steps, of the loss in nats
+and of the logarithm of the norm; a floor under the deviation keeps a very quiet run from calling ripples spikes. Every
+rank judges the same numbers, which are already reduced over all of them.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+
+from parallel.telemetry import StepReport
+from train.config import HealthConfig
+
+RECENT_STEPS = 20
+LEAST_LOSS_DEVIATION_NATS = 0.05
+LEAST_LOG_NORM_DEVIATION = 0.125
+
+
+class Health:
+    """The judge of a run's steps and its memory of them."""
+
+    def __init__(self, config: HealthConfig) -> None:
+        self.config = config
+        self.reason: str | None = None
+        """Why the last step was refused; None where it was accepted."""
+        self._rollbacks = 0
+        self._trouble_step = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts without a history, as after going back; how often the run went back is remembered."""
+        self._losses: deque[float] = deque(maxlen=self.config.window)
+        self._log_norms: deque[float] = deque(maxlen=self.config.window)
+        self._refused: deque[bool] = deque(maxlen=RECENT_STEPS)
+
+    def judge(self, report: StepReport) -> bool:
+        """Whether the step may change the weights."""
+        self.reason = self._reason_against(report)
+        self._refused.append(self.reason is not None)
+        if self.reason is None:
+            self._losses.append(report.loss)
+            self._log_norms.append(math.log(max(report.gradient_norm, 1e-30)))
+        return self.reason is None
+
+    @property
+    def must_go_back(self) -> bool:
+        """Whether skipping single steps has not helped."""
+        return sum(self._refused) >= self.config.skip_limit
+
+    @property
+    def in_trouble(self) -> bool:
+        """Whether the last step was refused: no moment to save."""
+        return self.reason is not None
+
+    def first_refused(self, step: int) -> int:
+        """The first of the recent refused steps, where `step` was the last."""
+        return step - len(self._refused) + 1 + list(self._refused).index(True)
+
+    def may_go_back(self, step: int) -> bool:
+        """Counts a return from `step`; False where the run has gone back too often for one trouble."""
+        if step > self._trouble_step + RECENT_STEPS:
+            self._rollbacks = 0
+        self._trouble_step = max(step, self._trouble_step)
+        self._rollbacks += 1
+        return self._rollbacks <= self.config.rollback_limit
+
+    def _reason_against(self, report: StepReport) -> str | None:
+        if not math.isfinite(report.loss):
+            return f"the loss is {report.loss}"
+        if not math.isfinite(report.gradient_norm):
+            return "the gradients are not finite"
+        if not self.config.spike_factor or len(self._losses) < max(2, self.config.window // 4):
+            return None
+        limit = _limit(self._losses, self.config.spike_factor, LEAST_LOSS_DEVIATION_NATS)
+        if report.loss > limit:
+            return f"the loss {report.loss:.4f} is above {limit:.4f}, far above recent steps"
+        log_limit = _limit(self._log_norms, self.config.spike_factor, LEAST_LOG_NORM_DEVIATION)
+        if math.log(max(report.gradient_norm, 1e-30)) > log_limit:
+            norm, norm_limit = report.gradient_norm, math.exp(log_limit)
+            return f"the gradient norm {norm:.4g} is above {norm_limit:.4g}, far above recent steps"
+        return None
+
+
+def _limit(values: Iterable[float], factor: float, least_deviation: float) -> float:
+    ordered = list(values)
+    median = statistics.median(ordered)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in ordered)
+    return median + factor * max(deviation, least_deviation)

@@ -1,0 +1,61 @@
+"""Copies the code and the resolved configuration into a run's folder, and prints that folder:
+
+    python -m train.snapshot --config configs/ereg_1b.json [section.key=value ...]
+
+A job that is requeued for weeks then runs what it was submitted with, whatever happens to the checkout meanwhile. A
+snapshot that is there already is kept; delete run_dir/code to have a new one taken.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from train.config import ConfigError, load_config
+from train.run_dir import COMMIT, git_commit, write_atomically
+
+PACKAGES = ("model", "parallel", "data", "train", "configs", "slurm")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.snapshot", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        run_dir = Path(config.run_dir)
+        take(run_dir)
+        resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
+        write_atomically(run_dir / "resolved.json", json.dumps(resolved, indent=2) + "\n")
+    except ConfigError as error:
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(f"run_dir {config.run_dir}: cannot be written ({error}); choose another run_dir")
+    print(run_dir.resolve())
+    return 0
+
+
+def take(run_dir: Path) -> None:
+    """Copies the packages to run_dir/code unless that is there; a copy cut short is not taken for one."""
+    code, root = run_dir / "code", Path(__file__).resolve().parents[1]
+    if code.exists():
+        return
+    partial = run_dir / f"code.{os.getpid()}.tmp"
+    for package in PACKAGES:
+        if (root / package).exists():
+            shutil.copytree(root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (partial / COMMIT).write_text(f"{git_commit()}\n")
+    os.replace(partial, code)
+
+
+def _failed(text: str) -> int:
+    for line in text.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
