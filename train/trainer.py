@@ -10,11 +10,12 @@ from parallel.telemetry import HeadSnapshot, head_snapshot
 from train import checkpoint
 from train.checkpoint import Progress
 from train.config import Config
-from train.metrics import StepMetrics, TensorBoardLog
+from train.metrics import StepMetrics
 from train.progress import ProgressDisplay
 from train.run_dir import JsonLines, RunDirectory
 from train.schedule import learning_rate
 from train.setup import build_engine, dataset_identity, micro_batches, open_stream
+from train.tensorboard import TensorBoardLog
 from train.validation import Validation, validate
 
 
@@ -121,7 +122,7 @@ class RunLog:
         self.config = config
         self.metrics = JsonLines(folder / "metrics.jsonl", first_step)
         self.heads = JsonLines(folder / "entropy.jsonl", first_step)
-        self.board = TensorBoardLog(folder / "tensorboard", first_step) if config.logging.tensorboard else None
+        self.board = TensorBoardLog(folder / "tensorboard", config, first_step) if config.logging.tensorboard else None
         self.display = ProgressDisplay(config.train_steps, first_step)
         if first_step:
             self.display.say(f"resumed {folder} at step {first_step}")
