@@ -52,7 +52,7 @@ class TensorBoardLog:
 
         A head's temperature is its mean over positions; the extremes over positions are in entropy.jsonl.
         """
-        from train.plots import head_map_figure, threshold_map_figure
+        from train.map_plots import head_map_figure, threshold_map_figure
 
         step, title = row["step"], f"step {row['step']}"
         self._writer.add_figure("heads/entropy_nats", head_map_figure(row["entropy_nats"], seq_length, title), step)

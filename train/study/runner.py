@@ -1,0 +1,227 @@
+"""Runs the stages of a suite, each as a process of train/main.py, and says where every run stands.
+
+What a run has reached is read from its own files, so that a study that was stopped goes on where it was, and one that
+other jobs work on at the same time is seen as it is.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.run_dir import JsonLines, write_atomically
+from train.study.suite import PlannedRun, Stage, Suite
+
+Say = Callable[[str], None]
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a stage stands.
+
+    Attributes:
+        word: new, running, partial, done, diverged or failed.
+        step: last step with a row.
+        loss: of the final evaluation in nats a token, for a stage that is done.
+        detail: of a run that diverged or failed, one line.
+    """
+
+    word: str
+    step: int = 0
+    loss: float | None = None
+    detail: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        return self.word in ("done", "diverged")
+
+
+def read_state(stage: Stage) -> State:
+    """Reads a stage's folder."""
+    rows = read_lines(stage.folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    last = int(steps[-1]["step"]) if steps else 0
+    lost = next((row for row in steps if row["loss"] is None), None)
+    if is_locked(stage.folder):
+        return State("running", last)
+    if lost is not None:
+        return State("diverged", int(lost["step"]), None, divergence(stage.folder, int(lost["step"])))
+    target = stage.config.train_steps
+    final = [row for row in rows if "validation_loss" in row and row["step"] >= target]
+    if final or (not stage.is_result and has_checkpoint(stage.folder, target)):
+        loss = final[-1]["validation_loss"] if final else None
+        if final and loss is None:
+            return State("diverged", target, None, f"the validation loss at step {target} is not finite")
+        return State("done", last, loss)
+    failure = stage.folder / "failure.txt"
+    if failure.exists():
+        return State("failed", last, None, failure.read_text(encoding="utf-8").strip())
+    return State("partial" if steps else "new", last)
+
+
+def divergence(folder: Path, step: int) -> str:
+    """The step of a loss that is not finite, how many heads of which layers were NaN, and what had collapsed before."""
+    heads = read_lines(folder / "entropy.jsonl")
+    counts = nan_heads(heads[-1]["entropy_nats"]) if heads else []
+    layers = [str(layer) for layer, count in enumerate(counts) if count]
+    parts = [f"loss not finite at step {step}"]
+    if layers:
+        parts.append(f"{sum(counts)} NaN heads, first in layer {layers[0]}")
+    finite = [row for row in heads if not any(nan_heads(row["entropy_nats"]))]
+    if finite:
+        means = [sum(layer) / len(layer) for layer in finite[-1]["entropy_nats"]]
+        collapsed = [layer for layer, mean in enumerate(means) if mean < 0.05]
+        if collapsed:
+            parts.append(f"entropy below 0.05 nats from layer {collapsed[0]} at step {finite[-1]['step']}")
+    return "; ".join(parts)
+
+
+def nan_heads(entropy_nats: list[list[float | None]]) -> list[int]:
+    """NaN heads of each layer; null stands for what is not finite."""
+    return [sum(value is None for value in layer) for layer in entropy_nats]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file of one JSON object a line, without a last one that is still being written; none if absent."""
+    rows = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains there now."""
+    try:
+        with (folder / "run.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def has_checkpoint(folder: Path, step: int) -> bool:
+    return (folder / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").exists()
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs a suite's stages.
+
+    Attributes:
+        launcher: the command before train/main.py, say ("deepspeed", "--num_gpus", "8").
+        jobs: runs at a time.
+        retry: whether runs that diverged are begun anew.
+    """
+
+    suite: Suite
+    launcher: Sequence[str] = (sys.executable,)
+    jobs: int = 1
+    retry: bool = False
+    say: Say = print
+
+    def run(self, only: str | None = None) -> int:
+        """Runs everything unfinished; returns how many runs could not be finished for a reason other than divergence."""
+        runs = [run for run in self.suite.runs if only is None or only in (run.name, run.label)]
+        self.suite.output.mkdir(parents=True, exist_ok=True)
+        write_environment(self.suite.output)
+        stop = threading.Event()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self._run, number, len(runs), run, stop) for number, run in enumerate(runs, 1)]
+            try:
+                return sum(not future.result() for future in futures)
+            except KeyboardInterrupt:
+                stop.set()  # the processes got the interrupt too; what they saved is kept
+                raise
+
+    def _run(self, number: int, total: int, run: PlannedRun, stop: threading.Event) -> bool:
+        for stage in run.stages:
+            if stop.is_set():
+                return False
+            state = read_state(stage)
+            where = f"[{number}/{total}] {run.name}" + (f" {stage.folder.name}" if len(run.stages) > 1 else "")
+            if state.word == "diverged" and self.retry:
+                shutil.rmtree(stage.folder)
+                state = read_state(stage)
+            if state.word == "running":
+                self.say(f"{where}: another process trains it")
+                return True
+            if not state.is_final:
+                self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
+                self._start(stage)
+                state = read_state(stage)
+            loss = f", validation loss {state.loss:.4f}" if state.loss is not None else ""
+            self.say(f"{where}: {state.word}{loss}" + (f" ({state.detail})" if state.detail else ""))
+            if state.word != "done":
+                return state.word == "diverged"
+        return True
+
+    def _start(self, stage: Stage) -> None:
+        """Trains one stage; a process that fails leaves its last words in failure.txt."""
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        (stage.folder / "failure.txt").unlink(missing_ok=True)
+        if stage.copied_from is not None:
+            branch_off(stage)
+        config_file = stage.folder / "stage.json"
+        write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
+        command = [*self.launcher, str(MAIN), "--config", str(config_file)]
+        with (stage.folder / "log.txt").open("a", encoding="utf-8") as log:
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment()).returncode
+        if status != 0 and read_state(stage).word != "diverged":
+            lines = (stage.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
+            last_words = errors[-1] if errors else "no output"
+            write_atomically(stage.folder / "failure.txt", f"exit status {status}: {last_words}\n")
+
+
+def branch_off(stage: Stage) -> None:
+    """Gives a branch the trunk's checkpoint and history up to the step where it begins; a branch begun stays."""
+    assert stage.copied_from is not None
+    name = f"step_{stage.copied_step:08d}"
+    if list((stage.folder / "checkpoints").glob("step_*[0-9]/checkpoint.json")):
+        return
+    unfinished = stage.folder / "checkpoints" / f"{name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(stage.copied_from / "checkpoints" / name, unfinished, copy_function=_link_or_copy)
+    os.replace(unfinished, unfinished.with_name(name))
+    for file in ("metrics.jsonl", "entropy.jsonl"):
+        shutil.copyfile(stage.copied_from / file, stage.folder / file)
+        JsonLines(stage.folder / file, stage.copied_step).close()
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # a checkpoint is never written to once complete
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def environment() -> dict[str, str]:
+    """One thread a process where several share the cores, unless the user has set it."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def write_environment(output: Path) -> None:
+    """What the report says of the machine: written when runs begin, since the report may be made elsewhere."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    row = {"device": device, "torch": torch.__version__, "machine": platform.machine(),
+           "date": datetime.date.today().isoformat()}  # fmt: skip
+    write_atomically(output / "environment.json", json.dumps(row, indent=1) + "\n")
