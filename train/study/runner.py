@@ -7,6 +7,7 @@ other jobs work on at the same time is seen as it is.
 import datetime
 import fcntl
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -125,13 +126,14 @@ class Runner:
     """Runs a suite's stages.
 
     Attributes:
-        launcher: the command before train/main.py, say ("deepspeed", "--num_gpus", "8").
+        launcher: the command before train/main.py, say ("deepspeed", "--num_gpus", "8"); empty for one process a run,
+            forked from a server that has the libraries loaded (they take longer to load than a small model to train).
         jobs: runs at a time.
         retry: whether runs that diverged are begun anew.
     """
 
     suite: Suite
-    launcher: Sequence[str] = (sys.executable,)
+    launcher: Sequence[str] = ()
     jobs: int = 1
     retry: bool = False
     say: Say = print
@@ -180,14 +182,44 @@ class Runner:
             branch_off(stage)
         config_file = stage.folder / "stage.json"
         write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
-        command = [*self.launcher, str(MAIN), "--config", str(config_file)]
-        with (stage.folder / "log.txt").open("a", encoding="utf-8") as log:
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment()).returncode
+        if self.launcher:
+            command = [*self.launcher, str(MAIN), "--config", str(config_file)]
+            with (stage.folder / "log.txt").open("a", encoding="utf-8") as log:
+                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment()).returncode
+        else:
+            status = forked(config_file, stage.folder / "log.txt")
         if status != 0 and read_state(stage).word != "diverged":
             lines = (stage.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
             last_words = errors[-1] if errors else "no output"
             write_atomically(stage.folder / "failure.txt", f"exit status {status}: {last_words}\n")
+
+
+def forked(config_file: Path, log: Path) -> int:
+    """Trains in a process of its own, forked from a server with everything imported; returns its exit status."""
+    os.environ.update(environment())
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then leaves the server forkable
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.study.preload"])
+    process = context.Process(target=_train, args=(config_file, log))
+    process.start()
+    process.join()
+    return process.exitcode or 0
+
+
+def _train(config_file: Path, log: Path) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from train.main import main
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the server's number is not inherited
+    status = main(["--config", str(config_file)])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nothing of the server's is torn down
 
 
 def branch_off(stage: Stage) -> None:
