@@ -29,7 +29,7 @@ Tree = dict[str, dict[str, Any]]
 def _codeparrot(num_layers: int, seq_length: int, **model: Any) -> Tree:
     sizes = {"num_layers": num_layers, "hidden_size": 768, "num_attention_heads": 12, "seq_length": seq_length}
     return {
-        "model": {**sizes, "temperature_init": 1e-2, "temperature_form": "raw", **model},
+        "model": {**sizes, "temperature_init": 1e-2, "temperature_form": "raw", "initialization": "paper", **model},
         "regularizer": {"coefficient": CODEPARROT_PENALTY, "margin": 0.20, "granularity": "per_query"},
         "data": {"path": "datasets/codeparrot", "planned_vocab_size": 50_000},
         "optimizer": {
@@ -48,7 +48,7 @@ def _codeparrot(num_layers: int, seq_length: int, **model: Any) -> Tree:
 def _languini(train_tokens: float, global_batch_size: int) -> Tree:
     sizes = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 512}
     return {
-        "model": {**sizes, "temperature_init": 1e-1, "temperature_form": "raw"},
+        "model": {**sizes, "temperature_init": 1e-1, "temperature_form": "raw", "initialization": "paper"},
         "regularizer": {"coefficient": LANGUINI_PENALTY, "margin": 0.20, "granularity": "per_query"},
         "data": {"path": "datasets/languini", "planned_vocab_size": 16_384},
         "optimizer": {

@@ -63,7 +63,9 @@ def test_the_fit_is_the_minimum_that_another_optimizer_finds() -> None:
         return float(np.where(size <= DELTA, 0.5 * size**2, DELTA * (size - 0.5 * DELTA)).sum() / DELTA)
 
     start = [math.log(406.4), math.log(410.7), math.log(1.69), 0.34, 0.28]
-    other = minimize(objective, start, method="Nelder-Mead", options={"maxiter": 20000, "maxfev": 20000, "fatol": 1e-12})
+    other = minimize(
+        objective, start, method="Nelder-Mead", options={"maxiter": 20000, "maxfev": 20000, "fatol": 1e-12}
+    )
     found = fit(points.parameters, points.tokens, losses)
     assert found.objective / DELTA <= other.fun * (1 + 1e-6)
 
@@ -147,7 +149,7 @@ def test_two_laws_cross_where_they_are_equal() -> None:
 
 def test_csv_is_read_under_the_names_people_use(tmp_path: Path) -> None:
     file = tmp_path / "points.csv"
-    file.write_text("\ufeff,Model Size,Training FLOP,loss\n0,1.5B,9e19,2.5\n1,\"400,000,000\",2.4e18,3.5\n")
+    file.write_text('\ufeff,Model Size,Training FLOP,loss\n0,1.5B,9e19,2.5\n1,"400,000,000",2.4e18,3.5\n')
     (points,) = read_csv(file)
     assert points.name == "points" and list(points.parameters) == [1.5e9, 4e8]
     assert list(points.tokens) == pytest.approx([1e10, 1e9]) and list(points.losses) == [2.5, 3.5]
@@ -223,7 +225,9 @@ def test_the_learning_rate_falls_with_width_and_depth() -> None:
 
 def test_fit_predict_and_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, laws = tmp_path / "two.csv", tmp_path / "laws.json"
-    series = [made_points(law, 0.003, 40, seed, name) for seed, (law, name) in enumerate(((OTHER, "A"), (CHINCHILLA, "B")))]
+    series = [
+        made_points(law, 0.003, 40, seed, name) for seed, (law, name) in enumerate(((OTHER, "A"), (CHINCHILLA, "B")))
+    ]
     write_csv(file, series)
     assert main(["fit", str(file), "--resamples", "50", "--output", str(laws)]) == 0
     assert json.loads(laws.read_text())["architectures"]["B"]["alpha"] == pytest.approx(0.34, abs=0.05)

@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.scaling", description="Scaling laws of an architecture.")
     commands = parser.add_subparsers(dest="command", required=True)
-    _plan_options(commands.add_parser("plan", help="write a suite: a ladder of sizes and token budgets for a compute budget"))
+    _plan_options(
+        commands.add_parser("plan", help="write a suite: a ladder of sizes and token budgets for a compute budget")
+    )
     run = commands.add_parser("run", help="train it: the same as python -m train.study run", add_help=False)
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
@@ -50,7 +52,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                              help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
         command.add_argument("--least-ratio", type=float, default=0.0, metavar="R",
                              help="leave out points with fewer tokens a parameter (default: none)")  # fmt: skip
-        command.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)")
+        command.add_argument(
+            "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)"
+        )
         command.add_argument("--output", type=Path, metavar="PATH",
                              help="fit: file for predict; report: folder (default: report/ beside the source)")  # fmt: skip
         command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
@@ -71,13 +75,17 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
                          help="budgets in tokens a parameter (default: 5 10 20)")  # fmt: skip
     command.add_argument("--levels", type=int, default=0, metavar="K",
                          help="evaluate all sizes at K common levels of compute, within the least and greatest of --ratios")  # fmt: skip
-    command.add_argument("--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to")
+    command.add_argument(
+        "--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to"
+    )
     command.add_argument("--seq-length", type=int, default=128, metavar="T", help="context in tokens (default: 128)")
     command.add_argument("--data", required=True, metavar="DIR", help="prepared dataset; its vocabulary is counted")
     command.add_argument("--vocab-size", type=int, metavar="V", help="where the dataset is not prepared yet")
     command.add_argument("--rates", type=float, nargs="+", default=[1.0], metavar="F",
                          help="factors of the learning rate swept at the smallest size (default: 1)")  # fmt: skip
-    command.add_argument("--micro-batch-tokens", type=int, default=65536, metavar="N", help="largest micro-batch in tokens")
+    command.add_argument(
+        "--micro-batch-tokens", type=int, default=65536, metavar="N", help="largest micro-batch in tokens"
+    )
     command.add_argument("--name", default="ladder", help="of the suite (default: ladder)")
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file")
 

@@ -46,7 +46,9 @@ def coefficient_table(analyses: list[Analysis]) -> tuple[list[str], list[list[st
     for one in analyses:
         intervals = one.intervals()
         values = {**one.fit.law.as_row(), "a": exponents(one.fit.law)[0]}
-        cells = [f"{values[key]:.4g} [{intervals[key][0]:.3g}, {intervals[key][1]:.3g}]" for key in (*COEFFICIENTS, "a")]
+        cells = [
+            f"{values[key]:.4g} [{intervals[key][0]:.3g}, {intervals[key][1]:.3g}]" for key in (*COEFFICIENTS, "a")
+        ]
         agreeing = f"{one.fit.agreeing} of the best 40 of {one.fit.starts}"
         rows.append([one.series.points.name, *cells, f"{one.fit.objective:.4g}", agreeing, held_out_text(one)])
     return header, rows
@@ -133,7 +135,10 @@ def _measured(found: list[Crossing], ranges: list[tuple[float, float]]) -> list[
 
 
 def _crossing_row(crossing: Crossing, measured: float) -> list[str]:
-    at = ", ".join(f"{value:.3g}" for value in crossing.at) or f"nowhere in {crossing.range[0]:.2g} to {crossing.range[1]:.2g}"
+    at = (
+        ", ".join(f"{value:.3g}" for value in crossing.at)
+        or f"nowhere in {crossing.range[0]:.2g} to {crossing.range[1]:.2g}"
+    )
     between = f"{crossing.interval[0]:.3g} to {crossing.interval[1]:.3g}" if crossing.interval else "-"
     share = f"{crossing.share:.0%}" if np.isfinite(crossing.share) else "-"
     remark = "extrapolated" if crossing.at and crossing.at[0] > measured else ""

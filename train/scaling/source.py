@@ -53,7 +53,9 @@ def load_series(
     kept = []
     for one in series:
         enough = one.points.tokens >= least_ratio * one.points.parameters
-        dropped = (f"{int((~enough).sum())} points below {least_ratio:g} tokens a parameter",) if not enough.all() else ()
+        dropped = (
+            (f"{int((~enough).sum())} points below {least_ratio:g} tokens a parameter",) if not enough.all() else ()
+        )
         kept.append(Series(one.points.where(enough), one.flops_per_token, one.communication_gb, one.left_out + dropped))
     return kept
 
@@ -84,9 +86,7 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
     gigabytes = [models[n].cost.communication_gb for n in sorted(models)]
     points = points_of(name, rows) if rows else Points(name, *(np.zeros(0) for _ in range(4)))
-    return Series(
-        points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost)
-    )
+    return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--only", metavar="RUN", help="one run, by its name or by its label for all seeds")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
-        "--launcher", default="", metavar="COMMAND", help="before train/main.py, say 'deepspeed --num_gpus 8' (default: "
-        "one process a run)",
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help="before train/main.py, say 'deepspeed --num_gpus 8' (default: one process a run)",
+    )
+    run.add_argument(
+        "--time-limit", type=float, default=0, metavar="S", help="seconds after which running processes are ended"
     )
     run.add_argument("--retry", action="store_true", help="begin runs anew that diverged")
     status = commands.add_parser("status", help="print where every run stands")
@@ -53,7 +58,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     slurm.add_argument("--output", type=Path, required=True, metavar="FILE", help="file of commands")
     slurm.add_argument("--launcher", default="", metavar="COMMAND", help="as for run")
     for command in (run, status, report, slurm):
-        command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_table2_small.json")
+        command.add_argument(
+            "suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_table2_small.json"
+        )
     return parser.parse_args(arguments)
 
 
@@ -67,7 +74,14 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         names = ", ".join(run.name for run in suite.runs)
         print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
         return 2
-    runner = Runner(suite, shlex.split(options.launcher), options.jobs, options.retry, lambda text: print(text, flush=True))
+    runner = Runner(
+        suite,
+        launcher=shlex.split(options.launcher),
+        jobs=options.jobs,
+        retry=options.retry,
+        time_limit_s=options.time_limit,
+        say=lambda text: print(text, flush=True),
+    )
     try:
         failed = runner.run(options.only)
     except KeyboardInterrupt:

@@ -40,7 +40,9 @@ class Document:
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-        self._blocks.append("\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines))
+        self._blocks.append(
+            "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+        )
 
     def picture(self, stem: str, figure: "Figure", caption: str) -> None:
         self._pictures[stem] = figure

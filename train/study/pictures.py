@@ -52,7 +52,9 @@ def shares_figure(runs: Mapping[str, ArrayLike]) -> Figure:
     shares = 100 * np.array([head_shares(entropy) for entropy in runs.values()])
     places = np.arange(len(runs))
     for quarter, (name, colour) in enumerate(zip(QUARTERS, QUARTER_COLOURS, strict=True)):
-        bars = axes.bar(places + 0.2 * (quarter - 1.5), np.nan_to_num(shares[:, quarter]), 0.19, color=colour, label=name)
+        bars = axes.bar(
+            places + 0.2 * (quarter - 1.5), np.nan_to_num(shares[:, quarter]), 0.19, color=colour, label=name
+        )
         axes.bar_label(bars, [f"{share:.0f}" for share in shares[:, quarter]], fontsize=7, color=INK)
     axes.set_xticks(places, list(runs), rotation=20, ha="right", fontsize=8)
     axes.set_ylabel("share of heads (%)")
@@ -103,7 +105,11 @@ def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
             markerfacecolor="white" if point.published else colour,
         )
         axes.annotate(
-            point.name, (point.communication_gb, point.perplexity), xytext=(6, 4), textcoords="offset points", fontsize=7
+            point.name,
+            (point.communication_gb, point.perplexity),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=7,
         )
     for published in (False, True):
         front = undominated([point for point in points if point.published == published])

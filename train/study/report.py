@@ -144,7 +144,9 @@ def _pictures(document: Document, groups: list[Group]) -> None:
     curves = {_title(group): curve for group, run in drawn if (curve := validation_curve(run, "tokens")) is not None}
     if curves:
         document.heading("Validation loss")
-        document.picture("validation_loss", plots.validation_figure(curves), "Validation loss against tokens, first seed")
+        document.picture(
+            "validation_loss", plots.validation_figure(curves), "Validation loss against tokens, first seed"
+        )
     _pareto(document, groups)
     shown = [(group, run) for group, run in _last_budget(drawn) if run.head_rows][:MOST_PANELS]
     if not shown:
@@ -262,4 +264,3 @@ def results_rows(found: list[Record]) -> list[dict[str, Any]]:
         }
         for record in found
     ]
-

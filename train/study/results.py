@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -100,12 +101,15 @@ def vocabulary(config: Config) -> int:
         return config.data.planned_vocab_size or 0
 
 
+@cache
 def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     """All parameters, and those of the blocks and the final norm alone."""
     shapes = global_shapes(model, max(vocab_size, 1))
     if model.tied_head:
         shapes.pop("head.weight", None)
-    outside = sum(shape.numel() for name, shape in shapes.items() if name.startswith("embedding.") or name == "head.weight")
+    outside = sum(
+        shape.numel() for name, shape in shapes.items() if name.startswith("embedding.") or name == "head.weight"
+    )
     total = sum(shape.numel() for shape in shapes.values())
     return total, total - outside
 

@@ -7,6 +7,7 @@ other jobs work on at the same time is seen as it is.
 import datetime
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -14,9 +15,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +133,14 @@ class Runner:
             forked from a server that has the libraries loaded (they take longer to load than a small model to train).
         jobs: runs at a time.
         retry: whether runs that diverged are begun anew.
+        time_limit_s: after which nothing is started and what runs is ended; 0 for none.
     """
 
     suite: Suite
     launcher: Sequence[str] = ()
     jobs: int = 1
     retry: bool = False
+    time_limit_s: float = 0.0
     say: Say = print
 
     def run(self, only: str | None = None) -> int:
@@ -144,17 +149,20 @@ class Runner:
         self.suite.output.mkdir(parents=True, exist_ok=True)
         write_environment(self.suite.output)
         stop = threading.Event()
+        ends_at = time.monotonic() + self.time_limit_s if self.time_limit_s else math.inf
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self._run, number, len(runs), run, stop) for number, run in enumerate(runs, 1)]
+            futures = [
+                pool.submit(self._run, number, len(runs), run, stop, ends_at) for number, run in enumerate(runs, 1)
+            ]
             try:
                 return sum(not future.result() for future in futures)
             except KeyboardInterrupt:
                 stop.set()  # the processes got the interrupt too; what they saved is kept
                 raise
 
-    def _run(self, number: int, total: int, run: PlannedRun, stop: threading.Event) -> bool:
+    def _run(self, number: int, total: int, run: PlannedRun, stop: threading.Event, ends_at: float) -> bool:
         for stage in run.stages:
-            if stop.is_set():
+            if stop.is_set() or time.monotonic() > ends_at:
                 return False
             state = read_state(stage)
             where = f"[{number}/{total}] {run.name}" + (f" {stage.folder.name}" if len(run.stages) > 1 else "")
@@ -166,7 +174,7 @@ class Runner:
                 return True
             if not state.is_final:
                 self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
-                self._start(stage)
+                self._start(stage, ends_at)
                 state = read_state(stage)
             loss = f", validation loss {state.loss:.4f}" if state.loss is not None else ""
             self.say(f"{where}: {state.word}{loss}" + (f" ({state.detail})" if state.detail else ""))
@@ -174,7 +182,7 @@ class Runner:
                 return state.word == "diverged"
         return True
 
-    def _start(self, stage: Stage) -> None:
+    def _start(self, stage: Stage, ends_at: float) -> None:
         """Trains one stage; a process that fails leaves its last words in failure.txt."""
         stage.folder.mkdir(parents=True, exist_ok=True)
         (stage.folder / "failure.txt").unlink(missing_ok=True)
@@ -182,29 +190,46 @@ class Runner:
             branch_off(stage)
         config_file = stage.folder / "stage.json"
         write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
-        if self.launcher:
-            command = [*self.launcher, str(MAIN), "--config", str(config_file)]
-            with (stage.folder / "log.txt").open("a", encoding="utf-8") as log:
-                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment()).returncode
-        else:
-            status = forked(config_file, stage.folder / "log.txt")
-        if status != 0 and read_state(stage).word != "diverged":
+        start = partial(launched, self.launcher) if self.launcher else forked
+        status = start(config_file, stage.folder / "log.txt", ends_at)
+        if status > 0 and read_state(stage).word != "diverged":
             lines = (stage.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
             last_words = errors[-1] if errors else "no output"
             write_atomically(stage.folder / "failure.txt", f"exit status {status}: {last_words}\n")
 
 
-def forked(config_file: Path, log: Path) -> int:
-    """Trains in a process of its own, forked from a server with everything imported; returns its exit status."""
+def launched(launcher: Sequence[str], config_file: Path, log: Path, ends_at: float) -> int:
+    """Trains under a launcher; returns its exit status, negative where it was ended for lack of time."""
+    command = [*launcher, str(MAIN), "--config", str(config_file)]
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
+        try:
+            return process.wait(seconds_until(ends_at))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return min(-1, process.wait())
+
+
+def forked(config_file: Path, log: Path, ends_at: float) -> int:
+    """Trains in a process of its own, forked from a server with everything imported; otherwise as `launched`."""
     os.environ.update(environment())
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then leaves the server forkable
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.study.preload"])
     process = context.Process(target=_train, args=(config_file, log))
     process.start()
-    process.join()
+    process.join(seconds_until(ends_at))
+    if process.is_alive():
+        process.terminate()
+        process.join()
+        return -1
     return process.exitcode or 0
+
+
+def seconds_until(moment: float) -> float | None:
+    """For waiting; None where there is no limit."""
+    return None if moment == math.inf else max(0.0, moment - time.monotonic())
 
 
 def _train(config_file: Path, log: Path) -> None:
