@@ -200,7 +200,9 @@ ROWS: dict[str, Row] = {row.name: row for row in _rows()}
 
 
 def rows_at(place: str) -> list[Row]:
-    """Rows of a table or figure, or the one row of that name; empty for an unknown place."""
+    """Rows of a table or figure, all of them for "all", or the one row of that name; empty for an unknown place."""
+    if place == "all":
+        return list(ROWS.values())
     return [ROWS[place]] if place in ROWS else [row for row in ROWS.values() if place in row.places]
 
 

@@ -1,8 +1,8 @@
 """Plans, runs and reports a suite of trainings:
 
-    python -m train.study run configs/suite_table2_small.json
-    python -m train.study status configs/suite_table2_small.json
-    python -m train.study report configs/suite_table2_small.json --output docs/study/table2_small
+    python -m train.study run configs/suite_small.json
+    python -m train.study status configs/suite_small.json
+    python -m train.study report configs/suite_small.json --output docs/study/small
 
 `run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is recorded
 with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm` writes one command a run,
@@ -21,7 +21,7 @@ from train.study.suite import Suite, SuiteError, load_suite
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        suite = load_suite(options.suite)
+        suite = load_suite(options.suite, options.overrides)
     except SuiteError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -58,8 +58,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     slurm.add_argument("--output", type=Path, required=True, metavar="FILE", help="file of commands")
     slurm.add_argument("--launcher", default="", metavar="COMMAND", help="as for run")
     for command in (run, status, report, slurm):
+        command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_small.json")
         command.add_argument(
-            "suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_table2_small.json"
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="for every run, say data.path=datasets/mine; output=DIR is the suite's folder",
         )
     return parser.parse_args(arguments)
 
@@ -122,7 +126,7 @@ def report(suite: Suite, options: argparse.Namespace) -> int:
 def slurm(suite: Suite, options: argparse.Namespace) -> int:
     launcher = ["--launcher", options.launcher] if options.launcher else []
     commands = [
-        shlex.join(["python", "-m", "train.study", "run", str(options.suite), "--only", run.name, *launcher])
+        shlex.join(["python", "-m", "train.study", "run", str(options.suite), *options.overrides, "--only", run.name, *launcher])
         for run in suite.runs
     ]
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
               {"rows": "codeparrot-12L-T128.SM+G", "config": {"optimizer": {"learning_rate": 3e-4}}},
               {"name": "wide", "config": {"model": {"hidden_size": 1024}}, "budgets_tokens": [50e6, 100e6, 200e6]}]}
 
-`rows` names a table, a figure or one row of the paper (python -m train.paper list). A run's configuration is the row's,
+`rows` names a table, a figure or one row of the paper (python -m train.paper list), "all", or a list of such names. A run's configuration is the row's,
 overridden by the suite's `base`, overridden by its own `config`. A run with `budgets_tokens` trains once to the largest
 budget at a constant rate (schedule 'wsd'), and a branch decays to zero for each budget: one run serves them all.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, ConfigError, config_from_dict
+from train.config import Config, ConfigError, apply_override, config_from_dict
 from train.paper import Row, places, rows_at
 
 Tree = dict[str, Any]
@@ -69,8 +69,16 @@ class Suite:
     runs: tuple[PlannedRun, ...] = field(default=())
 
 
-def load_suite(path: Path) -> Suite:
-    """Reads a suite file; raises SuiteError with every fault of the file and of the configurations it makes."""
+def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
+    """Reads a suite file.
+
+    Args:
+        overrides: `section.key=value` for every run, over the suite's `base` and the runs' own `config`; `output=DIR` is
+            the suite's.
+
+    Raises:
+        SuiteError: every fault of the file and of the configurations it makes.
+    """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -80,13 +88,17 @@ def load_suite(path: Path) -> Suite:
     faults = _shape_faults(tree)
     if faults:
         raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
-    output = Path(tree.get("output", f"runs/{tree['name']}"))
+    changed: Tree = {}
+    for override in overrides or []:
+        apply_override(changed, override, faults)
+    output = Path(changed.pop("output", None) or tree.get("output", f"runs/{tree['name']}"))
     runs: list[PlannedRun] = []
     for number, entry in enumerate(tree["runs"]):
         for label, row, config_tree in _entries(entry, tree.get("base", {})):
             for seed in tree.get("seeds", [1]):
                 try:
-                    runs.append(_planned(label, row, config_tree, entry.get("budgets_tokens"), seed, output))
+                    whole = merged(config_tree, changed)
+                    runs.append(_planned(label, row, whole, entry.get("budgets_tokens"), seed, output))
                 except ConfigError as error:
                     faults += [f"runs[{number}] {label}: {fault}" for fault in error.faults]
                     break
@@ -115,9 +127,12 @@ def _shape_faults(tree: Any) -> list[str]:
             faults.append(f"runs[{number}]: unknown {unknown}; known keys: {', '.join(sorted(RUN_KEYS))}")
         if ("rows" in entry) == ("name" in entry):
             faults.append(f"runs[{number}]: set either rows (of the paper) or name (of a run of your own)")
-        if "rows" in entry and not rows_at(str(entry["rows"])):
-            faults.append(f"runs[{number}]: rows = {entry['rows']!r} is unknown; choose one of {', '.join(places())}, "
-                          "or a row's name (python -m train.paper list)")  # fmt: skip
+        for name in _row_names(entry):
+            if not rows_at(name):
+                faults.append(
+                    f"runs[{number}]: rows = {name!r} is unknown; choose among all, {', '.join(places())}, or a row's name "
+                    "(python -m train.paper list)"
+                )
         budgets = entry.get("budgets_tokens", [1])
         if not (isinstance(budgets, list) and budgets and all(isinstance(b, int | float) and b > 0 for b in budgets)):
             faults.append(f"runs[{number}]: budgets_tokens = {budgets!r} must be a list of token counts")
@@ -128,8 +143,14 @@ def _entries(entry: Tree, base: Tree) -> list[tuple[str, Row | None, Tree]]:
     """(label, row of the paper, configuration tree) of each model an entry names."""
     own = entry.get("config", {})
     if "rows" in entry:
-        return [(row.name, row, merged(row.tree(), base, own)) for row in rows_at(entry["rows"])]
+        rows = {row.name: row for name in _row_names(entry) for row in rows_at(name)}
+        return [(name, row, merged(row.tree(), base, own)) for name, row in rows.items()]
     return [(entry["name"], None, merged(base, own))]
+
+
+def _row_names(entry: Tree) -> list[str]:
+    rows = entry.get("rows", [])
+    return [str(name) for name in (rows if isinstance(rows, list) else [rows])]
 
 
 def merged(*trees: Tree) -> Tree:
