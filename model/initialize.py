@@ -3,13 +3,14 @@
 Every parameter is drawn whole from a generator of its own, keyed by (seed, name), and then cut to the shard at hand:
 two layouts of one model start from the same numbers to the last bit, and a stage never draws what it does not hold.
 
-Without norms the residual is multiplied, not added to: at the start a block's FFN multiplies its mean square by
-1 + D std^2 / alpha^2, and attention by up to 1 + (D std^2)^2 once positions resemble each other. At the paper's 12 layers
-of width 768 that is 1.31 a block and 30 in all; at width 2560 it would be 2 to 4 a block, and attention collapses. One
-step of Adam then moves a block's output by about rate * D / alpha of its input, and the blocks of a network compound.
-So 'scaled' initialization draws the blocks' matrices with std ~ 1/sqrt(D) beyond the paper's width, which keeps D std^2,
-and beyond its depth divides what a block adds by L / 12: alpha starts there, and matrices that end a sub-block without
-an alpha start smaller. The largest stable rate still falls about as 1 / (D sqrt(L)); see docs/study/stability.md.
+Without norms the residual is multiplied, not added to: at the start a block's FFN multiplies its mean square by 1 + D
+std^2 / alpha^2, and attention by up to 1 + (D std^2)^2 once positions resemble each other. At the paper's 12 layers
+of width 768 that is 1.31 a block and 30 in all; at width 2560 it would be 2 to 4 a block, and attention collapses.
+One step of Adam then moves a block's output by about rate * D / alpha of its input, and the blocks of a network
+compound. So 'scaled' initialization draws the blocks' matrices with std ~ 1/sqrt(D) beyond the paper's width, which
+keeps D std^2, and beyond its depth divides what a block adds by L / 12: alpha starts there, and matrices that end a
+sub-block without an alpha start smaller. The largest stable rate still falls about as 1 / (D sqrt(L)); see
+docs/study/stability.md.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Maps of heads, [L, N]: layers down, heads across, a number in every cell that can hold one.
 
-Layer 0 reads the embedding. Entropies are in nats, thresholds are fractions of ln T, NaN marks what could not be measured.
+Layer 0 reads the embedding. Entropies are in nats, thresholds are fractions of ln T, NaN marks what was not measured.
 """
 
 import math

@@ -5,8 +5,8 @@
     python train/main.py --config configs/rows/codeparrot-12L-T128.EReg.json
 
 `SETTINGS` says how a group of rows was trained, `ROWS` which model each row is. The rows marked AERO stand in the
-companion paper, arXiv 2410.13060; those marked "missing" in neither: they separate what the paper varies together. Where
-the source is silent, the choice is marked [choice].
+companion paper, arXiv 2410.13060; those marked "missing" in neither: they separate what the paper varies together.
+Where the source is silent, the choice is marked [choice].
 """
 
 import argparse
@@ -177,8 +177,11 @@ def _rows() -> Iterator[Row]:
     yield from _main_four("languini-12L-T512-2.4B", ("Table 4",), (23.32, 23.55, 30.82, 28.70))
     yield from _main_four("languini-12L-T512-4.8B", ("Table 4",), (21.29, 21.58, 28.59, 26.55))
     pythia = ("SM+LN+G", "SM+LN+R", "SM+LN", "SM+G", "SM+R")
-    for length, published in ((128, (3.512, 3.590, 4.445, 4.086, 3.736)), (256, (3.054, 3.107, 3.836, 3.570, 3.273))):
-        yield from _reduced(f"pythia70m-6L-T{length}", ("AERO",), dict(zip(pythia, published, strict=True)))
+    for length, perplexities in (
+        (128, (3.512, 3.590, 4.445, 4.086, 3.736)),
+        (256, (3.054, 3.107, 3.836, 3.570, 3.273)),
+    ):
+        yield from _reduced(f"pythia70m-6L-T{length}", ("AERO",), dict(zip(pythia, perplexities, strict=True)))
     yield from _ablations()
 
 
@@ -254,7 +257,8 @@ MEASUREMENTS: list[Measurement] = [
         "codeparrot-12L-T256",
         "Table 7",
         ("29.0", "3.6", "16.3"),
-        {"SM+LN+G": (58.51, 16.57), "SM+LN+R": (26.73, 12.59), "SM+ScFuFFN": (20.72, 10.45), "SM+ScFFN": (21.77, 11.91)},
+        {"SM+LN+G": (58.51, 16.57), "SM+LN+R": (26.73, 12.59),
+         "SM+ScFuFFN": (20.72, 10.45), "SM+ScFFN": (21.77, 11.91)},
     ),
     *_measured(
         "codeparrot-18L-T128",
@@ -266,7 +270,8 @@ MEASUREMENTS: list[Measurement] = [
         "languini-12L-T512-4.8B",
         "Table 4",
         ("58.0", "7.3", "36.2"),
-        {"SM+LN+G": (145.24, 30.74), "SM+LN+R": (81.71, 23.54), "SM+ScFuFFN": (69.68, 19.44), "SM+ScFFN": (71.76, 21.51)},
+        {"SM+LN+G": (145.24, 30.74), "SM+LN+R": (81.71, 23.54),
+         "SM+ScFuFFN": (69.68, 19.44), "SM+ScFFN": (71.76, 21.51)},
     ),
 
 ]  # fmt: skip

@@ -153,9 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: the vocabulary is unknown; give --vocab-size or data.planned_vocab_size", file=sys.stderr)
         return 2
     cost = private_inference_cost(config.model, vocab_size)
-    print(
-        f"{cost.communication_gb:.2f} GB and {cost.latency_min:.2f} min for one sequence of {config.model.seq_length} tokens"
-    )
+    length = config.model.seq_length
+    print(f"{cost.communication_gb:.2f} GB and {cost.latency_min:.2f} min for one sequence of {length} tokens")
     return 0
 
 

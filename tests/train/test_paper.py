@@ -45,9 +45,9 @@ def test_the_counts_themselves_round_to_every_printed_figure_but_one() -> None:
 
 def test_nonlinear_operations_read_as_printed() -> None:
     assert operations_text(nonlinear_operations(ROWS["codeparrot-18L-T128.SM+LN+G"].config().model)) == (
-        "SM:216×128×128 LN:36×128×768 G:18×128×3072"
+        "SM:216x128x128 LN:36x128x768 G:18x128x3072"
     )
-    assert operations_text(nonlinear_operations(ROWS["languini-12L-T512-1.2B.EReg"].config().model)) == "SM:144×512×512"
+    assert operations_text(nonlinear_operations(ROWS["languini-12L-T512-1.2B.EReg"].config().model)) == "SM:144x512x512"
 
 
 def test_every_row_is_a_configuration_that_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,9 @@ from train.study.suite import SuiteError, load_suite, merged
 SECTIONS = {key: dict(TINY[key]) for key in ("model", "regularizer", "checkpoint", "logging")}
 
 
+TOO_FAST = {"learning_rate": 1e4, "warmup_steps": 0}
+
+
 def write_suite(folder: Path, runs: list, dataset: Path | str = "nowhere", **keys: object) -> Path:
     base = {**SECTIONS, "data": {"path": str(dataset), "planned_vocab_size": 400}, "training": {**TINY["training"]}}
     file = folder / "suite.json"
@@ -34,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     runs = [
         {"rows": "codeparrot-12L-T128.EReg"},
         {"rows": "codeparrot-12L-T128.SM+LN+G"},
-        {"name": "lost", "config": {"model": {"architecture": "SM"}, "optimizer": {"learning_rate": 1e4, "warmup_steps": 0}}},
+        {"name": "lost", "config": {"model": {"architecture": "SM"}, "optimizer": TOO_FAST}},
         {"name": "branched", "budgets_tokens": [8 * 32 * 10, 8 * 32 * 20]},
     ]  # fmt: skip
     file = write_suite(folder, runs, dataset, seeds=[1, 2])
@@ -50,7 +53,8 @@ def test_every_run_reaches_its_end(finished: Path, capsys: pytest.CaptureFixture
     assert {state for (label, *_), state in states.items() if label != "lost"} == {"done"}
     assert states["lost", 1, 8 * 32 * 12] == "diverged"
     lost = next(row for row in rows if row["label"] == "lost")
-    assert lost["validation_loss"] is None and "not finite at step" in lost["detail"] and "NaN heads, first in layer" in lost["detail"]
+    assert lost["validation_loss"] is None
+    assert "not finite at step" in lost["detail"] and "NaN heads, first in layer" in lost["detail"]
     assert all(row["communication_gb"] > 0 and row["training_flops"] > 0 for row in rows if row["label"] != "lost")
 
 

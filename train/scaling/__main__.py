@@ -6,7 +6,7 @@
     python -m train.scaling predict laws.json --parameters 1e9 --tokens 2e10
     python -m train.scaling report configs/suite_ladder.json --output docs/study/ladder
 
-`fit` and `report` also read a CSV file of (N, D, loss), of one architecture or, with a column `architecture`, of several.
+`fit` and `report` also read a CSV file of (N, D, loss), of one architecture or, with a column `architecture`, several.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=help_text)
         command.add_argument("source", type=Path, help="suite file (.json) or CSV file")
         command.add_argument("--parameters", choices=("total", "body"), default="total",
-                             help="N of a suite's models: all parameters, or without embeddings and head (default: total)")  # fmt: skip
+                             help="N of a suite: all, or without embeddings and head (default: total)")  # fmt: skip
         command.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN",
                              help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
         command.add_argument("--least-ratio", type=float, default=0.0, metavar="R",
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)"
         )
         command.add_argument("--output", type=Path, metavar="PATH",
-                             help="fit: file for predict; report: folder (default: report/ beside the source)")  # fmt: skip
+                             help="fit: file for predict; report: folder (default: report/ beside it)")  # fmt: skip
         command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
     predict = commands.add_parser("predict", help="loss of a size and length, or the best ones for a compute budget")
     predict.add_argument("fits", type=Path, metavar="FILE", help="written by fit --output")
@@ -68,13 +68,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--flops", type=float, required=True, metavar="C", help="training FLOPs of all runs together")
-    command.add_argument("--architectures", nargs="+", default=["EReg(SM(t)+ScFuFFN)", "SM+LN+G"], choices=list(ARCHITECTURES),
+    command.add_argument("--architectures", nargs="+", default=["EReg(SM(t)+ScFuFFN)", "SM+LN+G"],
+                         choices=list(ARCHITECTURES),
                          metavar="NAME", help="paper's names (default: EReg and SM+LN+G)")  # fmt: skip
     command.add_argument("--sizes", type=int, default=5, metavar="N", help="of each architecture (default: 5)")
     command.add_argument("--ratios", type=float, nargs="+", default=[5, 10, 20], metavar="R",
                          help="budgets in tokens a parameter (default: 5 10 20)")  # fmt: skip
     command.add_argument("--levels", type=int, default=0, metavar="K",
-                         help="evaluate all sizes at K common levels of compute, within the least and greatest of --ratios")  # fmt: skip
+                         help="evaluate all sizes at K common levels of compute, within --ratios")  # fmt: skip
     command.add_argument(
         "--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to"
     )
@@ -182,7 +183,8 @@ def make_prediction(options: argparse.Namespace) -> int:
             row["range_parameters"][0] <= parameters <= row["range_parameters"][1]
             and row["range_tokens"][0] <= tokens <= row["range_tokens"][1]
         )
-        print(f"{name}: {float(law.loss(parameters, tokens)):.4f} nats a token [{low:.4f}, {high:.4f}] at {parameters:.3g} "
+        loss = float(law.loss(parameters, tokens))
+        print(f"{name}: {loss:.4f} nats a token [{low:.4f}, {high:.4f}] at {parameters:.3g} "
               f"parameters and {tokens:.3g} tokens{' (extrapolated)' if outside else ''}")  # fmt: skip
     return 0
 

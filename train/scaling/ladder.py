@@ -1,8 +1,9 @@
 """A ladder of sizes for a compute budget: which models, how many tokens each, at which learning rate and batch.
 
-Sizes keep heads of width 64 and a width of 64 times the depth, as GPT-2 small does, between 2 and 32 layers. A norm-free
-block changes the residual by about (rate * width / alpha) a step, and blocks compound over the depth, so the largest stable rate
-falls with the width and with the square root of the depth; the same rule is used for every architecture of a comparison.
+Sizes keep heads of width 64 and a width of 64 times the depth, as GPT-2 small does, between 2 and 32 layers. A norm-
+free block changes the residual by about (rate * width / alpha) a step, and blocks compound over the depth, so the
+largest stable rate falls with the width and with the square root of the depth; the same rule is used for every
+architecture of a comparison.
 """
 
 import dataclasses
@@ -150,8 +151,8 @@ def _model(architecture: str, depth: int, seq_length: int) -> ModelConfig:
 def suite_tree(
     name: str, rungs: Sequence[Rung], data: str, micro_batch_tokens: int, rate_factors: Sequence[float] = (1.0,)
 ) -> dict[str, Any]:
-    """The suite file of a ladder; with several rate factors the smallest size of each architecture is swept."""
-    smallest = {one.model.architecture: min(r.parameters for r in rungs if r.model.architecture == one.model.architecture)
+    """The suite file of a ladder; several rate factors are swept at the smallest size of each architecture."""
+    smallest = {one.model.architecture: min(r.parameters for r in rungs if _same_architecture(r, one))
                 for one in rungs}  # fmt: skip
     runs = []
     for one in rungs:
@@ -167,6 +168,10 @@ def suite_tree(
         "logging": {"interval": 20, "tensorboard": False},
     }
     return {"name": name, "output": f"runs/{name}", "seeds": [1], "base": base, "runs": runs}
+
+
+def _same_architecture(one: Rung, other: Rung) -> bool:
+    return one.model.architecture == other.model.architecture
 
 
 def _run_tree(one: Rung, micro_batch_tokens: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def write_report(folder: Path, source: Path, counted: str, analyses: list[Analys
     document.table(*coefficient_table(analyses))
     document.text(
         "Huber's loss (delta 1e-3) of residuals of ln L; brackets are 95% intervals of a bootstrap over points. "
-        "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with the most compute, predicted from the rest."
+        "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with most compute, predicted from the rest."
     )
     _single_pictures(document, analyses)
     _allocation(document, analyses)
@@ -90,7 +90,8 @@ def _allocation(document: Document, analyses: list[Analysis]) -> None:
             sizes = interval([other.parameters[index] for other in resampled])
             losses = interval([other.losses[index] for other in resampled])
             rows.append([
-                one.series.points.name, f"{budget:.0e}", f"{best.parameters[index]:.3g} [{sizes[0]:.2g}, {sizes[1]:.2g}]",
+                one.series.points.name, f"{budget:.0e}", 
+                f"{best.parameters[index]:.3g} [{sizes[0]:.2g}, {sizes[1]:.2g}]",
                 f"{best.tokens[index]:.3g}", f"{best.tokens[index] / best.parameters[index]:.3g}",
                 f"{best.losses[index]:.3f} [{losses[0]:.3f}, {losses[1]:.3f}]",
                 "extrapolated" if budget > high else "",
@@ -116,8 +117,8 @@ def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
         [_crossing_row(crossing, measured) for crossing, measured in zip(found, _measured(found, ranges), strict=True)],
     )
     document.text(
-        f"Looked at up to {DECADES_BEYOND} decades beyond the runs; crossings beyond them are extrapolations of two laws "
-        "and no more certain than their intervals."
+        f"Looked at up to {DECADES_BEYOND} decades beyond the runs; crossings beyond them are extrapolations of two "
+        "laws and no more certain than their intervals."
     )
     pair = f"{both[0].name}_{both[1].name}"
     stem = "".join(character if character.isalnum() else "-" for character in pair)

@@ -80,7 +80,7 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
         key = (size(record), record.tokens)
         if key not in best or record.loss < (best[key].loss or np.inf):  # of a swept rate the best counts
             best[key] = record
-    rows = [(n, d, record.loss, record.flops) for (n, d), record in best.items()]
+    rows = [(n, d, record.loss or np.nan, record.flops) for (n, d), record in best.items()]
     models = {size(record): record for record in members}
     sizes = np.array(sorted(models), dtype=float)
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]

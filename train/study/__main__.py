@@ -4,9 +4,9 @@
     python -m train.study status configs/suite_small.json
     python -m train.study report configs/suite_small.json --output docs/study/small
 
-`run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is recorded
-with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm` writes one command a run,
-for an array job.
+`run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is
+recorded with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm` writes one
+command a run, for an array job.
 """
 
 import argparse
@@ -125,10 +125,8 @@ def report(suite: Suite, options: argparse.Namespace) -> int:
 
 def slurm(suite: Suite, options: argparse.Namespace) -> int:
     launcher = ["--launcher", options.launcher] if options.launcher else []
-    commands = [
-        shlex.join(["python", "-m", "train.study", "run", str(options.suite), *options.overrides, "--only", run.name, *launcher])
-        for run in suite.runs
-    ]
+    start = ["python", "-m", "train.study", "run", str(options.suite), *options.overrides]
+    commands = [shlex.join([*start, "--only", run.name, *launcher]) for run in suite.runs]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("".join(command + "\n" for command in commands), encoding="utf-8")
     print(f"{len(commands)} commands in {options.output}; each line is one task of an array job")

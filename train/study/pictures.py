@@ -87,7 +87,7 @@ class ParetoPoint:
 
 
 def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
-    """Perplexity against communication; filled: measured here, hollow: published. The line joins the undominated ones."""
+    """Perplexity against communication; filled: measured here, hollow: published. Lines join the undominated."""
     figure = new_figure(8.6, 4.6)
     axes = figure.subplots()
     tidy(axes)

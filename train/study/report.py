@@ -63,7 +63,7 @@ def _main_table(document: Document, groups: list[Group]) -> None:
     document.table(header, [_row(group, groups) for group in groups])
     document.text(
         "FFN and attention: FLOPs of a forward pass over one sequence, as arXiv 2501.03489 counts them. GB and min: "
-        "predicted by `python -m train.private_inference`. ± 95%: Student's interval over seeds. NaN: seeds that diverged."
+        "predicted by `python -m train.private_inference`. ± 95%: Student's interval over seeds. NaN: seeds diverged."
     )
 
 
@@ -117,9 +117,9 @@ def relative(value: float | None, reference: float | None) -> str:
 
 
 def operations_text(operations: dict[str, NonlinearOperation]) -> str:
-    """As the paper's tables write them: 'SM:144×128×128 LN:24×128×768'."""
+    """As the paper's tables write them: 'SM:144x128x128 LN:24x128x768'."""
     return " ".join(
-        f"{SYMBOLS[kind]}:{operation.count}×{operation.rows}×{operation.columns}"
+        f"{SYMBOLS[kind]}:{operation.count}x{operation.rows}x{operation.columns}"
         for kind, operation in operations.items()
         if kind in SYMBOLS
     )
@@ -184,10 +184,8 @@ def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
         threshold = run.head_rows[-1].get("threshold")
         if threshold is not None:
             values = as_array(threshold)
-            caption = (
-                f"Learned thresholds of {_title(group)}: mean {np.nanmean(values):.3f}, from {np.nanmin(values):.2f} to "
-                f"{np.nanmax(values):.2f} (the paper: mean 0.366, from 0.20 to 0.52)"
-            )
+            found = f"mean {np.nanmean(values):.3f}, from {np.nanmin(values):.2f} to {np.nanmax(values):.2f}"
+            caption = f"Learned thresholds of {_title(group)}: {found} (the paper: mean 0.366, from 0.20 to 0.52)"
             document.picture("thresholds", map_plots.threshold_map_figure(values, _title(group)), caption)
             return
 

@@ -144,7 +144,7 @@ class Runner:
     say: Say = print
 
     def run(self, only: str | None = None) -> int:
-        """Runs everything unfinished; returns how many runs could not be finished for a reason other than divergence."""
+        """Runs everything unfinished; returns how many runs could not be finished, divergence not counted."""
         runs = [run for run in self.suite.runs if only is None or only in (run.name, run.label)]
         self.suite.output.mkdir(parents=True, exist_ok=True)
         write_environment(self.suite.output)

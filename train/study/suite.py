@@ -6,9 +6,10 @@
               {"rows": "codeparrot-12L-T128.SM+G", "config": {"optimizer": {"learning_rate": 3e-4}}},
               {"name": "wide", "config": {"model": {"hidden_size": 1024}}, "budgets_tokens": [50e6, 100e6, 200e6]}]}
 
-`rows` names a table, a figure or one row of the paper (python -m train.paper list), "all", or a list of such names. A run's configuration is the row's,
-overridden by the suite's `base`, overridden by its own `config`. A run with `budgets_tokens` trains once to the largest
-budget at a constant rate (schedule 'wsd'), and a branch decays to zero for each budget: one run serves them all.
+`rows` names a table, a figure or one row of the paper (python -m train.paper list), "all", or a list of such names. A
+run's configuration is the row's, overridden by the suite's `base`, overridden by its own `config`. A run with
+`budgets_tokens` trains once to the largest budget at a constant rate (schedule 'wsd'), and a branch decays to zero
+for each budget: one run serves them all.
 """
 
 import dataclasses
@@ -73,8 +74,7 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     """Reads a suite file.
 
     Args:
-        overrides: `section.key=value` for every run, over the suite's `base` and the runs' own `config`; `output=DIR` is
-            the suite's.
+        overrides: `section.key=value` for every run, over all that the file says; `output=DIR` is the suite's.
 
     Raises:
         SuiteError: every fault of the file and of the configurations it makes.
@@ -130,8 +130,8 @@ def _shape_faults(tree: Any) -> list[str]:
         for name in _row_names(entry):
             if not rows_at(name):
                 faults.append(
-                    f"runs[{number}]: rows = {name!r} is unknown; choose among all, {', '.join(places())}, or a row's name "
-                    "(python -m train.paper list)"
+                    f"runs[{number}]: rows = {name!r} is unknown; choose among all, {', '.join(places())}, or a row's "
+                    "name (python -m train.paper list)"
                 )
         budgets = entry.get("budgets_tokens", [1])
         if not (isinstance(budgets, list) and budgets and all(isinstance(b, int | float) and b > 0 for b in budgets)):
@@ -182,8 +182,8 @@ def _planned(
 def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:
     """A trunk at a constant rate, and at each budget a branch whose rate falls to the floor over decay_fraction of it.
 
-    The trunk stops where the next branch begins and is resumed after it. Each branch is the run that a 'wsd' schedule of
-    its own length would have been, since until there both have the same rate.
+    The trunk stops where the next branch begins and is resumed after it. Each branch is the run that a 'wsd' schedule
+    of its own length would have been, since until there both have the same rate.
     """
     optimizer = dataclasses.replace(config.optimizer, schedule="wsd")
     warmup = round(optimizer.warmup_fraction * config.train_steps)
