@@ -50,14 +50,15 @@ class TensorBoardLog:
     def images(self, row: dict[str, Any], seq_length: int) -> None:
         """The head map, the threshold map, and histograms over all heads of entropies, thresholds and temperatures.
 
-        A head's temperature is its mean over positions; the extremes over positions are in entropy.jsonl.
+        A head's temperature is its mean over positions; the extremes over positions are in entropy.jsonl. Images and
+        histograms need tags of their own: of two kinds under one tag TensorBoard shows one.
         """
         from train.map_plots import head_map_figure, threshold_map_figure
 
         step, title = row["step"], f"step {row['step']}"
-        self._writer.add_figure("heads/entropy_nats", head_map_figure(row["entropy_nats"], seq_length, title), step)
+        self._writer.add_figure("head_maps/entropy_nats", head_map_figure(row["entropy_nats"], seq_length, title), step)
         if row["threshold"] is not None:
-            self._writer.add_figure("heads/threshold", threshold_map_figure(row["threshold"], title), step)
+            self._writer.add_figure("head_maps/threshold", threshold_map_figure(row["threshold"], title), step)
         for key in LAYER_MEANS:
             values = np.array(row[key] if row[key] is not None else [], dtype=float)
             values = values[np.isfinite(values)]

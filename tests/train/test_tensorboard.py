@@ -56,9 +56,11 @@ def test_scalars_images_histograms_and_hyperparameters_of_a_run(tmp_path: Path) 
     assert {tag.partition("/")[0] for tag in tags["scalars"]} == {
         "loss", "optimizer", "speed", "validation", "layer_entropy_nats", "threshold", "temperature", "alpha", "beta",
     }  # fmt: skip
-    assert set(tags["images"]) == {"heads/entropy_nats", "heads/threshold"}
+    assert set(tags["images"]) == {"head_maps/entropy_nats", "head_maps/threshold"}
     assert set(tags["histograms"]) == {"heads/entropy_nats", "heads/threshold", "heads/temperature"}
-    assert [event.step for event in events.Images("heads/threshold")] == [1, 2, 3]
+    kinds = [set(tags[kind]) for kind in ("scalars", "images", "histograms")]
+    assert sum(map(len, kinds)) == len(set.union(*kinds)), "TensorBoard shows one of two kinds under the same tag"
+    assert [event.step for event in events.Images("head_maps/threshold")] == [1, 2, 3]
     assert events.Histograms("heads/temperature")[0].histogram_value.num == LAYERS * HEADS
     assert [round(e.value, 6) for e in events.Scalars("layer_entropy_nats/layer_01")] == [0.105] * 3
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata)
@@ -70,7 +72,7 @@ def test_a_resumed_run_has_no_step_twice_and_a_plain_model_no_empty_charts(tmp_p
     write(tmp_path, config, range(4, 8), first_step=3, tempered=False)
     events = read(tmp_path)
     assert [event.step for event in events.Scalars("loss/loss")] == list(range(1, 8))
-    assert set(events.Tags()["images"]) == {"heads/entropy_nats"}
+    assert set(events.Tags()["images"]) == {"head_maps/entropy_nats"}
     assert not any(tag.startswith(("threshold", "temperature", "alpha")) for tag in events.Tags()["scalars"])
 
 

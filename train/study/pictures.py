@@ -59,7 +59,7 @@ def shares_figure(runs: Mapping[str, ArrayLike]) -> Figure:
     axes.set_xticks(places, list(runs), rotation=20, ha="right", fontsize=8)
     axes.set_ylabel("share of heads (%)")
     axes.set_ylim(0, 105)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.accounting import NonlinearOperation, nonlinear_operations, printed_gflops
+from train.accounting import NonlinearOperation, forward_flops, nonlinear_operations, printed_gflops
 from train.figures import FigureError, Run, as_array, load_run, validation_curve
 from train.study.document import Document
 from train.study.results import Group, Record, grouped, records
@@ -75,7 +75,7 @@ def _row(group: Group, groups: list[Group]) -> list[str]:
     baseline = _baseline(group, groups)
     base_value = baseline.mean_and_half_width() if baseline else None
     base_published = baseline.first.row.perplexity if baseline and baseline.first.row else None
-    ffn, attention = printed_gflops(record.model)
+    ffn, attention = flops_text(record)
     cost = record.cost
     return [
         group.label + (f" ({group.unfinished} unfinished)" if group.unfinished else ""),
@@ -88,12 +88,21 @@ def _row(group: Group, groups: list[Group]) -> list[str]:
         relative(published, base_published),
         relative(value, published),
         f"{group.diverged} of {len(group.records)}" if group.diverged else "0",
-        f"{ffn}B",
-        f"{attention}B",
+        ffn,
+        attention,
         operations_text(nonlinear_operations(record.model)),
         f"{cost.communication_gb:.2f}",
         f"{cost.latency_min:.2f}",
     ]
+
+
+def flops_text(record: Record) -> tuple[str, str]:
+    """FLOPs of (FFN, attention) as the paper prints them, in units of 1e6 for models too small for that."""
+    flops = forward_flops(record.model)
+    if min(flops.ffn, flops.attention) >= 1e9:
+        ffn, attention = printed_gflops(record.model)
+        return f"{ffn}B", f"{attention}B"
+    return f"{flops.ffn / 1e6:.3g}M", f"{flops.attention / 1e6:.3g}M"
 
 
 def _baseline(group: Group, groups: list[Group]) -> Group | None:
