@@ -20,6 +20,6 @@ def test_codeparrot_files_are_prepared_as_they_come(tmp_path: Path) -> None:
         (source / f"file-{number:012}.json.gz").write_bytes(gzip.compress(text.encode()))
     output = tmp_path / "set"
     arguments = ["--include", "*.json.gz", "--text-key", "content", "--vocab-size", "300", "--workers", "1"]
-    assert main(["--input", str(source), "--output", str(output), *arguments]) == 0
+    main(["--input", str(source), "--output", str(output), *arguments])
     report = json.loads((output / "report.json").read_text())
     assert report["documents"] == 80 and load_manifest(output).num_tokens("train") > 0
