@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import TINY
 from train.scaling.source import load_series
 from train.study.__main__ import main
-from train.study.pictures import ParetoPoint, undominated
+from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.report import relative
 from train.study.results import Group, records
 from train.study.runner import branch_off, read_lines, read_state
@@ -199,3 +199,10 @@ def test_later_trees_win_and_lengths_replace_each_other() -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     points = [ParetoPoint(*values) for values in (("a", 1.0, 5.0), ("b", 2.0, 6.0), ("c", 3.0, 4.0), ("d", 1.0, 5.5))]
     assert [point.name for point in undominated(points)] == ["a", "c"]
+
+
+def test_the_largest_rise_is_over_what_came_before() -> None:
+    losses = [5.0, 4.0, 6.9, 4.0, 3.0, np.nan, 9.0]
+    rise, place = largest_rise(losses)
+    assert (rise, place) == (pytest.approx(6.9 - 4.9), 2)
+    assert largest_rise([3.0, 2.0, 1.0]) == (0.0, 0)

@@ -15,6 +15,44 @@ from train.plot_style import INK, LINE_STYLES, MUTED, PALETTE, depth_bar, lines_
 from train.plots import QUARTER_COLOURS, QUARTERS, head_shares
 
 
+def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:
+    """Training cross-entropy and gradient norm of single steps, against the step.
+
+    Args:
+        runs: name -> (steps, cross-entropy in nats a token, gradient norm before clipping), each [S].
+    """
+    figure = new_figure(9.6, 5.6)
+    losses, norms = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 1])
+    for axes in (losses, norms):
+        tidy(axes)
+    for index, (name, (steps, loss, norm)) in enumerate(runs.items()):
+        style = {"color": PALETTE[index % len(PALETTE)], "linewidth": 0.9,
+                 "linestyle": LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]}  # fmt: skip
+        losses.plot(np.asarray(steps), np.asarray(loss, dtype=float), label=name, **style)
+        norms.plot(np.asarray(steps), np.asarray(norm, dtype=float), **style)
+    losses.set_ylabel("cross-entropy (nats a token)")
+    losses.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    norms.set(xlabel="optimizer step", ylabel="gradient norm", yscale="log")
+    return figure
+
+
+def largest_rise(losses: ArrayLike) -> tuple[float, int]:
+    """The most that a loss exceeds the running mean of those before it (weight 0.1 for each new one), and where.
+
+    Args:
+        losses: [S]; ends at the first that is not finite.
+    """
+    values = np.asarray(losses, dtype=float)
+    mean, worst, place = values[0], 0.0, 0
+    for index, value in enumerate(values):
+        if not np.isfinite(value):
+            break
+        if value - mean > worst:
+            worst, place = float(value - mean), index
+        mean = 0.9 * mean + 0.1 * value
+    return worst, place
+
+
 def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_lengths: Sequence[int]) -> Figure:
     """Each layer's mean entropy against step, one panel a run (Figures 5 and 8 of the paper).
 

@@ -150,6 +150,7 @@ def _pictures(document: Document, groups: list[Group]) -> None:
     from train.study import pictures
 
     drawn = [(group, run) for group in groups if (run := _loaded(group.first)) is not None]
+    _stability(document, _last_budget(drawn))
     curves = {_title(group): curve for group, run in drawn if (curve := validation_curve(run, "tokens")) is not None}
     if curves:
         document.heading("Validation loss")
@@ -183,6 +184,31 @@ def _pictures(document: Document, groups: list[Group]) -> None:
     if any(any(counts) for counts in nans.values()):
         lost = {name: counts for name, counts in nans.items() if any(counts)}
         document.picture("nan_counts", pictures.nan_counts_figure(lost), "NaN heads of each layer when the run stopped")
+
+
+def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
+    """How smoothly each run trained."""
+    from train.study import pictures
+
+    trained = [(_title(group), run.training_rows) for group, run in drawn if run.training_rows]
+    if not trained:
+        return
+    document.heading("Training")
+    rows, curves = [], {}
+    for name, lines in trained:
+        steps, losses, norms = (as_array([row[key] for row in lines]) for key in ("step", "ce_loss", "grad_norm"))
+        rise, place = pictures.largest_rise(losses)
+        finite = losses[np.isfinite(losses)]
+        last = f"{finite[-10:].mean():.3f}" if len(finite) else "-"
+        norm = f"{norms[np.isfinite(norms)].max():.3g}" if np.isfinite(norms).any() else "-"
+        speed = float(np.median([row["tokens_per_second"] for row in lines]))
+        rows.append([name, f"{steps[-1]:.0f}", last, f"{rise:.2f} at {steps[place]:.0f}", norm, f"{speed:,.0f}"])
+        curves[name] = (steps, losses, norms)
+    header = ["run", "steps", "mean loss of the last 10", "largest rise over the running mean (nats), at step",
+              "largest gradient norm", "tokens/s (median; runs may have shared the device)"]  # fmt: skip
+    document.table(header, rows)
+    shown = dict(list(curves.items())[:MOST_PANELS])
+    document.picture("training", pictures.training_figure(shown), "Training loss and gradient norm of single steps")
 
 
 def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
