@@ -1,6 +1,7 @@
 """A study runs its suite, goes on where it was stopped, records what diverged, and reports it."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from train.study.__main__ import main
 from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.report import relative
 from train.study.results import Group, records
-from train.study.runner import branch_off, read_lines, read_state
+from train.study.runner import branch_off, forked, prepare, read_lines, read_state
 from train.study.suite import SuiteError, load_suite, merged
 
 SECTIONS = {key: dict(TINY[key]) for key in ("model", "regularizer", "checkpoint", "logging")}
@@ -181,12 +182,21 @@ def test_a_time_limit_ends_what_runs(tmp_path: Path, dataset: Path) -> None:
     shutil.rmtree(stage.folder)
 
 
-def test_an_array_job_has_one_command_a_run(tmp_path: Path) -> None:
-    file = write_suite(tmp_path, [{"name": "a"}, {"name": "b", "budgets_tokens": [5120, 10240]}], seeds=[1, 2])
-    output = tmp_path / "commands.txt"
-    assert main(["slurm", str(file), "--output", str(output)]) == 0
-    lines = output.read_text().splitlines()
-    assert len(lines) == 4 and lines[2].endswith(f"run {file} --only b/seed1")
+def test_an_array_job_trains_the_next_stage_of_every_run(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_suite(tmp_path, [{"name": "a"}, {"name": "b", "budgets_tokens": [2560, 5120]}], dataset)
+    assert main(["slurm", str(file)]) == 0
+    a, b = tmp_path / "runs" / "a" / "seed1", tmp_path / "runs" / "b" / "seed1"
+    expected = f"sbatch --array=0-1 slurm/sweep.sh {a}/stage.json {b}/trunk/stage.json"
+    assert capsys.readouterr().out.strip() == expected
+    assert main(["run", str(file), "--only", "a"]) == 0
+    for stage in load_suite(file).runs[1].stages[:1]:
+        assert forked(prepare(stage), stage.folder / "log.txt", math.inf) == 0
+    capsys.readouterr()
+    assert main(["slurm", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == f"sbatch --array=0-0 slurm/sweep.sh {b}/tokens2560/stage.json"
+    assert (b / "tokens2560" / "checkpoints" / "step_00000008" / "checkpoint.json").exists()
 
 
 def test_later_trees_win_and_lengths_replace_each_other() -> None:

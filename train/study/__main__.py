@@ -5,13 +5,14 @@
     python -m train.study report configs/suite_small.json --output docs/study/small
 
 `run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is
-recorded with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm` writes one
-command a run, for an array job.
+recorded with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm`
+submits an array job of the next stage of every run; a suite with budgets wants it once for each stage.
 """
 
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     report = commands.add_parser("report", help="write the report of what has been reached")
     report.add_argument("--output", type=Path, metavar="DIR", help="folder (default: report/ in the suite's output)")
     report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
-    slurm = commands.add_parser("slurm", help="write the commands of an array job, one run a line")
-    slurm.add_argument("--output", type=Path, required=True, metavar="FILE", help="file of commands")
-    slurm.add_argument("--launcher", default="", metavar="COMMAND", help="as for run")
+    slurm = commands.add_parser("slurm", help="print or submit an array job: the next stage of every unfinished run")
+    slurm.add_argument("--submit", action="store_true", help="submit it with sbatch")
     for command in (run, status, report, slurm):
         command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_small.json")
         command.add_argument(
@@ -124,13 +124,21 @@ def report(suite: Suite, options: argparse.Namespace) -> int:
 
 
 def slurm(suite: Suite, options: argparse.Namespace) -> int:
-    launcher = ["--launcher", options.launcher] if options.launcher else []
-    start = ["python", "-m", "train.study", "run", str(options.suite), *options.overrides]
-    commands = [shlex.join([*start, "--only", run.name, *launcher]) for run in suite.runs]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("".join(command + "\n" for command in commands), encoding="utf-8")
-    print(f"{len(commands)} commands in {options.output}; each line is one task of an array job")
-    return 0
+    from train.study.runner import next_stage, prepare
+
+    files = [str(prepare(stage)) for run in suite.runs if (stage := next_stage(run)) is not None]
+    if not files:
+        print("nothing to submit: every run is at its end or being trained")
+        return 0
+    command = ["sbatch", f"--array=0-{len(files) - 1}", "slurm/sweep.sh", *files]
+    print(shlex.join(command))
+    if not options.submit:
+        return 0
+    try:
+        return subprocess.run(command).returncode
+    except FileNotFoundError:
+        print("error: sbatch is not installed here; run the command above where it is", file=sys.stderr)
+        return 1
 
 
 COMMANDS = {"run": run, "status": status, "report": report, "slurm": slurm}

@@ -184,12 +184,7 @@ class Runner:
 
     def _start(self, stage: Stage, ends_at: float) -> None:
         """Trains one stage; a process that fails leaves its last words in failure.txt."""
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        (stage.folder / "failure.txt").unlink(missing_ok=True)
-        if stage.copied_from is not None:
-            branch_off(stage)
-        config_file = stage.folder / "stage.json"
-        write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
+        config_file = prepare(stage)
         start = partial(launched, self.launcher) if self.launcher else forked
         status = start(config_file, stage.folder / "log.txt", ends_at)
         if status > 0 and read_state(stage).word != "diverged":
@@ -197,6 +192,26 @@ class Runner:
             errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
             last_words = errors[-1] if errors else "no output"
             write_atomically(stage.folder / "failure.txt", f"exit status {status}: {last_words}\n")
+
+
+def prepare(stage: Stage) -> Path:
+    """Makes a stage's folder ready to be trained in; returns its configuration file."""
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    (stage.folder / "failure.txt").unlink(missing_ok=True)
+    if stage.copied_from is not None:
+        branch_off(stage)
+    config_file = stage.folder / "stage.json"
+    write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
+    return config_file
+
+
+def next_stage(run: PlannedRun) -> Stage | None:
+    """The first stage that is still to be trained; None where the run is at its end, diverged or being trained."""
+    for stage in run.stages:
+        state = read_state(stage)
+        if state.word != "done":
+            return None if state.word in ("diverged", "running") else stage
+    return None
 
 
 def launched(launcher: Sequence[str], config_file: Path, log: Path, ends_at: float) -> int:
