@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from model.config import ModelConfig
 from train.accounting import training_flops_per_token
 from train.scaling.__main__ import main
 from train.scaling.analysis import compute_optimal, exponents, held_out, isoflops, power_law
@@ -217,10 +216,11 @@ def trunk_steps(stages: tuple) -> list[int]:
 
 
 def test_the_learning_rate_falls_with_width_and_depth() -> None:
-    assert learning_rate(12, 768) == 1e-3
-    assert learning_rate(12, 1536) == pytest.approx(5e-4)
-    assert learning_rate(48, 768) < 1e-3
-    ModelConfig(hidden_size=2560, num_layers=28)
+    assert learning_rate(12, 768) == 5e-4
+    assert learning_rate(12, 1536) == pytest.approx(2.5e-4)
+    assert learning_rate(48, 768) == pytest.approx(2.5e-4)
+    assert learning_rate(28, 2560) == pytest.approx(1e-4, rel=0.03), "what configs/ereg_1b.json ships"
+    assert json.loads(Path("configs/ereg_1b.json").read_text())["optimizer"]["learning_rate"] == 1e-4
 
 
 def test_fit_predict_and_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

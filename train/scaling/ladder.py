@@ -19,7 +19,8 @@ from train.study.results import count_parameters
 HEAD_WIDTH = 64
 DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 WIDTH_PER_LAYER = 64
-REFERENCE_WIDTH, REFERENCE_DEPTH, REFERENCE_RATE = 768, 12, 1e-3
+REFERENCE_WIDTH, REFERENCE_DEPTH, REFERENCE_RATE = 768, 12, 5e-4
+LARGEST_RATE = 2e-3
 DECAY_FRACTION = 0.2
 
 
@@ -51,9 +52,9 @@ class Rung:
 
 
 def learning_rate(layers: int, width: int) -> float:
-    """1e-3 at 12 x 768, falling with the width and the root of the depth; two digits."""
+    """5e-4 at 12 x 768, falling with the width and the root of the depth; two digits."""
     rate = REFERENCE_RATE * REFERENCE_WIDTH / width * math.sqrt(REFERENCE_DEPTH / layers)
-    return float(f"{min(rate, 4 * REFERENCE_RATE):.2g}")
+    return float(f"{min(rate, LARGEST_RATE):.2g}")
 
 
 def batch_tokens(tokens: float) -> int:

@@ -13,6 +13,7 @@ from train.study.document import Document
 
 DECADES_BEYOND = 3  # of compute, that allocations and crossings look ahead
 RESAMPLES_COMPARED = 200
+MOST_COLUMNS = 10
 
 
 def write_report(folder: Path, source: Path, counted: str, analyses: list[Analysis], note: str = "") -> list[Path]:
@@ -27,6 +28,7 @@ def write_report(folder: Path, source: Path, counted: str, analyses: list[Analys
         )
     if note:
         document.text(note)
+    _losses(document, analyses)
     document.heading("L(N, D) = E + A / N^alpha + B / D^beta")
     document.table(*coefficient_table(analyses))
     document.text(
@@ -38,6 +40,22 @@ def write_report(folder: Path, source: Path, counted: str, analyses: list[Analys
     for first, second in combinations(analyses, 2):
         _comparison(document, first, second)
     return document.write()
+
+
+def _losses(document: Document, analyses: list[Analysis]) -> None:
+    """The points themselves, where they make a table that can be read."""
+    lengths = sorted({float(tokens) for one in analyses for tokens in one.series.points.tokens})
+    if len(lengths) > MOST_COLUMNS:
+        return
+    document.heading("Losses in nats a token")
+    rows = []
+    for one in analyses:
+        points = one.series.points
+        found = dict(zip(zip(points.parameters, points.tokens, strict=True), points.losses, strict=True))
+        for size in sorted(set(points.parameters)):
+            cells = [f"{found[size, tokens]:.4f}" if (size, tokens) in found else "-" for tokens in lengths]
+            rows.append([points.name, f"{size:,.0f}", *cells])
+    document.table(["architecture", "parameters", *(f"{tokens / 1e6:.3g}M tokens" for tokens in lengths)], rows)
 
 
 def coefficient_table(analyses: list[Analysis]) -> tuple[list[str], list[list[str]]]:

@@ -19,6 +19,9 @@ code, pre { background: #f4f4f4; border-radius: 3px; } pre { padding: .6rem; ove
 """
 
 
+LARGEST_PIXELS = (1500, 1800)
+
+
 class Document:
     """Collects blocks of Markdown and pictures, and writes both files.
 
@@ -55,7 +58,10 @@ class Document:
         pictures = self.folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
         for stem, figure in self._pictures.items():
-            figure.savefig(pictures / f"{stem}.png", dpi=110)
+            width_in, height_in = figure.get_size_inches()
+            figure.savefig(
+                pictures / f"{stem}.png", dpi=min(110, LARGEST_PIXELS[0] / width_in, LARGEST_PIXELS[1] / height_in)
+            )
         text = "\n\n".join([f"# {self.title}", *self._blocks]) + "\n"
         body = markdown.markdown(text, extensions=["tables", "fenced_code"])
         page = (

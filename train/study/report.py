@@ -39,7 +39,7 @@ def _provenance(suite: Suite, found: list[Record]) -> list[str]:
     if file.exists():
         machine = json.loads(file.read_text(encoding="utf-8"))
         lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
-    commits = {str(_description(record).get("git_commit")) for record in found if _description(record)}
+    commits = {str(commit) for record in found if (commit := _description(record).get("git_commit"))}
     if commits:
         lines.append(f"Commit {', '.join(sorted(commits))}.")
     lines.append(
@@ -201,12 +201,19 @@ def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
         finite = losses[np.isfinite(losses)]
         last = f"{finite[-10:].mean():.3f}" if len(finite) else "-"
         norm = f"{norms[np.isfinite(norms)].max():.3g}" if np.isfinite(norms).any() else "-"
+        lost = int((~np.isfinite(norms)).sum())
         speed = float(np.median([row["tokens_per_second"] for row in lines]))
-        rows.append([name, f"{steps[-1]:.0f}", last, f"{rise:.2f} at {steps[place]:.0f}", norm, f"{speed:,.0f}"])
+        rows.append(
+            [name, f"{steps[-1]:.0f}", last, f"{rise:.2f} at {steps[place]:.0f}", norm, str(lost), f"{speed:,.0f}"]
+        )
         curves[name] = (steps, losses, norms)
     header = ["run", "steps", "mean loss of the last 10", "largest rise over the running mean (nats), at step",
-              "largest gradient norm", "tokens/s (median; runs may have shared the device)"]  # fmt: skip
+              "largest gradient norm", "steps whose gradient is not finite", "tokens/s (median)"]  # fmt: skip
     document.table(header, rows)
+    document.text(
+        "A step whose gradient is not finite changes nothing: a run of many such steps stands still. tokens/s are of "
+        "one run, which may have shared the device with others."
+    )
     shown = dict(list(curves.items())[:MOST_PANELS])
     document.picture("training", pictures.training_figure(shown), "Training loss and gradient norm of single steps")
 
