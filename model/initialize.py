@@ -9,8 +9,9 @@ of width 768 that is 1.31 a block and 30 in all; at width 2560 it would be 2 to 
 One step of Adam then moves a block's output by about rate * D / alpha of its input, and the blocks of a network
 compound. So 'scaled' initialization draws the blocks' matrices with std ~ 1/sqrt(D) beyond the paper's width, which
 keeps D std^2, and beyond its depth divides what a block adds by L / 12: alpha starts there, and matrices that end a
-sub-block without an alpha start smaller. The largest stable rate still falls about as 1 / (D sqrt(L)); see
-docs/study/stability.md.
+sub-block without an alpha start smaller. A tied head reads the input token back with a logit of about D std times its
+share of the residual, 17 nats at width 2560: so embeddings start with std ~ 1/D beyond the paper's width. The largest
+stable rate still falls about as 1 / (D sqrt(L)); see docs/study/stability.md.
 """
 
 import hashlib
@@ -92,8 +93,10 @@ def depth_factor(config: ModelConfig) -> float:
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
     """Of the normal distribution that the matrix `name` is drawn from."""
-    if config.initialization == "paper" or config.norm != "none" or not name.startswith("layers."):
+    if config.initialization == "paper" or config.norm != "none":
         return config.init_std
+    if not name.startswith("layers."):
+        return config.init_std * min(1.0, PAPER_WIDTH / config.hidden_size) if config.tied_head else config.init_std
     deviation = config.init_std * math.sqrt(min(1.0, PAPER_WIDTH / config.hidden_size))
     ends_sub_block = name.endswith(("attention.output.weight", "ffn.down.weight", "ffn.fused.weight"))
     divided_by_alpha = config.scaled_ffn and ".ffn." in name

@@ -223,3 +223,16 @@ def test_scaled_is_the_papers_initialization_up_to_its_size_and_with_norms() -> 
     assert deep["layers.0.ffn.alpha"].item() == 2.0 and deep["layers.0.ffn.beta"].item() == 1.0
     assert deep["layers.0.attention.output.weight"].std().item() == pytest.approx(0.01, rel=0.05)
     assert deep["layers.0.ffn.fused.weight"].std().item() == pytest.approx(0.02, rel=0.05), "alpha divides it already"
+
+
+def test_a_wide_tied_head_does_not_start_by_repeating_its_input() -> None:
+    """Random tokens start near ln V; with the paper's deviation the input token has a logit of many nats."""
+    losses = {}
+    for initialization in ("scaled", "paper"):
+        config = sized(num_layers=1, hidden_size=6144, initialization=initialization)
+        model = Transformer(config, VOCAB)
+        initialize(model, config, VOCAB, seed=1)
+        tokens, labels = torch.randint(VOCAB, (2, config.seq_length, 4), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            losses[initialization] = (model(tokens, labels)[0] / labels.numel()).item() - math.log(VOCAB)
+    assert losses["paper"] > 3 * losses["scaled"]
