@@ -10,7 +10,7 @@ from train.config import Config
 STEP_SCALARS = {
     "loss": ("loss", "ce_loss", "entropy_loss"),
     "optimizer": ("learning_rate", "grad_norm"),
-    "speed": ("step_time_s", "tokens_per_second"),
+    "speed": ("step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"),
 }
 LAYER_MEANS = {"entropy_nats": "layer_entropy_nats", "threshold": "threshold", "temperature": "temperature"}
 LAYER_VALUES = ("alpha", "beta")
@@ -31,7 +31,7 @@ class TensorBoardLog:
 
     def step(self, row: dict[str, Any]) -> None:
         for group, keys in STEP_SCALARS.items():
-            for key in keys:
+            for key in (key for key in keys if row.get(key) is not None):
                 self._writer.add_scalar(f"{group}/{key}", row[key], row["step"])
 
     def evaluation(self, row: dict[str, Any]) -> None:
@@ -64,6 +64,10 @@ class TensorBoardLog:
             values = values[np.isfinite(values)]
             if values.size:
                 self._writer.add_histogram(f"heads/{key}", values, step)
+
+    def flush(self) -> None:
+        """Writes out what is buffered, so that a process that is killed leaves no gap."""
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
