@@ -55,7 +55,7 @@ def test_every_run_reaches_its_end(finished: Path, capsys: pytest.CaptureFixture
     assert states["lost", 1, 8 * 32 * 12] == "diverged"
     lost = next(row for row in rows if row["label"] == "lost")
     assert lost["validation_loss"] is None
-    assert "not finite at step" in lost["detail"] and "NaN heads, first in layer" in lost["detail"]
+    assert "step 2: the loss is nan" in lost["detail"] and "NaN heads, first in layer" in lost["detail"]
     assert all(row["communication_gb"] > 0 and row["training_flops"] > 0 for row in rows if row["label"] != "lost")
 
 
@@ -108,7 +108,7 @@ def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) ->
     assert main(["report", str(finished), "--output", str(tmp_path / "report"), "--note", "A tiny trial."]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert "A tiny trial." in text and "| 3.21 |" in text and "+19.3%" in text, "published: 3.21 against 2.69"
-    assert "lost, seed 1" in text and "not finite at step" in text
+    assert "lost, seed 1" in text and "step 2: the loss is nan" in text
     pictures = {path.stem for path in (tmp_path / "report" / "pictures").iterdir()}
     assert pictures >= {
         "head_maps",

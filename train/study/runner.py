@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from train.run_dir import JsonLines, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]
+GAVE_UP = re.compile(r"error: (step \d+: [^;]*)")  # how the trainer ends a run that has diverged
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
@@ -56,11 +58,8 @@ def read_state(stage: Stage) -> State:
     rows = read_lines(stage.folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     last = int(steps[-1]["step"]) if steps else 0
-    lost = next((row for row in steps if row["loss"] is None), None)
     if is_locked(stage.folder):
         return State("running", last)
-    if lost is not None:
-        return State("diverged", int(lost["step"]), None, divergence(stage.folder, int(lost["step"])))
     target = stage.config.train_steps
     final = [row for row in rows if "validation_loss" in row and row["step"] >= target]
     if final or (not stage.is_result and has_checkpoint(stage.folder, target)):
@@ -69,17 +68,22 @@ def read_state(stage: Stage) -> State:
             return State("diverged", target, None, f"the validation loss at step {target} is not finite")
         return State("done", last, loss)
     failure = stage.folder / "failure.txt"
-    if failure.exists():
-        return State("failed", last, None, failure.read_text(encoding="utf-8").strip())
+    words = failure.read_text(encoding="utf-8").strip() if failure.exists() else ""
+    if GAVE_UP.search(words) or (steps and steps[-1]["loss"] is None):
+        step = next((int(row["step"]) for row in steps if row["loss"] is None), last)
+        return State("diverged", step, None, divergence(stage.folder, step, words))
+    if words:
+        return State("failed", last, None, words)
     return State("partial" if steps else "new", last)
 
 
-def divergence(folder: Path, step: int) -> str:
-    """The step of a loss that is not finite, how many heads of which layers were NaN, and what had collapsed before."""
+def divergence(folder: Path, step: int, words: str) -> str:
+    """Where a run was lost, how many heads of which layers were NaN, and what had collapsed before."""
     heads = read_lines(folder / "entropy.jsonl")
     counts = nan_heads(heads[-1]["entropy_nats"]) if heads else []
     layers = [str(layer) for layer, count in enumerate(counts) if count]
-    parts = [f"loss not finite at step {step}"]
+    gave_up = GAVE_UP.search(words)
+    parts = [gave_up[1] if gave_up else f"step {step}: the loss is not finite"]
     if layers:
         parts.append(f"{sum(counts)} NaN heads, first in layer {layers[0]}")
     finite = [row for row in heads if not any(nan_heads(row["entropy_nats"]))]
@@ -187,7 +191,7 @@ class Runner:
         config_file = prepare(stage)
         start = partial(launched, self.launcher) if self.launcher else forked
         status = start(config_file, stage.folder / "log.txt", ends_at)
-        if status > 0 and read_state(stage).word != "diverged":
+        if status > 0:
             lines = (stage.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
             last_words = errors[-1] if errors else "no output"
