@@ -141,7 +141,9 @@ def _is_compressed(path: str) -> bool:
 
 
 def _kind(path: str) -> str:
-    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    """The suffix before that of packing; lines of JSON are called .json too, as CodeParrot's files are."""
+    suffix = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    return ".jsonl" if suffix == ".json" else suffix
 
 
 def _whole_bytes(path: str) -> int:

@@ -107,6 +107,11 @@ class ModelConfig:
         "learned", "Learned absolute positions (the paper) or rotary ones."
     )
     init_std: float = _explained(0.02, "Standard deviation of the normal initialization of every matrix.")
+    initialization: Literal["scaled", "paper"] = _explained(
+        "scaled",
+        "'paper' draws every matrix with init_std and starts alpha at 1; 'scaled' is the same up to 12 layers of width "
+        "768, and beyond keeps a norm-free residual from growing faster (see model/initialize.py).",
+    )
 
     def resolved(self) -> "ModelConfig":
         """Fills every ingredient left at None from the architecture's table row; an unknown name is a KeyError."""

@@ -4,6 +4,7 @@ Symbols as in the paper: L layers, H heads, T context, d model width, f FFN widt
 """
 
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 
 from model.config import ModelConfig
 
@@ -71,6 +72,23 @@ def forward_flops(model: ModelConfig) -> ForwardFlops:
         attention=layers * (8 * tokens * width**2 + 3 * tokens**2 * width),
         ffn=2 * layers * tokens * ffn_parameters(model),
     )
+
+
+def printed_gflops(model: ModelConfig) -> tuple[str, str]:
+    """FLOPs of (FFN, attention) in units of 1e9 as the paper's tables print them, with one decimal.
+
+    The paper's column of fused FFNs is an eighth of its printed column of two matrices: 58.0 / 8 stands there as 7.3,
+    where the count itself, 7.248, would round to 7.2.
+    """
+    flops = forward_flops(model)
+    if not model.fused_ffn:
+        return _one_decimal(flops.ffn / 1e9), _one_decimal(flops.attention / 1e9)
+    return _one_decimal(float(_one_decimal(8 * flops.ffn / 1e9)) / 8), _one_decimal(flops.attention / 1e9)
+
+
+def _one_decimal(value: float) -> str:
+    """Rounded half up, as people do."""
+    return str(Decimal(repr(value)).quantize(Decimal("0.1"), rounding=ROUND_HALF_UP))
 
 
 def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:

@@ -348,7 +348,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = _read_json(Path(path))
     faults: list[str] = []
     for override in overrides or []:
-        _apply_override(tree, override, faults)
+        apply_override(tree, override, faults)
     _let_override_win(tree, overrides or [])
     config = _build(Config, tree, "", faults)
     faults += section_faults(config)
@@ -473,7 +473,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+    """Sets one `section.key=value` in a configuration tree; a fault is added where it is not of that form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         faults.append(f"{override!r} is not of the form section.key=value")

@@ -95,12 +95,12 @@ def figures_of(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
 
 def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     """Every picture of one run."""
-    from train import plots
+    from train import map_plots, plots
 
     newest = run.newest_heads()
     if newest is not None:
         entropy_nats, moment = newest
-        yield "head_map", plots.head_map_figure(entropy_nats, run.seq_length, f"{run.title}\n{moment}")
+        yield "head_map", map_plots.head_map_figure(entropy_nats, run.seq_length, f"{run.title}\n{moment}")
     if run.training_rows:
         train = {key: as_array([row[key] for row in run.training_rows]) for key in ("step", "ce_loss", "entropy_loss")}
         yield "loss", plots.loss_figure(train, validation_curve(run, "step"), run.title)
@@ -113,7 +113,7 @@ def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     last = run.head_rows[-1]
     if last.get("threshold") is not None:
         title = f"{run.title}, step {last['step']:,}"
-        yield "threshold_map", plots.threshold_map_figure(as_array(last["threshold"]), title)
+        yield "threshold_map", map_plots.threshold_map_figure(as_array(last["threshold"]), title)
     panels, ranges = learned_scales(run.head_rows)
     if panels:
         yield "learned_scales", plots.scales_figure(steps, panels, ranges, run.title)
@@ -121,7 +121,7 @@ def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
 
 def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
     """The pictures that hold several runs."""
-    from train import plots
+    from train import map_plots, plots
 
     names = distinct_names(runs)
     curves = {name: validation_curve(run, "tokens") for name, run in zip(names, runs, strict=True)}
@@ -136,7 +136,7 @@ def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
             maps[f"{name}\n{newest[1]}"] = newest[0]
             seq_lengths.append(run.seq_length)
     if maps:
-        yield "head_maps", plots.head_maps_figure(maps, seq_lengths)
+        yield "head_maps", map_plots.head_maps_figure(maps, seq_lengths)
 
 
 def learned_scales(rows: list[Row]) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:

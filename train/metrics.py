@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,62 +102,3 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-class TensorBoardLog:
-    """Scalars in groups, and head and threshold maps as images; continues a resumed run's curves without doubled
-    steps.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-
-    def step(self, row: dict[str, Any]) -> None:
-        step = row["step"]
-        for group, keys in {
-            "loss": ("loss", "ce_loss", "entropy_loss"),
-            "optimizer": ("learning_rate", "grad_norm"),
-            "speed": ("step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"),
-        }.items():
-            for key in (key for key in keys if row.get(key) is not None):
-                self._writer.add_scalar(f"{group}/{key}", row[key], step)
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        for key in ("validation_loss", "validation_perplexity"):
-            self._writer.add_scalar(f"validation/{key}", row[key], row["step"])
-
-    def heads(self, row: dict[str, Any]) -> None:
-        """Layer means of a row of entropy.jsonl, in nats, and each layer's alpha, beta and mean temperature and
-        threshold.
-        """
-        step = row["step"]
-        for layer, entropies in enumerate(row["entropy_nats"]):
-            self._writer.add_scalar(f"layer_entropy_nats/layer_{layer:02d}", sum(entropies) / len(entropies), step)
-        for key in ("threshold", "temperature"):
-            for layer, values in enumerate(row[key] or []):
-                self._writer.add_scalar(f"{key}/layer_{layer:02d}", sum(values) / len(values), step)
-        for key in ("alpha", "beta"):
-            for layer, value in enumerate(row[key] or []):
-                self._writer.add_scalar(f"{key}/layer_{layer:02d}", value, step)
-
-    def images(self, row: dict[str, Any], seq_length: int) -> None:
-        """The head map and, where there are thresholds, the threshold map."""
-        import numpy as np
-
-        from train.plots import head_map_figure, threshold_map_figure
-
-        title = f"step {row['step']}"
-        self._writer.add_figure(
-            "heads/entropy_nats", head_map_figure(np.array(row["entropy_nats"]), seq_length, title), row["step"]
-        )
-        if row["threshold"] is not None:
-            self._writer.add_figure("heads/threshold", threshold_map_figure(np.array(row["threshold"])), row["step"])
-
-    def flush(self) -> None:
-        """Writes out what is buffered, so that a process that is killed leaves no gap."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()

@@ -11,7 +11,7 @@ from train.config import Config
 from train.entropy_words import describe, fallen_layers
 from train.goodput import Goodput
 from train.journal import Journal
-from train.metrics import TensorBoardLog
+from train.tensorboard import TensorBoardLog
 from train.progress import ProgressDisplay
 from train.rank_times import slow_words
 from train.run_dir import JsonLines
@@ -157,7 +157,7 @@ class RunLog:
         self.heads = JsonLines(self.folder / "entropy.jsonl", step)
         self.ranks = JsonLines(self.folder / "ranks.jsonl", step)
         wanted = self.config.logging.tensorboard
-        self.board = TensorBoardLog(self.folder / "tensorboard", step) if wanted else None
+        self.board = TensorBoardLog(self.folder / "tensorboard", self.config, step) if wanted else None
 
     def _close_curves(self) -> None:
         for file in (self.metrics, self.heads, self.ranks):

@@ -184,3 +184,55 @@ def test_initial_loss_is_that_of_a_guess() -> None:
     logits_TBV, _ = model(tokens_BT.T)
     loss = F.cross_entropy(logits_TBV.flatten(0, 1), labels_BT.T.flatten())
     assert loss.item() == pytest.approx(math.log(VOCAB), rel=0.05)
+
+
+def growth(config: ModelConfig) -> float:
+    """Mean square of the residual after the blocks over that before them, on random tokens."""
+    model = Transformer(config, VOCAB)
+    initialize(model, config, VOCAB, seed=1)
+    tokens = torch.randint(VOCAB, (config.seq_length, 4), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x = model.embedding(tokens)
+        return (model.hidden_states(tokens)[0].square().mean() / x.square().mean()).item()
+
+
+def sized(**sizes: object) -> ModelConfig:
+    return ModelConfig(**{"num_attention_heads": 4, "seq_length": 16, **sizes}).resolved()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_layers": 3, "hidden_size": 1536}, {"num_layers": 48, "hidden_size": 64, "init_std": 0.0693}]
+)
+@pytest.mark.parametrize("architecture", ["EReg(SM(t)+ScFuFFN)", "SM"])
+def test_wider_and_deeper_residuals_grow_as_at_the_papers_size(sizes: dict, architecture: str) -> None:
+    """1 + D std^2 a block at 12 x 768 is 1.31, 25 over 12 blocks; D std^2 is 0.307 at width 64 and std 0.0693 too."""
+    layers = sizes["num_layers"]
+    scaled = growth(sized(architecture=architecture, **sizes))
+    assert scaled < 1.8 ** min(layers, 12), "at most what 12 of the paper's blocks would do"
+    assert growth(sized(architecture=architecture, initialization="paper", **sizes)) > 2 * scaled
+
+
+def test_scaled_is_the_papers_initialization_up_to_its_size_and_with_norms() -> None:
+    small = sized(num_layers=12, hidden_size=64)
+    deep_with_norms = sized(num_layers=14, hidden_size=64, architecture="SM+LN+G")
+    for config in (small, deep_with_norms):
+        paper = values(dataclasses.replace(config, initialization="paper"))
+        for name, value in values(config).items():
+            assert torch.equal(value, paper[name]), name
+    deep = values(sized(num_layers=24, hidden_size=64))
+    assert deep["layers.0.ffn.alpha"].item() == 2.0 and deep["layers.0.ffn.beta"].item() == 1.0
+    assert deep["layers.0.attention.output.weight"].std().item() == pytest.approx(0.01, rel=0.05)
+    assert deep["layers.0.ffn.fused.weight"].std().item() == pytest.approx(0.02, rel=0.05), "alpha divides it already"
+
+
+def test_a_wide_tied_head_does_not_start_by_repeating_its_input() -> None:
+    """Random tokens start near ln V; with the paper's deviation the input token has a logit of many nats."""
+    losses = {}
+    for initialization in ("scaled", "paper"):
+        config = sized(num_layers=1, hidden_size=6144, initialization=initialization)
+        model = Transformer(config, VOCAB)
+        initialize(model, config, VOCAB, seed=1)
+        tokens, labels = torch.randint(VOCAB, (2, config.seq_length, 4), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            losses[initialization] = (model(tokens, labels)[0] / labels.numel()).item() - math.log(VOCAB)
+    assert losses["paper"] > 3 * losses["scaled"]

@@ -1,0 +1,241 @@
+"""Fits recover what made the points, crossings and optima what algebra says, and bad points get one clear line."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from train.accounting import training_flops_per_token
+from train.scaling.__main__ import main
+from train.scaling.analysis import compute_optimal, exponents, held_out, isoflops, power_law
+from train.scaling.compare import Curve, along_ladder, compare
+from train.scaling.ladder import learning_rate, plan
+from train.scaling.law import DELTA, FitError, LossLaw, bootstrap, fit, interval
+from train.scaling.points import Points, PointsError, points_of, read_csv, write_csv
+from train.study.suite import load_suite
+
+CHINCHILLA = LossLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # arXiv 2203.15556
+OTHER = LossLaw(E=1.95, A=250.0, alpha=0.33, B=330.0, beta=0.28)
+
+
+def made_points(law: LossLaw, noise: float, count: int = 120, seed: int = 0, name: str = "made") -> Points:
+    random = np.random.default_rng(seed)
+    n = np.exp(random.uniform(math.log(5e7), math.log(1e10), count))
+    d = n * np.exp(random.uniform(math.log(3), math.log(100), count))
+    losses = law.loss(n, d) * np.exp(noise * random.standard_normal(count))
+    return Points(name, n, d, losses, 6 * n * d)
+
+
+def test_exact_points_give_their_law_back() -> None:
+    points = made_points(CHINCHILLA, noise=0.0)
+    found = fit(points.parameters, points.tokens, points.losses)
+    assert list(found.law.as_row().values()) == pytest.approx(list(CHINCHILLA.as_row().values()), rel=1e-6)
+    assert found.starts == 4500 and found.agreeing == 40
+
+
+def test_noisy_points_give_it_back_within_the_intervals() -> None:
+    inside = 0
+    for seed in range(4):
+        points = made_points(CHINCHILLA, noise=0.004, seed=seed)
+        found = fit(points.parameters, points.tokens, points.losses)
+        laws = bootstrap(found.law, points.parameters, points.tokens, points.losses, resamples=200, seed=seed)
+        for key, true in CHINCHILLA.as_row().items():
+            low, high = interval([getattr(law, key) for law in laws])
+            assert low < getattr(found.law, key) < high
+            inside += low <= true <= high
+    assert inside >= 15, f"{inside} of 20 true coefficients lie in their 95% intervals"
+
+
+def test_the_fit_is_the_minimum_that_another_optimizer_finds() -> None:
+    """Written anew, without the derivative, from the published values; outliers included."""
+    points = made_points(CHINCHILLA, noise=0.01, count=60)
+    losses = points.losses.copy()
+    losses[::15] *= 1.2
+
+    def objective(theta: np.ndarray) -> float:
+        a, b, e, alpha, beta = theta
+        terms = [a - alpha * np.log(points.parameters), b - beta * np.log(points.tokens), e + 0 * points.tokens]
+        size = np.abs(np.logaddexp.reduce(terms, axis=0) - np.log(losses))
+        return float(np.where(size <= DELTA, 0.5 * size**2, DELTA * (size - 0.5 * DELTA)).sum() / DELTA)
+
+    start = [math.log(406.4), math.log(410.7), math.log(1.69), 0.34, 0.28]
+    other = minimize(
+        objective, start, method="Nelder-Mead", options={"maxiter": 20000, "maxfev": 20000, "fatol": 1e-12}
+    )
+    found = fit(points.parameters, points.tokens, losses)
+    assert found.objective / DELTA <= other.fun * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "losses", "words"),
+    [
+        ([1e6] * 6, [1e7, 2e7, 3e7, 4e7, 5e7, 6e7], [3.0] * 6, "1 sizes"),
+        ([1e6, 2e6, 3e6, 4e6], [1e7, 2e7, 3e7, 4e7], [3.0] * 4, "4 points"),
+        ([1e6, 2e6, 3e6, 4e6, 5e6], [1e7, 2e7, 3e7, 4e7, 5e7], [3.0, 3.0, math.nan, 3.0, 3.0], "finite"),
+    ],
+)
+def test_points_that_determine_nothing(n: list, d: list, losses: list, words: str) -> None:
+    with pytest.raises(FitError, match=words):
+        fit(n, d, losses)
+
+
+def test_compute_optimal_agrees_with_the_closed_form() -> None:
+    budgets = np.array([1e19, 1e21, 1e23])
+    found = compute_optimal(CHINCHILLA, budgets)
+    law = CHINCHILLA
+    g = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
+    assert found.parameters == pytest.approx(g * (budgets / 6) ** exponents(law)[0], rel=1e-4)
+    assert found.parameters * found.tokens == pytest.approx(budgets / 6)
+    assert power_law(budgets, found.parameters)[0] == pytest.approx(exponents(law)[0], abs=1e-4)
+
+
+def test_isoflop_minima_lie_at_the_optimum() -> None:
+    rows = []
+    for compute in (1e19, 1e20, 1e21):
+        best = compute_optimal(CHINCHILLA, compute).parameters[0]
+        for factor in (0.5, 0.7, 1.0, 1.4, 2.0):
+            n = best * factor
+            rows.append((n, compute / 6 / n, float(CHINCHILLA.loss(n, compute / 6 / n)), compute))
+    curves = isoflops(points_of("grid", rows))
+    assert [curve.flops for curve in curves] == pytest.approx([1e19, 1e20, 1e21])
+    optimum = compute_optimal(CHINCHILLA, [1e19, 1e20, 1e21]).parameters
+    assert [curve.best_parameters for curve in curves] == pytest.approx(optimum, rel=0.05)
+
+
+def test_isoflops_are_interpolated_where_no_budgets_coincide() -> None:
+    rows = []
+    for n in np.geomspace(1e7, 1e8, 7):
+        for ratio in np.geomspace(1, 400, 9):
+            rows.append((n, n * ratio, float(CHINCHILLA.loss(n, n * ratio)), 6 * n * n * ratio * (1 + 1e-3 * ratio)))
+    curves = isoflops(points_of("ladder", rows))
+    assert curves
+    for curve in curves:
+        optimum = compute_optimal(CHINCHILLA, curve.flops).parameters[0]
+        assert curve.best_parameters == pytest.approx(optimum, rel=0.3)
+
+
+def test_held_out_runs_are_the_dearest_and_predicted() -> None:
+    points = made_points(CHINCHILLA, noise=0.0)
+    found = held_out(points, share=0.25)
+    assert found is not None and len(found.points) == 30
+    assert found.points.flops.min() > np.median(points.flops)
+    assert np.abs(found.relative_errors).max() < 1e-5
+    assert held_out(points.where(np.arange(120) < 5)) is None
+
+
+def test_two_laws_cross_where_they_are_equal() -> None:
+    sizes = np.array([1e6, 1e9])
+    curves = [
+        Curve(name, law, [law] * 3, lambda n: 6 * n, along_ladder(sizes, gigabytes))
+        for name, law, gigabytes in (("OTHER", OTHER, [0.1, 100.0]), ("CHINCHILLA", CHINCHILLA, [1.0, 1000.0]))
+    ]
+    found = compare(*curves, (1e6, 1e12), (1e8, 1e14), (1e15, 1e24))
+    by_axis = {crossing.axis.split()[0]: crossing for crossing in found}
+    for crossing in found:
+        assert crossing.below == "OTHER" and len(crossing.at) == 1, "it ends at the higher loss"
+        assert crossing.interval == pytest.approx((crossing.at[0],) * 2) and crossing.share == 1.0
+    n, d = by_axis["parameters"].at[0], by_axis["tokens"].at[0]
+    assert OTHER.loss(n, 1e11) == pytest.approx(CHINCHILLA.loss(n, 1e11), rel=1e-4)
+    assert OTHER.loss(1e9, d) == pytest.approx(CHINCHILLA.loss(1e9, d), rel=1e-4)
+    gigabytes = by_axis["communication"].at[0]  # OTHER's communication is 1e-7 N, CHINCHILLA's 1e-6 N
+    assert OTHER.loss(gigabytes / 1e-7, 1e11) == pytest.approx(CHINCHILLA.loss(gigabytes / 1e-6, 1e11), rel=1e-3)
+    never = compare(curves[0], curves[0], (1e6, 1e9), (1e8, 1e11), (1e15, 1e20))
+    assert all(not crossing.at for crossing in never)
+
+
+def test_csv_is_read_under_the_names_people_use(tmp_path: Path) -> None:
+    file = tmp_path / "points.csv"
+    file.write_text('\ufeff,Model Size,Training FLOP,loss\n0,1.5B,9e19,2.5\n1,"400,000,000",2.4e18,3.5\n')
+    (points,) = read_csv(file)
+    assert points.name == "points" and list(points.parameters) == [1.5e9, 4e8]
+    assert list(points.tokens) == pytest.approx([1e10, 1e9]) and list(points.losses) == [2.5, 3.5]
+    write_csv(file, [points, made_points(OTHER, 0.0, 5, name="other")])
+    first, second = read_csv(file)
+    assert list(first.tokens) == pytest.approx([1e10, 1e9]) and (first.name, len(second)) == ("points", 5)
+    file.write_text("size_b,tok,ppl\n1e9,1e10,3\n")
+    (points,) = read_csv(file, {"N": "size_b", "D": "tok", "loss": "ppl"})
+    assert list(points.flops) == [6e19]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("N,D,loss\n1e9,1e10,nan\n", "line 2, column loss"),
+        ("N,D,loss\n1e9,,3\n", "line 2, column D"),
+        ("N,loss\n1e9,3\n", "no column for D"),
+        ("a,b\n1,2\n", "no column for N, loss, D"),
+        ("N,D,loss\n", "no rows"),
+    ],
+)
+def test_a_bad_csv_gets_one_line(tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.csv"
+    file.write_text(text)
+    with pytest.raises(PointsError, match=words):
+        read_csv(file)
+    assert main(["fit", str(file)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_ladder_keeps_to_its_budget_and_its_suite_loads(tmp_path: Path) -> None:
+    file = tmp_path / "suite.json"
+    arguments = ["--sizes", "4", "--ratios", "2", "40", "--levels", "9", "--data", "nowhere", "--vocab-size", "4096"]
+    assert main(["plan", "--flops", "2e17", *arguments, "--rates", "0.5", "1", "--output", str(file)]) == 0
+    rungs = plan(["EReg(SM(t)+ScFuFFN)", "SM+LN+G"], 2e17, 4, [2, 40], 4096, 128, levels=9)
+    suite = load_suite(file)
+    assert len(suite.runs) == len(rungs) + 2  # the smallest of each architecture at another rate
+    results = {}
+    for run in suite.runs:
+        model = run.stages[0].config.model
+        steps = sum(
+            stage.config.train_steps - (stage.copied_step or before)
+            for stage, before in zip(run.stages, trunk_steps(run.stages), strict=True)
+        )
+        results[run.label] = steps * run.stages[0].config.tokens_per_step * training_flops_per_token(model, 4096)
+    counted = {one.name: one.flops for one in rungs}
+    assert {name: results[name] for name in counted} == pytest.approx(counted, rel=0.02)
+    assert sum(counted.values()) <= 2e17
+    compute = [tokens * training_flops_per_token(one.model, 4096) for one in rungs for tokens in one.budgets_tokens]
+    levels = np.unique(np.round(np.log(compute), 1))
+    assert len(levels) < len(compute) - 4, "sizes share levels of compute"
+    with pytest.raises(SystemExit):
+        main(["plan", "--flops", "1e15"])
+    assert main(["plan", "--flops", "1e9", *arguments, "--output", str(file)]) == 2
+
+
+def trunk_steps(stages: tuple) -> list[int]:
+    """Steps that a trunk stage finds done."""
+    done, before = 0, []
+    for stage in stages:
+        before.append(done if stage.copied_from is None else 0)
+        if stage.copied_from is None:
+            done = stage.config.train_steps
+    return before
+
+
+def test_the_learning_rate_falls_with_width_and_depth() -> None:
+    assert learning_rate(12, 768) == 5e-4
+    assert learning_rate(12, 1536) == pytest.approx(2.5e-4)
+    assert learning_rate(48, 768) == pytest.approx(2.5e-4)
+    assert learning_rate(28, 2560) == pytest.approx(1e-4, rel=0.03), "what configs/ereg_1b.json ships"
+    assert json.loads(Path("configs/ereg_1b.json").read_text())["optimizer"]["learning_rate"] == 1e-4
+
+
+def test_fit_predict_and_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, laws = tmp_path / "two.csv", tmp_path / "laws.json"
+    series = [
+        made_points(law, 0.003, 40, seed, name) for seed, (law, name) in enumerate(((OTHER, "A"), (CHINCHILLA, "B")))
+    ]
+    write_csv(file, series)
+    assert main(["fit", str(file), "--resamples", "50", "--output", str(laws)]) == 0
+    assert json.loads(laws.read_text())["architectures"]["B"]["alpha"] == pytest.approx(0.34, abs=0.05)
+    capsys.readouterr()
+    assert main(["predict", str(laws), "--parameters", "1e9", "--tokens", "2e10"]) == 0
+    answer = capsys.readouterr().out.splitlines()
+    assert float(answer[1].split()[1]) == pytest.approx(float(CHINCHILLA.loss(1e9, 2e10)), rel=0.01)
+    assert main(["report", str(file), "--resamples", "50", "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "A against B" in text and "training FLOPs, each at its optimal size" in text
+    assert (tmp_path / "report" / "report.html").stat().st_size > 50_000  # pictures inside

@@ -1,0 +1,218 @@
+"""A study runs its suite, goes on where it was stopped, records what diverged, and reports it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import TINY
+from train.scaling.source import load_series
+from train.study.__main__ import main
+from train.study.pictures import ParetoPoint, largest_rise, undominated
+from train.study.report import relative
+from train.study.results import Group, records
+from train.study.runner import branch_off, forked, prepare, read_lines, read_state
+from train.study.suite import SuiteError, load_suite, merged
+
+SECTIONS = {key: dict(TINY[key]) for key in ("model", "regularizer", "checkpoint", "logging")}
+
+
+TOO_FAST = {"learning_rate": 1e4, "warmup_steps": 0}
+
+
+def write_suite(folder: Path, runs: list, dataset: Path | str = "nowhere", **keys: object) -> Path:
+    base = {**SECTIONS, "data": {"path": str(dataset), "planned_vocab_size": 400}, "training": {**TINY["training"]}}
+    file = folder / "suite.json"
+    tree = {"name": "tiny", "output": str(folder / "runs"), "base": base, "runs": runs, **keys}
+    file.write_text(json.dumps(tree))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A suite run to its end: two seeds of a row of the paper, a model that diverges, a branched run."""
+    folder = tmp_path_factory.mktemp("study")
+    runs = [
+        {"rows": "codeparrot-12L-T128.EReg"},
+        {"rows": "codeparrot-12L-T128.SM+LN+G"},
+        {"name": "lost", "config": {"model": {"architecture": "SM"}, "optimizer": TOO_FAST}},
+        {"name": "branched", "budgets_tokens": [8 * 32 * 10, 8 * 32 * 20]},
+    ]  # fmt: skip
+    file = write_suite(folder, runs, dataset, seeds=[1, 2])
+    assert main(["run", str(file), "--jobs", "2"]) == 0
+    return file
+
+
+def test_every_run_reaches_its_end(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(finished), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    states = {(row["label"], row["seed"], row["planned_tokens"]): row["state"] for row in rows}
+    assert len(states) == 2 * 5
+    assert {state for (label, *_), state in states.items() if label != "lost"} == {"done"}
+    assert states["lost", 1, 8 * 32 * 12] == "diverged"
+    lost = next(row for row in rows if row["label"] == "lost")
+    assert lost["validation_loss"] is None
+    assert ": the loss is nan" in lost["detail"] and "NaN heads, first in layer" in lost["detail"]
+    assert all(row["communication_gb"] > 0 and row["training_flops"] > 0 for row in rows if row["label"] != "lost")
+
+
+def test_what_is_done_is_not_done_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished.parent / "runs" / "lost" / "seed1"
+    before = (folder / "log.txt").stat().st_mtime_ns
+    assert main(["run", str(finished), "--only", "lost"]) == 0
+    assert "diverged" in capsys.readouterr().out and (folder / "log.txt").stat().st_mtime_ns == before
+    assert main(["run", str(finished), "--only", "nobody"]) == 2
+
+
+def test_a_branch_is_the_run_its_own_schedule_would_have_been(finished: Path, tmp_path: Path, dataset: Path) -> None:
+    """Against one uninterrupted run with a 'wsd' schedule of the branch's length, step by step."""
+    branch = load_suite(finished).runs[-2].stages[1].config
+    assert branch.train_steps == 10 and branch.optimizer.schedule == "wsd"
+    tree = branch.as_dict()
+    sections = {
+        key: tree[key] for key in ("model", "regularizer", "data", "optimizer", "training", "checkpoint", "logging")
+    }
+    file = write_suite(tmp_path, [{"name": "whole", "config": sections}], dataset)
+    assert main(["run", str(file)]) == 0
+    whole = read_lines(tmp_path / "runs" / "whole" / "seed1" / "metrics.jsonl")
+    mine = read_lines(Path(branch.run_dir) / "metrics.jsonl")
+    times = {"step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"}
+    kept = [{key: value for key, value in row.items() if key not in times} for row in mine if "loss" in row]
+    expected = [{key: value for key, value in row.items() if key not in times} for row in whole if "loss" in row]
+    assert len(kept) == 10 and kept == expected
+    assert mine[-1]["validation_loss"] == whole[-1]["validation_loss"]
+
+
+def test_the_trunk_goes_on_from_where_the_first_branch_left_it(finished: Path) -> None:
+    stages = load_suite(finished).runs[-2].stages
+    assert [(stage.folder.name, stage.config.train_steps, stage.is_result) for stage in stages] == [
+        ("trunk", 8, False), ("tokens2560", 10, True), ("trunk", 16, False), ("tokens5120", 20, True),
+    ]  # fmt: skip
+    rates = [row["learning_rate"] for row in read_lines(stages[2].folder / "metrics.jsonl") if "loss" in row]
+    assert len(rates) == 16 and len(set(rates[1:])) == 1, "the trunk's rate stays at the peak"
+    long = [row["step"] for row in read_lines(stages[3].folder / "metrics.jsonl") if "loss" in row]
+    assert long == list(range(1, 21))
+
+
+def test_a_stopped_branch_is_neither_copied_over_nor_lost(finished: Path, tmp_path: Path) -> None:
+    stage = load_suite(finished).runs[-2].stages[1]
+    before = sorted(path.name for path in (stage.folder / "checkpoints").iterdir())
+    branch_off(stage)
+    assert sorted(path.name for path in (stage.folder / "checkpoints").iterdir()) == before
+
+
+def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) -> None:
+    assert main(["report", str(finished), "--output", str(tmp_path / "report"), "--note", "A tiny trial."]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "A tiny trial." in text and "| 3.21 |" in text and "+19.3%" in text, "published: 3.21 against 2.69"
+    assert "lost, seed 1" in text and ": the loss is nan" in text
+    pictures = {path.stem for path in (tmp_path / "report" / "pictures").iterdir()}
+    assert pictures >= {
+        "head_maps",
+        "layer_entropies",
+        "head_shares",
+        "thresholds",
+        "validation_loss",
+        "pareto",
+        "nan_counts",
+    }
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(pictures) and 'src="pictures' not in html
+
+
+def test_points_for_scaling_laws_come_from_what_finished(finished: Path) -> None:
+    series = {one.points.name: one for one in load_series(finished, "total")}
+    ereg = series["EReg(SM(t)+ScFuFFN)"]
+    assert sorted(set(ereg.points.tokens)) == [8 * 32 * 10, 8 * 32 * 12, 8 * 32 * 20]
+    assert len(series["SM"].points) == 0 and "diverged" in series["SM"].left_out[0]
+    assert ereg.communication_gb is not None and ereg.communication_gb(np.array([1e6])) > 0
+
+
+def test_intervals_over_seeds_are_students(finished: Path) -> None:
+    group = Group(tuple(record for record in records(load_suite(finished)) if record.label.endswith("EReg")))
+    values = group.perplexities
+    spread = group.mean_and_half_width()
+    assert spread is not None and spread[0] == pytest.approx(sum(values) / 2)
+    assert spread[1] == pytest.approx(12.706 * abs(values[0] - values[1]) / 2, rel=1e-3)  # t of 1 degree of freedom
+    assert relative(3.21, 2.69) == "+19.3%" and relative(None, 2.69) == "-"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"runs": []}, "runs is empty"),
+        ({"runs": [{"rows": "Table 99"}]}, "'Table 99' is unknown"),
+        ({"runs": [{"name": "a"}, {"name": "a"}]}, "two runs are called a/seed1"),
+        (
+            {"runs": [{"name": "a", "config": {"model": {"num_layer": 3}}}]},
+            r"runs\[0\] a: model.num_layer is no known key",
+        ),
+        ({"runs": [{"name": "a", "rows": "SM"}]}, "set either rows"),
+        ({"runs": [{"name": "a", "budgets_tokens": [0]}]}, "must be a list of token counts"),
+        ({"seeds": "1"}, "seeds = '1'"),
+        ({"extra": 1}, "'extra' is no known key"),
+    ],
+)
+def test_faults_of_a_suite_are_told(tmp_path: Path, change: dict, words: str) -> None:
+    file = write_suite(tmp_path, [{"name": "a"}])
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(SuiteError, match=words):
+        load_suite(file)
+    assert main(["status", str(file)]) == 2
+
+
+def test_a_run_that_cannot_start_says_why_and_the_others_go_on(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [{"name": "bad", "config": {"data": {"path": str(tmp_path / "missing")}}}, {"name": "good"}]
+    file = write_suite(tmp_path, runs, dataset)
+    assert main(["run", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "bad/seed1: failed" in out and "missing" in out and "good/seed1: done" in out
+
+
+def test_a_time_limit_ends_what_runs(tmp_path: Path, dataset: Path) -> None:
+    file = write_suite(tmp_path, [{"name": "long", "config": {"training": {"train_steps": 10**6}}}], dataset)
+    assert main(["run", str(file), "--time-limit", "8"]) == 1
+    stage = load_suite(file).runs[0].stages[0]
+    assert read_state(stage).word in ("partial", "new")
+    shutil.rmtree(stage.folder)
+
+
+def test_an_array_job_trains_the_next_stage_of_every_run(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_suite(tmp_path, [{"name": "a"}, {"name": "b", "budgets_tokens": [2560, 5120]}], dataset)
+    assert main(["slurm", str(file)]) == 0
+    a, b = tmp_path / "runs" / "a" / "seed1", tmp_path / "runs" / "b" / "seed1"
+    expected = f"sbatch --array=0-1 slurm/sweep.sh {a}/stage.json {b}/trunk/stage.json"
+    assert capsys.readouterr().out.strip() == expected
+    assert main(["run", str(file), "--only", "a"]) == 0
+    for stage in load_suite(file).runs[1].stages[:1]:
+        assert forked(prepare(stage), stage.folder / "log.txt", math.inf) == 0
+    capsys.readouterr()
+    assert main(["slurm", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == f"sbatch --array=0-0 slurm/sweep.sh {b}/tokens2560/stage.json"
+    assert (b / "tokens2560" / "checkpoints" / "step_00000008" / "checkpoint.json").exists()
+
+
+def test_later_trees_win_and_lengths_replace_each_other() -> None:
+    tree = merged(
+        {"training": {"train_tokens": 5, "seed": 1}, "model": {"num_layers": 1}}, {"training": {"train_steps": 7}}
+    )
+    assert tree == {"training": {"train_steps": 7, "seed": 1}, "model": {"num_layers": 1}}
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [ParetoPoint(*values) for values in (("a", 1.0, 5.0), ("b", 2.0, 6.0), ("c", 3.0, 4.0), ("d", 1.0, 5.5))]
+    assert [point.name for point in undominated(points)] == ["a", "c"]
+
+
+def test_the_largest_rise_is_over_what_came_before() -> None:
+    losses = [5.0, 4.0, 6.9, 4.0, 3.0, np.nan, 9.0]
+    rise, place = largest_rise(losses)
+    assert (rise, place) == (pytest.approx(6.9 - 4.9), 2)
+    assert largest_rise([3.0, 2.0, 1.0]) == (0.0, 0)

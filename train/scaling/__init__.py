@@ -1,0 +1,1 @@
+"""Scaling laws of an architecture: a ladder of runs, fits of its losses, and what they predict."""

@@ -1,0 +1,196 @@
+"""Scaling laws, from the plan of a ladder to the report:
+
+    python -m train.scaling plan --flops 1e17 --data datasets/mine --output configs/suite_ladder.json
+    python -m train.scaling run configs/suite_ladder.json
+    python -m train.scaling fit configs/suite_ladder.json --output laws.json
+    python -m train.scaling predict laws.json --parameters 1e9 --tokens 2e10
+    python -m train.scaling report configs/suite_ladder.json --output docs/study/ladder
+
+`fit` and `report` also read a CSV file of (N, D, loss), of one architecture or, with a column `architecture`, several.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from model.config import ARCHITECTURES
+from train.scaling.ladder import LadderError, plan, suite_tree
+from train.scaling.law import FitError
+from train.scaling.points import PointsError
+from train.study.suite import SuiteError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.command == "run":
+        from train.study.__main__ import main as study
+
+        return study(["run", *options.arguments])
+    try:
+        return int(COMMANDS[options.command](options))
+    except (LadderError, FitError, PointsError, SuiteError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.scaling", description="Scaling laws of an architecture.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _plan_options(
+        commands.add_parser("plan", help="write a suite: a ladder of sizes and token budgets for a compute budget")
+    )
+    run = commands.add_parser("run", help="train it: the same as python -m train.study run", add_help=False)
+    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("source", type=Path, help="suite file (.json) or CSV file")
+        command.add_argument("--parameters", choices=("total", "body"), default="total",
+                             help="N of a suite: all, or without embeddings and head (default: total)")  # fmt: skip
+        command.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN",
+                             help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
+        command.add_argument("--least-ratio", type=float, default=0.0, metavar="R",
+                             help="leave out points with fewer tokens a parameter (default: none)")  # fmt: skip
+        command.add_argument(
+            "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)"
+        )
+        command.add_argument("--output", type=Path, metavar="PATH",
+                             help="fit: file for predict; report: folder (default: report/ beside it)")  # fmt: skip
+        command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
+    predict = commands.add_parser("predict", help="loss of a size and length, or the best ones for a compute budget")
+    predict.add_argument("fits", type=Path, metavar="FILE", help="written by fit --output")
+    predict.add_argument("--parameters", type=float, metavar="N")
+    predict.add_argument("--tokens", type=float, metavar="D")
+    predict.add_argument("--flops", type=float, metavar="C", help="training FLOPs, at 6 N D")
+    return parser.parse_args(arguments)
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--flops", type=float, required=True, metavar="C", help="training FLOPs of all runs together")
+    command.add_argument("--architectures", nargs="+", default=["EReg(SM(t)+ScFuFFN)", "SM+LN+G"],
+                         choices=list(ARCHITECTURES),
+                         metavar="NAME", help="paper's names (default: EReg and SM+LN+G)")  # fmt: skip
+    command.add_argument("--sizes", type=int, default=5, metavar="N", help="of each architecture (default: 5)")
+    command.add_argument("--ratios", type=float, nargs="+", default=[5, 10, 20], metavar="R",
+                         help="budgets in tokens a parameter (default: 5 10 20)")  # fmt: skip
+    command.add_argument("--levels", type=int, default=0, metavar="K",
+                         help="evaluate all sizes at K common levels of compute, within --ratios")  # fmt: skip
+    command.add_argument(
+        "--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to"
+    )
+    command.add_argument("--seq-length", type=int, default=128, metavar="T", help="context in tokens (default: 128)")
+    command.add_argument("--data", required=True, metavar="DIR", help="prepared dataset; its vocabulary is counted")
+    command.add_argument("--vocab-size", type=int, metavar="V", help="where the dataset is not prepared yet")
+    command.add_argument("--rates", type=float, nargs="+", default=[1.0], metavar="F",
+                         help="factors of the learning rate swept at the smallest size (default: 1)")  # fmt: skip
+    command.add_argument(
+        "--micro-batch-tokens", type=int, default=65536, metavar="N", help="largest micro-batch in tokens"
+    )
+    command.add_argument("--name", default="ladder", help="of the suite (default: ladder)")
+    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file")
+
+
+def make_plan(options: argparse.Namespace) -> int:
+    from data.errors import DataError
+    from data.manifest import load_manifest
+
+    vocab_size = options.vocab_size
+    if vocab_size is None:
+        try:
+            vocab_size = load_manifest(options.data).vocab_size
+        except DataError as error:
+            raise LadderError(f"{error}; or say --vocab-size") from None
+    rungs = plan(
+        options.architectures,
+        options.flops,
+        options.sizes,
+        options.ratios,
+        vocab_size,
+        options.seq_length,
+        options.counted,
+        options.levels,
+    )
+    tree = suite_tree(options.name, rungs, options.data, options.micro_batch_tokens, options.rates)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    print(f"{'size':22} {'parameters':>11} {'body':>11} {'rate':>8} {'tokens a step':>13}  budgets (M tokens)")
+    for one in rungs:
+        budgets = " ".join(f"{tokens / 1e6:.3g}" for tokens in one.budgets_tokens)
+        print(f"{one.name:22} {one.parameters:11,} {one.body_parameters:11,} {one.learning_rate:8.2g} "
+              f"{one.global_batch_size * one.model.seq_length:13,}  {budgets}")  # fmt: skip
+    print(f"{sum(one.flops for one in rungs):.3g} FLOPs without sweeps; written: {options.output}")
+    return 0
+
+
+def make_fit(options: argparse.Namespace) -> int:
+    from train.scaling.report import coefficient_table
+    from train.scaling.source import save_fits
+
+    analyses = _analyses(options)
+    header, rows = coefficient_table(analyses)
+    for row in rows:
+        for name, cell in zip(header, row, strict=True):
+            print(f"{name:20} {cell}")
+        print()
+    if options.output is not None:
+        save_fits(options.output, options.source, options.parameters, analyses)
+        print(f"written: {options.output}")
+    return 0
+
+
+def make_report(options: argparse.Namespace) -> int:
+    from train.scaling.report import write_report
+
+    folder = options.output or options.source.parent / "report"
+    for file in write_report(folder, options.source, options.parameters, _analyses(options), options.note):
+        print(file)
+    return 0
+
+
+def _analyses(options: argparse.Namespace) -> list:
+    from train.scaling.source import analyse, load_series
+
+    columns = {}
+    for item in options.columns:
+        key, equals, column = item.partition("=")
+        if not equals or key not in ("N", "D", "C", "loss", "architecture"):
+            raise PointsError(f"--columns {item!r}: expected N=, D=, C=, loss= or architecture= and a column's name")
+        columns[key] = column
+    series = load_series(options.source, options.parameters, columns, options.least_ratio)
+    return [analyse(one, options.resamples) for one in series]
+
+
+def make_prediction(options: argparse.Namespace) -> int:
+    from train.scaling.analysis import compute_optimal
+    from train.scaling.law import interval
+    from train.scaling.source import read_fits
+
+    if (options.flops is None) == (options.parameters is None or options.tokens is None):
+        raise PointsError("say either --flops, or both --parameters and --tokens")
+    try:
+        fits = read_fits(options.fits)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PointsError(f"{options.fits}: not a file that fit --output writes ({error})") from None
+    for name, (law, resamples, row) in fits.items():
+        if options.flops is not None:
+            best = compute_optimal(law, options.flops)
+            parameters, tokens = float(best.parameters[0]), float(best.tokens[0])
+        else:
+            parameters, tokens = options.parameters, options.tokens
+        low, high = interval([float(other.loss(parameters, tokens)) for other in resamples])
+        outside = not (
+            row["range_parameters"][0] <= parameters <= row["range_parameters"][1]
+            and row["range_tokens"][0] <= tokens <= row["range_tokens"][1]
+        )
+        loss = float(law.loss(parameters, tokens))
+        print(f"{name}: {loss:.4f} nats a token [{low:.4f}, {high:.4f}] at {parameters:.3g} "
+              f"parameters and {tokens:.3g} tokens{' (extrapolated)' if outside else ''}")  # fmt: skip
+    return 0
+
+
+COMMANDS = {"plan": make_plan, "fit": make_fit, "report": make_report, "predict": make_prediction}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

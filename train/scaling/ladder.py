@@ -1,0 +1,197 @@
+"""A ladder of sizes for a compute budget: which models, how many tokens each, at which learning rate and batch.
+
+Sizes keep heads of width 64 and a width of 64 times the depth, as GPT-2 small does, between 2 and 32 layers. A norm-
+free block changes the residual by about (rate * width / alpha) a step, and blocks compound over the depth, so the
+largest stable rate falls with the width and with the square root of the depth; the same rule is used for every
+architecture of a comparison.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig
+from train.accounting import training_flops_per_token
+from train.study.results import count_parameters
+
+HEAD_WIDTH = 64
+DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+WIDTH_PER_LAYER = 64
+REFERENCE_WIDTH, REFERENCE_DEPTH, REFERENCE_RATE = 768, 12, 5e-4
+LARGEST_RATE = 2e-3
+DECAY_FRACTION = 0.2
+
+
+class LadderError(ValueError):
+    """No ladder fits; one clear line."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size of an architecture with its budgets.
+
+    Attributes:
+        budgets_tokens: tokens of each result, rounded to whole steps.
+        flops: of the trunk and all branches together.
+    """
+
+    model: ModelConfig
+    parameters: int
+    body_parameters: int
+    budgets_tokens: tuple[int, ...]
+    global_batch_size: int
+    learning_rate: float
+    flops: float
+
+    @property
+    def name(self) -> str:
+        short = self.model.architecture.partition("(")[0]
+        return f"{short}-{self.model.num_layers}x{self.model.hidden_size}"
+
+
+def learning_rate(layers: int, width: int) -> float:
+    """5e-4 at 12 x 768, falling with the width and the root of the depth; two digits."""
+    rate = REFERENCE_RATE * REFERENCE_WIDTH / width * math.sqrt(REFERENCE_DEPTH / layers)
+    return float(f"{min(rate, LARGEST_RATE):.2g}")
+
+
+def batch_tokens(tokens: float) -> int:
+    """Tokens a step, a power of two: about 2,000 steps to the end, between 4,096 and 524,288."""
+    return int(2 ** min(19, max(12, round(math.log2(tokens / 2000)))))
+
+
+def rung(model: ModelConfig, vocab_size: int, tokens: Sequence[float]) -> Rung:
+    """One model and the token counts it is to be evaluated at."""
+    total, body = count_parameters(model, vocab_size)
+    step_tokens = max(batch_tokens(max(tokens)), model.seq_length)
+    budgets = tuple(sorted({max(10, round(count / step_tokens)) * step_tokens for count in tokens}))
+    trained = max(budgets) + DECAY_FRACTION * sum(budgets[:-1])  # the longest branch goes on from the trunk's end
+    return Rung(
+        model=model,
+        parameters=total,
+        body_parameters=body,
+        budgets_tokens=budgets,
+        global_batch_size=step_tokens // model.seq_length,
+        learning_rate=learning_rate(model.num_layers, model.hidden_size),
+        flops=trained * training_flops_per_token(model, vocab_size),
+    )
+
+
+def plan(
+    architectures: Sequence[str],
+    budget_flops: float,
+    sizes: int,
+    ratios: Sequence[float],
+    vocab_size: int,
+    seq_length: int,
+    counted: str = "total",
+    levels: int = 0,
+) -> list[Rung]:
+    """The highest ladder of `sizes` consecutive sizes, the same for every architecture, that the budget pays for.
+
+    Args:
+        ratios: tokens for each parameter counted ('total' or 'body').
+        levels: where not 0, so many levels of compute take the place of the ratios, whose least and greatest then bound
+            them: every size is evaluated at each level that lies between, so that sizes compare at equal compute.
+
+    Raises:
+        LadderError: not even the smallest sizes fit; says what they would take.
+    """
+    best: list[Rung] = []
+    cheapest = math.inf
+    for start in range(len(DEPTHS) - sizes + 1):
+        models = [_model(name, depth, seq_length) for name in architectures for depth in DEPTHS[start : start + sizes]]
+        rungs = [
+            rung(model, vocab_size, tokens)
+            for model, tokens in zip(models, _tokens(models, vocab_size, ratios, counted, levels), strict=True)
+        ]
+        flops = sum(one.flops for one in rungs)
+        cheapest = min(cheapest, flops)
+        if flops <= budget_flops:
+            best = rungs
+    if not best:
+        raise LadderError(
+            f"{budget_flops:.3g} FLOPs do not pay for {sizes} sizes; the smallest {sizes} take {cheapest:.3g}: "
+            "raise --flops, or ask for fewer --sizes, fewer --ratios or smaller ones"
+        )
+    return best
+
+
+def _tokens(
+    models: Sequence[ModelConfig], vocab_size: int, ratios: Sequence[float], counted: str, levels: int
+) -> list[list[float]]:
+    """Token counts of each model."""
+    bases = [count_parameters(model, vocab_size)[counted == "body"] for model in models]
+    if not levels:
+        return [[ratio * base for ratio in ratios] for base in bases]
+    costs = [training_flops_per_token(model, vocab_size) for model in models]
+    middle = math.sqrt(min(ratios) * max(ratios))
+    at_middle = [middle * base * cost for base, cost in zip(bases, costs, strict=True)]
+    step = (max(at_middle) / min(at_middle)) ** (1 / max(1, levels - 1))
+    found = []
+    for base, cost in zip(bases, costs, strict=True):
+        counts = [min(at_middle) * step**level / cost for level in range(levels)]
+        inside = [count for count in counts if min(ratios) * base <= count <= max(ratios) * base]
+        found.append(inside or [middle * base])
+    return found
+
+
+def _model(architecture: str, depth: int, seq_length: int) -> ModelConfig:
+    width = WIDTH_PER_LAYER * depth
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=depth,
+        hidden_size=width,
+        num_attention_heads=width // HEAD_WIDTH,
+        seq_length=seq_length,
+    ).resolved()
+
+
+def suite_tree(
+    name: str, rungs: Sequence[Rung], data: str, micro_batch_tokens: int, rate_factors: Sequence[float] = (1.0,)
+) -> dict[str, Any]:
+    """The suite file of a ladder; several rate factors are swept at the smallest size of each architecture."""
+    smallest = {one.model.architecture: min(r.parameters for r in rungs if _same_architecture(r, one))
+                for one in rungs}  # fmt: skip
+    runs = []
+    for one in rungs:
+        swept = one.parameters == smallest[one.model.architecture]
+        for factor in rate_factors if swept else (1.0,):
+            suffix = "" if factor == 1 else f"-rate{factor:g}"
+            scaled = dataclasses.replace(one, learning_rate=one.learning_rate * factor)
+            runs.append({"name": one.name + suffix, "config": _run_tree(scaled, micro_batch_tokens),
+                         "budgets_tokens": list(one.budgets_tokens)})  # fmt: skip
+    base = {
+        "data": {"path": data},
+        "checkpoint": {"interval": 0},
+        "logging": {"interval": 20, "tensorboard": False},
+    }
+    return {"name": name, "output": f"runs/{name}", "seeds": [1], "base": base, "runs": runs}
+
+
+def _same_architecture(one: Rung, other: Rung) -> bool:
+    return one.model.architecture == other.model.architecture
+
+
+def _run_tree(one: Rung, micro_batch_tokens: int) -> dict[str, Any]:
+    model = one.model
+    micro = min(one.global_batch_size, max(1, micro_batch_tokens // model.seq_length))
+    sizes = ("architecture", "num_layers", "hidden_size", "num_attention_heads", "seq_length")
+    longest = max(one.budgets_tokens) // (one.global_batch_size * model.seq_length)
+    return {
+        "model": {key: getattr(model, key) for key in sizes},
+        "optimizer": {
+            "learning_rate": one.learning_rate,
+            "schedule": "wsd",
+            "decay_fraction": DECAY_FRACTION,
+            "warmup_steps": min(100, max(1, longest // 10)),
+            "beta2": 0.95,
+        },
+        "training": {
+            "micro_batch_size": micro,
+            "global_batch_size": one.global_batch_size,
+            "evaluation_interval": 0,
+        },
+    }

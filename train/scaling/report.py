@@ -1,0 +1,164 @@
+"""The report of scaling laws: coefficients, held-out error, allocation, and where two architectures cross."""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from train.scaling.analysis import compute_optimal, exponents, isoflops, power_law
+from train.scaling.compare import Crossing, compare
+from train.scaling.law import interval
+from train.scaling.source import COEFFICIENTS, Analysis
+from train.study.document import Document
+
+DECADES_BEYOND = 3  # of compute, that allocations and crossings look ahead
+RESAMPLES_COMPARED = 200
+MOST_COLUMNS = 10
+
+
+def write_report(folder: Path, source: Path, counted: str, analyses: list[Analysis], note: str = "") -> list[Path]:
+    """Writes report.md, report.html and the pictures; returns the two reports."""
+    document = Document(folder, f"Scaling laws of {source.stem}")
+    for one in analyses:
+        points = one.series.points
+        lost = f" Left out: {'; '.join(one.series.left_out)}." if one.series.left_out else ""
+        document.text(
+            f"**{points.name}**: {len(points)} points, {points.parameters.min():.3g} to {points.parameters.max():.3g} "
+            f"parameters ({counted}), {points.tokens.min():.3g} to {points.tokens.max():.3g} tokens.{lost}"
+        )
+    if note:
+        document.text(note)
+    _losses(document, analyses)
+    document.heading("L(N, D) = E + A / N^alpha + B / D^beta")
+    document.table(*coefficient_table(analyses))
+    document.text(
+        "Huber's loss (delta 1e-3) of residuals of ln L; brackets are 95% intervals of a bootstrap over points. "
+        "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with most compute, predicted from the rest."
+    )
+    _single_pictures(document, analyses)
+    _allocation(document, analyses)
+    for first, second in combinations(analyses, 2):
+        _comparison(document, first, second)
+    return document.write()
+
+
+def _losses(document: Document, analyses: list[Analysis]) -> None:
+    """The points themselves, where they make a table that can be read."""
+    lengths = sorted({float(tokens) for one in analyses for tokens in one.series.points.tokens})
+    if len(lengths) > MOST_COLUMNS:
+        return
+    document.heading("Losses in nats a token")
+    rows = []
+    for one in analyses:
+        points = one.series.points
+        found = dict(zip(zip(points.parameters, points.tokens, strict=True), points.losses, strict=True))
+        for size in sorted(set(points.parameters)):
+            cells = [f"{found[size, tokens]:.4f}" if (size, tokens) in found else "-" for tokens in lengths]
+            rows.append([points.name, f"{size:,.0f}", *cells])
+    document.table(["architecture", "parameters", *(f"{tokens / 1e6:.3g}M tokens" for tokens in lengths)], rows)
+
+
+def coefficient_table(analyses: list[Analysis]) -> tuple[list[str], list[list[str]]]:
+    header = ["architecture", *COEFFICIENTS, "a", "objective", "starts at the best", "held-out error"]
+    rows = []
+    for one in analyses:
+        intervals = one.intervals()
+        values = {**one.fit.law.as_row(), "a": exponents(one.fit.law)[0]}
+        cells = [
+            f"{values[key]:.4g} [{intervals[key][0]:.3g}, {intervals[key][1]:.3g}]" for key in (*COEFFICIENTS, "a")
+        ]
+        agreeing = f"{one.fit.agreeing} of the best 40 of {one.fit.starts}"
+        rows.append([one.series.points.name, *cells, f"{one.fit.objective:.4g}", agreeing, held_out_text(one)])
+    return header, rows
+
+
+def held_out_text(one: Analysis) -> str:
+    if one.held_out is None:
+        return "too few points"
+    errors = np.abs(one.held_out.relative_errors)
+    return f"{errors.mean():.2%} on average, {errors.max():.2%} at most, over {len(errors)}"
+
+
+def _single_pictures(document: Document, analyses: list[Analysis]) -> None:
+    from train.scaling import pictures
+
+    for number, one in enumerate(analyses):
+        points = one.series.points
+        document.picture(f"fit_{number}", pictures.fit_figure(points, one.fit.law), f"{points.name}: points and law")
+        curves = isoflops(points)
+        if len(curves) < 2:
+            document.text(f"{points.name}: too few sizes at equal compute for isoFLOP parabolas.")
+            continue
+        exponent, _ = power_law([curve.flops for curve in curves], [curve.best_parameters for curve in curves])
+        caption = f"{points.name}: isoFLOP parabolas; their minima give N_opt ~ C^{exponent:.3f}"
+        document.picture(f"isoflop_{number}", pictures.isoflop_figure(curves, points.name), caption)
+
+
+def _allocation(document: Document, analyses: list[Analysis]) -> None:
+    document.heading("Compute-optimal allocation")
+    rows = []
+    for one in analyses:
+        low, high = one.series.points.flops.min(), one.series.points.flops.max()
+        budgets = 10.0 ** np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + DECADES_BEYOND + 1)
+        best = compute_optimal(one.fit.law, budgets, one.series.flops_per_token)
+        resampled = [
+            compute_optimal(law, budgets, one.series.flops_per_token, 401) for law in one.resamples[:RESAMPLES_COMPARED]
+        ]
+        for index, budget in enumerate(budgets):
+            sizes = interval([other.parameters[index] for other in resampled])
+            losses = interval([other.losses[index] for other in resampled])
+            rows.append([
+                one.series.points.name, f"{budget:.0e}", 
+                f"{best.parameters[index]:.3g} [{sizes[0]:.2g}, {sizes[1]:.2g}]",
+                f"{best.tokens[index]:.3g}", f"{best.tokens[index] / best.parameters[index]:.3g}",
+                f"{best.losses[index]:.3f} [{losses[0]:.3f}, {losses[1]:.3f}]",
+                "extrapolated" if budget > high else "",
+            ])  # fmt: skip
+    document.table(["architecture", "training FLOPs", "parameters", "tokens", "tokens/parameter", "loss", ""], rows)
+
+
+def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
+    from train.scaling import pictures
+
+    names = f"{first.series.points.name} against {second.series.points.name}"
+    document.heading(names)
+    both = (first.series.points, second.series.points)
+    beyond = 10.0**DECADES_BEYOND
+    ranges = [
+        (min(getattr(p, key).min() for p in both), max(getattr(p, key).max() for p in both))
+        for key in ("parameters", "tokens", "flops")
+    ]
+    looked_at = [(low, high * beyond) for low, high in ranges]
+    found = compare(first.curve, second.curve, *looked_at)
+    document.table(
+        ["axis", "better below", "losses equal at", "95% of resamples", "resamples that cross", ""],
+        [_crossing_row(crossing, measured) for crossing, measured in zip(found, _measured(found, ranges), strict=True)],
+    )
+    document.text(
+        f"Looked at up to {DECADES_BEYOND} decades beyond the runs; crossings beyond them are extrapolations of two "
+        "laws and no more certain than their intervals."
+    )
+    pair = f"{both[0].name}_{both[1].name}"
+    stem = "".join(character if character.isalnum() else "-" for character in pair)
+    document.picture(f"frontier_{stem}", pictures.frontier_figure([first.curve, second.curve], looked_at[2]), names)
+    if first.series.communication_gb is not None and second.series.communication_gb is not None:
+        middle = float(np.sqrt(np.prod(looked_at[1])))
+        figure = pictures.communication_figure([first.curve, second.curve], ranges[0], middle)
+        document.picture(f"communication_{stem}", figure, f"{names}: loss against communication")
+
+
+def _measured(found: list[Crossing], ranges: list[tuple[float, float]]) -> list[float]:
+    """The end of what was measured on each crossing's axis; communication grows with the parameters."""
+    ends = [ranges[0][1], ranges[1][1], ranges[2][1]]
+    return [ends[index] if index < len(ends) else float("inf") for index in range(len(found))]
+
+
+def _crossing_row(crossing: Crossing, measured: float) -> list[str]:
+    at = (
+        ", ".join(f"{value:.3g}" for value in crossing.at)
+        or f"nowhere in {crossing.range[0]:.2g} to {crossing.range[1]:.2g}"
+    )
+    between = f"{crossing.interval[0]:.3g} to {crossing.interval[1]:.3g}" if crossing.interval else "-"
+    share = f"{crossing.share:.0%}" if np.isfinite(crossing.share) else "-"
+    remark = "extrapolated" if crossing.at and crossing.at[0] > measured else ""
+    return [crossing.axis, crossing.below, at, between, share, remark]

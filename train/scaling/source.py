@@ -1,0 +1,144 @@
+"""Points and costs of every architecture in a suite of runs or a CSV file, and the laws fitted to them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.accounting import training_flops_per_token
+from train.run_dir import write_atomically
+from train.scaling.analysis import FlopsPerToken, HeldOut, exponents, held_out, six_flops_per_parameter
+from train.scaling.compare import Curve, along_ladder
+from train.scaling.law import Fit, LossLaw, bootstrap, fit, interval
+from train.scaling.points import Points, points_of, read_csv
+from train.study.results import Record, records
+from train.study.suite import load_suite
+
+Array = NDArray[np.float64]
+COEFFICIENTS = ("E", "A", "alpha", "B", "beta")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One architecture's points with what its models cost.
+
+    Attributes:
+        communication_gb: of a private inference at N parameters; None for points from a CSV file.
+        left_out: runs without a result, one line each.
+    """
+
+    points: Points
+    flops_per_token: FlopsPerToken = six_flops_per_parameter
+    communication_gb: Callable[[Array], Array] | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def load_series(
+    source: Path, counted: str, columns: dict[str, str] | None = None, least_ratio: float = 0.0
+) -> list[Series]:
+    """Reads a suite's results or a CSV file.
+
+    Args:
+        counted: which parameters of a suite's models are N, 'total' or 'body'.
+        least_ratio: points with fewer tokens a parameter are left out.
+    """
+    if source.suffix == ".json":
+        series = _of_suite(source, counted)
+    else:
+        series = [Series(points) for points in read_csv(source, columns)]
+    kept = []
+    for one in series:
+        enough = one.points.tokens >= least_ratio * one.points.parameters
+        dropped = (
+            (f"{int((~enough).sum())} points below {least_ratio:g} tokens a parameter",) if not enough.all() else ()
+        )
+        kept.append(Series(one.points.where(enough), one.flops_per_token, one.communication_gb, one.left_out + dropped))
+    return kept
+
+
+def _of_suite(path: Path, counted: str) -> list[Series]:
+    by_architecture: dict[str, list[Record]] = {}
+    for record in records(load_suite(path)):
+        by_architecture.setdefault(record.model.architecture, []).append(record)
+    return [_series(name, members, counted) for name, members in by_architecture.items()]
+
+
+def _series(name: str, members: list[Record], counted: str) -> Series:
+    def size(record: Record) -> int:
+        return record.parameters if counted == "total" else record.body_parameters
+
+    best: dict[tuple[int, int], Record] = {}
+    lost = []
+    for record in members:
+        if record.loss is None:
+            lost.append(f"{record.label}, {record.planned_tokens / 1e6:.3g}M tokens: {record.state.word}")
+            continue
+        key = (size(record), record.tokens)
+        if key not in best or record.loss < (best[key].loss or np.inf):  # of a swept rate the best counts
+            best[key] = record
+    rows = [(n, d, record.loss or np.nan, record.flops) for (n, d), record in best.items()]
+    models = {size(record): record for record in members}
+    sizes = np.array(sorted(models), dtype=float)
+    costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
+    gigabytes = [models[n].cost.communication_gb for n in sorted(models)]
+    points = points_of(name, rows) if rows else Points(name, *(np.zeros(0) for _ in range(4)))
+    return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A series with its law."""
+
+    series: Series
+    fit: Fit
+    resamples: list[LossLaw]
+    held_out: HeldOut | None
+
+    @property
+    def curve(self) -> Curve:
+        one = self.series
+        return Curve(one.points.name, self.fit.law, self.resamples, one.flops_per_token, one.communication_gb)
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        found = {key: interval([getattr(law, key) for law in self.resamples]) for key in COEFFICIENTS}
+        found["a"] = interval([exponents(law)[0] for law in self.resamples])
+        return found
+
+
+def analyse(series: Series, resamples: int, seed: int = 1) -> Analysis:
+    """Fits, resamples and holds out; raises FitError where the points do not determine a law."""
+    points = series.points
+    found = fit(points.parameters, points.tokens, points.losses)
+    laws = bootstrap(found.law, points.parameters, points.tokens, points.losses, resamples, seed)
+    return Analysis(series, found, laws, held_out(points))
+
+
+def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) -> None:
+    """A file that `predict` reads."""
+    tree: dict[str, Any] = {"source": str(source), "parameters": counted, "architectures": {}}
+    for one in analyses:
+        points = one.series.points
+        tree["architectures"][points.name] = {
+            **one.fit.law.as_row(),
+            "intervals": one.intervals(),
+            "objective": one.fit.objective,
+            "points": len(points),
+            "range_parameters": [points.parameters.min(), points.parameters.max()],
+            "range_tokens": [points.tokens.min(), points.tokens.max()],
+            "resamples": [list(law.as_row().values()) for law in one.resamples],
+        }
+    write_atomically(path, json.dumps(tree) + "\n")
+
+
+def read_fits(path: Path) -> dict[str, tuple[LossLaw, list[LossLaw], dict[str, Any]]]:
+    """Architecture -> law, resamples and the rest; raises OSError, ValueError or KeyError where it is no such file."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    found = {}
+    for name, row in tree["architectures"].items():
+        law = LossLaw(**{key: row[key] for key in COEFFICIENTS})
+        found[name] = (law, [LossLaw(*values) for values in row["resamples"]], row)
+    return found

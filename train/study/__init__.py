@@ -1,0 +1,1 @@
+"""Studies: many runs planned from one file, run to their end, and reported side by side."""

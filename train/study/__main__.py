@@ -1,0 +1,148 @@
+"""Plans, runs and reports a suite of trainings:
+
+    python -m train.study run configs/suite_small.json
+    python -m train.study status configs/suite_small.json
+    python -m train.study report configs/suite_small.json --output docs/study/small
+
+`run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is
+recorded with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm`
+submits an array job of the next stage of every run; a suite with budgets wants it once for each stage.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from train.study.suite import Suite, SuiteError, load_suite
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        suite = load_suite(options.suite, options.overrides)
+    except SuiteError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    return int(COMMANDS[options.command](suite, options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.study",
+        description="Plans, runs and reports a suite of trainings.",
+        epilog="The suite file is explained in train/study/suite.py; the paper's rows: python -m train.paper list",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train everything unfinished, here")
+    run.add_argument("--only", metavar="RUN", help="one run, by its name or by its label for all seeds")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    run.add_argument(
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help="before train/main.py, say 'deepspeed --num_gpus 8' (default: one process a run)",
+    )
+    run.add_argument(
+        "--time-limit", type=float, default=0, metavar="S", help="seconds after which running processes are ended"
+    )
+    run.add_argument("--retry", action="store_true", help="begin runs anew that diverged")
+    status = commands.add_parser("status", help="print where every run stands")
+    status.add_argument("--json", action="store_true", help="one JSON object a result instead")
+    report = commands.add_parser("report", help="write the report of what has been reached")
+    report.add_argument("--output", type=Path, metavar="DIR", help="folder (default: report/ in the suite's output)")
+    report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
+    slurm = commands.add_parser("slurm", help="print or submit an array job: the next stage of every unfinished run")
+    slurm.add_argument("--submit", action="store_true", help="submit it with sbatch")
+    for command in (run, status, report, slurm):
+        command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_small.json")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="for every run, say data.path=datasets/mine; output=DIR is the suite's folder",
+        )
+    return parser.parse_args(arguments)
+
+
+def run(suite: Suite, options: argparse.Namespace) -> int:
+    from train.study.runner import Runner
+
+    if options.jobs < 1:
+        print(f"error: --jobs {options.jobs} must be at least 1", file=sys.stderr)
+        return 2
+    if options.only and not any(options.only in (run.name, run.label) for run in suite.runs):
+        names = ", ".join(run.name for run in suite.runs)
+        print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
+        return 2
+    runner = Runner(
+        suite,
+        launcher=shlex.split(options.launcher),
+        jobs=options.jobs,
+        retry=options.retry,
+        time_limit_s=options.time_limit,
+        say=lambda text: print(text, flush=True),
+    )
+    try:
+        failed = runner.run(options.only)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where the checkpoints are", file=sys.stderr)
+        return 1
+    if failed:
+        print(f"error: {failed} run(s) could not be finished; python -m train.study status says why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def status(suite: Suite, options: argparse.Namespace) -> int:
+    from train.study.report import results_rows
+    from train.study.results import records
+
+    found = records(suite)
+    if options.json:
+        for row in results_rows(found):
+            print(json.dumps(row))
+        return 0
+    width = max(len(record.label) for record in found)
+    print(f"{'run':{width}}  seed   tokens (M)        state      perplexity")
+    for record in found:
+        share = f"{record.tokens / 1e6:.1f} of {record.planned_tokens / 1e6:.1f}"
+        value = f"{record.perplexity:.3f}" if record.perplexity is not None else ""
+        detail = f"  {record.state.detail}" if record.state.detail else ""
+        print(f"{record.label:{width}}  {record.seed:4}  {share:>16}  {record.state.word:8}  {value:>9}{detail}")
+    return 0
+
+
+def report(suite: Suite, options: argparse.Namespace) -> int:
+    from train.study.report import write_report
+
+    for file in write_report(suite, options.output or suite.output / "report", options.note):
+        print(file)
+    return 0
+
+
+def slurm(suite: Suite, options: argparse.Namespace) -> int:
+    from train.study.runner import next_stage, prepare
+
+    files = [str(prepare(stage)) for run in suite.runs if (stage := next_stage(run)) is not None]
+    if not files:
+        print("nothing to submit: every run is at its end or being trained")
+        return 0
+    command = ["sbatch", f"--array=0-{len(files) - 1}", "slurm/sweep.sh", *files]
+    print(shlex.join(command))
+    if not options.submit:
+        return 0
+    try:
+        return subprocess.run(command).returncode
+    except FileNotFoundError:
+        print("error: sbatch is not installed here; run the command above where it is", file=sys.stderr)
+        return 1
+
+
+COMMANDS = {"run": run, "status": status, "report": report, "slurm": slurm}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Pictures that hold many runs: arrays in, figures out.
+
+Axes of arrays: L layers, N heads, S logging steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from train.map_plots import entropy_ceiling_nats
+from train.plot_style import INK, LINE_STYLES, MUTED, PALETTE, depth_bar, lines_by_depth, new_figure, tidy
+from train.plots import QUARTER_COLOURS, QUARTERS, head_shares
+
+
+def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:
+    """Training cross-entropy and gradient norm of single steps, against the step.
+
+    Args:
+        runs: name -> (steps, cross-entropy in nats a token, gradient norm before clipping), each [S].
+    """
+    figure = new_figure(9.6, 5.6)
+    losses, norms = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 1])
+    for axes in (losses, norms):
+        tidy(axes)
+    for index, (name, (steps, loss, norm)) in enumerate(runs.items()):
+        style = {"color": PALETTE[index % len(PALETTE)], "linewidth": 0.9,
+                 "linestyle": LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]}  # fmt: skip
+        losses.plot(np.asarray(steps), np.asarray(loss, dtype=float), label=name, **style)
+        norms.plot(np.asarray(steps), np.asarray(norm, dtype=float), **style)
+    losses.set_ylabel("cross-entropy (nats a token)")
+    losses.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    norms.set(xlabel="optimizer step", ylabel="gradient norm", yscale="log")
+    return figure
+
+
+def largest_rise(losses: ArrayLike) -> tuple[float, int]:
+    """The most that a loss exceeds the running mean of those before it (weight 0.1 for each new one), and where.
+
+    Args:
+        losses: [S]; ends at the first that is not finite.
+    """
+    values = np.asarray(losses, dtype=float)
+    mean, worst, place = values[0], 0.0, 0
+    for index, value in enumerate(values):
+        if not np.isfinite(value):
+            break
+        if value - mean > worst:
+            worst, place = float(value - mean), index
+        mean = 0.9 * mean + 0.1 * value
+    return worst, place
+
+
+def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_lengths: Sequence[int]) -> Figure:
+    """Each layer's mean entropy against step, one panel a run (Figures 5 and 8 of the paper).
+
+    Args:
+        runs: title -> (steps [S], entropies in nats [S, L, N]).
+    """
+    columns = min(3, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = new_figure(4.0 * columns + 0.8, 2.9 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    layers = 1
+    for axes, (title, (steps, entropy)), length in zip(panels, runs.items(), seq_lengths, strict=False):
+        means_SL = np.asarray(entropy, dtype=float).mean(axis=2)
+        layers = max(layers, means_SL.shape[1])
+        axes.axhline(entropy_ceiling_nats(length), color=MUTED, linestyle="--", linewidth=0.8)
+        lines_by_depth(axes, steps, means_SL)
+        axes.set_ylim(0, 1.08 * entropy_ceiling_nats(length))
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_ylabel("mean entropy (nats)")
+    for axes in panels[len(runs) :]:
+        axes.set_axis_off()
+    depth_bar(figure, list(panels[: len(runs)]), layers)
+    return figure
+
+
+def shares_figure(runs: Mapping[str, ArrayLike]) -> Figure:
+    """Shares of heads in quarters of each run's largest head entropy (Figures 2a and 7).
+
+    Args:
+        runs: name -> entropies [L, N] in nats; NaN heads are left out.
+    """
+    figure = new_figure(max(6.0, 1.1 * len(runs) + 3.2), 3.9)
+    axes = figure.subplots()
+    tidy(axes)
+    shares = 100 * np.array([head_shares(entropy) for entropy in runs.values()])
+    places = np.arange(len(runs))
+    for quarter, (name, colour) in enumerate(zip(QUARTERS, QUARTER_COLOURS, strict=True)):
+        bars = axes.bar(
+            places + 0.2 * (quarter - 1.5), np.nan_to_num(shares[:, quarter]), 0.19, color=colour, label=name
+        )
+        axes.bar_label(bars, [f"{share:.0f}" for share in shares[:, quarter]], fontsize=7, color=INK)
+    axes.set_xticks(places, list(runs), rotation=20, ha="right", fontsize=8)
+    axes.set_ylabel("share of heads (%)")
+    axes.set_ylim(0, 105)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def nan_counts_figure(runs: Mapping[str, Sequence[int]]) -> Figure:
+    """Heads of each layer whose entropy is NaN in the last logged row (the paper's count of NaNs a layer)."""
+    figure = new_figure(7.2, 3.2)
+    axes = figure.subplots()
+    tidy(axes)
+    width = 0.8 / len(runs)
+    for index, (name, counts) in enumerate(runs.items()):
+        axes.bar(np.arange(len(counts)) + width * index, counts, width, color=PALETTE[index % len(PALETTE)], label=name)
+    axes.set(xlabel="layer", ylabel="NaN heads")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """A model: what its private inference communicates and how well it predicts."""
+
+    name: str
+    communication_gb: float
+    perplexity: float
+    published: bool = False
+
+
+def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
+    """Perplexity against communication; filled: measured here, hollow: published. Lines join the undominated."""
+    figure = new_figure(8.6, 4.6)
+    axes = figure.subplots()
+    tidy(axes)
+    names = list(dict.fromkeys(point.name for point in points))
+    for point in points:
+        index = names.index(point.name)
+        colour = PALETTE[index % len(PALETTE)]
+        axes.plot(
+            point.communication_gb,
+            point.perplexity,
+            marker="osD^v"[index // len(PALETTE) % 5],
+            markersize=7,
+            linestyle="none",
+            color=colour,
+            markerfacecolor="white" if point.published else colour,
+        )
+        axes.annotate(
+            point.name,
+            (point.communication_gb, point.perplexity),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    for published in (False, True):
+        front = undominated([point for point in points if point.published == published])
+        axes.plot(
+            [point.communication_gb for point in front],
+            [point.perplexity for point in front],
+            color=MUTED,
+            linewidth=1,
+            linestyle=LINE_STYLES[1 if published else 0],
+            zorder=0,
+            label="published" if published else "measured here",
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="communication of a private inference (GB), predicted", ylabel="validation perplexity")
+    axes.legend(frameon=False, fontsize=8, title="best for its cost", title_fontsize=8)
+    return figure
+
+
+def undominated(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    """Points than which none is as cheap and as good, by rising communication."""
+    front: list[ParetoPoint] = []
+    for point in sorted(points, key=lambda p: (p.communication_gb, p.perplexity)):
+        if not front or point.perplexity < front[-1].perplexity:
+            front.append(point)
+    return front

@@ -1,0 +1,161 @@
+"""What the runs of a suite gave: one record for each result, from its folder and from counting."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+
+from data.errors import DataError
+from data.manifest import load_manifest
+from model.config import ModelConfig
+from model.initialize import global_shapes
+from train.accounting import training_flops_per_token
+from train.config import Config
+from train.paper import Row
+from train.private_inference import PrivateInferenceCost, private_inference_cost
+from train.study.runner import State, read_state
+from train.study.suite import PlannedRun, Stage, Suite
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result: a run of one seed and one budget.
+
+    Attributes:
+        label: of the suite's run; records that differ in seed alone share it and `tokens`.
+        planned_tokens: of the whole run.
+        tokens: that it has seen.
+        parameters, body_parameters: all, and without word and position embeddings and the head.
+        flops: of training as far as it got.
+    """
+
+    label: str
+    seed: int
+    folder: Path
+    model: ModelConfig
+    row: Row | None
+    state: State
+    planned_tokens: int
+    tokens: int
+    vocab_size: int
+    parameters: int
+    body_parameters: int
+    flops: float
+
+    @property
+    def loss(self) -> float | None:
+        return self.state.loss if self.state.word == "done" else None
+
+    @property
+    def perplexity(self) -> float | None:
+        return math.exp(self.loss) if self.loss is not None and self.loss < 700 else None
+
+    @property
+    def cost(self) -> PrivateInferenceCost:
+        return private_inference_cost(self.model, self.vocab_size)
+
+
+def records(suite: Suite) -> list[Record]:
+    """Every result of the suite, also of runs that have not begun."""
+    return [record for run in suite.runs for record in _of_run(run)]
+
+
+def _of_run(run: PlannedRun) -> Iterable[Record]:
+    lost: State | None = None
+    for stage in run.stages:
+        state = read_state(stage) if lost is None else lost
+        if state.word == "diverged" and lost is None and not stage.is_result:
+            lost = state  # a trunk that diverged has no further branches
+        if stage.is_result:
+            yield _record(run, stage, state)
+
+
+def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
+    config = stage.config
+    vocab_size = vocabulary(config)
+    total, body = count_parameters(config.model, vocab_size)
+    tokens = state.step * config.tokens_per_step
+    return Record(
+        label=run.label,
+        seed=run.seed,
+        folder=stage.folder,
+        model=config.model,
+        row=run.row,
+        state=state,
+        planned_tokens=config.train_steps * config.tokens_per_step,
+        tokens=tokens,
+        vocab_size=vocab_size,
+        parameters=total,
+        body_parameters=body,
+        flops=float(tokens) * training_flops_per_token(config.model, vocab_size),
+    )
+
+
+def vocabulary(config: Config) -> int:
+    """Tokens of the dataset, or as planned where it is not here; 0 where neither is known."""
+    try:
+        return int(load_manifest(config.data.path).vocab_size)
+    except DataError:
+        return config.data.planned_vocab_size or 0
+
+
+@cache
+def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
+    """All parameters, and those of the blocks and the final norm alone."""
+    shapes = global_shapes(model, max(vocab_size, 1))
+    if model.tied_head:
+        shapes.pop("head.weight", None)
+    outside = sum(
+        shape.numel() for name, shape in shapes.items() if name.startswith("embedding.") or name == "head.weight"
+    )
+    total = sum(shape.numel() for shape in shapes.values())
+    return total, total - outside
+
+
+@dataclass(frozen=True)
+class Group:
+    """Records that differ in seed alone."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def first(self) -> Record:
+        """The one whose pictures stand for the group: finished if any is."""
+        return next((record for record in self.records if record.loss is not None), self.records[0])
+
+    @property
+    def label(self) -> str:
+        return self.records[0].label
+
+    @property
+    def perplexities(self) -> list[float]:
+        return [record.perplexity for record in self.records if record.perplexity is not None]
+
+    @property
+    def diverged(self) -> int:
+        return sum(record.state.word == "diverged" for record in self.records)
+
+    @property
+    def unfinished(self) -> int:
+        return sum(not record.state.is_final for record in self.records)
+
+    def mean_and_half_width(self, level: float = 0.95) -> tuple[float, float | None] | None:
+        """Mean perplexity over seeds and half the width of Student's interval; None for the latter with one seed."""
+        values = self.perplexities
+        if not values:
+            return None
+        if len(values) == 1:
+            return values[0], None
+        from scipy.stats import t
+
+        return mean(values), float(t.ppf(0.5 + level / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def grouped(found: Iterable[Record]) -> list[Group]:
+    """By label and budget, in the suite's order."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in found:
+        groups.setdefault((record.label, record.planned_tokens), []).append(record)
+    return [Group(tuple(members)) for members in groups.values()]

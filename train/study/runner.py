@@ -1,0 +1,303 @@
+"""Runs the stages of a suite, each as a process of train/main.py, and says where every run stands.
+
+What a run has reached is read from its own files, so that a study that was stopped goes on where it was, and one that
+other jobs work on at the same time is seen as it is.
+"""
+
+import datetime
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.run_dir import JsonLines, write_atomically
+from train.study.suite import PlannedRun, Stage, Suite
+
+Say = Callable[[str], None]
+GAVE_UP = re.compile(r"error: (step \d+: [^;]*)")  # how the trainer ends a run that has diverged
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a stage stands.
+
+    Attributes:
+        word: new, running, partial, done, diverged or failed.
+        step: last step with a row.
+        loss: of the final evaluation in nats a token, for a stage that is done.
+        detail: of a run that diverged or failed, one line.
+    """
+
+    word: str
+    step: int = 0
+    loss: float | None = None
+    detail: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        return self.word in ("done", "diverged")
+
+
+def read_state(stage: Stage) -> State:
+    """Reads a stage's folder."""
+    rows = read_lines(stage.folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    last = int(steps[-1]["step"]) if steps else 0
+    if is_locked(stage.folder):
+        return State("running", last)
+    target = stage.config.train_steps
+    final = [row for row in rows if "validation_loss" in row and row["step"] >= target]
+    if final or (not stage.is_result and has_checkpoint(stage.folder, target)):
+        loss = final[-1]["validation_loss"] if final else None
+        if final and loss is None:
+            return State("diverged", target, None, f"the validation loss at step {target} is not finite")
+        return State("done", last, loss)
+    failure = stage.folder / "failure.txt"
+    words = failure.read_text(encoding="utf-8").strip() if failure.exists() else ""
+    if GAVE_UP.search(words) or (steps and steps[-1]["loss"] is None):
+        step = next((int(row["step"]) for row in steps if row["loss"] is None), last)
+        return State("diverged", step, None, divergence(stage.folder, step, words))
+    if words:
+        return State("failed", last, None, words)
+    return State("partial" if steps else "new", last)
+
+
+def divergence(folder: Path, step: int, words: str) -> str:
+    """Where a run was lost, how many heads of which layers were NaN, and what had collapsed before."""
+    heads = read_lines(folder / "entropy.jsonl")
+    counts = nan_heads(heads[-1]["entropy_nats"]) if heads else []
+    layers = [str(layer) for layer, count in enumerate(counts) if count]
+    gave_up = GAVE_UP.search(words)
+    parts = [gave_up[1] if gave_up else f"step {step}: the loss is not finite"]
+    if layers:
+        parts.append(f"{sum(counts)} NaN heads, first in layer {layers[0]}")
+    finite = [row for row in heads if not any(nan_heads(row["entropy_nats"]))]
+    if finite:
+        means = [sum(layer) / len(layer) for layer in finite[-1]["entropy_nats"]]
+        collapsed = [layer for layer, mean in enumerate(means) if mean < 0.05]
+        if collapsed:
+            parts.append(f"entropy below 0.05 nats from layer {collapsed[0]} at step {finite[-1]['step']}")
+    return "; ".join(parts)
+
+
+def nan_heads(entropy_nats: list[list[float | None]]) -> list[int]:
+    """NaN heads of each layer; null stands for what is not finite."""
+    return [sum(value is None for value in layer) for layer in entropy_nats]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file of one JSON object a line, without a last one that is still being written; none if absent."""
+    rows = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains there now."""
+    try:
+        with (folder / "run.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def has_checkpoint(folder: Path, step: int) -> bool:
+    return (folder / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").exists()
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs a suite's stages.
+
+    Attributes:
+        launcher: the command before train/main.py, say ("deepspeed", "--num_gpus", "8"); empty for one process a run,
+            forked from a server that has the libraries loaded (they take longer to load than a small model to train).
+        jobs: runs at a time.
+        retry: whether runs that diverged are begun anew.
+        time_limit_s: after which nothing is started and what runs is ended; 0 for none.
+    """
+
+    suite: Suite
+    launcher: Sequence[str] = ()
+    jobs: int = 1
+    retry: bool = False
+    time_limit_s: float = 0.0
+    say: Say = print
+
+    def run(self, only: str | None = None) -> int:
+        """Runs everything unfinished; returns how many runs could not be finished, divergence not counted."""
+        runs = [run for run in self.suite.runs if only is None or only in (run.name, run.label)]
+        self.suite.output.mkdir(parents=True, exist_ok=True)
+        write_environment(self.suite.output)
+        stop = threading.Event()
+        ends_at = time.monotonic() + self.time_limit_s if self.time_limit_s else math.inf
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [
+                pool.submit(self._run, number, len(runs), run, stop, ends_at) for number, run in enumerate(runs, 1)
+            ]
+            try:
+                return sum(not future.result() for future in futures)
+            except KeyboardInterrupt:
+                stop.set()  # the processes got the interrupt too; what they saved is kept
+                raise
+
+    def _run(self, number: int, total: int, run: PlannedRun, stop: threading.Event, ends_at: float) -> bool:
+        for stage in run.stages:
+            if stop.is_set() or time.monotonic() > ends_at:
+                return False
+            state = read_state(stage)
+            where = f"[{number}/{total}] {run.name}" + (f" {stage.folder.name}" if len(run.stages) > 1 else "")
+            if state.word == "diverged" and self.retry:
+                shutil.rmtree(stage.folder)
+                state = read_state(stage)
+            if state.word == "running":
+                self.say(f"{where}: another process trains it")
+                return True
+            if not state.is_final:
+                self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
+                self._start(stage, ends_at)
+                state = read_state(stage)
+            loss = f", validation loss {state.loss:.4f}" if state.loss is not None else ""
+            self.say(f"{where}: {state.word}{loss}" + (f" ({state.detail})" if state.detail else ""))
+            if state.word != "done":
+                return state.word == "diverged"
+        return True
+
+    def _start(self, stage: Stage, ends_at: float) -> None:
+        """Trains one stage; a process that fails leaves its last words in failure.txt."""
+        config_file = prepare(stage)
+        start = partial(launched, self.launcher) if self.launcher else forked
+        status = start(config_file, stage.folder / "log.txt", ends_at)
+        if status > 0:
+            lines = (stage.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
+            last_words = errors[-1] if errors else "no output"
+            write_atomically(stage.folder / "failure.txt", f"exit status {status}: {last_words}\n")
+
+
+def prepare(stage: Stage) -> Path:
+    """Makes a stage's folder ready to be trained in; returns its configuration file."""
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    (stage.folder / "failure.txt").unlink(missing_ok=True)
+    if stage.copied_from is not None:
+        branch_off(stage)
+    config_file = stage.folder / "stage.json"
+    write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
+    return config_file
+
+
+def next_stage(run: PlannedRun) -> Stage | None:
+    """The first stage that is still to be trained; None where the run is at its end, diverged or being trained."""
+    for stage in run.stages:
+        state = read_state(stage)
+        if state.word != "done":
+            return None if state.word in ("diverged", "running") else stage
+    return None
+
+
+def launched(launcher: Sequence[str], config_file: Path, log: Path, ends_at: float) -> int:
+    """Trains under a launcher; returns its exit status, negative where it was ended for lack of time."""
+    command = [*launcher, str(MAIN), "--config", str(config_file)]
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
+        try:
+            return process.wait(seconds_until(ends_at))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return min(-1, process.wait())
+
+
+def forked(config_file: Path, log: Path, ends_at: float) -> int:
+    """Trains in a process of its own, forked from a server with everything imported; otherwise as `launched`."""
+    os.environ.update(environment())
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then leaves the server forkable
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.study.preload"])
+    process = context.Process(target=_train, args=(config_file, log))
+    process.start()
+    process.join(seconds_until(ends_at))
+    if process.is_alive():
+        process.terminate()
+        process.join()
+        return -1
+    return process.exitcode or 0
+
+
+def seconds_until(moment: float) -> float | None:
+    """For waiting; None where there is no limit."""
+    return None if moment == math.inf else max(0.0, moment - time.monotonic())
+
+
+def _train(config_file: Path, log: Path) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from train.main import main
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the server's number is not inherited
+    status = main(["--config", str(config_file)])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nothing of the server's is torn down
+
+
+def branch_off(stage: Stage) -> None:
+    """Gives a branch the trunk's checkpoint and history up to the step where it begins; a branch begun stays."""
+    assert stage.copied_from is not None
+    name = f"step_{stage.copied_step:08d}"
+    if list((stage.folder / "checkpoints").glob("step_*[0-9]/checkpoint.json")):
+        return
+    unfinished = stage.folder / "checkpoints" / f"{name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(stage.copied_from / "checkpoints" / name, unfinished, copy_function=_link_or_copy)
+    os.replace(unfinished, unfinished.with_name(name))
+    for file in ("metrics.jsonl", "entropy.jsonl"):
+        shutil.copyfile(stage.copied_from / file, stage.folder / file)
+        JsonLines(stage.folder / file, stage.copied_step).close()
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # a checkpoint is never written to once complete
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def environment() -> dict[str, str]:
+    """One thread a process where several share the cores, unless the user has set it."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def write_environment(output: Path) -> None:
+    """What the report says of the machine: written when runs begin, since the report may be made elsewhere."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    row = {"device": device, "torch": torch.__version__, "machine": platform.machine(),
+           "date": datetime.date.today().isoformat()}  # fmt: skip
+    write_atomically(output / "environment.json", json.dumps(row, indent=1) + "\n")

@@ -1,0 +1,208 @@
+"""A suite file and the runs it stands for.
+
+    {"name": "table2", "output": "runs/table2", "seeds": [1, 2, 3],
+     "base": {"data": {"path": "datasets/mine"}, "training": {"train_tokens": 50e6}},
+     "runs": [{"rows": "Table 2"},
+              {"rows": "codeparrot-12L-T128.SM+G", "config": {"optimizer": {"learning_rate": 3e-4}}},
+              {"name": "wide", "config": {"model": {"hidden_size": 1024}}, "budgets_tokens": [50e6, 100e6, 200e6]}]}
+
+`rows` names a table, a figure or one row of the paper (python -m train.paper list), "all", or a list of such names. A
+run's configuration is the row's, overridden by the suite's `base`, overridden by its own `config`. A run with
+`budgets_tokens` trains once to the largest budget at a constant rate (schedule 'wsd'), and a branch decays to zero
+for each budget: one run serves them all.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.config import Config, ConfigError, apply_override, config_from_dict
+from train.paper import Row, places, rows_at
+
+Tree = dict[str, Any]
+KEYS = {"name", "output", "seeds", "base", "runs"}
+RUN_KEYS = {"rows", "name", "config", "budgets_tokens"}
+
+
+class SuiteError(ValueError):
+    """The suite cannot be used; one line a fault."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One start of train/main.py.
+
+    Attributes:
+        config: complete; its run_dir is the folder that the stage trains in.
+        copied_from: the folder whose checkpoint at `copied_step` a branch starts from, or None.
+        is_result: whether its last evaluation is a result; the constant-rate part of a branched run is not.
+    """
+
+    config: Config
+    copied_from: Path | None = None
+    copied_step: int = 0
+    is_result: bool = True
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One model trained from one seed, in one stage or, with several budgets, in several."""
+
+    name: str
+    label: str
+    seed: int
+    stages: tuple[Stage, ...]
+    row: Row | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All runs of a study."""
+
+    name: str
+    output: Path
+    runs: tuple[PlannedRun, ...] = field(default=())
+
+
+def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
+    """Reads a suite file.
+
+    Args:
+        overrides: `section.key=value` for every run, over all that the file says; `output=DIR` is the suite's.
+
+    Raises:
+        SuiteError: every fault of the file and of the configurations it makes.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SuiteError(f"{path}: no such suite file; shipped ones are configs/suite_*.json") from None
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"{path}: not JSON ({error})") from None
+    faults = _shape_faults(tree)
+    if faults:
+        raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
+    changed: Tree = {}
+    for override in overrides or []:
+        apply_override(changed, override, faults)
+    output = Path(changed.pop("output", None) or tree.get("output", f"runs/{tree['name']}"))
+    runs: list[PlannedRun] = []
+    for number, entry in enumerate(tree["runs"]):
+        for label, row, config_tree in _entries(entry, tree.get("base", {})):
+            for seed in tree.get("seeds", [1]):
+                try:
+                    whole = merged(config_tree, changed)
+                    runs.append(_planned(label, row, whole, entry.get("budgets_tokens"), seed, output))
+                except ConfigError as error:
+                    faults += [f"runs[{number}] {label}: {fault}" for fault in error.faults]
+                    break
+    names = [run.name for run in runs]
+    faults += [f"two runs are called {name}; give one another name" for name in set(names) if names.count(name) > 1]
+    if faults:
+        raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
+    return Suite(tree["name"], output, tuple(runs))
+
+
+def _shape_faults(tree: Any) -> list[str]:
+    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str) or not isinstance(tree.get("runs"), list):
+        return ['expected an object with "name" (a word) and "runs" (a list); see train/study/suite.py']
+    faults = [f"{key!r} is no known key; known keys: {', '.join(sorted(KEYS))}" for key in set(tree) - KEYS]
+    if not tree["runs"]:
+        faults.append("runs is empty; name at least one")
+    seeds = tree.get("seeds", [1])
+    if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+        faults.append(f"seeds = {seeds!r} must be a list of whole numbers")
+    for number, entry in enumerate(tree["runs"]):
+        if not isinstance(entry, dict):
+            faults.append(f"runs[{number}] must be an object")
+            continue
+        unknown = ", ".join(sorted(set(entry) - RUN_KEYS))
+        if unknown:
+            faults.append(f"runs[{number}]: unknown {unknown}; known keys: {', '.join(sorted(RUN_KEYS))}")
+        if ("rows" in entry) == ("name" in entry):
+            faults.append(f"runs[{number}]: set either rows (of the paper) or name (of a run of your own)")
+        for name in _row_names(entry):
+            if not rows_at(name):
+                faults.append(
+                    f"runs[{number}]: rows = {name!r} is unknown; choose among all, {', '.join(places())}, or a row's "
+                    "name (python -m train.paper list)"
+                )
+        budgets = entry.get("budgets_tokens", [1])
+        if not (isinstance(budgets, list) and budgets and all(isinstance(b, int | float) and b > 0 for b in budgets)):
+            faults.append(f"runs[{number}]: budgets_tokens = {budgets!r} must be a list of token counts")
+    return faults
+
+
+def _entries(entry: Tree, base: Tree) -> list[tuple[str, Row | None, Tree]]:
+    """(label, row of the paper, configuration tree) of each model an entry names."""
+    own = entry.get("config", {})
+    if "rows" in entry:
+        rows = {row.name: row for name in _row_names(entry) for row in rows_at(name)}
+        return [(name, row, merged(row.tree(), base, own)) for name, row in rows.items()]
+    return [(entry["name"], None, merged(base, own))]
+
+
+def _row_names(entry: Tree) -> list[str]:
+    rows = entry.get("rows", [])
+    return [str(name) for name in (rows if isinstance(rows, list) else [rows])]
+
+
+def merged(*trees: Tree) -> Tree:
+    """Later trees win key by key; a run's length in one unit replaces that in the other."""
+    result: Tree = {}
+    for tree in trees:
+        for key, value in tree.items():
+            if isinstance(value, dict) and isinstance(result.get(key), dict):
+                if key == "training" and {"train_steps", "train_tokens"} & set(value):
+                    result[key] = {k: v for k, v in result[key].items() if k not in ("train_steps", "train_tokens")}
+                result[key] = {**result[key], **value}
+            else:
+                result[key] = dict(value) if isinstance(value, dict) else value
+    return result
+
+
+def _planned(
+    label: str, row: Row | None, tree: Tree, budgets: list[float] | None, seed: int, output: Path
+) -> PlannedRun:
+    name = f"{label}/seed{seed}"
+    if budgets:
+        tree = merged(tree, {"training": {"train_tokens": int(max(budgets))}})
+    tree = merged(tree, {"training": {"seed": seed}, "run_dir": str(output / name)})
+    config = config_from_dict(tree)
+    stages = branched(config, [int(budget) for budget in budgets]) if budgets else (Stage(config),)
+    return PlannedRun(name, label, seed, stages, row)
+
+
+def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:
+    """A trunk at a constant rate, and at each budget a branch whose rate falls to the floor over decay_fraction of it.
+
+    The trunk stops where the next branch begins and is resumed after it. Each branch is the run that a 'wsd' schedule
+    of its own length would have been, since until there both have the same rate.
+    """
+    optimizer = dataclasses.replace(config.optimizer, schedule="wsd")
+    warmup = round(optimizer.warmup_fraction * config.train_steps)
+    warmup = optimizer.warmup_steps if optimizer.warmup_steps is not None else warmup
+    optimizer = dataclasses.replace(optimizer, warmup_steps=warmup)
+    steady = dataclasses.replace(optimizer, decay_fraction=0.0)
+    folder = Path(config.run_dir)
+    stages = []
+    for budget in sorted(set(budgets_tokens)):
+        steps = max(1, round(budget / config.tokens_per_step))
+        branch_step = max(1, min(round((1 - optimizer.decay_fraction) * steps), steps - 1)) if steps > 1 else 1
+        trunk = _with(config, steady, branch_step, folder / "trunk", final_evaluation_only=True)
+        branch = _with(config, optimizer, steps, folder / f"tokens{steps * config.tokens_per_step}")
+        stages += [Stage(trunk, is_result=False), Stage(branch, folder / "trunk", branch_step)]
+    return tuple(stages)
+
+
+def _with(config: Config, optimizer: Any, steps: int, folder: Path, final_evaluation_only: bool = False) -> Config:
+    training = dataclasses.replace(config.training, train_steps=steps, train_tokens=None)
+    if final_evaluation_only:
+        training = dataclasses.replace(training, evaluation_interval=0)
+    return dataclasses.replace(config, optimizer=optimizer, training=training, run_dir=str(folder))
