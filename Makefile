@@ -23,10 +23,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-$(VENV)/.installed-test-slurm: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slurm
-
-check: $(VENV)/.installed-test
+$(VENV)/.installed-check: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	touch $@
 

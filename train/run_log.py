@@ -11,10 +11,10 @@ from train.config import Config
 from train.entropy_words import describe, fallen_layers
 from train.goodput import Goodput
 from train.journal import Journal
-from train.tensorboard import TensorBoardLog
 from train.progress import ProgressDisplay
 from train.rank_times import slow_words
 from train.run_dir import JsonLines
+from train.tensorboard import TensorBoardLog
 from train.trouble import TroubleReport
 from train.validation import Validation
 
