@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.run_dir import JsonLines, write_atomically
+from train.run_dir import write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]
@@ -277,8 +277,7 @@ def branch_off(stage: Stage) -> None:
     shutil.copytree(stage.copied_from / "checkpoints" / name, unfinished, copy_function=_link_or_copy)
     os.replace(unfinished, unfinished.with_name(name))
     for file in ("metrics.jsonl", "entropy.jsonl"):
-        shutil.copyfile(stage.copied_from / file, stage.folder / file)
-        JsonLines(stage.folder / file, stage.copied_step).close()
+        shutil.copyfile(stage.copied_from / file, stage.folder / file)  # resuming cuts it back to the checkpoint's step
 
 
 def _link_or_copy(source: str, target: str) -> None:
