@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
 from parallel.state import local_shape, piece_of
@@ -49,7 +49,7 @@ class Measured:
 
 
 def measure(config: Config, world_size: int, vocab_size: int, batches: Tensor, dtype: str) -> Measured:
-    """Runs a step for each of `batches` [count, global batch, T + 1], weights at their initial values.
+    """Runs a step for each of `batches` [count, global batch, T + 1], weights near their initial values (`tell_apart`).
 
     Args:
         config: its parallel sizes fit `world_size` processes.
@@ -114,11 +114,12 @@ class EngineStep:
     """The training engine in float32 at learning rate 0, Adam's first moment without memory: it is the gradient."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
-        from train.setup import build_engine
+        from train.setup import add_optimizer, build_stage
 
         optimizer = dataclasses.replace(config.optimizer, beta1=0.0, gradient_clipping=NO_CLIPPING)
-        self.engine = build_engine(dataclasses.replace(config, optimizer=optimizer), vocab_size)
-        self.stage, self.groups = self.engine.stage, self.engine.groups
+        self.stage, self.groups = build_stage(config, vocab_size)
+        tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
+        self.engine = add_optimizer(self.stage, self.groups, dataclasses.replace(config, optimizer=optimizer))
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
         self.report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)
@@ -141,6 +142,7 @@ class ExactStep:
 
         self.config = config
         self.stage, self.groups = build_stage(config, vocab_size, torch.float64)
+        tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
         from parallel.gradients import accumulate_gradients
@@ -161,6 +163,24 @@ class ExactStep:
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
         assert parameter.grad is not None
         return (0, parameter.grad.flatten()) if self.groups.grid.replica == 0 else None
+
+
+@torch.no_grad()
+def tell_apart(stage: Any, groups: Any, vocab_size: int, seed: int) -> None:
+    """Moves what starts alike for all heads and layers (temperatures, thresholds, biases, alpha, beta, norms) by a
+    tenth.
+
+    Else heads that a layout mixes up would go unnoticed.
+    """
+    from parallel.tensor import cut
+
+    shard = cut(stage.transformer, groups)
+    shapes = global_shapes(stage.transformer.config, vocab_size)
+    for name, parameter in named_parameters(stage.transformer):
+        if name != "head.weight" and (not name.endswith("weight") or len(shapes[name]) == 1):
+            noise = torch.randn(shapes[name], generator=generator(seed, f"apart/{name}"))
+            size = torch.where(parameter == 0, 1.0, parameter.abs())
+            parameter += 0.1 * size * shard(name, noise).to(parameter)
 
 
 def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: str) -> dict[str, Any]:

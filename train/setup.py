@@ -53,8 +53,12 @@ def build_stage(
 
 def build_engine(config: Config, vocab_size: int, groups: Groups | None = None) -> Engine:
     """This rank's stage with its optimizer; `groups` as in `build_stage`."""
+    return add_optimizer(*build_stage(config, vocab_size, groups=groups), config)
+
+
+def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
+    """An engine for a stage, whose weights it takes as they are."""
     training = config.training
-    stage, groups = build_stage(config, vocab_size, groups=groups)
     engine_config = EngineConfig(
         parallel=config.parallel,
         micro_batch_size=training.micro_batch_size,

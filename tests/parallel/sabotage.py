@@ -141,7 +141,7 @@ def every_context_rank_at_position_zero() -> Any:
 
 
 def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
-    """`parallel.measurement`'s rank with a bug of this module; thresholds and temperatures differ from head to head."""
+    """`parallel.measurement`'s rank with a bug of this module."""
     from parallel import measurement
 
     if bug is None:

@@ -1,12 +1,9 @@
 """The comparison with one process is worth something: each of these bugs, put back, makes it fail."""
 
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
 
-from model import initialize
 from parallel.compare import apply_layout, compare, global_batches, reference_layout
 from parallel.layout import parse_layout
 from parallel.local_ranks import RankError, run_ranks
@@ -32,22 +29,6 @@ BUGS = [
 ]
 
 
-def differing_heads(name: str, shape: torch.Size, *args: Any) -> torch.Tensor:
-    """Initial values in which every head has thresholds and temperatures of its own."""
-    value = _real(name, shape, *args)
-    if name.endswith((".threshold", ".temperature_parameter")):
-        value = value + torch.linspace(-0.2, 0.2, shape[0]).view(-1, *[1] * (len(shape) - 1))
-    return value
-
-
-_real = initialize.initial_value
-
-
-def measure_differing_heads(bug: str | None, *args: Any) -> dict[str, Any]:
-    with mock.patch.object(initialize, "initial_value", differing_heads):
-        return measure_with(bug, *args)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("bug", "layout", "dtype"), BUGS, ids=[bug for bug, _, _ in BUGS])
 def test_a_bug_is_noticed(bug: str, layout: str, dtype: str) -> None:
@@ -58,7 +39,7 @@ def test_a_bug_is_noticed(bug: str, layout: str, dtype: str) -> None:
 
     def measured(layout: Any, bug: str | None) -> Measured:
         applied = apply_layout(config, layout, reference)
-        ranks = run_ranks(measure_differing_heads, layout.world_size, bug, applied, vocab_size, batches, dtype)
+        ranks = run_ranks(measure_with, layout.world_size, bug, applied, vocab_size, batches, dtype)
         gradients = [assemble([rank["gradients"][0] for rank in ranks], vocab_size)]
         return Measured(ranks[0]["losses"], gradients, ranks[0]["entropy_nats"], {})
 

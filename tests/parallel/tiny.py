@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.initialize import initialize, named_parameters
+from model.initialize import generator, initialize, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
@@ -61,6 +61,10 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
     losses, gradients, entropies = [], [], []
     model = Transformer(config.model, vocab_size).double()
     initialize(model, config.model, vocab_size, config.training.seed)
+    for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart
+        if not (parameter.dim() == 2 and name.endswith("weight")):
+            noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
+            parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
     for batch_BT in batches:
         model.zero_grad()
         update_spectral_norms(model)
