@@ -57,12 +57,12 @@ def test_counted_is_predicted(layout: str, architecture: str) -> None:
     assert counted.get("tensor", 0) == expected.tensor
     assert counted.get("context", 0) == expected.context
     assert counted.get("batch", 0) == expected.entropy * config.model.regularized
-    scalars = 32  # norms and overflow flags
+    scalars = 32 + 64  # norms and overflow flags; the step's report, four numbers over all ranks
     assert expected.data <= counted.get("data", 0) <= expected.data + scalars
     assert expected.embedding_ends <= counted.get("embedding_ends", 0) <= expected.embedding_ends + scalars
     headers = 1024  # DeepSpeed announces shapes once
     assert expected.pipeline <= counted.get("pipeline", 0) <= expected.pipeline + headers
-    assert "other" not in counted
+    assert counted.get("other", 0) <= 64, "nothing but the step's report, where all ranks are no axis"
 
 
 def test_a_penalty_for_each_query_sends_nothing() -> None:
