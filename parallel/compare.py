@@ -8,10 +8,10 @@ their initial values. In float32 the whole training engine runs, and gradients a
 moment with beta1 = 0); in float64, which DeepSpeed's optimizers refuse, gradients are taken before the optimizer, so
 ZeRO stages are no different there.
 
-A gradient's error is |found - expected| / max(|expected|, 1e-3 |all gradients|), so that parameters that hardly matter
-do not decide. A key bias is measured against |all gradients|: its gradient is zero in exact arithmetic, since softmax
-ignores what is added to all keys alike, and what is found is rounding. Exit status: 0 all within the tolerance, 1
-beyond it, 2 not comparable as asked.
+A gradient's error is |found - expected| / max(|expected|, 1e-2 |all gradients|): with the tolerance of 1e-5 that is a
+ten-millionth of all gradients, float32's own resolution, below which rounding would decide. A key bias is measured
+against |all gradients|: its gradient is zero in exact arithmetic, since softmax ignores what is added to all keys
+alike, and what is found is rounding. Exit status: 0 all within the tolerance, 1 beyond it, 2 not comparable as asked.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from parallel.measurement import Measured, measure
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-GRADIENT_FLOOR, KEY_BIAS_FLOOR = 1e-3, 1.0  # of the norm of all gradients
+GRADIENT_FLOOR, KEY_BIAS_FLOOR = 1e-2, 1.0  # of the norm of all gradients
 
 
 @dataclass(frozen=True)

@@ -216,3 +216,8 @@ def test_the_largest_rise_is_over_what_came_before() -> None:
     rise, place = largest_rise(losses)
     assert (rise, place) == (pytest.approx(6.9 - 4.9), 2)
     assert largest_rise([3.0, 2.0, 1.0]) == (0.0, 0)
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/suites").glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_suites_load(file: Path) -> None:
+    assert load_suite(file).runs

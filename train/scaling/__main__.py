@@ -1,10 +1,10 @@
 """Scaling laws, from the plan of a ladder to the report:
 
-    python -m train.scaling plan --flops 1e17 --data datasets/mine --output configs/suite_ladder.json
-    python -m train.scaling run configs/suite_ladder.json
-    python -m train.scaling fit configs/suite_ladder.json --output laws.json
+    python -m train.scaling plan --flops 1e17 --data datasets/mine --output configs/suites/ladder.json
+    python -m train.scaling run configs/suites/ladder.json
+    python -m train.scaling fit configs/suites/ladder.json --output laws.json
     python -m train.scaling predict laws.json --parameters 1e9 --tokens 2e10
-    python -m train.scaling report configs/suite_ladder.json --output docs/study/ladder
+    python -m train.scaling report configs/suites/ladder.json --output docs/study/ladder
 
 `fit` and `report` also read a CSV file of (N, D, loss), of one architecture or, with a column `architecture`, several.
 """

@@ -1,8 +1,8 @@
 """Plans, runs and reports a suite of trainings:
 
-    python -m train.study run configs/suite_small.json
-    python -m train.study status configs/suite_small.json
-    python -m train.study report configs/suite_small.json --output docs/study/small
+    python -m train.study run configs/suites/small.json
+    python -m train.study status configs/suites/small.json
+    python -m train.study report configs/suites/small.json --output docs/study/small
 
 `run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is
 recorded with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm`
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     slurm = commands.add_parser("slurm", help="print or submit an array job: the next stage of every unfinished run")
     slurm.add_argument("--submit", action="store_true", help="submit it with sbatch")
     for command in (run, status, report, slurm):
-        command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suite_small.json")
+        command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suites/small.json")
         command.add_argument(
             "overrides",
             nargs="*",

@@ -82,7 +82,7 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SuiteError(f"{path}: no such suite file; shipped ones are configs/suite_*.json") from None
+        raise SuiteError(f"{path}: no such suite file; shipped ones are configs/suites/*.json") from None
     except (OSError, ValueError) as error:
         raise SuiteError(f"{path}: not JSON ({error})") from None
     faults = _shape_faults(tree)
