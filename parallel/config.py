@@ -75,7 +75,6 @@ class ParallelConfig:
 
     def faults(self, model: ModelConfig) -> list[str]:
         """Every reason why `model` cannot be laid out so, each with the numbers and the remedy."""
-        tp, pp, cp = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
         faults = [
             f"parallel.{name} = {getattr(self, name)} must be at least {least}"
             for name, least in (
@@ -86,8 +85,12 @@ class ParallelConfig:
             )
             if getattr(self, name) < least
         ]
-        if faults:
-            return faults
+        return faults or [*self._size_faults(model), *self._combination_faults(model)]
+
+    def _size_faults(self, model: ModelConfig) -> list[str]:
+        """What the axes do not divide."""
+        tp, pp, cp = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
+        faults = []
         if model.num_attention_heads % tp:
             faults.append(
                 f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
@@ -116,30 +119,33 @@ class ParallelConfig:
         if pp > model.num_layers:
             faults.append(
                 f"parallel.pipeline_parallel_size = {pp} exceeds model.num_layers = {model.num_layers}; every stage "
-                f"needs "
-                "at least one layer"
-            )
-        if self.zero_stage > 1 and pp > 1:
-            faults.append(
-                f"parallel.zero_stage = {self.zero_stage} needs parallel.pipeline_parallel_size = 1, not {pp}: "
-                f"gradients "
-                "must stay whole until a stage has run all micro-batches; use zero_stage = 1"
-            )
-        if self.zero_stage == 3 and model.spectral_norm != "none":
-            faults.append(
-                "parallel.zero_stage = 3 cannot be combined with model.spectral_norm: its power iteration needs "
-                "whole weights "
-                "between steps; use zero_stage = 1 or 2"
-            )
-        if self.sequence_parallel and tp == 1:
-            faults.append(
-                "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it splits over those ranks"
+                "needs at least one layer"
             )
         if self.sequence_parallel and model.seq_length % cp == 0 and model.seq_length // cp % tp:
             over = f"over parallel.context_parallel_size({cp}) " if cp > 1 else ""
             faults.append(
                 f"model.seq_length = {model.seq_length} {over}is not a multiple of parallel.tensor_parallel_size = "
                 f"{tp}, which parallel.sequence_parallel needs"
+            )
+        return faults
+
+    def _combination_faults(self, model: ModelConfig) -> list[str]:
+        """What cannot be had together."""
+        faults = []
+        if self.zero_stage > 1 and self.pipeline_parallel_size > 1:
+            faults.append(
+                f"parallel.zero_stage = {self.zero_stage} needs parallel.pipeline_parallel_size = 1, not "
+                f"{self.pipeline_parallel_size}: gradients must stay whole until a stage has run all micro-batches; "
+                "use zero_stage = 1"
+            )
+        if self.zero_stage == 3 and model.spectral_norm != "none":
+            faults.append(
+                "parallel.zero_stage = 3 cannot be combined with model.spectral_norm: its power iteration needs whole "
+                "weights between steps; use zero_stage = 1 or 2"
+            )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            faults.append(
+                "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it splits over those ranks"
             )
         if self.fused_ffn != "auto" and not (self.sequence_parallel and model.fused_ffn):
             faults.append(

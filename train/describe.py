@@ -5,7 +5,8 @@ import json
 import textwrap
 import typing
 
-from train.config import Config, describe_type
+from train.config import Config
+from train.config_tree import describe_type
 
 
 def main() -> None:

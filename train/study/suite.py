@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, ConfigError, apply_override, config_from_dict
+from train.config import Config, ConfigError, config_from_dict
+from train.config_tree import apply_override
 from train.paper import Row, places, rows_at
 
 Tree = dict[str, Any]

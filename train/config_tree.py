@@ -1,0 +1,106 @@
+"""From JSON and `section.key=value` to typed dataclasses, every fault collected."""
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message has one line a fault."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such configuration file; shipped ones are in configs/"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: expected a JSON object with sections, found {type(tree).__name__}"])
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+    """Sets one `section.key=value` in a configuration tree; a fault is added where it is not of that form."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        faults.append(f"{override!r} is not of the form section.key=value")
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            faults.append(f"{override!r}: {section!r} is a value, not a section")
+            return
+    tree[last] = value
+
+
+def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any:
+    """One dataclass from one JSON object; faults are collected, and faulty keys keep their defaults."""
+    types_by_name = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        name = prefix + key
+        if key not in types_by_name:
+            near = difflib.get_close_matches(key, types_by_name, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(types_by_name)}"
+            faults.append(f"{name} is no known key; {hint}")
+        elif dataclasses.is_dataclass(types_by_name[key]):
+            if isinstance(value, dict):
+                values[key] = build(types_by_name[key], value, f"{name}.", faults)
+            else:
+                faults.append(f"{name} = {json.dumps(value)} must be a section (a JSON object)")
+        else:
+            fitting = _fit(types_by_name[key], value)
+            if fitting is None:
+                faults.append(f"{name} = {json.dumps(value)} must be {describe_type(types_by_name[key])}")
+            else:
+                values[key] = fitting[0]
+    return cls(**values)
+
+
+def _fit(expected: Any, value: Any) -> tuple[Any] | None:
+    """The value as the expected type, in a tuple, or None where it does not fit."""
+    origin = typing.get_origin(expected)
+    if origin is Literal:
+        matches = [choice for choice in typing.get_args(expected) if choice == value and type(choice) is type(value)]
+        return (value,) if matches else None
+    if origin in (typing.Union, types.UnionType):
+        return next((fit for option in typing.get_args(expected) if (fit := _fit(option, value)) is not None), None)
+    if origin is dict:
+        return (value,) if isinstance(value, dict) else None
+    if expected is types.NoneType:
+        return (None,) if value is None else None
+    if isinstance(value, bool):
+        return (value,) if expected is bool else None
+    if expected is float and isinstance(value, int | float):
+        return (float(value),) if abs(value) <= sys.float_info.max else None
+    if expected is int and isinstance(value, float) and value.is_integer():
+        return (int(value),)  # 1e9 is how people write token counts
+    return (value,) if isinstance(value, expected) else None
+
+
+def describe_type(expected: Any) -> str:
+    origin = typing.get_origin(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(expected))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(option) for option in typing.get_args(expected))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    return names.get(expected, "an object")
