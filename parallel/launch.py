@@ -4,12 +4,16 @@ Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MAST
 torchrun and the Slurm scripts set them; without them the process is a world of one.
 """
 
+import contextlib
 import os
+import random
 import socket
 import warnings
 from datetime import timedelta
 
 import torch
+
+PORTS = (15_000, 32_000)
 
 
 class LaunchError(RuntimeError):
@@ -55,7 +59,7 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         return
     if "RANK" not in os.environ:
         os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     device = local_device()
     if device.type == "cuda":
@@ -84,7 +88,12 @@ def _join_deepspeed() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nothing listens on, below the range from which systems give ports to connections: one of those may be
+    taken again before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -6,7 +6,6 @@ rank is spawned afresh, since a process that has touched CUDA cannot be forked.
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from parallel.launch import free_port
 
 PRELOADED = "parallel.preload"
 POLL_INTERVAL_S = 0.05
@@ -55,7 +56,7 @@ def start_ranks(
     context: Any = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
     if not use_gpu:
         context.set_forkserver_preload([PRELOADED])
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
         for rank in range(world_size)
@@ -110,9 +111,3 @@ def _rank_main(
         os._exit(1)  # without the collectives of an orderly end, in which the others might hang
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
