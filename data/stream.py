@@ -98,6 +98,18 @@ class TokenStream:
         """Micro-batches that a pass over the validation split gives to each rank; None for train, which has no end."""
         return None if self._num_samples is None else -(-self._num_samples // self._group)
 
+    @property
+    def valid_rows_by_batch(self) -> list[int]:
+        """`valid_rows` of every micro-batch of a pass over the validation split."""
+        assert self._num_samples is not None
+        return [self._valid_rows(first) for first in range(0, self._num_samples, self._group)]
+
+    def _valid_rows(self, samples_consumed: int) -> int:
+        if self._num_samples is None:
+            return self.micro_batch_size
+        first_row = samples_consumed + self._rank * self.micro_batch_size
+        return min(max(self._num_samples - first_row, 0), self.micro_batch_size)
+
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         return self
 
@@ -113,9 +125,7 @@ class TokenStream:
         started = time.perf_counter()
         batch = self._producer.get()
         self.wait_s += time.perf_counter() - started
-        first_row = self.samples_consumed + self._rank * self.micro_batch_size
-        if self._num_samples is not None:
-            self.valid_rows = min(max(self._num_samples - first_row, 0), self.micro_batch_size)
+        self.valid_rows = self._valid_rows(self.samples_consumed)
         if self._within_documents:
             self.document_starts = document_starts(batch[:, :-1], self.manifest.end_of_document)
         self.samples_consumed += self._group

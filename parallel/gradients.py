@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from parallel.megatron import Groups
 from parallel.stage import Stage, StageStatistics
@@ -39,7 +39,7 @@ def accumulate_gradients(
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad, group=groups.data)
         parameter.grad /= groups.grid.replicas
-    tied = _tied_copy(stage)
+    tied = stage.tied_weight
     if tied is not None and groups.embedding_ends is not None:
         dist.all_reduce(tied.grad, group=groups.embedding_ends)
     return stage.take_statistics()
@@ -47,7 +47,7 @@ def accumulate_gradients(
 
 def gradient_norm(stage: Stage, groups: Groups) -> float:
     """The L2 norm over the whole model: of what several ranks hold, one counts."""
-    grid, tied = groups.grid, _tied_copy(stage)
+    grid, tied = groups.grid, stage.tied_weight
     total = torch.zeros((), dtype=torch.float64, device=next(stage.parameters()).device)
     for _, parameter in named_parameters(stage.transformer):
         whole_elsewhere = parameter.partition_dim is None and grid.tp_rank != 0
@@ -82,11 +82,3 @@ def _run(stage: Stage, groups: Groups, tokens_TB: Tensor, labels_TB: Tensor, pos
     if not grid.is_first_stage:
         assert x.grad is not None
         dist.send(x.grad.contiguous(), group=groups.pipeline, group_dst=grid.stage - 1)
-
-
-def _tied_copy(stage: Stage) -> nn.Parameter | None:
-    """The parameter that first and last stage both hold where the head is tied; None on stages between."""
-    if not stage.transformer.config.tied_head:
-        return None
-    parameters = dict(named_parameters(stage.transformer))
-    return parameters.get(TIED_HEAD_SOURCE, parameters.get("head.weight"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
-from parallel.state import local_shape, piece_of
+from parallel.state import local_shape, piece_of, source
 from train.config import Config
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -205,14 +205,13 @@ def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: st
 
 
 def _local_gradients(step: Step) -> LocalGradients:
-    grid, tied = step.groups.grid, step.stage.transformer.config.tied_head
+    grid = step.groups.grid
     held = {}
     for name, parameter in named_parameters(step.stage.transformer):
         piece, dim = step.gradient(parameter), parameter.partition_dim
         if piece is not None:
-            name = TIED_HEAD_SOURCE if tied and name == "head.weight" else name
             place, shape = 0 if dim is None else grid.tp_rank, tuple(local_shape(parameter))
-            held[name] = GradientPiece(shape, dim, place, piece[0], piece[1].detach().cpu().clone())
+            held[source(name, step.stage)] = GradientPiece(shape, dim, place, piece[0], piece[1].detach().cpu().clone())
     return held
 
 

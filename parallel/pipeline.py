@@ -35,7 +35,7 @@ class PipelineStage(PipelineModule):
         self.stage = stage
         self.hands_on = not grid.is_last_stage
         self.embedding_ends = groups.embedding_ends
-        tied = self._tied_weight()
+        tied = self.stage.tied_weight
         for parameter in stage.parameters():
             parameter.ds_pipe_replicated = parameter is tied and not grid.is_first_stage
 
@@ -47,16 +47,8 @@ class PipelineStage(PipelineModule):
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, ProcessGroup]]:
         """What DeepSpeed sums before a step: the tied embedding over first and last stage."""
-        tied = self._tied_weight()
+        tied = self.stage.tied_weight
         return [] if tied is None or self.embedding_ends is None else [(tied, self.embedding_ends)]
-
-    def _tied_weight(self) -> nn.Parameter | None:
-        transformer = self.stage.transformer
-        if not transformer.config.tied_head:
-            return None
-        if transformer.embedding is not None:
-            return transformer.embedding.word.weight
-        return None if transformer.head is None else transformer.head.weight
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing to do: tied copies are equal from the start, since initial values depend on the seed and the name

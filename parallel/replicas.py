@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from model.initialize import named_parameters
 from parallel.megatron import Groups
 from parallel.stage import Stage
 
@@ -40,8 +40,8 @@ def check_replicas(stage: Stage, groups: Groups) -> None:
         *_differing(whole, groups.data, "replica (data- and context-parallel)"),
         *_differing(not_split, groups.tensor, "tensor-parallel"),
     ]
-    tied = parameters.get(TIED_HEAD_SOURCE, parameters.get("head.weight"))
-    if tied is not None and stage.transformer.config.tied_head and groups.embedding_ends is not None:
+    tied = stage.tied_weight
+    if tied is not None and groups.embedding_ends is not None:
         found += _differing({"embedding.word.weight (tied to the head)": tied}, groups.embedding_ends, "pipeline-end")
     total = torch.tensor([len(found)], device=next(stage.parameters()).device)
     dist.all_reduce(total)

@@ -51,6 +51,16 @@ class Stage(nn.Module):
     def thresholds_LN(self) -> Tensor:
         return torch.stack([block.attention.threshold for block in self.transformer.layers.values()])
 
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """The copy held here of the word embedding that a tied head shares; None on stages between, or if untied."""
+        transformer = self.transformer
+        if not transformer.config.tied_head:
+            return None
+        if transformer.embedding is not None:
+            return transformer.embedding.word.weight
+        return None if transformer.head is None else transformer.head.weight
+
     def body(self, x: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
         """Tokens [T, B] or hidden states [T, B, D] to hidden states, with the penalty attached in training."""
         x_TBD, entropies_BNT = self.transformer.hidden_states(x, document_start_BT)

@@ -35,17 +35,13 @@ def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | 
     Args:
         evaluate: runs micro-batches through the stage's layout, told how many rows of each count.
     """
-    grid, size = groups.grid, config.training.micro_batch_size
+    grid = groups.grid
     stream = open_stream(config, grid, "validation", limit_samples)
-    assert stream.num_batches is not None
-    samples = stream.manifest.num_samples("validation", config.model.seq_length)
-    samples = samples if limit_samples is None else min(samples, limit_samples)
-    starts = [(batch * grid.dp + grid.dp_rank) * size for batch in range(stream.num_batches)]
-    valid_rows = [min(size, max(0, samples - start)) for start in starts]
-    statistics = evaluate(micro_batches(stream, grid, local_device()), valid_rows)
+    statistics = evaluate(micro_batches(stream, grid, local_device()), stream.valid_rows_by_batch)
     stream.close()
     heads = head_snapshot(stage, statistics, groups)
     # The parts are means over micro-batches and replicas of sums over tokens.
     summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.replicas
-    tokens = samples * config.model.seq_length
+    samples = stream.manifest.num_samples("validation", config.model.seq_length)
+    tokens = (samples if limit_samples is None else min(samples, limit_samples)) * config.model.seq_length
     return Validation(summed.item() / tokens, tokens, heads)
