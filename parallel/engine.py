@@ -5,8 +5,7 @@ With one pipeline stage this is DeepSpeed's plain engine (ZeRO 1 to 3), with mor
 
 import contextlib
 import io
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +15,18 @@ from torch import Tensor
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from parallel.chunks import Chunk
-from parallel.clipping import clip_on_device
+from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import Stage, StageStatistics
 from parallel.state import SavedState, StateMap, adam_step, create_moments, load_training_state
-from parallel.telemetry import StepReport, step_report
+from parallel.telemetry import FINITE, PendingReport, StepLimits
 
 MicroBatch = tuple[Tensor, ...]
 """Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
 each token's document begins, [B, T].
 """
-
-Judge = Callable[[StepReport], bool]
-"""Whether a step that measured this may change the weights; the same answer on every rank."""
 
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
@@ -51,11 +47,6 @@ class EngineConfig:
     deepspeed: dict[str, Any]
 
 
-def accept_finite(report: StepReport) -> bool:
-    """The least a judge does."""
-    return math.isfinite(report.loss) and math.isfinite(report.gradient_norm)
-
-
 class Engine:
     """A stage with its optimizer.
 
@@ -74,7 +65,7 @@ class Engine:
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,
-            fused=torch.cuda.is_available() or uses_bf16_optimizer(config),
+            fused=True,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partitioning
             self.engine, *_ = deepspeed.initialize(
@@ -85,24 +76,24 @@ class Engine:
                 dist_init_required=False,
             )
         if uses_bf16_optimizer(config):
-            clip_on_device(self.engine.optimizer, config.gradient_clipping)
-        ask_before_stepping(optimizer, self._may_step)
+            leave_norms_on_device()
+        clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
+        decide_on_device(optimizer, self._measure, clipped_here)
         create_moments(self.engine.optimizer, 0)
         check_alignment(stage)
         self.stop_requested = False
-        self._judge: Judge = accept_finite
-        self._report: StepReport | None = None
-        self._accepted = True
+        self._limits = FINITE
+        self._report: PendingReport | None = None
 
     def train_step(
-        self, micro_batches: Iterator[MicroBatch], learning_rate: float, judge: Judge = accept_finite
-    ) -> tuple[StepReport, StageStatistics]:
-        """Runs `num_micro_batches` and, if `judge` accepts what they measured, one optimizer step.
+        self, micro_batches: Iterator[MicroBatch], learning_rate: float, limits: StepLimits = FINITE
+    ) -> tuple[PendingReport, StageStatistics]:
+        """Runs `num_micro_batches` and, if what they measured lies within `limits`, one optimizer step.
 
-        The judge is asked between the backward pass and the optimizer; this is where an ordinary step waits for the
-        device, once. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
+        That is decided on the device: nothing here waits for it. Set `stop_requested` to tell all ranks through the
+        report that this one was asked to stop.
         """
-        self._judge, self._report = judge, None
+        self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         update_spectral_norms(self.stage)
@@ -113,18 +104,18 @@ class Engine:
             for _ in range(self.config.num_micro_batches):
                 self.engine.backward(self.engine(*next(micro_batches)))
                 self.engine.step()
-        self._may_step()  # where the gradients are not finite DeepSpeed skips the optimizer, which then never asked
-        assert self._report is not None
-        return self._report, self.stage.take_statistics()
+        report = self._measure()  # where the gradients are not finite ZeRO leaves the optimizer out, which never asked
+        return report, self.stage.take_statistics()
 
-    def _may_step(self) -> bool:
+    def _measure(self) -> PendingReport:
+        """The step's report, made where it is first asked for: after the backward pass, before the optimizer."""
         if self._report is None:
             assert self.stage.statistics is not None
             norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
             norm = float("inf") if getattr(self.engine.optimizer, "overflow", False) or norm is None else norm
-            self._report = step_report(self.stage.statistics, self.groups, norm, self.stop_requested)
-            self._accepted = self._judge(self._report)
-        return self._accepted
+            told = self.stop_requested, self._limits
+            self._report = PendingReport(self.stage.statistics, self.groups, norm, *told)
+        return self._report
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch], valid_rows: list[int]) -> StageStatistics:
@@ -155,15 +146,6 @@ class Engine:
     def load_state(self, saved: SavedState, vocab_size: int) -> None:
         """Restores the training state, whatever layout saved it."""
         load_training_state(self.stage, self.engine.optimizer, self.groups, saved, vocab_size)
-
-
-def ask_before_stepping(optimizer: torch.optim.Optimizer, may_step: Callable[[], bool]) -> None:
-    """Makes `step` do nothing where it may not: weights, moments and step counts stay as they are.
-
-    DeepSpeed calls it when gradients are reduced and their norm is known, once for each of its parameter groups.
-    """
-    step = optimizer.step
-    optimizer.step = lambda closure=None: step() if may_step() else None  # type: ignore[method-assign]
 
 
 @torch.no_grad()

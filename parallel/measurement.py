@@ -122,7 +122,8 @@ class EngineStep:
         self.engine = add_optimizer(self.stage, self.groups, dataclasses.replace(config, optimizer=optimizer))
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
-        self.report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)
+        report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)
+        self.report = report.wait()
         return statistics
 
     def gradient_norm(self) -> float:

@@ -28,6 +28,17 @@ def loss_parts(statistics: StageStatistics, groups: Groups) -> Tensor:
 
 
 @dataclass(frozen=True)
+class StepLimits:
+    """What a step's numbers may be at most for it to change the weights; what is not finite never may."""
+
+    loss: float = math.inf  # nats a token, cross-entropy and entropy loss together
+    gradient_norm: float = math.inf  # before clipping
+
+
+FINITE = StepLimits()
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What a training step measured, over all ranks and equal on all of them; losses in nats a token."""
 
@@ -35,23 +46,50 @@ class StepReport:
     entropy_loss: float
     gradient_norm: float  # before clipping; infinite where the gradients are not finite
     stop_requested: bool  # by any rank
+    accepted: bool  # whether it lay within its limits, and changed the weights
 
     @property
     def loss(self) -> float:
         return self.cross_entropy + self.entropy_loss
 
 
-def step_report(
-    statistics: StageStatistics, groups: Groups, gradient_norm: Tensor | float, stop_requested: bool
-) -> StepReport:
-    """One reduction over all ranks; the norm, which DeepSpeed has reduced already, counts as rank 0 has it."""
-    parts = loss_parts(statistics, groups)
-    norm = torch.as_tensor(gradient_norm, device=parts.device).reshape(1) * (groups.grid.rank == 0)
-    stop = torch.full_like(parts[:1], float(stop_requested))
-    summed = sum_over_ranks(torch.cat([parts, norm.to(parts.dtype), stop]))
-    cross_entropy, entropy_loss, total_norm, stops = summed.tolist()
-    norm_or_inf = total_norm if math.isfinite(total_norm) and total_norm >= 0 else math.inf  # DeepSpeed: -1 for NaN
-    return StepReport(cross_entropy, entropy_loss, norm_or_inf, stops > 0)
+class PendingReport:
+    """A step's report while the device may still be at work on it: decided there, read later.
+
+    Attributes:
+        gradient_norm: scalar on the device, infinite where the gradients are not finite.
+        accepted: bool scalar on the device.
+    """
+
+    def __init__(
+        self,
+        statistics: StageStatistics,
+        groups: Groups,
+        gradient_norm: Tensor | float,
+        stop_requested: bool,
+        limits: StepLimits,
+    ) -> None:
+        """One reduction over all ranks; the norm, which DeepSpeed has reduced already, counts as rank 0 has it."""
+        parts = loss_parts(statistics, groups)
+        norm = torch.zeros_like(parts[:1]) + gradient_norm if groups.grid.rank == 0 else torch.zeros_like(parts[:1])
+        summed = sum_over_ranks(torch.cat([parts, norm, torch.full_like(norm, float(stop_requested))]))
+        loss, norm = summed[:2].sum(), summed[2]
+        self.gradient_norm = norm.where(norm.isfinite() & (norm >= 0), math.inf)  # DeepSpeed: -1 for NaN
+        finite = loss.isfinite() & self.gradient_norm.isfinite()
+        self.accepted = finite & (loss <= limits.loss) & (norm <= limits.gradient_norm)
+        numbers = torch.stack([summed[0], summed[1], self.gradient_norm, summed[3], self.accepted.double()])
+        self._numbers = numbers.to("cpu", non_blocking=True)  # page-locked, if it comes from a GPU
+        self._copied = None
+        if numbers.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> StepReport:
+        """Waits for the device to have got as far as this step's optimizer."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        cross_entropy, entropy_loss, norm, stops, accepted = self._numbers.tolist()
+        return StepReport(cross_entropy, entropy_loss, norm, stops > 0, accepted > 0)
 
 
 def sum_over_ranks(parts: Tensor) -> Tensor:

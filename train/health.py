@@ -1,9 +1,10 @@
-"""Judges each step's numbers before they change the weights, and says when skipping is no longer enough.
+"""Says what a step's numbers may be for it to change the weights, and when leaving steps out is no longer enough.
 
 A step is refused where its loss or gradient norm is not finite, or lies far above recent steps. Far is counted in
 robust standard deviations (1.4826 times the median absolute deviation) of the last accepted steps, of the loss in nats
-and of the logarithm of the norm; a floor under the deviation keeps a very quiet run from calling ripples spikes. Every
-rank judges the same numbers, which are already reduced over all of them.
+and of the logarithm of the norm; a floor under the deviation keeps a very quiet run from calling ripples spikes. The
+device compares a step with limits made before it, so that nothing waits; every rank makes the same limits, from numbers
+which are already reduced over all of them.
 """
 
 import math
@@ -11,16 +12,17 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
-from parallel.telemetry import StepReport
+from parallel.telemetry import FINITE, StepLimits, StepReport
 from train.config import HealthConfig
 
 RECENT_STEPS = 20
 LEAST_LOSS_DEVIATION_NATS = 0.05
 LEAST_LOG_NORM_DEVIATION = 0.125
+MOST_LOG_NORM = 700.0  # its exponential is still a float
 
 
 class Health:
-    """The judge of a run's steps and its memory of them."""
+    """A run's memory of its steps."""
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
@@ -36,14 +38,21 @@ class Health:
         self._log_norms: deque[float] = deque(maxlen=self.config.window)
         self._refused: deque[bool] = deque(maxlen=RECENT_STEPS)
 
-    def judge(self, report: StepReport) -> bool:
-        """Whether the step may change the weights."""
-        self.reason = self._reason_against(report)
-        self._refused.append(self.reason is not None)
-        if self.reason is None:
+    def limits(self) -> StepLimits:
+        """For the next step, from all that was remembered."""
+        if not self.config.spike_factor or len(self._losses) < max(2, self.config.window // 4):
+            return FINITE
+        loss = _limit(self._losses, self.config.spike_factor, LEAST_LOSS_DEVIATION_NATS)
+        log_norm = _limit(self._log_norms, self.config.spike_factor, LEAST_LOG_NORM_DEVIATION)
+        return StepLimits(loss, math.exp(min(log_norm, MOST_LOG_NORM)))
+
+    def remember(self, report: StepReport, limits: StepLimits) -> None:
+        """What a step measured that ran under these limits."""
+        self.reason = None if report.accepted else reason_against(report, limits)
+        self._refused.append(not report.accepted)
+        if report.accepted:
             self._losses.append(report.loss)
             self._log_norms.append(math.log(max(report.gradient_norm, 1e-30)))
-        return self.reason is None
 
     @property
     def must_go_back(self) -> bool:
@@ -67,21 +76,17 @@ class Health:
         self._rollbacks += 1
         return self._rollbacks <= self.config.rollback_limit
 
-    def _reason_against(self, report: StepReport) -> str | None:
-        if not math.isfinite(report.loss):
-            return f"the loss is {report.loss}"
-        if not math.isfinite(report.gradient_norm):
-            return "the gradients are not finite"
-        if not self.config.spike_factor or len(self._losses) < max(2, self.config.window // 4):
-            return None
-        limit = _limit(self._losses, self.config.spike_factor, LEAST_LOSS_DEVIATION_NATS)
-        if report.loss > limit:
-            return f"the loss {report.loss:.4f} is above {limit:.4f}, far above recent steps"
-        log_limit = _limit(self._log_norms, self.config.spike_factor, LEAST_LOG_NORM_DEVIATION)
-        if math.log(max(report.gradient_norm, 1e-30)) > log_limit:
-            norm, norm_limit = report.gradient_norm, math.exp(log_limit)
-            return f"the gradient norm {norm:.4g} is above {norm_limit:.4g}, far above recent steps"
-        return None
+
+def reason_against(report: StepReport, limits: StepLimits) -> str:
+    """Why a refused step was refused."""
+    if not math.isfinite(report.loss):
+        return f"the loss is {report.loss}"
+    if not math.isfinite(report.gradient_norm):
+        return "the gradients are not finite"
+    if report.loss > limits.loss:
+        return f"the loss {report.loss:.4f} is above {limits.loss:.4f}, far above recent steps"
+    norm, limit = report.gradient_norm, limits.gradient_norm
+    return f"the gradient norm {norm:.4g} is above {limit:.4g}, far above recent steps"
 
 
 def _limit(values: Iterable[float], factor: float, least_deviation: float) -> float:

@@ -27,6 +27,10 @@ class StepMetrics:
         """Marks the beginning of the next step; call after anything that is not training."""
         self._clock.mark()
 
+    def end_step(self) -> None:
+        """Marks the end of a step, which the device may not have reached yet."""
+        self._clock.mark(ends_step=True)
+
     def record(
         self,
         step: int,
@@ -51,10 +55,9 @@ class StepMetrics:
                 "data_wait_s": data_wait_s,
             }
         )
-        self._clock.mark(ends_step=True)
 
     def flush(self) -> list[dict[str, Any]]:
-        """Rows of the steps since the last flush."""
+        """Rows of the steps since the last flush, each of which has been recorded."""
         times_s = self._clock.step_times_s()
         memory = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
         rows, self._rows = self._rows, []
@@ -70,7 +73,7 @@ class StepMetrics:
 
     @property
     def last_row(self) -> dict[str, Any]:
-        """What the last step recorded."""
+        """Of the last step recorded."""
         return self._rows[-1]
 
 

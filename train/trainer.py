@@ -1,13 +1,15 @@
 """The training loop."""
 
 import contextlib
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.manifest import Manifest
 from parallel.launch import initialize_distributed, local_device, rank
 from parallel.replicas import check_replicas
-from parallel.telemetry import head_snapshot
+from parallel.stage import StageStatistics
+from parallel.telemetry import PendingReport, StepLimits, head_snapshot
 from train import checkpoint
 from train.agreement import on_rank_zero
 from train.checkpoint import SavedCheckpoint
@@ -40,8 +42,24 @@ class RunResult:
     validation: Validation | None
 
 
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step that was handed to the device."""
+
+    step: int
+    samples: tuple[int, int]  # the first, and the first after it
+    learning_rate: float
+    limits: StepLimits
+    report: PendingReport
+    statistics: StageStatistics
+    data_wait_s: float
+
+
 class Trainer:
     """A run from its first or its resumed step to its last.
+
+    The device always has a step to work on while the host looks at the one before: numbers of a step are read, and
+    answered, one step late, but for steps at which something is due (a log, an evaluation, a checkpoint).
 
     Args:
         config: resolved.
@@ -73,7 +91,9 @@ class Trainer:
         options = config.data.read_options()
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
         self.rank_times = RankTimes(self.engine.stage)
+        self.in_flight: deque[StepInFlight] = deque()
         self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
+        self.last_refusal = ""
         self.validated: tuple[int, float] | None = None
 
     def train(self) -> Validation | None:
@@ -85,7 +105,8 @@ class Trainer:
         self.metrics.start()
         while self.step < self.config.train_steps and not self.is_stopping:
             self._train_step()
-            if self.health.reason is not None and self._answer_trouble():
+            if self.health.must_go_back:
+                self._go_back()
                 continue
             if self.is_stopping or self._due(self.config.logging.interval):
                 self._log()
@@ -112,20 +133,45 @@ class Trainer:
         """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
         return self.step == self.config.train_steps or every(interval, self.step)
 
+    def _something_is_due(self) -> bool:
+        """Whether this step is followed by anything but the next."""
+        config = self.config
+        intervals = config.logging.interval, config.training.evaluation_interval, config.checkpoint.interval
+        return self.is_stopping or self.save_is_due or any(map(self._due, intervals))
+
     def _train_step(self) -> None:
+        """Hands a step to the device, then looks at the one before; at this one too if something is due."""
         rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
-        first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
+        first_sample, waited_s, bounds = self.stream.samples_consumed, self.stream.wait_s, self.health.limits()
         self.engine.stop_requested = self.stop.received is not None
         with self.limits.section("start" if self.is_first_step else "step"):
-            report, statistics = self.engine.train_step(self.batches, rate, self.health.judge)
-        self.step += 1
-        self.is_stopping = report.stop_requested
-        waited_s = self.stream.wait_s - waited_s
-        self.metrics.record(self.step, first_sample, rate, report, self.health.reason, waited_s)
-        self.trouble.remember(self.step, (first_sample, self.stream.samples_consumed), statistics)
+            report, statistics = self.engine.train_step(self.batches, rate, bounds)
+            self.step += 1
+            self.metrics.end_step()
+            samples, waited_s = (first_sample, self.stream.samples_consumed), self.stream.wait_s - waited_s
+            self.in_flight.append(StepInFlight(self.step, samples, rate, bounds, report, statistics, waited_s))
+            self._settle(all_but=1)
+            if self._something_is_due():
+                self._settle()
         self.rank_times.step(waited_s)
         self.goodput.spent("start_up" if self.is_first_step else "steps", waited_s)
         self.is_first_step = False
+
+    def _settle(self, all_but: int = 0) -> None:
+        """Reads what the steps in flight measured, but for the last `all_but`, and journals those refused."""
+        while len(self.in_flight) > all_but:
+            done = self.in_flight.popleft()
+            report = done.report.wait()
+            self.health.remember(report, done.limits)
+            reason = self.health.reason
+            self.is_stopping |= report.stop_requested
+            self.metrics.record(done.step, done.samples[0], done.learning_rate, report, reason, done.data_wait_s)
+            self.trouble.remember(done.step, done.samples, done.statistics)
+            if reason is not None:
+                trouble = self.trouble.report()
+                self.last_refusal = f"step {done.step}: {reason}; {trouble.words}"
+                if self.log is not None:
+                    self.log.refused(done.step, reason, trouble, self.metrics.last_row)
 
     def _log(self) -> None:
         rows = self.metrics.flush()
@@ -151,7 +197,7 @@ class Trainer:
         """Saves at intervals, at the end and when asked to stop; what falls on a refused step waits for a good one."""
         is_last = self.is_stopping or self.step == self.config.train_steps
         self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
-        if not self.save_is_due or (self.health.reason is not None and not is_last):
+        if not self.save_is_due or (self.health.in_trouble and not is_last):
             return
         rows = self.metrics.flush()
         if self.log is not None:
@@ -168,17 +214,13 @@ class Trainer:
             self.saver.finish()
         self.goodput.spent("save")
 
-    def _answer_trouble(self) -> bool:
-        """Journals a refused step; goes back where skipping has not helped. True if the run went back.
+    def _go_back(self) -> None:
+        """Restores the state before the first of the steps refused lately, and goes on with samples not read yet.
 
         Raises:
-            TrainingError: going back has not helped either, or there is nothing to go back to.
+            TrainingError: going back has not helped, or there is nothing to go back to.
         """
-        report = self.trouble.report()
-        if self.log is not None:
-            self.log.refused(self.step, str(self.health.reason), report, self.metrics.last_row)
-        if not self.health.must_go_back:
-            return False
+        self._settle()
         self._finish_save()
         first_refused = self.health.first_refused(self.step)
         saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
@@ -186,14 +228,9 @@ class Trainer:
             self._log()
             why = "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
             raise TrainingError(
-                f"step {self.step}: {self.health.reason}; {why}; {report.words}; see {self.folder}/journal.jsonl; "
+                f"{self.last_refusal}; {why}; see {self.folder}/journal.jsonl; "
                 "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
             )
-        self._go_back(saved, first_refused)
-        return True
-
-    def _go_back(self, saved: SavedCheckpoint, first_refused: int) -> None:
-        """Restores an earlier state and goes on with samples that were not read yet."""
         from_step, self.save_is_due = self.step, True  # soon, so that a crash does not lead to those samples again
         lost_s = sum(row["step_time_s"] for row in self.metrics.flush() if row["step"] > saved.step)
         self._restore(saved)

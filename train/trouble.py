@@ -41,7 +41,7 @@ class TroubleReporter:
         return self._steps[-1][3]
 
     def report(self) -> TroubleReport:
-        """The last step remembered; all ranks call."""
+        """The last step remembered, but for thresholds and temperatures, which are those of now; all ranks call."""
         snapshots = [
             (step, head_snapshot(self._engine.stage, statistics, self._engine.groups))
             for step, _, _, statistics in self._steps

@@ -1,12 +1,13 @@
-"""Clipping without waiting for the device, against PyTorch's own."""
+"""Clipping and leaving out without waiting for the device, against PyTorch's own."""
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from parallel.clipping import clip_on_device, global_norm
+from parallel.clipping import decide_on_device, global_norm
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -22,9 +23,11 @@ def step(max_norm: float, spoil: float | None = None) -> list[torch.nn.Parameter
     if spoil is not None:
         own[1].grad[2] = spoil
     adam = torch.optim.AdamW(own, lr=0.1, weight_decay=0.3, fused=True)
-    wrapper = SimpleNamespace(optimizer=adam, _global_grad_norm=global_norm([p.grad for p in own]))
-    clip_on_device(wrapper, max_norm)
+    norm = global_norm([p.grad for p in own])
+    report: Any = SimpleNamespace(gradient_norm=norm, accepted=norm.isfinite())
+    decide_on_device(adam, lambda: report, max_norm)
     adam.step()
+    assert not adam.state or all(state["step"] == report.accepted for state in adam.state.values())
     return own
 
 

@@ -14,16 +14,20 @@ from train.entropy_words import ceiling_nats, describe, first_fall
 from train.health import RECENT_STEPS, Health
 
 
-def report(loss: float, norm: float = 1.0) -> StepReport:
-    return StepReport(cross_entropy=loss, entropy_loss=0.0, gradient_norm=norm, stop_requested=False)
+def judge(health: Health, loss: float, norm: float = 1.0) -> bool:
+    """Whether a step that measured this is accepted, by what the device does with the limits."""
+    limits = health.limits()
+    accepted = math.isfinite(loss) and math.isfinite(norm) and loss <= limits.loss and norm <= limits.gradient_norm
+    health.remember(StepReport(loss, 0.0, norm, stop_requested=False, accepted=accepted), limits)
+    return accepted
 
 
 def test_what_is_not_finite_is_always_refused() -> None:
     health = Health(HealthConfig(spike_factor=0))
-    assert not health.judge(report(math.nan)) and "loss is nan" in str(health.reason)
-    assert not health.judge(report(math.inf))
-    assert not health.judge(report(3.0, math.inf)) and health.reason == "the gradients are not finite"
-    assert health.judge(report(1e9, 1e9)) and health.reason is None
+    assert not judge(health, math.nan) and "loss is nan" in str(health.reason)
+    assert not judge(health, math.inf)
+    assert not judge(health, 3.0, math.inf) and health.reason == "the gradients are not finite"
+    assert judge(health, 1e9, 1e9) and health.reason is None
 
 
 def test_spikes_are_told_from_an_ordinary_curve() -> None:
@@ -33,20 +37,20 @@ def test_spikes_are_told_from_an_ordinary_curve() -> None:
     for step in range(2000):
         loss = 3 + 7 * math.exp(-step / 100) + noise.gauss(0, 0.05)
         norm = math.exp(noise.gauss(0, 0.3)) * (3 if noise.random() < 0.01 else 1)
-        assert health.judge(report(loss, norm)), f"step {step}: {health.reason}"
+        assert judge(health, loss, norm), f"step {step}: {health.reason}"
     for _ in range(3):
-        assert not health.judge(report(4.0)) and "far above recent steps" in str(health.reason)
-        assert not health.judge(report(3.0, 60.0)) and "gradient norm" in str(health.reason)
-    assert health.judge(report(3.05))
+        assert not judge(health, 4.0) and "far above recent steps" in str(health.reason)
+        assert not judge(health, 3.0, 60.0) and "gradient norm" in str(health.reason)
+    assert judge(health, 3.05)
 
 
 def test_skipping_escalates_to_going_back_and_to_stopping() -> None:
     health = Health(HealthConfig(skip_limit=3, rollback_limit=2))
     for _ in range(10):
-        health.judge(report(3.0))
+        judge(health, 3.0)
     for _ in range(3):
         assert not health.must_go_back
-        health.judge(report(math.nan))
+        judge(health, math.nan)
     assert health.must_go_back and health.first_refused(13) == 11
     assert health.may_go_back(13)
     health.forget()
@@ -85,11 +89,13 @@ def test_one_bad_step_is_skipped_by_all_ranks_and_journalled(tiny_config: Path, 
     assert "step 4 skipped: the loss is nan" in answer.stderr
 
 
-def test_a_skipped_step_changes_nothing(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_skipped_step_changes_nothing(tiny_config: Path, tmp_path: Path, precision: str) -> None:
     """Refused by DeepSpeed for its gradients or by us for its loss, step 4 leaves the same weights to step 5."""
     fifth = []
     for name, factor in (("nan", math.nan), ("spike", 1e4)):
-        options = [f"run_dir={tmp_path}/{name}", "training.train_steps=5", "health.window=4"]
+        options = [f"run_dir={tmp_path}/{name}", f"training.precision={precision}", "training.train_steps=5"]
+        options.append("health.window=4")
         assert run_faulty(with_bad_samples, 1, tiny_config, options, 24, 32, factor, 0).statuses == [0]
         steps = [row for row in without_times(tmp_path / name) if "learning_rate" in row]
         assert [row["step"] for row in steps if "skipped" in row] == [4]
@@ -118,6 +124,20 @@ def test_the_run_goes_back_past_the_samples_that_hurt_it(tiny_config: Path, tmp_
 
     marker = read_marker(Folder(str(run / "checkpoints/step_00000012")))
     assert marker["data_state"]["samples_consumed"] == 64 + 8 * 8
+
+
+def test_trouble_between_logging_steps_is_answered_one_step_late(tiny_config: Path, tmp_path: Path) -> None:
+    """Steps 6 to 8 are refused when they run, and the run goes back when step 9, already under way, is done."""
+    options = ["checkpoint.interval=5", "health.skip_limit=3", "logging.interval=50", "training.evaluation_interval=0"]
+    answer = run_faulty(with_bad_samples, 1, tiny_config, options, 40, 64, math.nan, 0)
+    assert answer.statuses == [0], answer.stderr
+    events = journal(tmp_path / "run")
+    assert [row["step"] for row in events if row["event"] == "skipped step"] == [6, 7, 8]
+    (back,) = (row for row in events if row["event"] == "rolled back")
+    assert (back["from_step"], back["step"], back["first_refused"], back["next_sample"]) == (9, 5, 6, 72)
+    steps = [row for row in rows(tmp_path / "run") if "learning_rate" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13)) and not any("skipped" in row for row in steps)
+    assert [row["first_sample"] // 8 for row in steps] == [0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15]
 
 
 def test_trouble_that_stays_ends_the_run_with_what_was_saved(tiny_config: Path, tmp_path: Path) -> None:
