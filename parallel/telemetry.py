@@ -74,7 +74,8 @@ class PendingReport:
         norm = torch.zeros_like(parts[:1]) + gradient_norm if groups.grid.rank == 0 else torch.zeros_like(parts[:1])
         summed = sum_over_ranks(torch.cat([parts, norm, torch.full_like(norm, float(stop_requested))]))
         loss, norm = summed[:2].sum(), summed[2]
-        self.gradient_norm = norm.where(norm.isfinite() & (norm >= 0), math.inf)  # DeepSpeed: -1 for NaN
+        bad = norm.isfinite().logical_not() | (norm < 0)  # DeepSpeed: -1 for NaN
+        self.gradient_norm = norm.masked_fill(bad, math.inf)
         finite = loss.isfinite() & self.gradient_norm.isfinite()
         self.accepted = finite & (loss <= limits.loss) & (norm <= limits.gradient_norm)
         numbers = torch.stack([summed[0], summed[1], self.gradient_norm, summed[3], self.accepted.double()])
