@@ -83,7 +83,8 @@ class ModelConfig:
     )
     temperature_form: Literal["exp", "raw"] = _explained(
         "exp",
-        "'exp' trains ln t and so keeps t positive; 'raw' trains t itself as in the paper, where it can cross zero.",
+        "'exp' trains ln(t / temperature_init) and so keeps t positive, and finely resolved in bf16; 'raw' trains t "
+        "itself as in the paper, where it can cross zero.",
     )
     temperature_init: float = _explained(
         0.01,

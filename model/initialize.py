@@ -70,8 +70,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
             dim=1
         )
     if kind == "temperature_parameter":
-        start = math.log(config.temperature_init) if config.temperature_form == "exp" else config.temperature_init
-        return torch.full(shape, start)
+        return torch.full(shape, 0.0 if config.temperature_form == "exp" else config.temperature_init)
     if kind == "threshold":
         return torch.full(shape, config.threshold_init)
     if kind == "alpha":

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.key_bias = nn.Parameter(torch.empty(heads, width))
         self.output = nn.Linear(heads * width, config.hidden_size, bias=False)
         self.core = CoreAttention(config)
-        self.temperature_form = config.temperature_form
+        self.temperature_form, self.temperature_init = config.temperature_form, config.temperature_init
         shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[
             config.temperature or "none"
         ]
@@ -97,7 +97,7 @@ class Attention(nn.Module):
             return None
         if self.temperature_form == "exp":
             exact = torch.promote_types(self.temperature_parameter.dtype, torch.float32)
-            return self.temperature_parameter.to(exact).exp()
+            return self.temperature_init * self.temperature_parameter.to(exact).exp()
         return self.temperature_parameter
 
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 MARKER, TENSORS = "checkpoint.json", "tensors.json"
-FORMAT = 2
+FORMAT = 3
 NEEDED = {"format", "step", "adam_step", "data_state", "config", "dataset", "files"}
 PIECE_BYTES = 1 << 24
 

@@ -1,6 +1,7 @@
 """Runs a `Transformer` and the plain reference on the same random parameters and compares all that training uses."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +59,13 @@ def random_value(name: str, shape: torch.Size, config: ModelConfig, generator: t
     kind = name.rsplit(".", 1)[-1]
     if kind == "temperature_parameter" and config.temperature_form == "raw":
         return torch.where(noise > -1.5, 0.5 + noise.abs(), -0.5 + noise)  # of either sign, as the paper leaves it
+    if kind == "temperature_parameter":
+        return 0.2 * noise - math.log(config.temperature_init)  # t about 1
     if kind == "threshold":
         return 0.5 + 0.2 * noise
     if kind in ("alpha", "beta", "gain") or name.endswith("norm.weight"):
         return 1.0 + 0.15 * noise
-    return noise * (0.25 if len(shape) == 2 and "temperature" not in name else 0.2)
+    return noise * (0.25 if len(shape) == 2 else 0.2)
 
 
 def random_batch(sizes: Sizes, tokens: int, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ class Recipe:
     temperature: str = "none"
     regularized: bool = False
     raw_temperature: bool = False
+    temperature_init: float = 0.01
     weight_normalized: str = ""
     spectrally_normalized: str = ""
     final_norm: bool = True
@@ -208,7 +209,7 @@ def _temperature(own: Parameters, recipe: Recipe, head: int, tokens: int) -> lis
     if recipe.temperature == "none":
         return [1.0] * tokens
     stored = own["attention.temperature_parameter"][head]
-    t = stored if recipe.raw_temperature else stored.exp()
+    t = stored if recipe.raw_temperature else recipe.temperature_init * stored.exp()
     return [t if recipe.temperature == "per_head" else t[position] for position in range(tokens)]
 
 

@@ -94,7 +94,7 @@ def test_scalars_and_vectors_start_as_the_method_says() -> None:
         "alpha": 1.0,
         "beta": 1.0,
         "threshold": 0.4,
-        "temperature_parameter": math.log(0.1),
+        "temperature_parameter": 0.0,
         "query_bias": 0.0,
         "key_bias": 0.0,
         "norm.weight": 1.0,
@@ -236,3 +236,14 @@ def test_a_wide_tied_head_does_not_start_by_repeating_its_input() -> None:
         with torch.no_grad():
             losses[initialization] = (model(tokens, labels)[0] / labels.numel()).item() - math.log(VOCAB)
     assert losses["paper"] > 3 * losses["scaled"]
+
+
+def test_bf16_resolves_small_changes_of_a_temperature() -> None:
+    """A parameter of ln t itself would move in steps of 1.6% at t = 0.01."""
+    model = Transformer(CONFIG, VOCAB)
+    initialize(model, CONFIG, VOCAB, seed=1)
+    attention = model.layers["0"].attention
+    for change in (0.001, -0.004, 0.05):
+        attention.temperature_parameter.data.fill_(change)
+        t = attention.bfloat16().temperature()
+        torch.testing.assert_close(t, torch.full_like(t, 0.01 * math.exp(change)), rtol=2e-4, atol=0)
