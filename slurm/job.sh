@@ -6,6 +6,8 @@
 #   USR1: the time limit is near                the ranks have saved: requeue
 #   TERM: cancelled, preempted, a node failed   leave it to Slurm, which requeues all but the cancelled by itself
 #   exit status 2 or 3                          cannot start as asked, or numbers went wrong: a restart would not help
+#                                               (most of it is found before srun: a rank that is quick to refuse has Slurm
+#                                               kill the slow ones, whose status then hides its own)
 #   anything else (a rank died, a hang)         requeue
 # A requeue is refused after MAX_RESTARTS in all, and after MAX_STALLED starts in a row that saved nothing new.
 
@@ -45,7 +47,7 @@ train() {
     local config=$1 python run_dir status
     shift
     python=$(find_python)
-    run_dir=$("$python" -m train.snapshot --config "$config" "$@") || exit 2
+    run_dir=$("$python" -m train.snapshot --config "$config" --world-size "$SLURM_NTASKS" "$@") || exit 2
     last_saved_step "$run_dir" >> "$run_dir/starts.txt"
     say "training in $run_dir on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks; newest checkpoint: step $(tail -n 1 "$run_dir/starts.txt")"
     asked=""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
 from data.errors import DataError  # noqa: E402
-from train.config import Config, ConfigError, dataset_faults, load_config, world_faults  # noqa: E402
+from train.config import Config, ConfigError, load_config  # noqa: E402
+from train.preflight import preflight  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
 from train.signals import StopRequest  # noqa: E402
 
@@ -70,13 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(config: Config, stop: StopRequest) -> int:
     """Checks what needs no device, then trains."""
-    from data.manifest import load_manifest
     from parallel.launch import LaunchError, choose_accelerator, world_size
 
-    manifest = load_manifest(config.data.path, config.data.read_options())
-    faults = world_faults(config, world_size()) + dataset_faults(config, manifest)
-    if faults:
-        raise ConfigError(faults)
+    manifest = preflight(config, world_size())
     choose_accelerator()
     from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError

@@ -1,9 +1,10 @@
 """Copies the code and the resolved configuration into a run's folder, and prints that folder:
 
-    python -m train.snapshot --config configs/ereg_1b.json [section.key=value ...]
+    python -m train.snapshot --config configs/ereg_1b.json --world-size 16 [section.key=value ...]
 
-A job that is requeued for weeks then runs what it was submitted with, whatever happens to the checkout meanwhile. A
-snapshot that is there already is kept; delete run_dir/code to have a new one taken.
+Before that, what cannot start on so many processes is refused (exit status 2), by one process and in one place. A job
+that is requeued for weeks then runs what it was submitted with, whatever happens to the checkout meanwhile. A snapshot
+that is there already is kept; delete run_dir/code to have a new one taken.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from data.errors import DataError
 from train.config import ConfigError, load_config
+from train.preflight import preflight
 from train.run_dir import COMMIT, git_commit, write_atomically
 
 PACKAGES = ("model", "parallel", "data", "train", "configs", "slurm")
@@ -23,14 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.snapshot", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes that will train")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        preflight(config, options.world_size)
         run_dir = Path(config.run_dir)
         take(run_dir)
         resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
         write_atomically(run_dir / "resolved.json", json.dumps(resolved, indent=2) + "\n")
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         return _failed(str(error))
     except OSError as error:
         return _failed(f"run_dir {config.run_dir}: cannot be written ({error}); choose another run_dir")
