@@ -14,6 +14,7 @@ from train.scaling.analysis import compute_optimal, exponents, held_out, isoflop
 from train.scaling.compare import Curve, along_ladder, compare
 from train.scaling.ladder import learning_rate, plan
 from train.scaling.law import DELTA, FitError, LossLaw, bootstrap, fit, interval
+from train.scaling.outliers import outliers
 from train.scaling.points import Points, PointsError, points_of, read_csv, write_csv
 from train.study.suite import load_suite
 
@@ -67,6 +68,48 @@ def test_the_fit_is_the_minimum_that_another_optimizer_finds() -> None:
     )
     found = fit(points.parameters, points.tokens, losses)
     assert found.objective / DELTA <= other.fun * (1 + 1e-6)
+
+
+def with_strays(points: Points, count: int) -> Points:
+    """The first points moved to few tokens a parameter and 8% to 40% above the law: far, and with much leverage."""
+    n, d, losses = points.parameters.copy(), points.tokens.copy(), points.losses.copy()
+    n[:count] = np.linspace(2e9, 7e9, count)
+    d[:count] = n[:count] * np.linspace(0.6, 0.05, count)
+    losses[:count] = CHINCHILLA.loss(n[:count], d[:count]) * np.linspace(1.08, 1.4, count)
+    return Points(points.name, n, d, losses, 6 * n * d)
+
+
+def test_outliers_are_told_from_the_rest_and_bend_the_law_no_more() -> None:
+    points = with_strays(made_points(CHINCHILLA, noise=0.004, count=40), 4)
+    law = fit(points.parameters, points.tokens, points.losses).law
+    found = outliers(points, law)
+    assert list(np.flatnonzero(found.far)) == list(range(4)) and (found.deviations[:4] > 0).all()
+    assert found.spread == pytest.approx(0.004, rel=0.25)
+    assert abs(found.law.beta - 0.28) < 0.01 < abs(law.beta - 0.28)
+    for count in (10, 30, 120):
+        points = made_points(CHINCHILLA, noise=0.01, count=count, seed=count)
+        law = fit(points.parameters, points.tokens, points.losses).law
+        assert not outliers(points, law).far.any(), "noise alone has none"
+
+
+def test_fit_lists_outliers_and_leaves_them_out_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, laws = tmp_path / "made.csv", tmp_path / "laws.json"
+    few = points_of("few", [(1e8, 1e9, 3.0, 6e17)])
+    write_csv(file, [with_strays(made_points(CHINCHILLA, noise=0.004, count=40), 4), few])
+    betas = {}
+    for option in ([], ["--without-outliers"]):
+        assert main(["fit", str(file), "--resamples", "20", "--output", str(laws), *option]) == 0
+        row = json.loads(laws.read_text())["architectures"]["made"]
+        betas[len(row["left_out"])] = row["beta"], row["points"]
+    out = capsys.readouterr().out
+    assert "4 points lie more than 6 robust standard deviations" in out and "Left out: 4 outliers" in out
+    assert "few: no law: 1 points" in out, "what has a law is not lost with what has none"
+    assert betas[0][1] == 40 and betas[1][1] == 36 and abs(betas[1][0] - 0.28) < 0.01 < abs(betas[0][0] - 0.28)
+    assert main(["report", str(file), "--resamples", "20", "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| made, outliers left out |" in text and "tokens/parameter" in text and "few: no law" in text
 
 
 @pytest.mark.parametrize(
@@ -161,10 +204,32 @@ def test_csv_is_read_under_the_names_people_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "names", "remarks"),
+    [
+        ("Params (M)\tTokens (billions)\tval loss\n70\t1.5\t3.5\n160M\t3\t3.25\n", ["bits"], ()),
+        ("name,N,D,loss\na,7e7,1e9,3.5\nb,1.6e8,1e9,3.2\n", ["bits"], ()),  # each names a run
+        ("model,N,D,loss\nx,7e7,1e9,3.5\nx,1.6e8,1e9,3.2\ny,7e7,1e9,3.4\n", ["x", "y"], ()),
+        ("N,D,loss\n7e7,1e9,3.5\n\n1e8,1e9,\n1e8,1e9,nan\n", ["bits"],
+         ("2 rows without a value left out (lines 4, 5)",)),
+        ("N,D,loss\n7e7,1e9,3.5\n7e7,1e9,3.5\n", ["bits"], ("1 points repeat another to the last digit; each counts",)),
+    ],
+)  # fmt: skip
+def test_csv_as_people_publish_it(tmp_path: Path, text: str, names: list[str], remarks: tuple) -> None:
+    file = tmp_path / "bits.csv"
+    file.write_text(text)
+    found = read_csv(file)
+    assert [points.name for points in found] == names
+    assert found[0].parameters[0] == 7e7 and found[0].losses[0] == 3.5 and found[0].remarks == remarks
+    assert found[0].tokens[0] == (1.5e9 if "billions" in text else 1e9)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("N,D,loss\n1e9,1e10,nan\n", "line 2, column loss"),
-        ("N,D,loss\n1e9,,3\n", "line 2, column D"),
+        ("N,D,loss\n1e9,1e10,0\n", "line 2, column loss"),
+        ("N;D;loss\n1e9;1e10;3,5\n", "line 2, column loss: '3,5'"),
+        ("N,D,loss\n1e9,,3\n", "not one row has a value"),
+        ("N,D,loss\n70,1e9,3\n", "line 2, column N: comes to 70"),
         ("N,loss\n1e9,3\n", "no column for D"),
         ("a,b\n1,2\n", "no column for N, loss, D"),
         ("N,D,loss\n", "no rows"),

@@ -13,12 +13,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.config import ARCHITECTURES
 from train.scaling.ladder import LadderError, plan, suite_tree
 from train.scaling.law import FitError
 from train.scaling.points import PointsError
 from train.study.suite import SuiteError
+
+if TYPE_CHECKING:
+    from train.scaling.source import Analysis
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +56,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                              help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
         command.add_argument("--least-ratio", type=float, default=0.0, metavar="R",
                              help="leave out points with fewer tokens a parameter (default: none)")  # fmt: skip
+        command.add_argument("--without-outliers", action="store_true",
+                             help="leave out points far off the law of the others; listed anyway")  # fmt: skip
         command.add_argument(
             "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)"
         )
@@ -124,15 +130,17 @@ def make_plan(options: argparse.Namespace) -> int:
 
 
 def make_fit(options: argparse.Namespace) -> int:
-    from train.scaling.report import coefficient_table
+    from train.scaling import summary
     from train.scaling.source import save_fits
 
-    analyses = _analyses(options)
-    header, rows = coefficient_table(analyses)
-    for row in rows:
-        for name, cell in zip(header, row, strict=True):
-            print(f"{name:20} {cell}")
-        print()
+    analyses, failures = _analyses(options)
+    for one in analyses:
+        print(f"{one.name}: {summary.series_text(one.series, _counted(options))}")
+        if text := summary.outliers_text(one):
+            print("", text, *summary.lines_of(summary.outlier_table(one)), sep="\n")
+        print("", *summary.lines_of(summary.coefficient_table([one]), turned=True), "", sep="\n")
+    for line in failures:
+        print(line)
     if options.output is not None:
         save_fits(options.output, options.source, options.parameters, analyses)
         print(f"written: {options.output}")
@@ -143,13 +151,18 @@ def make_report(options: argparse.Namespace) -> int:
     from train.scaling.report import write_report
 
     folder = options.output or options.source.parent / "report"
-    for file in write_report(folder, options.source, options.parameters, _analyses(options), options.note):
+    for file in write_report(folder, options.source, _counted(options), *_analyses(options), options.note):
         print(file)
     return 0
 
 
-def _analyses(options: argparse.Namespace) -> list:
-    from train.scaling.source import analyse, load_series
+def _counted(options: argparse.Namespace) -> str:
+    """In brackets which parameters are N; a CSV file knows only its own."""
+    return f" ({options.parameters})" if options.source.suffix == ".json" else ""
+
+
+def _analyses(options: argparse.Namespace) -> tuple[list["Analysis"], list[str]]:
+    from train.scaling.source import analyse_all, load_series
 
     columns = {}
     for item in options.columns:
@@ -158,7 +171,7 @@ def _analyses(options: argparse.Namespace) -> list:
             raise PointsError(f"--columns {item!r}: expected N=, D=, C=, loss= or architecture= and a column's name")
         columns[key] = column
     series = load_series(options.source, options.parameters, columns, options.least_ratio)
-    return [analyse(one, options.resamples) for one in series]
+    return analyse_all(series, options.resamples, options.without_outliers)
 
 
 def make_prediction(options: argparse.Namespace) -> int:

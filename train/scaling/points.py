@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Row = dict[str, str]
 
 
 class PointsError(ValueError):
@@ -19,67 +20,123 @@ class PointsError(ValueError):
 
 @dataclass(frozen=True)
 class Points:
-    """Runs of one architecture: parameters N, tokens D, training FLOPs C, and the loss in nats a token; each [P]."""
+    """Runs of one architecture: parameters N, tokens D, training FLOPs C, and the loss in nats a token; each [P].
+
+    Attributes:
+        remarks: what was noticed when they were read, one sentence without a full stop each.
+    """
 
     name: str
     parameters: Array
     tokens: Array
     losses: Array
     flops: Array
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def where(self, kept: NDArray[np.bool_]) -> "Points":
-        return Points(self.name, self.parameters[kept], self.tokens[kept], self.losses[kept], self.flops[kept])
+        n, d, losses, c = (values[kept] for values in (self.parameters, self.tokens, self.losses, self.flops))
+        return Points(self.name, n, d, losses, c, self.remarks)
 
 
-# Column names as people write them, lower case without spaces and marks.
+# Column names as people write them, lower case without spaces, marks and a unit in brackets.
 ALIASES = {
-    "N": ("n", "params", "parameters", "numparams", "numparameters", "modelsize", "modelparams", "nparams"),
-    "D": ("d", "tokens", "trainingtokens", "traintokens", "numtokens", "ntokens", "datasize", "data"),
-    "C": ("c", "flops", "flop", "trainingflop", "trainingflops", "trainflops", "compute"),
+    "N": ("n", "params", "parameters", "numparams", "numparameters", "parametercount", "modelsize", "modelparams",
+          "nparams"),
+    "D": ("d", "tokens", "trainingtokens", "traintokens", "numtokens", "ntokens", "totaltokens", "datasize", "data"),
+    "C": ("c", "flops", "flop", "trainingflop", "trainingflops", "trainflops", "compute", "budget"),
     "loss": ("loss", "l", "validationloss", "valloss", "finalloss", "testloss", "evalloss", "crossentropy"),
-    "architecture": ("architecture", "arch", "model", "name", "series"),
-}
+    "architecture": ("architecture", "arch", "series", "family", "experiment", "dataset", "model", "name"),
+}  # fmt: skip
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+UNIT = re.compile(r"[(\[](k|m|b|g|t|thousand|million|billion|trillion)s?[)\]]\s*$", re.IGNORECASE)  # "params (M)"
+THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
+MISSING = {"", "-", "nan", "na", "n/a", "none", "null", "inf"}
+FEWEST = 1000  # parameters or tokens; smaller numbers are counts of millions or billions
+DELIMITERS = ",;\t"
 
 
 def read_csv(path: Path, columns: dict[str, str] | None = None) -> list[Points]:
     """Reads points of each architecture in a file with a header line.
 
     Columns are found by name (see ALIASES) unless `columns` says which is which, say {"N": "Model Size"}. Where D is
-    absent it is C / (6 N), where C is absent it is 6 N D. Numbers may end in K, M, B, T.
+    absent it is C / (6 N), where C is absent it is 6 N D. Numbers may end in K, M, B, T, or the header in (M) or
+    (billions). Rows without a value are left out, and a remark says so. A column that was not asked for tells
+    architectures apart only where one of its values stands for several sizes: else it names runs or sizes.
 
     Raises:
         PointsError: no such file or column, or a value that is no positive number; names line and column.
     """
+    rows = _rows(path)
+    found = _columns(path, list(rows[0][1]), columns or {})
+    points = {line: _values(path, line, row, found) for line, row in rows}
+    complete = [(row, values) for line, row in rows if (values := points[line]) is not None]
+    if not complete:
+        raise PointsError(f"{path}: not one row has a value in all of {', '.join(map(repr, found.values()))}")
+    names = [(row[found["architecture"]] or "").strip() if "architecture" in found else "" for row, _ in complete]
+    if "architecture" not in (columns or {}) and not _tells_apart(names, [values[0] for _, values in complete]):
+        names = [""] * len(complete)
+    remarks = _missing([line for line, _ in rows if points[line] is None])
+    series: dict[str, list[list[float]]] = {}
+    for name, (_, values) in zip(names, complete, strict=True):
+        series.setdefault(name or path.stem, []).append(values)
+    return [points_of(name, members, remarks + _repeats(members)) for name, members in series.items()]
+
+
+def _rows(path: Path) -> list[tuple[int, Row]]:
+    """(line, header's word -> text) of each row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(DELIMITERS, key=header.count))
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PointsError(f"{path}: cannot be read as CSV ({error})") from None
     if not rows:
         raise PointsError(f"{path}: holds no rows under its header; expected columns N, D and loss")
-    found = _columns(path, list(rows[0]), columns or {})
-    series: dict[str, list[list[float]]] = {}
-    for line, row in enumerate(rows, start=2):
-        n = _number(path, line, row, found["N"])
-        c = _number(path, line, row, found["C"]) if "C" in found else None
-        d = _number(path, line, row, found["D"]) if "D" in found else None
-        if d is None:
-            assert c is not None, "_columns asks for D or C"
-            d = c / (6 * n)
-        loss = _number(path, line, row, found["loss"])
-        name = (row[found["architecture"]] or "").strip() if "architecture" in found else ""
-        series.setdefault(name or path.stem, []).append([n, d, loss, c if c is not None else 6 * n * d])
-    return [points_of(name, values) for name, values in series.items()]
+    return rows
 
 
-def points_of(name: str, rows: Sequence[Sequence[float]]) -> Points:
+def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[float] | None:
+    """N, D, loss, C of a row; None where one of them is missing and does not follow from the others."""
+    n, d, c, loss = (_number(path, line, row, found[key]) if key in found else None for key in ("N", "D", "C", "loss"))
+    if n is None or loss is None or (d is None and c is None):
+        return None
+    if d is None:
+        assert c is not None
+        d = c / (6 * n)
+    for count, column in ((n, found["N"]), (d, found.get("D", found.get("C")))):
+        if count < FEWEST:
+            raise PointsError(
+                f"{path}: line {line}, column {column}: comes to {count:g} parameters or tokens; counts are wanted, "
+                "say 70M or 7e7, or a header such as 'params (M)'"
+            )
+    return [n, d, loss, c if c is not None else 6 * n * d]
+
+
+def _tells_apart(names: Sequence[str], sizes: Sequence[float]) -> bool:
+    """Whether a column's values are architectures rather than runs or sizes."""
+    pairs = set(zip(names, sizes, strict=True))
+    return len(pairs) > len(set(names))
+
+
+def _missing(lines: Sequence[int]) -> tuple[str, ...]:
+    shown = ", ".join(str(line) for line in lines[:5]) + (", ..." if len(lines) > 5 else "")
+    return (f"{len(lines)} rows without a value left out (lines {shown})",) if lines else ()
+
+
+def _repeats(points: Sequence[Sequence[float]]) -> tuple[str, ...]:
+    count = len(points) - len({tuple(point) for point in points})
+    return (f"{count} points repeat another to the last digit; each counts",) if count else ()
+
+
+def points_of(name: str, rows: Sequence[Sequence[float]], remarks: tuple[str, ...] = ()) -> Points:
     """Points from rows (N, D, loss, C)."""
     n, d, loss, c = np.array(rows, dtype=float).T
-    return Points(name, n, d, loss, c)
+    return Points(name, n, d, loss, c, remarks)
 
 
 def write_csv(path: Path, series: Iterable[Points]) -> None:
@@ -95,7 +152,7 @@ def write_csv(path: Path, series: Iterable[Points]) -> None:
 def _columns(path: Path, header: list[str], chosen: dict[str, str]) -> dict[str, str]:
     """N, D, C, loss, architecture -> the header's own word for it."""
     known = [word for word in header if word]
-    plain = {re.sub(r"[^a-z0-9]", "", word.lower()): word for word in known}
+    plain = {re.sub(r"[^a-z0-9]", "", UNIT.sub("", word).lower()): word for word in known}
     found = {key: next((plain[word] for word in words if word in plain), "") for key, words in ALIASES.items()}
     for key, word in chosen.items():
         if word not in known:
@@ -106,21 +163,29 @@ def _columns(path: Path, header: list[str], chosen: dict[str, str]) -> dict[str,
     if missing:
         raise PointsError(
             f"{path}: no column for {', '.join(missing)} among {', '.join(known)}; name it with --columns, "
-            "say --columns N='Model Size'"
+            "say --columns N='Model Size' (losses are the logarithm of perplexities)"
         )
     return found
 
 
-def _number(path: Path, line: int, row: dict[str, str], column: str) -> float:
-    text = (row.get(column) or "").strip().replace(",", "").replace("_", "")
-    suffix = SUFFIXES.get(text[-1:].lower())
+def _number(path: Path, line: int, row: Row, column: str) -> float | None:
+    """A positive number; None where there is none."""
+    text = (row.get(column) or "").strip().replace("_", "")
+    if text.lower() in MISSING:
+        return None
+    unit = UNIT.search(column)
+    scale = SUFFIXES[unit[1][0].lower()] if unit else 1.0
+    if text[-1].lower() in SUFFIXES:
+        text, scale = text[:-1], scale * SUFFIXES[text[-1].lower()]
+    if THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
     try:
-        value = float(text[:-1]) * suffix if suffix else float(text)
+        value = float(text) * scale
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise PointsError(
             f"{path}: line {line}, column {column}: {row.get(column)!r} is not a positive number; correct it, or leave "
-            "the row out if that run diverged"
+            "it empty if that run diverged"
         )
     return value

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from train.scaling.analysis import compute_optimal, exponents, isoflops, power_law
+from train.scaling.analysis import compute_optimal, isoflops, power_law
 from train.scaling.compare import Crossing, compare
 from train.scaling.law import interval
-from train.scaling.source import COEFFICIENTS, Analysis
+from train.scaling.source import Analysis
+from train.scaling.summary import coefficient_table, outlier_table, outliers_text, series_text
 from train.study.document import Document
 
 DECADES_BEYOND = 3  # of compute, that allocations and crossings look ahead
@@ -16,16 +17,20 @@ RESAMPLES_COMPARED = 200
 MOST_COLUMNS = 10
 
 
-def write_report(folder: Path, source: Path, counted: str, analyses: list[Analysis], note: str = "") -> list[Path]:
-    """Writes report.md, report.html and the pictures; returns the two reports."""
+def write_report(
+    folder: Path, source: Path, counted: str, analyses: list[Analysis], failures: list[str], note: str = ""
+) -> list[Path]:
+    """Writes report.md, report.html and the pictures; returns the two reports.
+
+    Args:
+        counted: which parameters are N, 'total' or 'body', or '' where they are a file's own.
+        failures: a line for each series without a law.
+    """
     document = Document(folder, f"Scaling laws of {source.stem}")
     for one in analyses:
-        points = one.series.points
-        lost = f" Left out: {'; '.join(one.series.left_out)}." if one.series.left_out else ""
-        document.text(
-            f"**{points.name}**: {len(points)} points, {points.parameters.min():.3g} to {points.parameters.max():.3g} "
-            f"parameters ({counted}), {points.tokens.min():.3g} to {points.tokens.max():.3g} tokens.{lost}"
-        )
+        document.text(f"**{one.name}**: {series_text(one.series, counted)}")
+    for line in failures:
+        document.text(line)
     if note:
         document.text(note)
     _losses(document, analyses)
@@ -35,6 +40,8 @@ def write_report(folder: Path, source: Path, counted: str, analyses: list[Analys
         "Huber's loss (delta 1e-3) of residuals of ln L; brackets are 95% intervals of a bootstrap over points. "
         "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with most compute, predicted from the rest."
     )
+    for one in analyses:
+        _outliers(document, one)
     _single_pictures(document, analyses)
     _allocation(document, analyses)
     for first, second in combinations(analyses, 2):
@@ -58,25 +65,12 @@ def _losses(document: Document, analyses: list[Analysis]) -> None:
     document.table(["architecture", "parameters", *(f"{tokens / 1e6:.3g}M tokens" for tokens in lengths)], rows)
 
 
-def coefficient_table(analyses: list[Analysis]) -> tuple[list[str], list[list[str]]]:
-    header = ["architecture", *COEFFICIENTS, "a", "objective", "starts at the best", "held-out error"]
-    rows = []
-    for one in analyses:
-        intervals = one.intervals()
-        values = {**one.fit.law.as_row(), "a": exponents(one.fit.law)[0]}
-        cells = [
-            f"{values[key]:.4g} [{intervals[key][0]:.3g}, {intervals[key][1]:.3g}]" for key in (*COEFFICIENTS, "a")
-        ]
-        agreeing = f"{one.fit.agreeing} of the best 40 of {one.fit.starts}"
-        rows.append([one.series.points.name, *cells, f"{one.fit.objective:.4g}", agreeing, held_out_text(one)])
-    return header, rows
-
-
-def held_out_text(one: Analysis) -> str:
-    if one.held_out is None:
-        return "too few points"
-    errors = np.abs(one.held_out.relative_errors)
-    return f"{errors.mean():.2%} on average, {errors.max():.2%} at most, over {len(errors)}"
+def _outliers(document: Document, one: Analysis) -> None:
+    if not one.outliers.far.any():
+        return
+    document.text(f"**{one.name}**: {outliers_text(one)}")
+    header, rows = outlier_table(one)
+    document.table(header, rows)
 
 
 def _single_pictures(document: Document, analyses: list[Analysis]) -> None:

@@ -1,5 +1,6 @@
 """Points and costs of every architecture in a suite of runs or a CSV file, and the laws fitted to them."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from train.accounting import training_flops_per_token
 from train.run_dir import write_atomically
 from train.scaling.analysis import FlopsPerToken, HeldOut, exponents, held_out, six_flops_per_parameter
 from train.scaling.compare import Curve, along_ladder
-from train.scaling.law import Fit, LossLaw, bootstrap, fit, interval
+from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval
+from train.scaling.outliers import FAR, Outliers, outliers
 from train.scaling.points import Points, points_of, read_csv
 from train.study.results import Record, records
 from train.study.suite import load_suite
 
 Array = NDArray[np.float64]
+NONE = np.zeros(0)
 COEFFICIENTS = ("E", "A", "alpha", "B", "beta")
 
 
@@ -28,7 +31,7 @@ class Series:
 
     Attributes:
         communication_gb: of a private inference at N parameters; None for points from a CSV file.
-        left_out: runs without a result, one line each.
+        left_out: what is not among the points, one line each.
     """
 
     points: Points
@@ -56,7 +59,7 @@ def load_series(
         dropped = (
             (f"{int((~enough).sum())} points below {least_ratio:g} tokens a parameter",) if not enough.all() else ()
         )
-        kept.append(Series(one.points.where(enough), one.flops_per_token, one.communication_gb, one.left_out + dropped))
+        kept.append(dataclasses.replace(one, points=one.points.where(enough), left_out=one.left_out + dropped))
     return kept
 
 
@@ -85,23 +88,33 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     sizes = np.array(sorted(models), dtype=float)
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
     gigabytes = [models[n].cost.communication_gb for n in sorted(models)]
-    points = points_of(name, rows) if rows else Points(name, *(np.zeros(0) for _ in range(4)))
+    points = points_of(name, rows) if rows else Points(name, NONE, NONE, NONE, NONE)
     return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A series with its law."""
+    """A series with its law.
+
+    Attributes:
+        without: the analysis of the points that are not outliers, where there are outliers and enough others.
+    """
 
     series: Series
     fit: Fit
     resamples: list[LossLaw]
     held_out: HeldOut | None
+    outliers: Outliers
+    without: "Analysis | None" = None
+
+    @property
+    def name(self) -> str:
+        return self.series.points.name
 
     @property
     def curve(self) -> Curve:
         one = self.series
-        return Curve(one.points.name, self.fit.law, self.resamples, one.flops_per_token, one.communication_gb)
+        return Curve(self.name, self.fit.law, self.resamples, one.flops_per_token, one.communication_gb)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         found = {key: interval([getattr(law, key) for law in self.resamples]) for key in COEFFICIENTS}
@@ -109,12 +122,50 @@ class Analysis:
         return found
 
 
+def analyse_all(
+    series: list[Series], resamples: int, without_outliers: bool = False
+) -> tuple[list[Analysis], list[str]]:
+    """The analyses, and a line for each series whose points do not determine a law.
+
+    Raises:
+        FitError: no series does; one line each.
+    """
+    found, failures = [], []
+    for one in series:
+        try:
+            analysis = analyse(one, resamples)
+        except FitError as error:
+            failures.append(f"{one.points.name}: no law: {error}")
+            continue
+        found.append(analysis.without or analysis if without_outliers else analysis)
+    if not found:
+        raise FitError("\n".join(failures))
+    return found, failures
+
+
 def analyse(series: Series, resamples: int, seed: int = 1) -> Analysis:
-    """Fits, resamples and holds out; raises FitError where the points do not determine a law."""
+    """Fits, resamples and holds out; the same again without outliers.
+
+    Raises:
+        FitError: the points do not determine a law.
+    """
+    found = _analysis(series, resamples, seed)
+    far = found.outliers.far
+    if not far.any():
+        return found
+    words = f"{far.sum()} outliers, more than {FAR:g} robust standard deviations off the law of the others"
+    others = dataclasses.replace(series, points=series.points.where(~far), left_out=(*series.left_out, words))
+    try:
+        return dataclasses.replace(found, without=_analysis(others, resamples, seed))
+    except FitError:
+        return found
+
+
+def _analysis(series: Series, resamples: int, seed: int) -> Analysis:
     points = series.points
     found = fit(points.parameters, points.tokens, points.losses)
     laws = bootstrap(found.law, points.parameters, points.tokens, points.losses, resamples, seed)
-    return Analysis(series, found, laws, held_out(points))
+    return Analysis(series, found, laws, held_out(points), outliers(points, found.law))
 
 
 def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) -> None:
@@ -127,6 +178,7 @@ def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) 
             "intervals": one.intervals(),
             "objective": one.fit.objective,
             "points": len(points),
+            "left_out": one.series.left_out,
             "range_parameters": [points.parameters.min(), points.parameters.max()],
             "range_tokens": [points.tokens.min(), points.tokens.max()],
             "resamples": [list(law.as_row().values()) for law in one.resamples],
