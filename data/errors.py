@@ -1,7 +1,11 @@
 """The one error that reading or preparing data raises for its users."""
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class DataError(ValueError):
@@ -12,19 +16,33 @@ class DamagedShardError(DataError):
     """A shard is not what its manifest says."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line main; a `DataError` becomes one line on stderr and exit status 2.
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command-line main and exit with its status; a `DataError` becomes one line on stderr and exit status 2.
 
-    What the operating system refuses meanwhile (a full disk) is exit status 1.
+    What the operating system refuses meanwhile (a full disk) is exit status 1. Where whoever reads the output has seen
+    enough (`| head`), the command ends as quietly as one that SIGPIPE ends, with the status that a shell gives that.
     """
     try:
-        main()
+        status = main() or 0
+        sys.stdout.flush()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its exit
+            status = 128 + signal.SIGPIPE
+        else:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    sys.exit(status)
+
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe is that of the output, not one to another process."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import run_command
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
@@ -248,4 +249,4 @@ def _worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

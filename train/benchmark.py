@@ -9,6 +9,7 @@ Each says more with --help.
 
 import sys
 
+from data.errors import run_command
 from train import benchmark_attention, benchmark_learning, benchmark_step
 
 BENCHMARKS = {
@@ -28,4 +29,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

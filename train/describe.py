@@ -5,6 +5,7 @@ import json
 import textwrap
 import typing
 
+from data.errors import run_command
 from train.config import Config
 from train.config_tree import describe_type
 
@@ -28,4 +29,4 @@ def _print_key(name: str, annotation: typing.Any, key: dataclasses.Field) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

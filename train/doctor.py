@@ -22,7 +22,7 @@ from typing import Any
 if not __package__:  # run as a file: the packages lie beside train/, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.errors import DataError
+from data.errors import DataError, run_command
 from train.config import Config, ConfigError, load_config, world_faults
 
 OUTLIER = 0.8
@@ -158,4 +158,4 @@ def _versions(tables: list[dict[str, str]], hosts: list[str]) -> Row:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

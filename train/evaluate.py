@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, run_command
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
 from train.run_dir import RunError, read_config, write_atomically
@@ -101,4 +101,4 @@ def summary(row: dict[str, Any], run: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import run_command
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -304,4 +306,4 @@ def as_array(values: Any) -> Array:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

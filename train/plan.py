@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data.errors import run_command
 from parallel.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
 from parallel.volume import Volume, volume
 from train.accounting import training_flops_per_token
@@ -245,4 +246,4 @@ def layout_name(config: Config, ranks: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

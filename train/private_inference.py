@@ -18,6 +18,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import run_command
 from model.config import ModelConfig
 from train.accounting import ffn_width, nonlinear_operations
 from train.config import ConfigError, load_config
@@ -159,4 +160,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

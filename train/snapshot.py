@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.errors import DataError
+from data.errors import DataError, run_command
 from train.config import ConfigError, load_config
 from train.preflight import preflight
 from train.run_dir import COMMIT, git_commit, write_atomically
@@ -63,4 +63,4 @@ def _failed(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

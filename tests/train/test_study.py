@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from tests.conftest import TINY
 from train.scaling.source import load_series
-from train.study.__main__ import main
+from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.report import relative
 from train.study.results import Group, records
@@ -197,6 +199,20 @@ def test_an_array_job_trains_the_next_stage_of_every_run(
     assert main(["slurm", str(file)]) == 0
     assert capsys.readouterr().out.strip() == f"sbatch --array=0-0 slurm/sweep.sh {b}/tokens2560/stage.json"
     assert (b / "tokens2560" / "checkpoints" / "step_00000008" / "checkpoint.json").exists()
+
+
+def test_overrides_stand_anywhere_on_the_command_line() -> None:
+    options = parse(["run", "suite.json", "a.b=1", "--jobs", "3", "c.d=2", "--retry", "e.f=3"])
+    assert options.overrides == ["a.b=1", "c.d=2", "e.f=3"] and options.jobs == 3 and options.retry
+    with pytest.raises(SystemExit):
+        parse(["run", "suite.json", "--job", "3", "--again"])
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:
+    command = f"{sys.executable} -m train.study status configs/suites/paper.json | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    first, status = done.stdout.splitlines()
+    assert first.startswith("run ") and status == "141" and done.stderr == ""
 
 
 def test_later_trees_win_and_lengths_replace_each_other() -> None:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.errors import run_command
 from model.config import ARCHITECTURES
 from train.scaling.ladder import LadderError, plan, suite_tree
 from train.scaling.law import FitError
@@ -206,4 +207,4 @@ COMMANDS = {"plan": make_plan, "fit": make_fit, "report": make_report, "predict"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.errors import run_command
 from train.study.suite import Suite, SuiteError, load_suite
 
 
@@ -65,7 +66,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             metavar="section.key=value",
             help="for every run, say data.path=datasets/mine; output=DIR is the suite's folder",
         )
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)  # argparse leaves overrides that follow an option
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
 
 
 def run(suite: Suite, options: argparse.Namespace) -> int:
@@ -145,4 +151,4 @@ COMMANDS = {"run": run, "status": status, "report": report, "slurm": slurm}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

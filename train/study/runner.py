@@ -148,8 +148,12 @@ class Runner:
     say: Say = print
 
     def run(self, only: str | None = None) -> int:
-        """Runs everything unfinished; returns how many runs could not be finished, divergence not counted."""
-        runs = [run for run in self.suite.runs if only is None or only in (run.name, run.label)]
+        """Runs everything unfinished; returns how many runs could not be finished, divergence not counted.
+
+        One seed of every model comes before the next of any, so that a study cut short still compares all models.
+        """
+        chosen = [run for run in self.suite.runs if only is None or only in (run.name, run.label)]
+        runs = sorted(chosen, key=lambda run: run.seed)
         self.suite.output.mkdir(parents=True, exist_ok=True)
         write_environment(self.suite.output)
         stop = threading.Event()
