@@ -14,10 +14,10 @@ from tests.conftest import TINY
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
-from train.study.report import relative
 from train.study.results import Group, records
 from train.study.runner import branch_off, forked, prepare, read_lines, read_state
 from train.study.suite import SuiteError, load_suite, merged
+from train.study.table import gap_text, relative
 
 SECTIONS = {key: dict(TINY[key]) for key in ("model", "regularizer", "checkpoint", "logging")}
 
@@ -139,6 +139,10 @@ def test_intervals_over_seeds_are_students(finished: Path) -> None:
     spread = group.mean_and_half_width()
     assert spread is not None and spread[0] == pytest.approx(sum(values) / 2)
     assert spread[1] == pytest.approx(12.706 * abs(values[0] - values[1]) / 2, rel=1e-3)  # t of 1 degree of freedom
+    baseline = Group(tuple(record for record in records(load_suite(finished)) if record.label.endswith("SM+LN+G")))
+    first, second = (mine / theirs - 1 for mine, theirs in zip(values, baseline.perplexities, strict=True))
+    half = 12.706 * abs(first - second) / 2
+    assert gap_text(group, baseline) == f"{(first + second) / 2:+.1%} ± {half:.1%}" and gap_text(group, None) == "-"
     assert relative(3.21, 2.69) == "+19.3%" and relative(None, 2.69) == "-"
 
 

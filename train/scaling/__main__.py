@@ -23,7 +23,7 @@ from train.scaling.points import PointsError
 from train.study.suite import SuiteError
 
 if TYPE_CHECKING:
-    from train.scaling.source import Analysis
+    from train.scaling.source import Series
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,9 +132,11 @@ def make_plan(options: argparse.Namespace) -> int:
 
 def make_fit(options: argparse.Namespace) -> int:
     from train.scaling import summary
-    from train.scaling.source import save_fits
+    from train.scaling.source import analyse_all, save_fits
 
-    analyses, failures = _analyses(options)
+    analyses, failures = analyse_all(_series(options), options.resamples, options.without_outliers)
+    if not analyses:
+        raise FitError("\n".join(failures))
     for one in analyses:
         print(f"{one.name}: {summary.series_text(one.series, _counted(options))}")
         if text := summary.outliers_text(one):
@@ -150,9 +152,12 @@ def make_fit(options: argparse.Namespace) -> int:
 
 def make_report(options: argparse.Namespace) -> int:
     from train.scaling.report import write_report
+    from train.scaling.source import analyse_all
 
     folder = options.output or options.source.parent / "report"
-    for file in write_report(folder, options.source, _counted(options), *_analyses(options), options.note):
+    series = _series(options)
+    analyses, failures = analyse_all(series, options.resamples, options.without_outliers)
+    for file in write_report(folder, options.source, _counted(options), series, analyses, failures, options.note):
         print(file)
     return 0
 
@@ -162,8 +167,8 @@ def _counted(options: argparse.Namespace) -> str:
     return f" ({options.parameters})" if options.source.suffix == ".json" else ""
 
 
-def _analyses(options: argparse.Namespace) -> tuple[list["Analysis"], list[str]]:
-    from train.scaling.source import analyse_all, load_series
+def _series(options: argparse.Namespace) -> list["Series"]:
+    from train.scaling.source import load_series
 
     columns = {}
     for item in options.columns:
@@ -171,8 +176,7 @@ def _analyses(options: argparse.Namespace) -> tuple[list["Analysis"], list[str]]
         if not equals or key not in ("N", "D", "C", "loss", "architecture"):
             raise PointsError(f"--columns {item!r}: expected N=, D=, C=, loss= or architecture= and a column's name")
         columns[key] = column
-    series = load_series(options.source, options.parameters, columns, options.least_ratio)
-    return analyse_all(series, options.resamples, options.without_outliers)
+    return load_series(options.source, options.parameters, columns, options.least_ratio)
 
 
 def make_prediction(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from train.scaling.analysis import compute_optimal, isoflops, power_law
 from train.scaling.compare import Crossing, compare
 from train.scaling.law import interval
-from train.scaling.source import Analysis
+from train.scaling.source import Analysis, Series
 from train.scaling.summary import coefficient_table, outlier_table, outliers_text, series_text
 from train.study.document import Document
 
@@ -18,7 +18,13 @@ MOST_COLUMNS = 10
 
 
 def write_report(
-    folder: Path, source: Path, counted: str, analyses: list[Analysis], failures: list[str], note: str = ""
+    folder: Path,
+    source: Path,
+    counted: str,
+    series: list[Series],
+    analyses: list[Analysis],
+    failures: list[str],
+    note: str = "",
 ) -> list[Path]:
     """Writes report.md, report.html and the pictures; returns the two reports.
 
@@ -27,13 +33,17 @@ def write_report(
         failures: a line for each series without a law.
     """
     document = Document(folder, f"Scaling laws of {source.stem}")
-    for one in analyses:
-        document.text(f"**{one.name}**: {series_text(one.series, counted)}")
+    known = {one.name: one.series for one in analyses}  # without outliers, where they are left out
+    for points in series:
+        name = points.points.name
+        document.text(f"**{name}**: {series_text(known.get(name, points), counted)}")
     for line in failures:
         document.text(line)
     if note:
         document.text(note)
-    _losses(document, analyses)
+    _losses(document, series)
+    if not analyses:
+        return document.write()
     document.heading("L(N, D) = E + A / N^alpha + B / D^beta")
     document.table(*coefficient_table(analyses))
     document.text(
@@ -49,15 +59,15 @@ def write_report(
     return document.write()
 
 
-def _losses(document: Document, analyses: list[Analysis]) -> None:
+def _losses(document: Document, series: list[Series]) -> None:
     """The points themselves, where they make a table that can be read."""
-    lengths = sorted({float(tokens) for one in analyses for tokens in one.series.points.tokens})
-    if len(lengths) > MOST_COLUMNS:
+    lengths = sorted({float(tokens) for one in series for tokens in one.points.tokens})
+    if not lengths or len(lengths) > MOST_COLUMNS:
         return
     document.heading("Losses in nats a token")
     rows = []
-    for one in analyses:
-        points = one.series.points
+    for one in series:
+        points = one.points
         found = dict(zip(zip(points.parameters, points.tokens, strict=True), points.losses, strict=True))
         for size in sorted(set(points.parameters)):
             cells = [f"{found[size, tokens]:.4f}" if (size, tokens) in found else "-" for tokens in lengths]

@@ -98,7 +98,8 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         print("stopped; the same command goes on where the checkpoints are", file=sys.stderr)
         return 1
     if failed:
-        print(f"error: {failed} run(s) could not be finished; python -m train.study status says why", file=sys.stderr)
+        words = "the same command goes on; python -m train.study status says where each stands"
+        print(f"error: {failed} run(s) are not finished; {words}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -114,7 +115,7 @@ def status(suite: Suite, options: argparse.Namespace) -> int:
     width = max(len(record.label) for record in found)
     print(f"{'run':{width}}  seed   tokens (M)        state      perplexity")
     for record in found:
-        share = f"{record.tokens / 1e6:.1f} of {record.planned_tokens / 1e6:.1f}"
+        share = f"{record.tokens / 1e6:.3g} of {record.planned_tokens / 1e6:.3g}"
         value = f"{record.perplexity:.3f}" if record.perplexity is not None else ""
         detail = f"  {record.state.detail}" if record.state.detail else ""
         print(f"{record.label:{width}}  {record.seed:4}  {share:>16}  {record.state.word:8}  {value:>9}{detail}")

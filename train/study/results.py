@@ -1,7 +1,7 @@
 """What the runs of a suite gave: one record for each result, from its folder and from counting."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,14 +143,16 @@ class Group:
 
     def mean_and_half_width(self, level: float = 0.95) -> tuple[float, float | None] | None:
         """Mean perplexity over seeds and half the width of Student's interval; None for the latter with one seed."""
-        values = self.perplexities
-        if not values:
-            return None
-        if len(values) == 1:
-            return values[0], None
-        from scipy.stats import t
+        return student(self.perplexities, level)
 
-        return mean(values), float(t.ppf(0.5 + level / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+def student(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None] | None:
+    """Mean and half the width of Student's interval of it; None for the latter with one value, None without any."""
+    if len(values) < 2:
+        return (values[0], None) if values else None
+    from scipy.stats import t
+
+    return mean(values), float(t.ppf(0.5 + level / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def grouped(found: Iterable[Record]) -> list[Group]:

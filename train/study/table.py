@@ -1,0 +1,120 @@
+"""The main table of a report: perplexities beside the paper's and the baselines', operations, private inference."""
+
+from train.accounting import NonlinearOperation, forward_flops, nonlinear_operations, printed_gflops
+from train.study.document import Document
+from train.study.results import Group, Record, student
+
+BASELINES = ("SM+LN+G", "SM+ScFuFFN")  # the usual decoder, and what temperatures and regularizer are added to
+SYMBOLS = {"softmax": "SM", "layernorm": "LN", "gelu": "G", "relu": "R"}
+
+
+def write_table(document: Document, groups: list[Group]) -> None:
+    """A row for each model and budget, with what explains the columns."""
+    header = ["model", "tokens (M)", "seeds done", "perplexity", f"vs {BASELINES[0]}", f"vs {BASELINES[1]}",
+              "published", f"vs {BASELINES[0]} there", "vs published", "NaN", "FFN", "attention",
+              "nonlinear operations", "GB", "min"]  # fmt: skip
+    titles = [title_of(group) for group in groups]
+    document.table(
+        header,
+        [
+            _row(group, groups, title if titles.count(title) == 1 else group.label)
+            for group, title in zip(groups, titles, strict=True)
+        ],
+    )
+    document.text(
+        "±: 95% interval over seeds (Student's t); that of a gap is over the gaps between runs of one seed, which read "
+        "the same data in the same order. vs published: at the published size alone. FFN and attention: FLOPs of a "
+        "forward pass over one sequence, as arXiv 2501.03489 counts them. GB and min: predicted by "
+        "`python -m train.private_inference`. NaN: seeds diverged."
+    )
+
+
+def _row(group: Group, groups: list[Group], name: str) -> list[str]:
+    record = group.first
+    spread = group.mean_and_half_width()
+    published = record.row.perplexity if record.row else None
+    baseline = _baseline(group, groups, BASELINES[0])
+    base_published = baseline.first.row.perplexity if baseline and baseline.first.row else None
+    ffn, attention = flops_text(record)
+    cost = record.cost
+    return [
+        name,
+        f"{record.planned_tokens / 1e6:.3g}",
+        f"{len(group.perplexities)} of {len(group.records)}",
+        with_half_width("{:.3f}", spread) if spread else "NaN" if group.diverged else "-",
+        *(gap_text(group, _baseline(group, groups, architecture)) for architecture in BASELINES),
+        "NaN" if record.row and record.row.diverges else f"{published:g}" if published else "-",
+        relative(published, base_published),
+        relative(spread[0] if spread else None, published) if at_published_size(record) else "-",
+        f"{group.diverged} of {len(group.records)}" if group.diverged else "0",
+        ffn,
+        attention,
+        operations_text(nonlinear_operations(record.model)),
+        f"{cost.communication_gb:.2f}",
+        f"{cost.latency_min:.2f}",
+    ]
+
+
+def with_half_width(form: str, value: tuple[float, float | None]) -> str:
+    """'3.210 ± 0.012', without the latter where one seed gives none."""
+    return form.format(value[0]) + ("" if value[1] is None else f" ± {form.replace('+', '').format(value[1])}")
+
+
+def gap_text(group: Group, baseline: Group | None) -> str:
+    """How much larger the perplexity is than the baseline's, over the seeds that both have; '-' without any."""
+    if baseline is None or baseline is group:
+        return "-"
+    theirs = {record.seed: record.perplexity for record in baseline.records}
+    gaps = [record.perplexity / other - 1 for record in group.records
+            if record.perplexity is not None and (other := theirs.get(record.seed)) is not None]  # fmt: skip
+    spread = student(gaps)
+    return with_half_width("{:+.1%}", spread) if spread else "-"
+
+
+def flops_text(record: Record) -> tuple[str, str]:
+    """FLOPs of (FFN, attention) as the paper prints them, in units of 1e6 for models too small for that."""
+    flops = forward_flops(record.model)
+    if min(flops.ffn, flops.attention) >= 1e9:
+        ffn, attention = printed_gflops(record.model)
+        return f"{ffn}B", f"{attention}B"
+    return f"{flops.ffn / 1e6:.3g}M", f"{flops.attention / 1e6:.3g}M"
+
+
+def _baseline(group: Group, groups: list[Group], architecture: str) -> Group | None:
+    """The model of that architecture of the same size and length."""
+    mine = group.first
+    for other in groups:
+        theirs = other.first
+        same_size = (theirs.model.num_layers, theirs.model.hidden_size, theirs.model.seq_length) == (
+            mine.model.num_layers,
+            mine.model.hidden_size,
+            mine.model.seq_length,
+        )
+        if theirs.model.architecture == architecture and same_size and theirs.planned_tokens == mine.planned_tokens:
+            return other
+    return None
+
+
+def relative(value: float | None, reference: float | None) -> str:
+    """'+3.1%', or a dash where either is unknown."""
+    return "-" if value is None or not reference else f"{value / reference - 1:+.1%}"
+
+
+def operations_text(operations: dict[str, NonlinearOperation]) -> str:
+    """As the paper's tables write them: 'SM:144x128x128 LN:24x128x768'."""
+    return " ".join(
+        f"{SYMBOLS[kind]}:{operation.count}x{operation.rows}x{operation.columns}"
+        for kind, operation in operations.items()
+        if kind in SYMBOLS
+    )
+
+
+def at_published_size(record: Record) -> bool:
+    return record.row is not None and record.row.config().model == record.model
+
+
+def title_of(group: Group) -> str:
+    """Short: the row's label in the paper, with the budget where several share it."""
+    record = group.first
+    name = record.row.label if record.row else record.label
+    return f"{name}, {record.planned_tokens / 1e6:.3g}M" if record.folder.name.startswith("tokens") else name
