@@ -175,7 +175,7 @@ def test_two_laws_cross_where_they_are_equal() -> None:
         Curve(name, law, [law] * 3, lambda n: 6 * n, along_ladder(sizes, gigabytes))
         for name, law, gigabytes in (("OTHER", OTHER, [0.1, 100.0]), ("CHINCHILLA", CHINCHILLA, [1.0, 1000.0]))
     ]
-    found = compare(*curves, (1e6, 1e12), (1e8, 1e14), (1e15, 1e24))
+    found = compare(*curves, (1e6, 1e12), (1e8, 1e14), (1e15, 1e24), (1e9, 1e11))
     by_axis = {crossing.axis.split()[0]: crossing for crossing in found}
     for crossing in found:
         assert crossing.below == "OTHER" and len(crossing.at) == 1, "it ends at the higher loss"
@@ -185,8 +185,24 @@ def test_two_laws_cross_where_they_are_equal() -> None:
     assert OTHER.loss(1e9, d) == pytest.approx(CHINCHILLA.loss(1e9, d), rel=1e-4)
     gigabytes = by_axis["communication"].at[0]  # OTHER's communication is 1e-7 N, CHINCHILLA's 1e-6 N
     assert OTHER.loss(gigabytes / 1e-7, 1e11) == pytest.approx(CHINCHILLA.loss(gigabytes / 1e-6, 1e11), rel=1e-3)
-    never = compare(curves[0], curves[0], (1e6, 1e9), (1e8, 1e11), (1e15, 1e20))
+    never = compare(curves[0], curves[0], (1e6, 1e9), (1e8, 1e11), (1e15, 1e20), (1e8, 1e10))
     assert all(not crossing.at for crossing in never)
+
+
+def test_measured_gaps_compare_equal_sizes_and_lengths(tmp_path: Path) -> None:
+    file = tmp_path / "two.csv"
+    rows = [(name, n, d, float(law.loss(n, d))) for name, law, sizes in (("A", OTHER, (2e7, 4e7, 9e9)),
+            ("B", CHINCHILLA, (1e7, 3e7, 8e7))) for n in sizes for d in (1e9, 4e9, 1e10)]  # fmt: skip
+    file.write_text("arch,N,D,loss\n" + "".join(f"{name},{n},{d},{loss}\n" for name, n, d, loss in rows))
+    assert main(["report", str(file), "--resamples", "5", "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    share = math.log(2) / math.log(3)  # of the way from 1e7 to 3e7
+    between = (1 - share) * CHINCHILLA.loss(1e7, 4e9) + share * CHINCHILLA.loss(3e7, 4e9)
+    gaps = text[text.index("## A against B") :]
+    row = next(line for line in gaps.splitlines() if line.startswith("| 20,000,000 |"))
+    assert row.split("|")[3].strip() == f"{float(OTHER.loss(2e7, 4e9) - between):+.3f}"
+    assert "| 9,000,000,000 |" not in gaps, "B has no such size"
+    assert "at 1e+10 tokens" in gaps and "at 8e+07 parameters" in gaps
 
 
 def test_csv_is_read_under_the_names_people_use(tmp_path: Path) -> None:

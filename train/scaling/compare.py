@@ -74,28 +74,30 @@ def compare(
     parameters: tuple[float, float],
     tokens: tuple[float, float],
     flops: tuple[float, float],
+    at: tuple[float, float],
 ) -> list[Crossing]:
-    """Crossings in N (at the middle D), in D (at the middle N), in compute (each at its optimum), in communication.
+    """Crossings in N (at one D), in D (at one N), in compute (each at its optimum), in communication (at that D).
 
     Args:
         parameters, tokens, flops: ranges looked at; crossings outside the range measured are extrapolations.
+        at: the N and D held fixed along the other axes.
     """
+    at_parameters, at_tokens = at
     sizes, lengths, budgets = (np.geomspace(*ends, GRID_POINTS) for ends in (parameters, tokens, flops))
-    middle_size, middle_length = float(np.sqrt(np.prod(parameters))), float(np.sqrt(np.prod(tokens)))
     found = [
         crossings(
             first,
             second,
-            f"parameters at {middle_length:.3g} tokens",
+            f"parameters at {at_tokens:.3g} tokens",
             sizes,
-            lambda one, other: other.loss(sizes, middle_length) - one.loss(sizes, middle_length),
+            lambda one, other: other.loss(sizes, at_tokens) - one.loss(sizes, at_tokens),
         ),
         crossings(
             first,
             second,
-            f"tokens at {middle_size:.3g} parameters",
+            f"tokens at {at_parameters:.3g} parameters",
             lengths,
-            lambda one, other: other.loss(middle_size, lengths) - one.loss(middle_size, lengths),
+            lambda one, other: other.loss(at_parameters, lengths) - one.loss(at_parameters, lengths),
         ),
         crossings(
             first,
@@ -117,9 +119,9 @@ def compare(
         crossings(
             first,
             second,
-            f"communication (GB) at {middle_length:.3g} tokens",
+            f"communication (GB) at {at_tokens:.3g} tokens",
             gigabytes,
-            lambda one, other: other.loss(inverse[1], middle_length) - one.loss(inverse[0], middle_length),
+            lambda one, other: other.loss(inverse[1], at_tokens) - one.loss(inverse[0], at_tokens),
         )
     )
     return found

@@ -8,6 +8,7 @@ import numpy as np
 from train.scaling.analysis import compute_optimal, isoflops, power_law
 from train.scaling.compare import Crossing, compare
 from train.scaling.law import interval
+from train.scaling.points import Points
 from train.scaling.source import Analysis, Series
 from train.scaling.summary import coefficient_table, outlier_table, outliers_text, series_text
 from train.study.document import Document
@@ -133,12 +134,16 @@ def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
         for key in ("parameters", "tokens", "flops")
     ]
     looked_at = [(low, high * beyond) for low, high in ranges]
-    found = compare(first.curve, second.curve, *looked_at)
+    at_parameters, at_tokens = (float(min(getattr(p, key).max() for p in both)) for key in ("parameters", "tokens"))
+    _measured_gaps(document, *both)
+    sizes, lengths, budgets = looked_at
+    found = compare(first.curve, second.curve, sizes, lengths, budgets, (at_parameters, at_tokens))
     document.table(
         ["axis", "better below", "losses equal at", "95% of resamples", "resamples that cross", ""],
         [_crossing_row(crossing, measured) for crossing, measured in zip(found, _measured(found, ranges), strict=True)],
     )
     document.text(
+        "Where the two laws cross; the size and length held fixed are the largest that both have. "
         f"Looked at up to {DECADES_BEYOND} decades beyond the runs; crossings beyond them are extrapolations of two "
         "laws and no more certain than their intervals."
     )
@@ -146,9 +151,36 @@ def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
     stem = "".join(character if character.isalnum() else "-" for character in pair)
     document.picture(f"frontier_{stem}", pictures.frontier_figure([first.curve, second.curve], looked_at[2]), names)
     if first.series.communication_gb is not None and second.series.communication_gb is not None:
-        middle = float(np.sqrt(np.prod(looked_at[1])))
-        figure = pictures.communication_figure([first.curve, second.curve], ranges[0], middle)
+        figure = pictures.communication_figure([first.curve, second.curve], ranges[0], at_tokens)
         document.picture(f"communication_{stem}", figure, f"{names}: loss against communication")
+
+
+def _measured_gaps(document: Document, first: Points, second: Points) -> None:
+    """Losses of the first minus those of the second at equal N and D, without a law; only where both were measured."""
+    lengths = sorted(set(first.tokens) & set(second.tokens))
+    rows = []
+    for size in sorted(set(first.parameters)):
+        cells = [_gap(first, second, size, length) for length in lengths]
+        if any(np.isfinite(cells)):
+            rows.append([f"{size:,.0f}", *(f"{cell:+.3f}" if np.isfinite(cell) else "-" for cell in cells)])
+    if not rows or len(lengths) > MOST_COLUMNS:
+        return
+    document.table(["parameters", *(f"{tokens / 1e6:.3g}M tokens" for tokens in lengths)], rows)
+    document.text(
+        f"Measured: loss of {first.name} minus that of {second.name} at equal parameters and tokens, the latter "
+        "interpolated between its two nearest sizes (linear in ln N). Below zero the former is better."
+    )
+
+
+def _gap(first: Points, second: Points, size: float, length: float) -> float:
+    mine = first.losses[(first.parameters == size) & (first.tokens == length)]
+    theirs = second.where(second.tokens == length)
+    order = np.argsort(theirs.parameters)
+    logs = np.log(theirs.parameters[order])
+    if not len(mine) or not len(logs):
+        return float("nan")
+    other = np.interp(np.log(size), logs, theirs.losses[order], left=np.nan, right=np.nan)
+    return float(mine.mean() - other)
 
 
 def _measured(found: list[Crossing], ranges: list[tuple[float, float]]) -> list[float]:

@@ -126,9 +126,10 @@ class ParetoPoint:
 
 def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
     """Perplexity against communication; filled: measured here, hollow: published. Lines join the undominated."""
-    figure = new_figure(8.6, 4.6)
+    figure = new_figure(9.6, 4.6)
     axes = figure.subplots()
     tidy(axes)
+    named = set()
     names = list(dict.fromkeys(point.name for point in points))
     for point in points:
         index = names.index(point.name)
@@ -141,16 +142,13 @@ def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
             linestyle="none",
             color=colour,
             markerfacecolor="white" if point.published else colour,
+            label=None if point.name in named else point.name,
         )
-        axes.annotate(
-            point.name,
-            (point.communication_gb, point.perplexity),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        named.add(point.name)
     for published in (False, True):
         front = undominated([point for point in points if point.published == published])
+        if not front:
+            continue
         axes.plot(
             [point.communication_gb for point in front],
             [point.perplexity for point in front],
@@ -158,11 +156,11 @@ def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
             linewidth=1,
             linestyle=LINE_STYLES[1 if published else 0],
             zorder=0,
-            label="published" if published else "measured here",
+            label="best for its cost, published (hollow)" if published else "best for its cost here",
         )
     axes.set_xscale("log")
     axes.set(xlabel="communication of a private inference (GB), predicted", ylabel="validation perplexity")
-    axes.legend(frameon=False, fontsize=8, title="best for its cost", title_fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
