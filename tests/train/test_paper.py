@@ -11,7 +11,7 @@ from train.accounting import forward_flops, nonlinear_operations, printed_gflops
 from train.config import load_config
 from train.dry_run import print_plan
 from train.paper import MEASUREMENTS, ROWS, rows_at
-from train.study.report import operations_text
+from train.study.table import operations_text
 
 # Printed in Tables 3, 4, 7 and 8 beside the perplexities, here as they stand there: FFN, fused FFN, attention.
 PRINTED = {

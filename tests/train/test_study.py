@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import TINY
+from train.scaling.__main__ import main as scaling
+from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
@@ -125,12 +127,17 @@ def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) ->
     assert html.count("data:image/png;base64,") == len(pictures) and 'src="pictures' not in html
 
 
-def test_points_for_scaling_laws_come_from_what_finished(finished: Path) -> None:
+def test_points_for_scaling_laws_come_from_what_finished(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     series = {one.points.name: one for one in load_series(finished, "total")}
     ereg = series["EReg(SM(t)+ScFuFFN)"]
     assert sorted(set(ereg.points.tokens)) == [8 * 32 * 10, 8 * 32 * 12, 8 * 32 * 20]
     assert len(series["SM"].points) == 0 and "diverged" in series["SM"].left_out[0]
     assert ereg.communication_gb is not None and ereg.communication_gb(np.array([1e6])) > 0
+    elsewhere = ["data.path=nowhere", "data.planned_vocab_size=null"]
+    assert scaling(["fit", str(finished), "--resamples", "5", *elsewhere]) == 2
+    assert "its parameters cannot be counted" in capsys.readouterr().err
+    with pytest.raises(PointsError, match="only a suite takes overrides"):
+        load_series(Path("points.csv"), "total", overrides=["a.b=1"])
 
 
 def test_intervals_over_seeds_are_students(finished: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import run_command
 from model.config import ARCHITECTURES
+from train.overrides import parse_with_overrides
 from train.scaling.ladder import LadderError, plan, suite_tree
 from train.scaling.law import FitError
 from train.scaling.points import PointsError
@@ -51,6 +52,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("source", type=Path, help="suite file (.json) or CSV file")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value",
+                             help="of a suite, the same as it was run with")  # fmt: skip
         command.add_argument("--parameters", choices=("total", "body"), default="total",
                              help="N of a suite: all, or without embeddings and head (default: total)")  # fmt: skip
         command.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN",
@@ -70,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     predict.add_argument("--parameters", type=float, metavar="N")
     predict.add_argument("--tokens", type=float, metavar="D")
     predict.add_argument("--flops", type=float, metavar="C", help="training FLOPs, at 6 N D")
-    return parser.parse_args(arguments)
+    return parse_with_overrides(parser, arguments)
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
@@ -176,7 +179,7 @@ def _series(options: argparse.Namespace) -> list["Series"]:
         if not equals or key not in ("N", "D", "C", "loss", "architecture"):
             raise PointsError(f"--columns {item!r}: expected N=, D=, C=, loss= or architecture= and a column's name")
         columns[key] = column
-    return load_series(options.source, options.parameters, columns, options.least_ratio)
+    return load_series(options.source, options.parameters, columns, options.least_ratio, options.overrides)
 
 
 def make_prediction(options: argparse.Namespace) -> int:

@@ -16,9 +16,9 @@ from train.scaling.analysis import FlopsPerToken, HeldOut, exponents, held_out, 
 from train.scaling.compare import Curve, along_ladder
 from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval
 from train.scaling.outliers import FAR, Outliers, outliers
-from train.scaling.points import Points, points_of, read_csv
+from train.scaling.points import Points, PointsError, points_of, read_csv
 from train.study.results import Record, records
-from train.study.suite import load_suite
+from train.study.suite import SuiteError, load_suite
 
 Array = NDArray[np.float64]
 NONE = np.zeros(0)
@@ -41,16 +41,26 @@ class Series:
 
 
 def load_series(
-    source: Path, counted: str, columns: dict[str, str] | None = None, least_ratio: float = 0.0
+    source: Path,
+    counted: str,
+    columns: dict[str, str] | None = None,
+    least_ratio: float = 0.0,
+    overrides: list[str] | None = None,
 ) -> list[Series]:
     """Reads a suite's results or a CSV file.
 
     Args:
         counted: which parameters of a suite's models are N, 'total' or 'body'.
         least_ratio: points with fewer tokens a parameter are left out.
+        overrides: of a suite, those that it was run with.
+
+    Raises:
+        PointsError, SuiteError: the source cannot be read, or the size of a suite's vocabulary is unknown.
     """
     if source.suffix == ".json":
-        series = _of_suite(source, counted)
+        series = _of_suite(source, counted, overrides or [])
+    elif overrides:
+        raise PointsError(f"{overrides[0]}: only a suite takes overrides, and {source} is read as CSV")
     else:
         series = [Series(points) for points in read_csv(source, columns)]
     kept = []
@@ -63,9 +73,14 @@ def load_series(
     return kept
 
 
-def _of_suite(path: Path, counted: str) -> list[Series]:
+def _of_suite(path: Path, counted: str, overrides: list[str]) -> list[Series]:
     by_architecture: dict[str, list[Record]] = {}
-    for record in records(load_suite(path)):
+    for record in records(load_suite(path, overrides)):
+        if not record.vocab_size:
+            raise SuiteError(
+                f"{path}: {record.label}: its dataset is not at data.path, so that its parameters cannot be counted; "
+                "add the data.path=DIR that it was run with, or data.planned_vocab_size=N"
+            )
         by_architecture.setdefault(record.model.architecture, []).append(record)
     return [_series(name, members, counted) for name, members in by_architecture.items()]
 

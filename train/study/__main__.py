@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from data.errors import run_command
+from train.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
 
 
@@ -66,12 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             metavar="section.key=value",
             help="for every run, say data.path=datasets/mine; output=DIR is the suite's folder",
         )
-    options, rest = parser.parse_known_args(arguments)  # argparse leaves overrides that follow an option
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest
-    return options
+    return parse_with_overrides(parser, arguments)
 
 
 def run(suite: Suite, options: argparse.Namespace) -> int:
