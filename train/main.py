@@ -36,12 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
             print_plan(config, options.world_size)
             return 0
         stop = StopRequest()  # before the libraries, which take a while to load
-        try:
-            return train(config, stop)
-        finally:
-            stop.close()
+        status = train(config, stop)
     except (ConfigError, DataError, RunError) as error:
         return report(error, 2)
+    if status == 0:  # else a signal that ends the ranks of a failed one must not hide this one's status
+        stop.close()
+    return status
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -73,7 +73,7 @@ def test_a_second_signal_ends_at_once(tiny_config: Path, tmp_path: Path) -> None
     time.sleep(0.3)
     assert slow[0].is_alive(), "the first one waits for the step to end"
     os.kill(slow[0].pid, signal.SIGTERM)
-    assert wait(slow, 5) == [128 + signal.SIGTERM]
+    assert wait(slow, 15) == [128 + signal.SIGTERM]
     assert "a second signal" in (tmp_path / "log.0").read_text()
 
 
@@ -84,7 +84,7 @@ def _with_slow_step(arguments: list[str], log: str) -> None:
 
     def slow(self: Any, *inputs: Any) -> Any:
         Path(log).with_name("in_step").touch()
-        time.sleep(20)
+        time.sleep(60)
         return body(self, *inputs)
 
     Stage.body = slow  # type: ignore[method-assign]
@@ -140,14 +140,14 @@ def test_a_rank_that_dies_ends_the_others_with_one_line(tiny_config: Path, tmp_p
 
 
 def test_a_hang_ends_every_rank_with_its_stacks(tiny_config: Path, tmp_path: Path) -> None:
-    options = [*LONG, "parallel.tensor_parallel_size=2", "health.step_limit_s=2"]
+    options = [*LONG, "parallel.tensor_parallel_size=2", "health.step_limit_s=6"]
     processes = start_ranks(
         _with_hanging_rank, 2, str(tmp_path), ["--config", str(tiny_config), *options], str(tmp_path / "log")
     )
     assert wait(processes) == [4, 4], (tmp_path / "log.0").read_text()
     for rank in range(2):
         stacks = (tmp_path / f"run/stacks/rank_{rank:05d}.txt").read_text()
-        assert f"rank {rank}: the section 'step' has not ended within health.step_limit_s = 2 seconds" in stacks
+        assert f"rank {rank}: the section 'step' has not ended within health.step_limit_s = 6 seconds" in stacks
         assert "train_step" in stacks
     assert journal(tmp_path / "run")[-1]["event"] == "time limit"
     assert "time.sleep" not in (tmp_path / "run/stacks/rank_00000.txt").read_text()
@@ -183,9 +183,9 @@ def test_goodput_counts_every_restart(tiny_config: Path, tmp_path: Path) -> None
     import json
 
     run = tmp_path / "run"
-    often = [*LONG, "logging.interval=1"]
+    often = [*LONG, "logging.interval=1", "checkpoint.interval=150"]
     processes = start(1, tiny_config, tmp_path, *often)
-    until(lambda: len(saved_steps(run)) > 0 and rows(run)[-1]["step"] % 20 > 10)
+    until(lambda: len(saved_steps(run)) > 0 and 10 < rows(run)[-1]["step"] % 150 < 100)
     processes[0].kill()
     wait(processes)
     started = time.time()
