@@ -8,6 +8,10 @@ their initial values. In float32 the whole training engine runs, and gradients a
 moment with beta1 = 0); in float64, which DeepSpeed's optimizers refuse, gradients are taken before the optimizer, so
 ZeRO stages are no different there.
 
+Tokens are drawn at random from the whole vocabulary, so that every shard of the embedding is used and no data need be
+read; of a dataset only its vocabulary is taken. Losses are thus near ln(vocabulary) and say nothing of training. With
+data.attention_within_documents each sequence holds a few documents of random lengths.
+
 A gradient's error is |found - expected| / max(|expected|, 1e-2 |all gradients|): with the tolerance of 1e-5 that is a
 ten-millionth of all gradients, float32's own resolution, below which rounding would decide. A key bias is measured
 against |all gradients|: its gradient is zero in exact arithmetic, since softmax ignores what is added to all keys
@@ -29,10 +33,11 @@ from data.errors import run_command
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
-from parallel.measurement import Measured, measure
+from parallel.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+DOCUMENTS_A_SEQUENCE = 4  # on average
 GRADIENT_FLOOR, KEY_BIAS_FLOOR = 1e-2, 1.0  # of the norm of all gradients
 
 
@@ -112,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     keys = ", ".join(f"{name} ({meaning})" for name, meaning in KEYS.items())
     parser = argparse.ArgumentParser(
         prog="python -m parallel.compare",
-        description=(__doc__ or "").split("\n\nEach")[0],
+        description=__doc__,
         epilog=f"A layout is key=value joined by colons; keys: {keys}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -210,15 +215,19 @@ def apply_layout(config: Config, layout: Layout, reference: Layout) -> Config:
 def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
     """The vocabulary, and `count` global batches of random tokens: [count, batch, T + 1] int64.
 
-    The vocabulary is the dataset's, or without one data.planned_vocab_size.
+    The vocabulary is the dataset's, or without one data.planned_vocab_size. For attention within documents, documents
+    end at random positions.
     """
     from train.dry_run import dataset_if_there, vocabulary
 
     vocab_size, _ = vocabulary(config, dataset_if_there(config))
     shape = (count, config.training.global_batch_size, config.model.seq_length + 1)
-    return vocab_size, torch.randint(
-        0, vocab_size, shape, generator=torch.Generator().manual_seed(config.training.seed)
-    )
+    generator = torch.Generator().manual_seed(config.training.seed)
+    tokens = torch.randint(0, vocab_size, shape, generator=generator)
+    if config.data.attention_within_documents:
+        ends = torch.rand(shape, generator=generator) < DOCUMENTS_A_SEQUENCE / config.model.seq_length
+        tokens = torch.where(ends, END_OF_DOCUMENT, tokens)
+    return vocab_size, tokens
 
 
 def compare(found: Measured, expected: Measured) -> Comparison:

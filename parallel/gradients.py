@@ -15,7 +15,8 @@ from model.normalized_weights import update_spectral_norms
 from parallel.megatron import Groups
 from parallel.stage import Stage, StageStatistics
 
-MicroBatch = tuple[Tensor, Tensor]
+MicroBatch = tuple[Tensor, ...]
+"""Tokens, next tokens and, for attention within documents, where documents begin, as the engine takes them."""
 
 
 def accumulate_gradients(
@@ -31,9 +32,9 @@ def accumulate_gradients(
     stage.train()
     stage.zero_grad()
     for _ in range(num_micro_batches):
-        tokens_TB, labels_TB = next(micro_batches)
-        held = tokens_TB.shape[0] // (groups.grid.tp if sequence_parallel else 1)
-        _run(stage, groups, tokens_TB, labels_TB, held, 1 / num_micro_batches)
+        micro_batch = next(micro_batches)
+        held = micro_batch[0].shape[0] // (groups.grid.tp if sequence_parallel else 1)
+        _run(stage, groups, micro_batch, held, 1 / num_micro_batches)
     for parameter in stage.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -57,7 +58,7 @@ def gradient_norm(stage: Stage, groups: Groups) -> float:
     return float(total.sqrt())
 
 
-def _run(stage: Stage, groups: Groups, tokens_TB: Tensor, labels_TB: Tensor, positions: int, share: float) -> None:
+def _run(stage: Stage, groups: Groups, micro_batch: MicroBatch, positions: int, share: float) -> None:
     """One micro-batch forward and backward through the stages before, here and behind.
 
     Args:
@@ -65,13 +66,14 @@ def _run(stage: Stage, groups: Groups, tokens_TB: Tensor, labels_TB: Tensor, pos
         share: of the micro-batch in the step.
     """
     grid = groups.grid
+    tokens_TB, labels_TB, *document_start = micro_batch
     x = tokens_TB
     if not grid.is_first_stage:
         width, dtype = stage.transformer.config.hidden_size, next(stage.parameters()).dtype
         x = torch.empty((positions, tokens_TB.shape[1], width), dtype=dtype, device=tokens_TB.device)
         dist.recv(x, group=groups.pipeline, group_src=grid.stage - 1)
         x.requires_grad_()
-    hidden = stage.body(x)
+    hidden = stage.body(x, *document_start)
     if grid.is_last_stage:
         (stage.loss(hidden, labels_TB) * share).backward()
     else:

@@ -8,14 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from data.document_starts import document_starts
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
 from parallel.state import local_shape, piece_of, source
 from train.config import Config
 
-MicroBatch = tuple[Tensor, Tensor]
+MicroBatch = tuple[Tensor, ...]
 
+END_OF_DOCUMENT = 0  # the token that ends documents in batches without a dataset
 AGREEMENT = {torch.float32: 1e-6, torch.float64: 1e-13}
 NO_CLIPPING = 1e30  # a limit, since the norm is wanted all the same
 
@@ -217,11 +219,20 @@ def _local_gradients(step: Step) -> LocalGradients:
 
 
 def _micro_batches(config: Config, grid: RankGrid, batch_BT: Tensor) -> Iterator[MicroBatch]:
-    """This rank's tokens and next tokens [T / cp, B], in the order in which the data stream deals sequences out."""
+    """This rank's tokens and next tokens [T / cp, B], in the order in which the data stream deals sequences out.
+
+    For attention within documents, also where the document of each of the T positions begins, [B, T].
+    """
     from parallel.launch import local_device
 
     size, held = config.training.micro_batch_size, grid.positions(batch_BT.shape[1] - 1)
     for index in range(config.num_micro_batches(grid.world_size)):
         start = (index * grid.dp + grid.dp_rank) * size
-        rows_TB = batch_BT[start : start + size].t().to(local_device())
-        yield rows_TB[held.start : held.stop].contiguous(), rows_TB[held.start + 1 : held.stop + 1].contiguous()
+        rows_BT = batch_BT[start : start + size]
+        rows_TB = rows_BT.t().to(local_device())
+        tokens_TB, labels_TB = rows_TB[held.start : held.stop], rows_TB[held.start + 1 : held.stop + 1]
+        micro_batch = tokens_TB.contiguous(), labels_TB.contiguous()
+        if config.data.attention_within_documents:
+            starts_BT = document_starts(rows_BT[:, :-1].numpy(), END_OF_DOCUMENT)
+            micro_batch = *micro_batch, torch.from_numpy(starts_BT).to(local_device())
+        yield micro_batch

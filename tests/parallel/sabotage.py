@@ -118,11 +118,11 @@ def temperatures_of_other_heads() -> Any:
 
     real = context.ContextParallelCore.forward
 
-    def forward(self: Any, q: Any, k: Any, v: Any, temperature: Any) -> Any:
+    def forward(self: Any, qkv: Any, temperature: Any, document_start: Any = None) -> Any:
         if temperature is not None:
             first = temperature.chunk(self.groups.grid.cp)[0]
             temperature = torch.cat([first] * self.groups.grid.cp)
-        return real(self, q, k, v, temperature)
+        return real(self, qkv, temperature, document_start)
 
     return mock.patch.object(context.ContextParallelCore, "forward", forward)
 

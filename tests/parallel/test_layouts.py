@@ -58,6 +58,19 @@ def test_per_head_granularity_through_the_engine(layout: str) -> None:
     assert_layout(parse_layout(layout), "float32", architecture=EREG, granularity="per_head")
 
 
+DOCUMENTS = [
+    ("tp=2:cp=2:sp=1:recompute=full", "float64"),
+    ("tp=2:pp=2:recompute=selective", "float64"),
+    ("pp=2:cp=2:recompute=full", "float32"),
+    ("dp=2:zero=3", "float32"),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), DOCUMENTS)
+def test_attention_within_documents(layout: str, dtype: str) -> None:
+    assert_layout(parse_layout(layout), dtype, architecture=EREG, within_documents=True)
+
+
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+R", "SM+ScFFN", "SM(t)+ScFuFFN"])
 def test_other_architectures(architecture: str) -> None:
     layout = parse_layout("tp=2:pp=2:cp=2:sp=1:recompute=selective")

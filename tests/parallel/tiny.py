@@ -1,5 +1,6 @@
 """Tiny models under any layout, and what the plain mathematics of one process says of them."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
 from parallel.compare import apply_layout, compare, global_batches, reference_layout
 from parallel.layout import Layout
-from parallel.measurement import Measured, measure
+from parallel.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config, DataConfig, TrainingConfig
 
 EREG = "EReg(SM(t)+ScFuFFN)"
@@ -23,13 +24,20 @@ LIVELY: dict[str, Any] = {"init_std": 0.1, "temperature_init": 0.02}
 
 
 def tiny_config(
-    *, granularity: str = "per_query", global_batch_size: int = 8, vocab_size: int = VOCAB_SIZE, **model: Any
+    *,
+    granularity: str = "per_query",
+    global_batch_size: int = 8,
+    vocab_size: int = VOCAB_SIZE,
+    within_documents: bool = False,
+    **model: Any,
 ) -> Config:
     """A configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
     return Config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
         regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
-        data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size),
+        data=DataConfig(
+            path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents
+        ),
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
     )
 
@@ -71,7 +79,8 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
         whole = torch.zeros(2, dtype=torch.float64)
         entropy_LN = torch.zeros(config.model.num_layers, config.model.num_attention_heads, dtype=torch.float64)
         for rows_BT in batch_BT.chunk(num_micro_batches):
-            cross_entropy, entropies_BNT = model(rows_BT[:, :-1].t(), rows_BT[:, 1:].t())
+            starts_BT = _document_starts(rows_BT[:, :-1]) if config.data.attention_within_documents else None
+            cross_entropy, entropies_BNT = model(rows_BT[:, :-1].t(), rows_BT[:, 1:].t(), starts_BT)
             parts = torch.zeros(2, dtype=torch.float64)
             parts[0] = cross_entropy / rows_BT[:, 1:].numel()
             if config.model.regularized:
@@ -87,6 +96,15 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
         gradients.append(held)
         entropies.append(entropy_LN)
     return Measured(torch.stack(losses), gradients, entropies, {})
+
+
+def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """The definition, one position after the other."""
+    starts_BT = torch.zeros_like(tokens_BT)
+    for row, position in itertools.product(range(tokens_BT.shape[0]), range(1, tokens_BT.shape[1])):
+        new = tokens_BT[row, position - 1] == END_OF_DOCUMENT
+        starts_BT[row, position] = position if new else starts_BT[row, position - 1]
+    return starts_BT
 
 
 def assert_equal(found: Measured, expected: Measured, tolerance: float) -> None:
