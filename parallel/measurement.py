@@ -231,7 +231,7 @@ def _micro_batches(config: Config, grid: RankGrid, batch_BT: Tensor) -> Iterator
         rows_BT = batch_BT[start : start + size]
         rows_TB = rows_BT.t().to(local_device())
         tokens_TB, labels_TB = rows_TB[held.start : held.stop], rows_TB[held.start + 1 : held.stop + 1]
-        micro_batch = tokens_TB.contiguous(), labels_TB.contiguous()
+        micro_batch: MicroBatch = (tokens_TB.contiguous(), labels_TB.contiguous())
         if config.data.attention_within_documents:
             starts_BT = document_starts(rows_BT[:, :-1].numpy(), END_OF_DOCUMENT)
             micro_batch = *micro_batch, torch.from_numpy(starts_BT).to(local_device())

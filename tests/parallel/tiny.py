@@ -35,9 +35,7 @@ def tiny_config(
     return Config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
         regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
-        data=DataConfig(
-            path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents
-        ),
+        data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents),
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
     )
 
