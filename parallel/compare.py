@@ -153,7 +153,7 @@ def check_devices(layouts: list[Layout]) -> None:
 
 
 def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
-    """The one process that all `layouts` are compared with.
+    """The one process that all `layouts` are compared with: of micro-batches no larger than the configuration's, alike.
 
     `per_head` averages a head's entropy over one micro-batch of all data-parallel ranks before it squares, so its value
     depends on micro_batch_size x dp, and layouts are comparable at one number of micro-batches only.
@@ -161,7 +161,8 @@ def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
     Raises:
         ConfigError: the granularity is per_head and the layouts differ in their number of micro-batches.
     """
-    default = max(1, config.training.global_batch_size // config.training.micro_batch_size)
+    batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
+    default = next(acc for acc in range(1, batch + 1) if batch % acc == 0 and batch // acc <= micro_batch)
     counts = sorted({layout.acc or default for layout in layouts})
     if not (config.model.regularized and config.regularizer.granularity == "per_head"):
         return Layout(acc=default)
@@ -236,8 +237,8 @@ def compare(found: Measured, expected: Measured) -> Comparison:
         (_worst_gradient(a, b) for a, b in zip(found.gradients, expected.gradients, strict=True)),
         key=lambda pair: pair[0] if pair[0] == pair[0] else float("inf"),
     )
-    relative = (found.losses - expected.losses).abs() / expected.losses.abs().clamp_min(1e-30)
-    whole = (found.losses[:, :2].sum(1) - expected.losses[:, :2].sum(1)).abs() / expected.losses[:, :2].sum(1).abs()
+    relative = _relative(found.losses, expected.losses)
+    whole = _relative(found.losses[:, :2].sum(1), expected.losses[:, :2].sum(1))
     return Comparison(
         loss=float(torch.maximum(whole.max(), relative[:, 0].max())),
         gradient_norm=float(relative[:, 2].max()),
@@ -247,9 +248,13 @@ def compare(found: Measured, expected: Measured) -> Comparison:
     )
 
 
+def _relative(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).abs() / expected.abs().clamp_min(1e-30)  # a single token has loss 0
+
+
 def _worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
-    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().clamp_min(1e-30)
     errors = {}
     for name, gradient in expected.items():
         floor = KEY_BIAS_FLOOR if name.endswith("key_bias") else GRADIENT_FLOOR

@@ -96,6 +96,16 @@ def test_gradients_are_put_together_and_disagreement_is_told() -> None:
         assemble(ranks, vocab_size=5)
 
 
+def test_a_batch_that_micro_batches_do_not_divide(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["training.global_batch_size=9", "training.micro_batch_size=4"]
+    assert run(config_file, "--layouts", "dp=3", "--batches", "1", *sizes) == 0, capsys.readouterr()
+
+
+def test_a_vocabulary_of_one_token_has_neither_loss_nor_gradient() -> None:
+    nothing = Measured(torch.zeros(1, 3), [{"a": torch.zeros(2)}], [torch.zeros(1, 1)], {})
+    assert compare.compare(nothing, nothing).within(0.0)
+
+
 @pytest.mark.parametrize("text", ["tp=2:pp=2:dp=2:cp=2:sp=1:zero=1:acc=4:recompute=selective", "tp=1", "cp=4:zero=3"])
 def test_a_layout_reads_as_it_is_written(text: str) -> None:
     assert parse_layout(str(parse_layout(text))) == parse_layout(text)
