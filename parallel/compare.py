@@ -153,7 +153,7 @@ def check_devices(layouts: list[Layout]) -> None:
 
 
 def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
-    """The one process that all `layouts` are compared with: of micro-batches no larger than the configuration's, alike.
+    """The one process that all `layouts` are compared with; micro-batches equal, and no larger than configured.
 
     `per_head` averages a head's entropy over one micro-batch of all data-parallel ranks before it squares, so its value
     depends on micro_batch_size x dp, and layouts are comparable at one number of micro-batches only.
