@@ -21,6 +21,7 @@ alike, and what is found is rounding. Exit status: 0 all within the tolerance, 1
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         reference = reference_layout(config, layouts)
         configs = [apply_layout(config, layout, reference) for layout in layouts]
         check_devices(layouts)
+        check_output(options.json)
         vocab_size, batches = global_batches(config, options.batches)
     except ValueError as error:
         for line in str(error).splitlines():
@@ -150,6 +152,12 @@ def check_devices(layouts: list[Layout]) -> None:
     ]
     if faults:
         raise ConfigError(faults)
+
+
+def check_output(file: Path | None) -> None:
+    """Raises ConfigError where the lines could not be written once all is measured."""
+    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()):
+        raise ConfigError([f"--json {file}: cannot be written there; name a file in a folder that exists"])
 
 
 def reference_layout(config: Config, layouts: list[Layout]) -> Layout:

@@ -396,6 +396,9 @@ DERIVED_DEEPSPEED_KEYS = {
 def derived_key_faults(config: Config) -> list[str]:
     """Keys of the deepspeed section that would contradict what is derived from other sections."""
     faults = []
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        faults.append(f"deepspeed.zero_optimization = {json.dumps(zero)} must be a section (a JSON object)")
     for key, source in DERIVED_DEEPSPEED_KEYS.items():
         node: Any = config.deepspeed
         for part in key.split("."):

@@ -20,7 +20,9 @@ class ConfigError(ValueError):
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {fault}" for fault in error.faults]) from None
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such configuration file; shipped ones are in configs/"]) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -30,6 +32,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: expected a JSON object with sections, found {type(tree).__name__}"])
     return tree
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the parser itself would let the last of equal keys win without a word."""
+    found = [key for key, _ in pairs]
+    twice = sorted({key for key in found if found.count(key) > 1})
+    if twice:
+        raise ConfigError([f"{key} is given twice in one section; keep one" for key in twice])
+    return dict(pairs)
 
 
 def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:

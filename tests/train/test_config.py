@@ -355,3 +355,13 @@ def test_every_key_is_explained() -> None:
         keys = dataclasses.fields(types[section.name]) if dataclasses.is_dataclass(types[section.name]) else [section]
         for key in keys:
             assert len(key.metadata["help"]) > 20, f"{section.name}.{key.name}"
+
+
+def test_a_key_given_twice_is_not_decided_by_its_place(tmp_path: Path) -> None:
+    text = '{"model": {"num_layers": 2, "num_layers": 3}, "training": {"train_steps": 1}}'
+    assert fault_of(tmp_path, text).endswith("run.json: num_layers is given twice in one section; keep one")
+
+
+def test_zero_optimization_is_a_section(tmp_path: Path) -> None:
+    tree = {**MINIMAL, "deepspeed": {"zero_optimization": 2}}
+    assert fault_of(tmp_path, tree) == "deepspeed.zero_optimization = 2 must be a section (a JSON object)"

@@ -112,6 +112,12 @@ def test_a_missing_dataset_is_named(tiny_config: Path, tmp_path: Path) -> None:
     assert answer.statuses == [2] and "nowhere" in answer.stderr and answer.stderr.count("\n") == 1
 
 
+def test_an_unknown_kind_of_checkpoint_store_is_named(tiny_config: Path) -> None:
+    answer = run_main(2, tiny_config, "checkpoint.path=s4://bucket/run", "training.micro_batch_size=1")
+    assert answer.statuses == [2, 2] and answer.stderr.count("\n") == 1
+    assert "checkpoint.path = 's4://bucket/run' cannot be used (Protocol not known: s4)" in answer.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tiny_config: Path, tmp_path: Path) -> None:
     answer = run_main(
         1, tiny_config, "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0", "checkpoint.interval=1"
