@@ -1,4 +1,4 @@
-"""The one error that reading or preparing data raises for its users."""
+"""The one error that reading or preparing data raises for its users, and how every command-line tool ends."""
 
 import os
 import select

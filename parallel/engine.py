@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
@@ -19,14 +18,9 @@ from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
-from parallel.stage import Stage, StageStatistics
+from parallel.stage import MicroBatch, Stage, StageStatistics
 from parallel.state import SavedState, StateMap, adam_step, create_moments, load_training_state
 from parallel.telemetry import FINITE, PendingReport, StepLimits
-
-MicroBatch = tuple[Tensor, ...]
-"""Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
-each token's document begins, [B, T].
-"""
 
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16

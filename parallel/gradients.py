@@ -8,15 +8,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from parallel.megatron import Groups
-from parallel.stage import Stage, StageStatistics
-
-MicroBatch = tuple[Tensor, ...]
-"""Tokens, next tokens and, for attention within documents, where documents begin, as the engine takes them."""
+from parallel.stage import MicroBatch, Stage, StageStatistics
 
 
 def accumulate_gradients(

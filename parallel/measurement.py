@@ -12,10 +12,9 @@ from data.document_starts import document_starts
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
+from parallel.stage import MicroBatch
 from parallel.state import local_shape, piece_of, source
 from train.config import Config
-
-MicroBatch = tuple[Tensor, ...]
 
 END_OF_DOCUMENT = 0  # the token that ends documents in batches without a dataset
 AGREEMENT = {torch.float32: 1e-6, torch.float64: 1e-13}

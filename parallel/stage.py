@@ -20,6 +20,11 @@ from parallel.megatron import Groups
 from parallel.regularizer import ShardedRegularizer
 from parallel.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
 
+MicroBatch = tuple[Tensor, ...]
+"""Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
+each token's document begins, [B, T].
+"""
+
 
 @dataclass
 class StageStatistics:

@@ -71,7 +71,9 @@ class PendingReport:
     ) -> None:
         """One reduction over all ranks; the norm, which DeepSpeed has reduced already, counts as rank 0 has it."""
         parts = loss_parts(statistics, groups)
-        norm = torch.zeros_like(parts[:1]) + gradient_norm if groups.grid.rank == 0 else torch.zeros_like(parts[:1])
+        norm = torch.zeros_like(parts[:1])
+        if groups.grid.rank == 0:
+            norm += gradient_norm
         summed = sum_over_ranks(torch.cat([parts, norm, torch.full_like(norm, float(stop_requested))]))
         loss, norm = summed[:2].sum(), summed[2]
         bad = norm.isfinite().logical_not() | (norm < 0)  # DeepSpeed: -1 for NaN

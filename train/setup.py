@@ -9,12 +9,12 @@ from torch import Tensor
 
 from data.manifest import Manifest, load_manifest
 from data.stream import TokenStream
-from parallel.engine import Engine, EngineConfig, MicroBatch
+from parallel.engine import Engine, EngineConfig
 from parallel.grid import RankGrid
 from parallel.launch import initialize_distributed, local_device
 from parallel.megatron import Groups, initialize_groups
 from parallel.regularizer import ShardedRegularizer
-from parallel.stage import Stage, build_transformer, compile_blocks, recompute_activations
+from parallel.stage import MicroBatch, Stage, build_transformer, compile_blocks, recompute_activations
 from train.config import Config
 
 IGNORED_LABEL = -100

@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.errors import DataError, run_command
+from data.errors import run_command
 from train.config import ConfigError, load_config
 from train.preflight import preflight
 from train.run_dir import COMMIT, git_commit, write_atomically
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         take(run_dir)
         resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
         write_atomically(run_dir / "resolved.json", json.dumps(resolved, indent=2) + "\n")
-    except (ConfigError, DataError) as error:
+    except ConfigError as error:
         return _failed(str(error))
     except OSError as error:
         return _failed(f"run_dir {config.run_dir}: cannot be written ({error}); choose another run_dir")

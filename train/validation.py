@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from parallel.engine import MicroBatch
 from parallel.launch import local_device
 from parallel.megatron import Groups
-from parallel.stage import Stage, StageStatistics
+from parallel.stage import MicroBatch, Stage, StageStatistics
 from parallel.telemetry import HeadSnapshot, head_snapshot, loss_parts, sum_over_ranks
 from train.config import Config
 from train.setup import micro_batches, open_stream
