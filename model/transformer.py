@@ -26,6 +26,21 @@ from model.rotary import rotate
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
 
+class Linear(nn.Linear):
+    """x (W / divisor)^T + bias: a layer that owns its matrix alone, since what else it takes belongs to heads or to a
+    sub-block.
+
+    Dividing the matrix costs D^2 operations and not one a token; and the divisor's gradient, a sum over D^2 elements
+    instead of one over tokens, needs no product kept. A bias given here is added within the product.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, divisor: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight if divisor is None else self.weight / divisor, bias)
+
+
 class Embedding(nn.Module):
     """Word embedding plus, where positions are learned, position embedding: tokens [T, B] -> [T, B, D].
 
@@ -79,10 +94,10 @@ class Attention(nn.Module):
         super().__init__()
         heads, width = config.num_attention_heads, config.head_width
         self.head_width = width
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * heads * width, bias=False)
+        self.query_key_value = Linear(config.hidden_size, 3 * heads * width)
         self.query_bias = nn.Parameter(torch.empty(heads, width))
         self.key_bias = nn.Parameter(torch.empty(heads, width))
-        self.output = nn.Linear(heads * width, config.hidden_size, bias=False)
+        self.output = Linear(heads * width, config.hidden_size)
         self.core = CoreAttention(config)
         self.temperature_form, self.temperature_init = config.temperature_form, config.temperature_init
         shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[
@@ -102,13 +117,12 @@ class Attention(nn.Module):
 
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
-        return self.attend(self.query_key_value(x_TBD), document_start_BT)
+        bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
+        return self.attend(self.query_key_value(x_TBD, bias=bias_N3H.flatten()), document_start_BT)
 
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
-        # one sum, so that the backward pass keeps one tensor for all three and not the products beside it
-        bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
-        qkv_TBN3H = qkv.view(*qkv.shape[:2], -1, 3, self.head_width) + bias_N3H
+        qkv_TBN3H = qkv.view(*qkv.shape[:2], -1, 3, self.head_width)
         out_TBNH, entropy_BNT = self.core(qkv_TBN3H, self.temperature(), document_start_BT)
         return self.output(out_TBNH.flatten(2)), entropy_BNT
 
@@ -122,29 +136,26 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, ffn_width = config.hidden_size, config.ffn_hidden_size or 4 * config.hidden_size
-        self.fused = nn.Linear(width, width, bias=False) if config.fused_ffn else None
-        self.up = None if config.fused_ffn else nn.Linear(width, ffn_width, bias=False)
-        self.down = None if config.fused_ffn else nn.Linear(ffn_width, width, bias=False)
+        self.fused = Linear(width, width) if config.fused_ffn else None
+        self.up = None if config.fused_ffn else Linear(width, ffn_width)
+        self.down = None if config.fused_ffn else Linear(ffn_width, width)
         self.activation = ACTIVATIONS[config.activation or "identity"]
         self.alpha = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
         self.beta = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
 
-    def unscaled(self, x_TBD: Tensor) -> Tensor:
+    def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
+        """FFN of x and the residual that it is added to, both [T, B, D] -> [T, B, D]."""
+        if self.beta is not None:
+            residual_TBD = self.beta * residual_TBD
         if self.fused is not None:
-            return self.fused(x_TBD)
+            return residual_TBD + self.fused(x_TBD, divisor=self.alpha)
         assert self.up is not None
-        return self.contract(self.up(x_TBD))
+        return residual_TBD + self.contract(self.up(x_TBD))
 
     def contract(self, x_TBF: Tensor) -> Tensor:
         """The second half of an FFN of two matrices: [T, B, F] -> [T, B, D]."""
         assert self.down is not None
-        return self.down(self.activation(x_TBF))
-
-    def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
-        y_TBD = self.unscaled(x_TBD)
-        if self.alpha is None:
-            return residual_TBD + y_TBD
-        return self.beta * residual_TBD + y_TBD / self.alpha
+        return self.down(self.activation(x_TBF), divisor=self.alpha)
 
 
 class Block(nn.Module):

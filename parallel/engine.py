@@ -182,6 +182,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
         "gradient_accumulation_steps": config.num_micro_batches,
         "gradient_clipping": config.gradient_clipping,
         "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         # Partitioned activations are silently wrong under sequence parallelism.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }

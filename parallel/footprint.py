@@ -91,9 +91,11 @@ def _whole_sizes(model: ModelConfig, padded_vocab_size: int) -> dict[str, int]:
 
 def replicated_elements(work: Workload) -> int:
     """Elements of what every tensor-parallel rank holds but sees only in part: its gradient is summed once a step."""
-    if work.grid.tp == 1 or not work.parallel.sequence_parallel:
+    if work.grid.tp == 1:
         return 0
     held = held_parameters(work)
+    if not work.parallel.sequence_parallel:  # each rank has some columns of the matrix that alpha divides
+        return sum(size for name, size in held.items() if name.endswith("ffn.alpha"))
     return sum(size for name, size in held.items() if not _is_split(name, work) and not name.startswith("embedding."))
 
 
@@ -135,19 +137,22 @@ def block_bytes(work: Workload, recompute: str) -> int:
     widths = 2 * whole + 3 * split  # the block's input, the FFN's, and query, key and value
     if model.norm == "layernorm":
         widths += 2 * whole  # what the norms give
-    if model.scaled_ffn:
-        widths += whole  # the FFN's output, for alpha
     ffn = (model.ffn_hidden_size or 4 * model.hidden_size) / model.hidden_size
     if model.fused_ffn:
         widths += 0 if work.replicates_fused_ffn else split  # its columns of the input
     else:
         widths += ffn * split  # the first matrix's output
+    divided = 0  # the matrix that alpha divides
+    if model.scaled_ffn:
+        whole_fused = model.fused_ffn and work.replicates_fused_ffn
+        rows = model.hidden_size if model.fused_ffn else ffn * model.hidden_size
+        divided = round(rows * model.hidden_size * ELEMENT_BYTES * (1 if whole_fused else split))
     statistics = 0
     if recompute == "none":
         widths += (1 + (grid.cp > 1)) * split  # attention's output, exchanged under context parallelism
         widths += ffn * split if model.activation == "gelu" else 0
         statistics = 8 * work.tokens * model.num_attention_heads // grid.tp  # entropy and logarithm of each row's sum
-    return round(widths * work.tokens * model.hidden_size * ELEMENT_BYTES) + statistics
+    return round(widths * work.tokens * model.hidden_size * ELEMENT_BYTES) + divided + statistics
 
 
 def _penalty_bytes(work: Workload) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -93,15 +94,23 @@ class ModelParallelUnit:
 class ColumnParallelLinear(mcore.ColumnParallelLinear):
     """Y = X W^T with the rows of W split: Y = [X W_1^T .. X W_p^T], each rank keeping its part of Y."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The bias is that of this rank's part."""
+        y = super().forward(x)[0]
+        return y if bias is None else y + bias
 
 
 class RowParallelLinear(mcore.RowParallelLinear):
     """Y = X W^T with the columns of W split: Y = sum_i X_i W_i^T, summed over ranks."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+    def forward(self, x: Tensor, divisor: Tensor | None = None) -> Tensor:
+        """The divisor of the matrix gets a part of its gradient on each rank."""
+        if not self.input_is_parallel:
+            x = mcore.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
+        y = F.linear(x, self.weight if divisor is None else self.weight / divisor)
+        if self.sequence_parallel:
+            return mcore.reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
+        return mcore.reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
 
 
 def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:

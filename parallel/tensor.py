@@ -74,12 +74,13 @@ def sum_replicated_gradients(
     """Adds up gradients of parameters that every tensor-parallel rank holds but sees only in part, once a step.
 
     Those are, under sequence parallelism, all but the embedding's, which come before the cut into positions; and always
-    the gain of a column-split weight, since each rank has only some columns. Call once parameters are final.
+    the gain and the divisor of a column-split weight, since each rank has only some columns. Call once parameters are
+    final.
     """
     if groups.grid.tp == 1:
         return
     for name, parameter in named_parameters(model):
-        sees_part = name.endswith(".gain") or (sequence_parallel and not name.startswith("embedding."))
+        sees_part = name.endswith((".gain", "ffn.alpha")) or (sequence_parallel and not name.startswith("embedding."))
         if parameter.partition_dim is None and sees_part:
             parameter.register_hook(_SumOncePerStep(groups.tensor, num_micro_batches))
 

@@ -66,18 +66,18 @@ def block_volume(work: Workload, hidden: float) -> float:
     """Bytes that one block sends over tensor-parallel ranks for one micro-batch, `hidden` bytes of activations."""
     tp, sequence_parallel, again = work.grid.tp, work.parallel.sequence_parallel, work.recompute == "full"
     two_matrices = 5 if sequence_parallel else 4
-    forward = 2  # of it, repeated where the block is recomputed
+    # What is repeated where the block is recomputed: until all is there that was kept, which is before the FFN's last sum.
+    forward = 2
     ffn: float
     ffn_forward: float
     if not work.model.fused_ffn:
-        # a block stops running again once all is there that was kept: before the FFN's last sum, if it is not scaled
-        ffn, ffn_forward = two_matrices, forward if work.model.scaled_ffn else int(sequence_parallel)
+        ffn, ffn_forward = two_matrices, int(sequence_parallel)
     elif not sequence_parallel:
-        ffn, ffn_forward = 3, 2
+        ffn, ffn_forward = 3, 0
     elif work.replicates_fused_ffn:
         ffn, ffn_forward = 0, 0
     else:
-        ffn, ffn_forward = 2 + 2 / tp, 1 + 1 / tp
+        ffn, ffn_forward = 2 + 2 / tp, 1 / tp
     return _share(tp) * hidden * (two_matrices + ffn + (forward + ffn_forward if again else 0))
 
 

@@ -1,11 +1,13 @@
 """Clocks, memory and waits of a step, without disturbing it."""
 
+import contextlib
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -40,15 +42,23 @@ def memory() -> tuple[int, int]:
 
 
 def count_device_waits(step: Callable[[], Any]) -> int | None:
-    """How often a step makes the host wait for the device, by PyTorch's own detector; None without a GPU."""
+    """How often a step makes the host wait for the device: asked to, as timers do, or because it reads a result, which
+    PyTorch's own detector reports; None without a GPU.
+    """
     if not torch.cuda.is_available():
         return None
-    with warnings.catch_warnings(record=True) as found:
+    with contextlib.ExitStack() as stack:
+        asked = [
+            stack.enter_context(mock.patch.object(place, "synchronize", autospec=True, side_effect=place.synchronize))
+            for place in (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+        ]
+        found = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(warning.message) for warning in found)
+    read = sum("called a synchronizing" in str(warning.message) for warning in found)
+    return read + sum(each.call_count for each in asked)
 
 
 def kernel_times(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, float, float]]:

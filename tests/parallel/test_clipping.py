@@ -1,13 +1,19 @@
 """Clipping and leaving out without waiting for the device, against PyTorch's own."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from parallel.clipping import decide_on_device, global_norm
+from parallel.compare import apply_layout
+from parallel.layout import Layout, parse_layout
+from parallel.local_ranks import run_ranks
+from tests.parallel.tiny import VOCAB_SIZE, tiny_config
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -45,3 +51,25 @@ def test_the_step_is_that_of_clipped_gradients(max_norm: float) -> None:
 def test_gradients_that_are_not_finite_leave_the_step_out(spoil: float) -> None:
     for value, before in zip(step(1.0, spoil), parameters(), strict=True):
         assert torch.equal(value, before)
+
+
+def _waits_asked_for(layout: Layout) -> int:
+    """How often DeepSpeed asks for the device to finish in five steps on this rank."""
+    from deepspeed.accelerator import get_accelerator
+
+    from train.setup import build_engine
+
+    config = apply_layout(tiny_config(), layout, Layout(acc=1))
+    training = dataclasses.replace(config.training, precision="bf16")
+    engine = build_engine(dataclasses.replace(config, training=training), VOCAB_SIZE)
+    tokens = torch.randint(VOCAB_SIZE, (config.training.micro_batch_size, config.model.seq_length + 1)).t()
+    with mock.patch.object(get_accelerator(), "synchronize") as asked:
+        for _ in range(5):
+            engine.train_step(iter([(tokens[:-1], tokens[1:])] * config.num_micro_batches(layout.world_size)), 1e-3)
+    return asked.call_count
+
+
+@pytest.mark.parametrize("layout", ["dp=1", "dp=2:zero=2", "dp=2:zero=3", "pp=2"])
+def test_no_timer_waits_for_the_device(layout: str) -> None:
+    parsed = parse_layout(layout)
+    assert run_ranks(_waits_asked_for, parsed.world_size, parsed) == [0] * parsed.world_size

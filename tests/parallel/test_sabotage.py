@@ -14,6 +14,7 @@ from tests.parallel.tiny import tiny_config
 BUGS = [
     ("pipe_partitioned", "tp=2:pp=2:sp=1", "float32"),
     ("replicated_gradients_not_summed", "tp=2:sp=1", "float64"),
+    ("replicated_gradients_not_summed", "tp=2", "float64"),
     ("replicated_gradients_summed_of_the_last_micro_batch", "tp=2:sp=1", "float64"),
     ("split_parameters_not_marked", "tp=2", "float32"),
     ("tied_copies_not_summed", "pp=2", "float32"),
@@ -30,7 +31,7 @@ BUGS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bug", "layout", "dtype"), BUGS, ids=[bug for bug, _, _ in BUGS])
+@pytest.mark.parametrize(("bug", "layout", "dtype"), BUGS, ids=[f"{bug}-{layout}" for bug, layout, _ in BUGS])
 def test_a_bug_is_noticed(bug: str, layout: str, dtype: str) -> None:
     parsed, tolerance = parse_layout(layout), {"float32": 1e-5, "float64": 1e-10}[dtype]
     config = tiny_config(granularity="per_head" if bug == "mean_entropy_not_reduced" else "per_query")

@@ -43,8 +43,9 @@ def test_splitting_divides_what_is_split(capsys: pytest.CaptureFixture[str]) -> 
     _, whole = planned(capsys, *common)
     _, halves = planned(capsys, *common, "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
     one, two = whole["plan"]["stages_bytes"][0], halves["plan"]["stages_bytes"][0]
-    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.01)
-    assert one["parameters"] / 2 < two["parameters"] < one["parameters"]  # a replicated FFN is not divided
+    # a replicated FFN is not divided, nor what is kept of it
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.04)
+    assert one["parameters"] / 2 < two["parameters"] < one["parameters"]
     _, staged = planned(capsys, *common, "parallel.pipeline_parallel_size=4")
     stages = staged["plan"]["stages_bytes"]
     assert len(stages) == 3 and staged["plan"]["step_time_s"]["bubble"] > 0
