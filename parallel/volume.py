@@ -66,7 +66,7 @@ def block_volume(work: Workload, hidden: float) -> float:
     """Bytes that one block sends over tensor-parallel ranks for one micro-batch, `hidden` bytes of activations."""
     tp, sequence_parallel, again = work.grid.tp, work.parallel.sequence_parallel, work.recompute == "full"
     two_matrices = 5 if sequence_parallel else 4
-    # What is repeated where the block is recomputed: until all is there that was kept, which is before the FFN's last sum.
+    # what is repeated where the block is recomputed: until all is there that was kept, before the FFN's last sum
     forward = 2
     ffn: float
     ffn_forward: float
