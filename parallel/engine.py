@@ -104,11 +104,10 @@ class Engine:
     def _measure(self) -> PendingReport:
         """The step's report, made where it is first asked for: after the backward pass, before the optimizer."""
         if self._report is None:
-            assert self.stage.statistics is not None
             norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
             norm = float("inf") if getattr(self.engine.optimizer, "overflow", False) or norm is None else norm
             told = self.stop_requested, self._limits
-            self._report = PendingReport(self.stage.statistics, self.groups, norm, *told)
+            self._report = PendingReport(self.stage.complete_statistics(), self.groups, norm, *told)
         return self._report
 
     @torch.no_grad()

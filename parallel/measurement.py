@@ -12,7 +12,7 @@ from data.document_starts import document_starts
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
-from parallel.stage import MicroBatch
+from parallel.stage import MicroBatch, StageStatistics
 from parallel.state import local_shape, piece_of, source
 from train.config import Config
 
@@ -104,9 +104,11 @@ class Step(Protocol):
     stage: Any
     groups: Any
 
-    def run(self, micro_batches: Iterator[MicroBatch]) -> Any: ...
+    def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics: ...
 
-    def gradient_norm(self) -> float: ...
+    def losses(self, statistics: StageStatistics) -> list[float]:
+        """Cross-entropy, entropy loss and gradient norm, over all ranks."""
+        ...
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None: ...
 
@@ -122,13 +124,13 @@ class EngineStep:
         tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
         self.engine = add_optimizer(self.stage, self.groups, dataclasses.replace(config, optimizer=optimizer))
 
-    def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
+    def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics:
         report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)
         self.report = report.wait()
         return statistics
 
-    def gradient_norm(self) -> float:
-        return self.report.gradient_norm
+    def losses(self, statistics: StageStatistics) -> list[float]:
+        return [self.report.cross_entropy, self.report.entropy_loss, self.report.gradient_norm]
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
         """Where the piece that ZeRO left here begins, and the piece; None where there is none."""
@@ -146,7 +148,7 @@ class ExactStep:
         self.stage, self.groups = build_stage(config, vocab_size, torch.float64)
         tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
 
-    def run(self, micro_batches: Iterator[MicroBatch]) -> Any:
+    def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics:
         from parallel.gradients import accumulate_gradients
 
         return accumulate_gradients(
@@ -157,10 +159,12 @@ class ExactStep:
             sequence_parallel=self.config.parallel.sequence_parallel,
         )
 
-    def gradient_norm(self) -> float:
+    def losses(self, statistics: StageStatistics) -> list[float]:
         from parallel.gradients import gradient_norm
+        from parallel.telemetry import loss_parts, sum_over_ranks
 
-        return gradient_norm(self.stage, self.groups)
+        parts = sum_over_ranks(loss_parts(statistics, self.groups)).tolist()
+        return [*parts, gradient_norm(self.stage, self.groups)]
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
         assert parameter.grad is not None
@@ -186,7 +190,7 @@ def tell_apart(stage: Any, groups: Any, vocab_size: int, seed: int) -> None:
 
 
 def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: str) -> dict[str, Any]:
-    from parallel.telemetry import head_snapshot, loss_parts, sum_over_ranks
+    from parallel.telemetry import head_snapshot
     from parallel.traffic import TrafficCounter
 
     step: Step = EngineStep(config, vocab_size) if dtype == "float32" else ExactStep(config, vocab_size)
@@ -194,7 +198,7 @@ def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: st
     for batch in batches:
         with TrafficCounter(step.groups) as traffic:
             statistics = step.run(_micro_batches(config, step.groups.grid, batch))
-        losses.append([*sum_over_ranks(loss_parts(statistics, step.groups)).tolist(), step.gradient_norm()])
+        losses.append(step.losses(statistics))
         gradients.append(_local_gradients(step))
         heads = head_snapshot(step.stage, statistics, step.groups)
         entropies.append(torch.tensor(heads.entropy_nats, dtype=torch.float64))

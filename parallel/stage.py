@@ -88,13 +88,17 @@ class Stage(nn.Module):
     def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
         return self.loss(self.body(tokens_TB, document_start_BT), labels_TB)
 
-    def take_statistics(self) -> StageStatistics:
-        """What was summed since the last call; in training, after the backward passes."""
-        statistics, self.statistics = self.statistics, None
-        assert statistics is not None, "no micro-batch was run"
+    def complete_statistics(self) -> StageStatistics:
+        """What was summed since it was last taken; in training after the backward passes, which settle penalties."""
+        assert self.statistics is not None, "no micro-batch was run"
         for penalty in self._penalties:
-            statistics.entropy_penalty += penalty()
+            self.statistics.entropy_penalty += penalty()
         self._penalties = []
+        return self.statistics
+
+    def take_statistics(self) -> StageStatistics:
+        """The complete statistics; the next step begins with new ones."""
+        statistics, self.statistics = self.complete_statistics(), None
         return statistics
 
     def _record(self, entropy_LBNT: Tensor) -> None:

@@ -29,6 +29,7 @@ def test_a_run_leaves_every_step_and_resumes_bit_for_bit(tiny_config: Path, tmp_
     steps = [row for row in rows(run) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert all(row["loss"] == pytest.approx(row["ce_loss"] + row["entropy_loss"]) for row in steps)
+    assert all(row["entropy_loss"] > 0 for row in steps)
     assert [row["step"] for row in rows(run) if "validation_loss" in row] == [6, 12]
     assert [row["step"] for row in rows(run, "entropy.jsonl")] == [4, 8, 12]
 
