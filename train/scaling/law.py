@@ -136,7 +136,8 @@ def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> tup
 
 
 def _theta(law: LossLaw) -> Array:
-    return np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
+    entropy = max(law.E, np.finfo(float).tiny)  # a fit may leave no room for it
+    return np.array([np.log(law.A), np.log(law.B), np.log(entropy), law.alpha, law.beta])
 
 
 def _law(theta: Array) -> LossLaw:

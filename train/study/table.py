@@ -72,12 +72,14 @@ def gap_text(group: Group, baseline: Group | None) -> str:
 
 
 def flops_text(record: Record) -> tuple[str, str]:
-    """FLOPs of (FFN, attention) as the paper prints them, in units of 1e6 for models too small for that."""
+    """FLOPs of (FFN, attention) as the paper prints them, in units of 1e6 where they are fewer than its unit."""
     flops = forward_flops(record.model)
-    if min(flops.ffn, flops.attention) >= 1e9:
-        ffn, attention = printed_gflops(record.model)
-        return f"{ffn}B", f"{attention}B"
-    return f"{flops.ffn / 1e6:.3g}M", f"{flops.attention / 1e6:.3g}M"
+    ffn, attention = printed_gflops(record.model)
+    return _flops_cell(flops.ffn, ffn), _flops_cell(flops.attention, attention)
+
+
+def _flops_cell(flops: float, printed: str) -> str:
+    return f"{printed}B" if flops >= 1e9 else f"{flops / 1e6:.3g}M"
 
 
 def _baseline(group: Group, groups: list[Group], architecture: str) -> Group | None:
