@@ -19,7 +19,15 @@ import torch
 from model.config import ModelConfig
 from train import benchmark_report
 from train.accounting import mfu, training_flops_per_token
-from train.benchmark_timing import MATMUL_SIZE, count_device_waits, kernel_times, matmul_tflops, memory, timed
+from train.benchmark_timing import (
+    MATMUL_SIZE,
+    count_device_waits,
+    host_time,
+    kernel_times,
+    matmul_tflops,
+    memory,
+    timed,
+)
 from train.config import Config, config_from_dict, load_config
 
 CONTENDERS = {
@@ -87,6 +95,7 @@ class Contender:
     peak_memory_gib: float | None = None
     peak_reserved_gib: float | None = None
     device_waits: int | None = None
+    host_time_s: float | None = None
     kernels: list[tuple[str, float, float]] = dataclasses.field(default_factory=list)
 
     @property
@@ -187,6 +196,7 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
             contender.step()
         measure_memory(contender)
         contender.device_waits = count_device_waits(contender.step)
+        contender.host_time_s = host_time(contender.step)
         if options.profile:
             contender.kernels = kernel_times(contender.step)
         ready.append(contender)
@@ -231,6 +241,7 @@ def described(contender: Contender, rate: float | None) -> dict[str, Any]:
         "peak_memory_gib": contender.peak_memory_gib,
         "peak_reserved_gib": contender.peak_reserved_gib,
         "device_waits": contender.device_waits,
+        "host_time_s": contender.host_time_s,
         "kernels_ms": contender.kernels,
         "step_times_s": contender.step_times_s,
     }
@@ -250,8 +261,8 @@ def as_table(report: dict[str, Any]) -> str:
     lines += [
         "",
         "| contender | T | micro-batch | recompute | ms a step | tokens/s | x GPT-2 | TFLOP/s | of product | MFU | "
-        "GiB | waits |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "GiB | waits | host ms |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results:
         peer = peers.get(r["micro_batch_size"])
@@ -268,6 +279,7 @@ def as_table(report: dict[str, Any]) -> str:
             f"{r['mfu']:.1%}" if r["mfu"] else "",
             f"{r['peak_memory_gib']:.1f}" if r["peak_memory_gib"] else "",
             "" if r["device_waits"] is None else str(r["device_waits"]),
+            "" if r["host_time_s"] is None else f"{1e3 * r['host_time_s']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

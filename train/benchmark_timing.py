@@ -32,6 +32,21 @@ def timed(step: Callable[[], Any], steps: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
+def host_time(step: Callable[[], Any], steps: int = 8) -> float | None:
+    """Seconds in which the host has launched a step on an idle device, a median; above a step's own time the device
+    waits for the host. None without a GPU.
+    """
+    if not torch.cuda.is_available():
+        return None
+    times = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
 def memory() -> tuple[int, int]:
     """Bytes allocated and reserved on the device, unused blocks given back."""
     if not torch.cuda.is_available():

@@ -15,22 +15,22 @@ ONE_BATCH = ["training.global_batch_size=8", "training.micro_batch_size=8"]
 
 # torch.cuda.max_memory_allocated of training steps on one H200 at vocabulary 32,000, in GiB
 MEASURED_GIB = [
-    ("ereg.json", [], 10.90),
-    ("baseline.json", [], 21.82),
-    ("ereg_1b.json", ONE_BATCH, 34.36),
-    ("ereg_1b.json", [*ONE_BATCH, "training.activation_recompute=full"], 21.10),
-    ("ereg_1b.json", [*ONE_BATCH, "training.activation_recompute=selective"], 32.10),
-    ("ereg_1b.json", ["training.global_batch_size=16", "training.micro_batch_size=16"], 50.06),
+    ("ereg.json", [], 9.80),
+    ("baseline.json", [], 21.80),
+    ("ereg_1b.json", ONE_BATCH, 32.5),
+    ("ereg_1b.json", [*ONE_BATCH, "training.activation_recompute=selective"], 30.2),
+    ("ereg_1b.json", [*ONE_BATCH, "training.activation_recompute=full"], 21.1),
+    ("ereg_1b.json", ["training.global_batch_size=16", "training.micro_batch_size=16"], 46.0),
 ]
 
 
 @pytest.mark.parametrize(("name", "overrides", "measured_gib"), MEASURED_GIB)
-def test_peak_memory_is_within_three_percent_of_the_measured(
+def test_peak_memory_is_within_two_percent_of_the_measured(
     name: str, overrides: list[str], measured_gib: float
 ) -> None:
     config = load_config(ROOT / "configs" / name, overrides)
     predicted_gib = footprint(workload(config, 1, 0, 32_000)).peak / 2**30
-    assert predicted_gib == pytest.approx(measured_gib, rel=0.03)
+    assert predicted_gib == pytest.approx(measured_gib, rel=0.02)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:

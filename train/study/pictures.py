@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike
 
 from train.map_plots import entropy_ceiling_nats
@@ -159,6 +160,9 @@ def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
             label="best for its cost, published (hollow)" if published else "best for its cost here",
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set(xlabel="communication of a private inference (GB), predicted", ylabel="validation perplexity")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
