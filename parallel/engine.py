@@ -13,6 +13,7 @@ import torch
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from parallel.accumulation import accumulate_together
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
@@ -71,6 +72,7 @@ class Engine:
             )
         if uses_bf16_optimizer(config):
             leave_norms_on_device()
+            accumulate_together(self.engine.optimizer)
         clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
         create_moments(self.engine.optimizer, 0)
@@ -168,9 +170,7 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def uses_bf16_optimizer(config: EngineConfig) -> bool:
-    """Whether DeepSpeed's bf16 optimizer runs: float32 accumulation with the update fused into the backward pass, which
-    only ZeRO-1 knows.
-    """
+    """Whether DeepSpeed's bf16 optimizer runs, which accumulates in float32 and never waits; only ZeRO-1 has it."""
     return config.bf16 and config.parallel.zero_stage == 1
 
 
@@ -188,7 +188,6 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     if config.bf16:
         derived["bf16"] = {"enabled": True}
     if uses_bf16_optimizer(config):
-        derived["bf16"]["immediate_grad_update"] = True
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["gradient_clipping"] = 0.0  # see parallel.clipping
     merged = {"steps_per_print": 2**31, **config.deepspeed, **derived}
