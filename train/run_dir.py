@@ -65,19 +65,21 @@ class RunDirectory:
 
 
 def check_same_model(path: Path, config: Config) -> None:
-    """Raises RunError where the folder holds a run whose model differs, naming the first keys that do."""
+    """Raises RunError where the folder holds a run whose model or seed differs, naming the first keys that do."""
     there = read_config(path)
     if there is None:
         return
     here = config.as_dict()
+    fixed = [("model", key) for key in here["model"]] + [("training", "seed")]
     differing = [
-        f"model.{key} is {there['model'].get(key)!r} there and {value!r} here"
-        for key, value in here["model"].items()
-        if there["model"].get(key) != value
+        f"{section}.{key} is {there[section].get(key)!r} there and {here[section][key]!r} here"
+        for section, key in fixed
+        if there[section].get(key) != here[section][key]
     ]
     if differing:
+        another = "model" if any(each.startswith("model.") for each in differing) else "seed"
         raise RunError(
-            f"run_dir {path} holds a run of another model ({'; '.join(differing[:3])}); choose another run_dir"
+            f"run_dir {path} holds a run of another {another} ({'; '.join(differing[:3])}); choose another run_dir"
         )
 
 

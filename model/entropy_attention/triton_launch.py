@@ -175,7 +175,7 @@ def _addressable(x_BNTH: Tensor) -> Tensor:
 
 
 def _padded(width: int) -> int:
-    """The next power of two, at least 16; Triton's own function for it costs the host more than the rest of a launch."""
+    """The next power of two, at least 16; Triton's own function for it costs the host as much as all else here."""
     return max(16, 1 << (width - 1).bit_length())
 
 

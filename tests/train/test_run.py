@@ -85,12 +85,14 @@ def test_world_size_and_batch_must_fit(tiny_config: Path) -> None:
     assert answer.statuses == [2] and "not a multiple of micro_batch_size(4)" in answer.stderr
 
 
-def test_a_run_of_another_model_is_not_touched(tiny_config: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_model_or_seed_is_not_touched(tiny_config: Path, tmp_path: Path) -> None:
     assert run_main(1, tiny_config).statuses == [0]
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     answer = run_main(1, tiny_config, "model.num_layers=3")
     assert answer.statuses == [2]
     assert "holds a run of another model (model.num_layers is 2 there and 3 here)" in answer.stderr
+    answer = run_main(1, tiny_config, "training.seed=77")
+    assert answer.statuses == [2] and "holds a run of another seed (training.seed is" in answer.stderr
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     del before[tmp_path / "run" / "run.lock"], after[tmp_path / "run" / "run.lock"]
     assert after == before
