@@ -1,6 +1,6 @@
-"""The folder of a run and the rule that it holds one run of one model, written by one job at a time.
+"""The folder of a run and the rule that it holds one run of one model and seed, written by one job at a time.
 
-config.json          resolved configuration, versions, git commit
+config.json          resolved configuration, the dataset's vocabulary, versions, git commit
 metrics.jsonl        a row for every step and every evaluation
 entropy.jsonl        a row for every logging step: entropies, thresholds, temperatures, alpha, beta
 evaluation.json      written by train.evaluate
@@ -32,18 +32,19 @@ class RunDirectory:
     """An open run folder; only one process of a job opens it for writing.
 
     Raises:
-        RunError: another live process trains there, or it holds a run of another model.
+        RunError: another live process trains there, or it holds a run of another model or seed.
     """
 
-    def __init__(self, path: str | Path, config: Config) -> None:
+    def __init__(self, path: str | Path, config: Config, vocab_size: int) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
         except OSError as error:
             raise RunError(f"run_dir {self.path}: cannot be written ({error}); choose another run_dir") from None
-        check_same_model(self.path, config)
-        write_atomically(self.path / "config.json", json.dumps(description(config), indent=2) + "\n")
+        check_same_run(self.path, config)
+        content = {"vocab_size": vocab_size, **description(config)}
+        write_atomically(self.path / "config.json", json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
         self._lock.close()
@@ -64,7 +65,7 @@ class RunDirectory:
         return lock
 
 
-def check_same_model(path: Path, config: Config) -> None:
+def check_same_run(path: Path, config: Config) -> None:
     """Raises RunError where the folder holds a run whose model or seed differs, naming the first keys that do."""
     there = read_config(path)
     if there is None:
@@ -72,9 +73,9 @@ def check_same_model(path: Path, config: Config) -> None:
     here = config.as_dict()
     fixed = [("model", key) for key in here["model"]] + [("training", "seed")]
     differing = [
-        f"{section}.{key} is {there[section].get(key)!r} there and {here[section][key]!r} here"
+        f"{section}.{key} is {there.get(section, {}).get(key)!r} there and {here[section][key]!r} here"
         for section, key in fixed
-        if there[section].get(key) != here[section][key]
+        if there.get(section, {}).get(key) != here[section][key]
     ]
     if differing:
         another = "model" if any(each.startswith("model.") for each in differing) else "seed"
@@ -96,7 +97,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def description(config: Config) -> dict[str, Any]:
-    """What config.json holds."""
+    """Of config.json what follows from the configuration and this installation."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -261,7 +261,7 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
     try:
         with limits.section("start"):
             initialize_distributed(limits.longest_s + 2 * GRACE_S)
-            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
+            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config, manifest.vocab_size)))
             trainer = Trainer(config, manifest, limits, stop)
         return RunResult(validation=trainer.train(), step=trainer.step)
     except BaseException as raised:

@@ -127,14 +127,19 @@ def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) ->
     assert html.count("data:image/png;base64,") == len(pictures) and 'src="pictures' not in html
 
 
-def test_points_for_scaling_laws_come_from_what_finished(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_points_for_scaling_laws_come_from_what_finished(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     series = {one.points.name: one for one in load_series(finished, "total")}
     ereg = series["EReg(SM(t)+ScFuFFN)"]
     assert sorted(set(ereg.points.tokens)) == [8 * 32 * 10, 8 * 32 * 12, 8 * 32 * 20]
     assert len(series["SM"].points) == 0 and "diverged" in series["SM"].left_out[0]
     assert ereg.communication_gb is not None and ereg.communication_gb(np.array([1e6])) > 0
-    elsewhere = ["data.path=nowhere", "data.planned_vocab_size=null"]
-    assert scaling(["fit", str(finished), "--resamples", "5", *elsewhere]) == 2
+    elsewhere = load_series(finished, "total", overrides=["data.path=nowhere", "data.planned_vocab_size=7"])
+    sizes = {one.points.name: list(one.points.parameters) for one in elsewhere}
+    assert sizes == {name: list(one.points.parameters) for name, one in series.items()}, "a run notes its vocabulary"
+    not_begun = ["data.path=nowhere", "data.planned_vocab_size=null", f"output={tmp_path}"]
+    assert scaling(["fit", str(finished), "--resamples", "5", *not_begun]) == 2
     assert "its parameters cannot be counted" in capsys.readouterr().err
     with pytest.raises(PointsError, match="only a suite takes overrides"):
         load_series(Path("points.csv"), "total", overrides=["a.b=1"])

@@ -105,7 +105,7 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     models = {size(record): record for record in members}
     sizes = np.array(sorted(models), dtype=float)
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
-    gigabytes = [models[n].cost.communication_gb for n in sorted(models)]
+    gigabytes = [cost.communication_gb for n in sorted(models) if (cost := models[n].cost) is not None]
     points = points_of(name, rows) if rows else Points(name, NONE, NONE, NONE, NONE)
     return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
 

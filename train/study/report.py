@@ -167,6 +167,8 @@ def _pareto(document: Document, groups: list[Group]) -> None:
     points = []
     for group in groups:
         record, spread = group.first, group.mean_and_half_width()
+        if record.cost is None:
+            continue
         gigabytes = record.cost.communication_gb
         if spread is not None:
             points.append(ParetoPoint(title_of(group), gigabytes, spread[0]))
@@ -216,8 +218,8 @@ def results_rows(found: list[Record]) -> list[dict[str, Any]]:
             "training_flops": record.flops,
             "validation_loss": record.loss,
             "validation_perplexity": record.perplexity,
-            "communication_gb": record.cost.communication_gb,
-            "latency_min": record.cost.latency_min,
+            "communication_gb": record.cost and record.cost.communication_gb,
+            "latency_min": record.cost and record.cost.latency_min,
             "folder": str(record.folder),
         }
         for record in found

@@ -1,5 +1,6 @@
 """What the runs of a suite gave: one record for each result, from its folder and from counting."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ class Record:
         return math.exp(self.loss) if self.loss is not None and self.loss < 700 else None
 
     @property
-    def cost(self) -> PrivateInferenceCost:
-        return private_inference_cost(self.model, self.vocab_size)
+    def cost(self) -> PrivateInferenceCost | None:
+        """None where the vocabulary is unknown."""
+        return private_inference_cost(self.model, self.vocab_size) if self.vocab_size else None
 
 
 def records(suite: Suite) -> list[Record]:
@@ -74,7 +76,7 @@ def _of_run(run: PlannedRun) -> Iterable[Record]:
 
 def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     config = stage.config
-    vocab_size = vocabulary(config)
+    vocab_size = vocabulary(stage.folder, config)
     total, body = count_parameters(config.model, vocab_size)
     tokens = state.step * config.tokens_per_step
     return Record(
@@ -93,8 +95,12 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     )
 
 
-def vocabulary(config: Config) -> int:
-    """Tokens of the dataset, or as planned where it is not here; 0 where neither is known."""
+def vocabulary(folder: Path, config: Config) -> int:
+    """Tokens as the run noted them, else of the dataset, else as planned; 0 where none of them is known."""
+    try:
+        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not begun, or begun by a version that did not note it
     try:
         return int(load_manifest(config.data.path).vocab_size)
     except DataError:

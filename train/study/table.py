@@ -50,8 +50,8 @@ def _row(group: Group, groups: list[Group], name: str) -> list[str]:
         ffn,
         attention,
         operations_text(nonlinear_operations(record.model)),
-        f"{cost.communication_gb:.2f}",
-        f"{cost.latency_min:.2f}",
+        f"{cost.communication_gb:.2f}" if cost else "-",
+        f"{cost.latency_min:.2f}" if cost else "-",
     ]
 
 
