@@ -30,8 +30,8 @@ class Linear(nn.Linear):
     """x (W / divisor)^T + bias: a layer that owns its matrix alone, since what else it takes belongs to heads or to a
     sub-block.
 
-    Dividing the matrix costs D^2 operations and not one a token; and the divisor's gradient, a sum over D^2 elements
-    instead of one over tokens, needs no product kept. A bias given here is added within the product.
+    Dividing the matrix costs an operation an element of it, not D a token; and the divisor's gradient, a sum over those
+    elements instead of over tokens, needs no product kept. A bias given here is added within the product.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

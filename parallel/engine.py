@@ -170,7 +170,7 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def uses_bf16_optimizer(config: EngineConfig) -> bool:
-    """Whether DeepSpeed's bf16 optimizer runs, which accumulates in float32 and never waits; only ZeRO-1 has it."""
+    """Whether DeepSpeed's bf16 optimizer runs, which accumulates in float32 and can be kept from waiting; ZeRO-1's."""
     return config.bf16 and config.parallel.zero_stage == 1
 
 

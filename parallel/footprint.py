@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.cross_entropy import CHUNK_BYTES
 from model.initialize import TIED_HEAD_SOURCE, global_shapes
-from parallel.config import HEAD_SHARDED, ParallelConfig, padded_vocab_size
+from parallel.config import HEAD_SHARDED, ParallelConfig, padded_vocab_size, sees_part
 from parallel.grid import RankGrid
 
 ELEMENT_BYTES = 2  # bfloat16
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # float32: weight, Adam's two moments, accumulated gradient
 LOGITS_AT_ONCE = 3.1  # copies of one chunk's logits alive at the peak of the cross-entropy
 BACKWARD_WIDTHS = 6  # gradients of width D a token, alive while one block runs backward
+ROWS_SPLIT = ("query_key_value", "ffn.up")
 SPLIT_MATRICES = ("query_key_value.weight", "attention.output.weight", "ffn.up.weight", "ffn.down.weight")
 
 
@@ -61,10 +62,13 @@ class Footprint:
     activations: int  # of all micro-batches in flight
     loss: int  # logits and gradients while the cross-entropy runs; the last stage has it
     backward: int  # while one block runs backward
+    waiting: int  # of the other micro-batches in flight, when one has run backward
+    taken_up: int  # gradients of one micro-batch in bf16, which ZeRO-1 takes up when it has run backward
 
     @property
     def peak(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + max(self.loss, self.backward)
+        begins, ends = self.activations + max(self.loss, self.backward), self.waiting + self.backward + self.taken_up
+        return self.weights + self.gradients + self.optimizer + max(begins, ends)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -93,15 +97,16 @@ def replicated_elements(work: Workload) -> int:
     """Elements of what every tensor-parallel rank holds but sees only in part: its gradient is summed once a step."""
     if work.grid.tp == 1:
         return 0
-    held = held_parameters(work)
-    if not work.parallel.sequence_parallel:  # each rank has some columns of the matrix that alpha divides
-        return sum(size for name, size in held.items() if name.endswith("ffn.alpha"))
-    return sum(size for name, size in held.items() if not _is_split(name, work) and not name.startswith("embedding."))
+    sequence_parallel = work.parallel.sequence_parallel
+    held = held_parameters(work).items()
+    return sum(size for name, size in held if not _is_split(name, work) and sees_part(name, sequence_parallel))
 
 
 def _is_split(name: str, work: Workload) -> bool:
     if name.endswith("ffn.fused.weight"):
         return not work.replicates_fused_ffn
+    if name.endswith(".gain"):
+        return name.rsplit(".", 1)[0].endswith(ROWS_SPLIT)
     vocabulary = name in (TIED_HEAD_SOURCE, "head.weight")
     return vocabulary or name.endswith(SPLIT_MATRICES) or name.rsplit(".", 1)[-1] in HEAD_SHARDED
 
@@ -116,14 +121,17 @@ def footprint(work: Workload) -> Footprint:
     layers = len(grid.layers(work.model.num_layers))
     whole_block, kept_block = block_bytes(work, "none"), block_bytes(work, work.recompute)
     rerun = whole_block - kept_block if work.recompute != "none" else 0
+    activations = layers * (kept_block + _penalty_bytes(work)) + _hidden_bytes(work)
     return Footprint(
         parameters=parameters,
         weights=ELEMENT_BYTES * parameters // (replicas if stage == 3 else 1),
         gradients=gradients.get(stage, gradients[2]),
         optimizer=(MASTER_BYTES + MOMENT_BYTES) * parameters // replicas,
-        activations=in_flight * (layers * (kept_block + _penalty_bytes(work)) + _hidden_bytes(work)),
+        activations=in_flight * activations,
         loss=_loss_bytes(work) if grid.is_last_stage else 0,
         backward=rerun + BACKWARD_WIDTHS * _hidden_bytes(work),
+        waiting=(in_flight - 1) * activations,
+        taken_up=ELEMENT_BYTES * parameters if stage == 1 else 0,
     )
 
 
@@ -143,7 +151,7 @@ def block_bytes(work: Workload, recompute: str) -> int:
     else:
         widths += ffn * split  # the first matrix's output
     divided = 0  # the matrix that alpha divides
-    if model.scaled_ffn:
+    if model.scaled_ffn and (model.fused_ffn or recompute == "none"):
         whole_fused = model.fused_ffn and work.replicates_fused_ffn
         rows = model.hidden_size if model.fused_ffn else ffn * model.hidden_size
         divided = round(rows * model.hidden_size * ELEMENT_BYTES * (1 if whole_fused else split))

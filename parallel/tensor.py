@@ -11,8 +11,9 @@ A fused FFN is one D x D matrix:
   than the matrix has rows, or memory matters more, its columns are split: positions are exchanged for features and the
   parts added into positions.
 
-Under sequence parallelism a parameter that every rank holds sees only that rank's positions, so its gradient is one
-part of a sum: a hook on the gradient adds the parts.
+Under sequence parallelism a parameter that every rank holds sees only that rank's positions, and what belongs to a
+column-split matrix as a whole (alpha, the gain of weight normalization) only that rank's columns: its gradient is one
+part of a sum, and a hook on the gradient adds the parts.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from model.initialize import named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.transformer import Block, Embedding, Head, Transformer
 from parallel import megatron
-from parallel.config import HEAD_SHARDED
+from parallel.config import HEAD_SHARDED, sees_part
 from parallel.exchange import features_for_positions
 from parallel.megatron import Groups
 
@@ -73,15 +74,12 @@ def sum_replicated_gradients(
 ) -> None:
     """Adds up gradients of parameters that every tensor-parallel rank holds but sees only in part, once a step.
 
-    Those are, under sequence parallelism, all but the embedding's, which come before the cut into positions; and always
-    the gain and the divisor of a column-split weight, since each rank has only some columns. Call once parameters are
-    final.
+    `sees_part` says which. Call once parameters are final.
     """
     if groups.grid.tp == 1:
         return
     for name, parameter in named_parameters(model):
-        sees_part = name.endswith((".gain", "ffn.alpha")) or (sequence_parallel and not name.startswith("embedding."))
-        if parameter.partition_dim is None and sees_part:
+        if parameter.partition_dim is None and sees_part(name, sequence_parallel):
             parameter.register_hook(_SumOncePerStep(groups.tensor, num_micro_batches))
 
 

@@ -11,6 +11,8 @@ all-to-all s (n-1)/n; point to point s. With A the bytes of all hidden states of
     fused FFN, columns split        3 A: an all-reduce forward, a gather backward
       with sequence parallelism     2 A (1 + 1/tp): an exchange and a scatter forward, their like backward
       replicated                    0, and its gradient summed once a step
+
+Left out: what weight and spectral normalization sum over the columns of a split matrix, some D numbers a layer.
 """
 
 from dataclasses import dataclass
