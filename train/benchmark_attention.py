@@ -125,6 +125,7 @@ class FlexEntropy:
 
 def measure_shape(shape: tuple[int, int, int, int], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per contender; a contender that cannot run here has a reason in place of figures."""
+    torch._dynamo.reset()  # past eight shapes it would leave contenders uncompiled
     tokens, batch, heads, width = shape
     make = partial(make_tensor, shape, arguments)
     inputs, grad_output = [make() for _ in range(3)], make().detach()
