@@ -181,7 +181,6 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
         "gradient_accumulation_steps": config.num_micro_batches,
         "gradient_clipping": config.gradient_clipping,
         "zero_allow_untested_optimizer": True,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         # Partitioned activations are silently wrong under sequence parallelism.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
@@ -190,7 +189,8 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     if uses_bf16_optimizer(config):
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["gradient_clipping"] = 0.0  # see parallel.clipping
-    merged = {"steps_per_print": 2**31, **config.deepspeed, **derived}
+    defaults = {"steps_per_print": 2**31, "timers": {"throughput": {"enabled": False}}}  # it waits for the device
+    merged = {**defaults, **config.deepspeed, **derived}
     merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
     return merged
 
