@@ -3,6 +3,7 @@ way.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -169,5 +170,7 @@ def recompute_activations(transformer: Transformer, what: Literal["none", "selec
 
 def compile_blocks(transformer: Transformer) -> None:
     """Compiles each block by itself: blocks are alike, so one compilation serves all."""
+    # it warns that it cannot try out products whose bias is computed, which nobody asked it to
+    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     for block in transformer.layers.values():
         block.forward = torch.compile(block.forward)
