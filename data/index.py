@@ -30,6 +30,7 @@ from data.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for
 from data.text_shard import MAX_DOCUMENT_BYTES, member_text
 from data.tokenizer import Tokenizer
 
+MOST_SHARDS = 1_000_000
 TEXT_SUFFIXES = {".txt": False, ".json": True}
 _MAX_HEADER_BYTES = 1 << 20
 _HEADER_TYPES = (
@@ -124,11 +125,14 @@ def _expand(address: str, patterns: list[str]) -> list[str]:
 
 
 def _ranges(pattern: str) -> list[str]:
-    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar"""
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar; raises DataError for a range backwards or beyond all datasets."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]
     low, high = match.groups()
+    count = int(high) - int(low) + 1
+    if not 0 < count <= MOST_SHARDS:
+        raise DataError(f"{pattern}: {match[0]} is {max(count, 0)} shards, expected 1 to {MOST_SHARDS}; correct the range")
     names = (
         f"{pattern[: match.start()]}{i:0{len(low)}d}{pattern[match.end() :]}" for i in range(int(low), int(high) + 1)
     )

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -109,8 +110,8 @@ def _check(options: argparse.Namespace) -> None:
         raise DataError("give either --vocab-size N, to learn a vocabulary, or --tokenizer FILE, to use one")
     for name in ("vocab_size", "workers", "shard_megabytes", "tokenizer_megabytes", "max_megabytes"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise DataError(f"--{name.replace('_', '-')} {value}: must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
     if not 0 <= options.validation_fraction < 1:
         raise DataError(f"--validation-fraction {options.validation_fraction}: must be at least 0 and below 1")
     if options.output.exists() and not options.output.is_dir():

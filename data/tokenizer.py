@@ -97,9 +97,9 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        remedy = "choose a larger one" if "smaller than" in reason else "choose a smaller one or give more text"
         raise DataError(
-            f"--vocab-size {vocab_size}: no vocabulary of this size can be learned from this text ({reason}); "
-            "choose a smaller one or give more text"
+            f"--vocab-size {vocab_size}: no vocabulary of this size can be learned from this text ({reason}); {remedy}"
         ) from error
     return buffer.getvalue()
 

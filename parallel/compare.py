@@ -128,7 +128,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32", help="arithmetic (default float32)")
     parser.add_argument("--batches", type=positive, default=2, metavar="N", help="global batches (default 2)")
     parser.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest error (default 1e-5 in float32, 1e-10 in float64)"
+        "--tolerance", type=error_bound, metavar="X", help="largest error (default 1e-5 in float32, 1e-10 in float64)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write a JSON line for each layout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
@@ -139,6 +139,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
+
+
+def error_bound(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least 0")
+    return value
 
 
 def check_devices(layouts: list[Layout]) -> None:

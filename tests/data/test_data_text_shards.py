@@ -224,3 +224,9 @@ def test_the_tokens_kept_of_a_text_shard_are_bounded(indexed: Path, monkeypatch:
 def test_names_that_match_nothing_are_told(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such shard"):
         run(shards, tmp_path / "set", train="other-*.tar")
+
+
+@pytest.mark.parametrize("names", ["web-{0..9999999999}.tar", "web-{9..0}.tar"])
+def test_a_range_that_no_dataset_has_is_told_at_once(shards: Path, tmp_path: Path, names: str) -> None:
+    with pytest.raises(DataError, match="expected 1 to 1000000; correct the range"):
+        run(shards, tmp_path / "set", train=names)

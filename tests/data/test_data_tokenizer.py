@@ -58,6 +58,11 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_one_clear_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_vocabulary_below_the_bytes_is_told_to_grow() -> None:
+    with pytest.raises(DataError, match=r"--vocab-size 10:.*; choose a larger one$"):
+        train_tokenizer(["a b c"], 10)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
