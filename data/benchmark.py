@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data.arguments import real_number, whole_number
 from data.errors import run_command
 from data.manifest import manifest_json
 from data.shard_writer import write_shard
@@ -53,11 +54,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=float, default=100e6, help="size of the dataset in tokens (default 100e6)")
-    parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a sequence (default 2048)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a batch (default 16)")
-    parser.add_argument("--seconds", type=float, default=5, help="how long to read (default 5)")
-    parser.add_argument("--shards", type=int, help="only: start-up time over this many small shards of our own")
+    parser.add_argument(
+        "--tokens", type=real_number(1e4, 1e10), default=100e6, help="size of the dataset in tokens (default 100e6)"
+    )
+    parser.add_argument("--seq-length", type=whole_number(1), default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--batch-size", type=whole_number(1), default=16, help="sequences of a batch (default 16)")
+    parser.add_argument("--seconds", type=real_number(0), default=5, help="how long to read (default 5)")
+    parser.add_argument(
+        "--shards", type=whole_number(1), help="only: start-up time over this many small shards of our own"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as folder:
         if options.shards is not None:

@@ -53,28 +53,28 @@ class Document(NamedTuple):
     source: str
 
 
-def find_files(inputs: list[str], include: list[str], exclude: list[str]) -> list[Path]:
+def find_files(inputs: list[str], include: list[str], exclude: list[str]) -> list[str]:
     """The files that `inputs` (files, folders, globs) name, sorted, each once.
 
     In folders only names matching `include` count. `exclude` patterns are matched with every component of a path and
     with the whole. Raises DataError for an input that is missing, unreadable, empty or matches nothing.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, str] = {}  # texts, since there may be millions and a Path takes several times the memory
     for given in inputs:
         for path in _expand(given):
             for file in _files_in(path, include) if path.is_dir() else [path]:
                 if not _excluded(file, exclude):
-                    found.setdefault(file.resolve(), file)
+                    found.setdefault(os.path.realpath(file), str(file))
     if not found:
         raise DataError(f"--input {' '.join(inputs)}: no file matches {' '.join(include)}; see --include and --exclude")
-    return sorted(found.values())
+    return sorted(found.values(), key=lambda file: file.replace("/", "\0"))  # folder by folder
 
 
-def plan_parts(files: list[Path], max_bytes: int | None) -> list[list[Slice]]:
+def plan_parts(files: list[str], max_bytes: int | None) -> list[list[Slice]]:
     """Divide the files into parts of similar size; with `max_bytes`, of an arbitrary but fixed choice of slices."""
-    sizes = {file: file.stat().st_size for file in files}
-    part_bytes = min(max(sum(sizes.values()) // _USUAL_PARTS, _MIN_PART_BYTES), _MAX_PART_BYTES)
-    slices = [piece for file in files for piece in _slices(str(file), sizes[file], part_bytes)]
+    sizes = [os.stat(file).st_size for file in files]
+    part_bytes = min(max(sum(sizes) // _USUAL_PARTS, _MIN_PART_BYTES), _MAX_PART_BYTES)
+    slices = [piece for file, size in zip(files, sizes, strict=True) for piece in _slices(file, size, part_bytes)]
     if max_bytes is not None:
         slices = _choose(slices, max_bytes)
     parts: list[list[Slice]] = [[]]
@@ -110,6 +110,8 @@ def read_documents(piece: Slice, text_key: str) -> Iterator[Document]:
 
 def _expand(given: str) -> list[Path]:
     path = Path(given)
+    if not given:
+        raise DataError("--input '': names nothing (an unset variable?); name files, folders or globs")
     if path.exists():
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{given}: the file is empty; give a file with text")

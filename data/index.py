@@ -10,27 +10,31 @@ another index.
 """
 
 import argparse
+import glob
 import hashlib
+import itertools
+import math
 import os
 import re
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data.arguments import whole_number
 from data.errors import DataError, run_command
-from data.manifest import SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
+from data.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
 from data.sources import MANIFEST_NAME, LocalSource, ReadOptions, open_source
 from data.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for
 from data.text_shard import MAX_DOCUMENT_BYTES, member_text
 from data.tokenizer import Tokenizer
 
-MOST_SHARDS = 1_000_000
 TEXT_SUFFIXES = {".txt": False, ".json": True}
 _MAX_HEADER_BYTES = 1 << 20
 _HEADER_TYPES = (
@@ -70,7 +74,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", type=Path, required=True, metavar="FILE", help="the tokenizer.model to use")
     add("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created")
     add("--text-key", default="text", metavar="KEY", help='key of the text in .json members (default "text")')
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=whole_number(1, 4096), default=cores, metavar="N", help="processes (default: all cores)")
     return parser.parse_args(arguments)
 
 
@@ -78,21 +83,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     tokenizer = Tokenizer(options.tokenizer)
     names = {split: _expand(options.address, getattr(options, split)) for split in SPLITS}
-    if not names["train"] + names["validation"]:
-        raise DataError(f"--address {options.address}: names no shard; see --train and --validation")
-    if (options.output / MANIFEST_NAME).exists():
-        raise DataError(f"--output {options.output}: holds a dataset; name another folder")
+    _check(options, names["train"] + names["validation"])
     options.output.mkdir(parents=True, exist_ok=True)
     jobs = [
         _Job(options.address, name, options.output, options.tokenizer, options.text_key)
         for split in SPLITS
         for name in names[split]
     ]
-    with ProcessPoolExecutor(options.workers) as pool:
-        infos = list(tqdm(pool.map(_index_shard, jobs), total=len(jobs), desc="index", unit="shard"))
+    infos = _index_all(jobs, options.workers)
     by_split = {"train": infos[: len(names["train"])], "validation": infos[len(names["train"]) :]}
     model = options.tokenizer.read_bytes()
-    (options.output / TOKENIZER).write_bytes(model)
+    if not _holds(options.output / TOKENIZER, model):
+        (options.output / TOKENIZER).write_bytes(model)
     dtype = token_dtype_for(tokenizer.vocab_size)
     text = manifest_json(
         "text", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, by_split, options.text_key
@@ -108,6 +110,42 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
 
+def _check(options: argparse.Namespace, names: list[str]) -> None:
+    """Raises DataError before anything is written; the output may be the folder of the shards itself."""
+    if not names:
+        raise DataError(f"--address {options.address}: names no shard; see --train and --validation")
+    if len(names) > MAX_SHARDS:
+        raise DataError(f"--address {options.address}: {len(names)} shards, a dataset has at most {MAX_SHARDS}")
+    for name in names:
+        if not is_shard_name(name):
+            raise DataError(
+                f"{name!r} is no plain file name ending in .tar, of letters, digits, '.', '_' and '-' alone; "
+                "rename or unpack the file, and name its folder with --address"
+            )
+    twice = next((name for name, other in itertools.pairwise(sorted(names)) if name == other), None)
+    if twice is not None:
+        raise DataError(f"{twice} is named twice by --train and --validation; name each shard once")
+    if options.output.exists() and not options.output.is_dir():
+        raise DataError(f"--output {options.output}: is a file; name a folder")
+    if (options.output / MANIFEST_NAME).exists():
+        raise DataError(f"--output {options.output}: holds a dataset; name another folder")
+    there = options.output / TOKENIZER
+    if there.exists() and not _holds(there, options.tokenizer.read_bytes()):
+        raise DataError(f"{there}: is another tokenizer than {options.tokenizer}; name another folder with --output")
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() == content
+
+
+def _index_all(jobs: list[_Job], workers: int) -> list[ShardInfo]:
+    with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
+        try:
+            return list(tqdm(pool.map(_index_shard, jobs), total=len(jobs), desc="index", unit="shard"))
+        except BrokenProcessPool as error:
+            raise DataError("a worker was killed, perhaps for memory; run again with fewer --workers") from error
+
+
 def _is_local(address: str) -> bool:
     return isinstance(open_source(address, ReadOptions()), LocalSource)
 
@@ -117,7 +155,7 @@ def _expand(address: str, patterns: list[str]) -> list[str]:
     names: list[str] = []
     for pattern in patterns:
         for name in _ranges(pattern):
-            found = sorted(path.name for path in Path(address).glob(name)) if _is_local(address) else [name]
+            found = sorted(glob.glob(name, root_dir=address)) if _is_local(address) else [name]
             if not found:
                 raise DataError(f"{address}/{name}: no such shard; check --address and the names")
             names += found
@@ -125,33 +163,40 @@ def _expand(address: str, patterns: list[str]) -> list[str]:
 
 
 def _ranges(pattern: str) -> list[str]:
-    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar; raises DataError for a range backwards or beyond all datasets."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    low, high = match.groups()
-    count = int(high) - int(low) + 1
-    if not 0 < count <= MOST_SHARDS:
-        raise DataError(f"{pattern}: {match[0]} is {max(count, 0)} shards, expected 1 to {MOST_SHARDS}; correct the range")
-    names = (
-        f"{pattern[: match.start()]}{i:0{len(low)}d}{pattern[match.end() :]}" for i in range(int(low), int(high) + 1)
-    )
-    return [name for partly in names for name in _ranges(partly)]
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar; raises DataError for none or more than a dataset has."""
+    first, *pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    lows, highs, between = pieces[::3], pieces[1::3], pieces[2::3]
+    count = math.prod(max(int(high) - int(low) + 1, 0) for low, high in zip(lows, highs, strict=True))
+    if not 0 < count <= MAX_SHARDS:
+        raise DataError(f"{pattern}: names {count} shards, expected 1 to {MAX_SHARDS}; correct the range")
+    choices = [
+        [f"{number:0{len(low)}d}{text}" for number in range(int(low), int(high) + 1)]
+        for low, high, text in zip(lows, highs, between, strict=True)
+    ]
+    return [first + "".join(chosen) for chosen in itertools.product(*choices)]
 
 
 def _index_shard(job: _Job) -> ShardInfo:
     if _is_local(job.address):
-        target = (Path(job.address) / job.name).resolve()
+        target = Path(os.path.realpath(Path(job.address) / job.name))
         info = _index_file(job, target)
-        link = job.output / job.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
+        _link(job.output / job.name, target)
         return info
     with tempfile.TemporaryDirectory(dir=job.output) as folder:
         path = Path(folder) / "shard"
         with path.open("wb") as file:
             open_source(job.address, ReadOptions()).copy(job.name, file)
         return _index_file(job, path)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make `link` lead to `target`, unless it is that file; raises DataError rather than remove another file."""
+    if os.path.realpath(link) == str(target):
+        return
+    if link.exists() and not link.is_symlink():
+        raise DataError(f"{link}: another file is in the place of the link to {target}; name another --output")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
 
 
 def _index_file(job: _Job, path: Path) -> ShardInfo:

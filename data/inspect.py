@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.arguments import whole_number
 from data.errors import DamagedShardError, DataError, run_command
 from data.manifest import SPLITS, Manifest, ShardInfo, load_manifest
 from data.mixture import Mixture
@@ -39,14 +40,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("path", nargs="?", help="a dataset: folder, address or mixture file")
     add("--verify", action="store_true", help="check every byte of every shard")
-    add("--sample", type=int, metavar="K", help="print sample K of the run (from 0), decoded, with its documents")
-    add("--step", type=int, metavar="N", help="print what training step N (from 1) saw; needs the batch size or --run")
+    add(
+        "--sample",
+        type=whole_number(0),
+        metavar="K",
+        help="print sample K of the run (from 0), decoded, with its documents",
+    )
+    add(
+        "--step",
+        type=whole_number(1, 10**12),
+        metavar="N",
+        help="print what training step N (from 1) saw; needs the batch size or --run",
+    )
     add("--run", type=Path, metavar="RUN", help="a run directory to take the settings below from")
     add("--split", choices=SPLITS, default="train", help="(default train)")
-    add("--seq-length", type=int, metavar="T", help="tokens of a sample")
-    add("--global-batch-size", type=int, metavar="B", help="sequences of a step")
+    add("--seq-length", type=whole_number(1), metavar="T", help="tokens of a sample")
+    add("--global-batch-size", type=whole_number(1, 1 << 20), metavar="B", help="sequences of a step")
     add("--seed", type=int, default=0, help="training.seed of the run (default 0)")
-    add("--window-shards", type=int, default=DEFAULT_WINDOW_SHARDS, help="data.shuffle_window_shards (default 8)")
+    window = whole_number(1)
+    add("--window-shards", type=window, default=DEFAULT_WINDOW_SHARDS, help="data.shuffle_window_shards (default 8)")
     add("--on-damage", choices=("stop", "skip"), default="stop", help="data.on_damage of the run (default stop)")
     add("--cache-dir", type=Path, metavar="DIR", help="where files from afar are kept")
     return parser.parse_args(arguments)
@@ -131,10 +143,15 @@ def _take_from_run(options: argparse.Namespace) -> None:
         options.seq_length = config["model"]["seq_length"]
         options.global_batch_size = config["training"]["global_batch_size"]
         options.seed = config["training"]["seed"]
+        last_step = config["training"]["train_steps"] or -(
+            -config["training"]["train_tokens"] // (options.global_batch_size * options.seq_length)
+        )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); is this a run directory?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: lacks the settings of a run ({error!r})") from error
+    if options.step is not None and options.step > last_step:
+        raise DataError(f"--step {options.step}: {options.run} ends at step {last_step}; name a step from 1 to that")
 
 
 def _require(options: argparse.Namespace, *names: str) -> None:
@@ -143,10 +160,6 @@ def _require(options: argparse.Namespace, *names: str) -> None:
             raise DataError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a positive number, or --run"
             )
-    for name in ("step", "sample"):
-        value = getattr(options, name)
-        if value is not None and value < (name == "step"):
-            raise DataError(f"--{name} {value}: steps count from 1, samples from 0")
 
 
 def _print_summary(manifest: Manifest) -> None:
@@ -185,6 +198,11 @@ def _verify(manifest: Manifest) -> None:
 def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: range, with_text: bool) -> None:
     length, reading = options.seq_length, ReadOptions.of(options.reading)
     reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, reading)
+    if options.split == "validation":  # which is read once, so that it has an end
+        positions = positions[: max(manifest.num_samples("validation", length) - positions.start, 0)]
+        if not positions:
+            count = manifest.num_samples("validation", length)
+            raise DataError(f"the validation split holds {count} samples of seq_length {length}, counted from 0")
     if with_text or reading.on_damage == "skip":  # reading finds out which shards others take the place of
         tokens = reader.read(np.array(positions))
     for row, position in enumerate(positions):

@@ -35,6 +35,7 @@ SPLITS = ("train", "validation")
 CONTENTS = ("tokens", "text")
 TOKENIZER = "tokenizer.model"
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_SHARDS = 100_000  # their lines have at most 500 bytes each, so the manifest keeps to its limit
 MAX_SHARD_BYTES = 16 << 30
 MAX_TOKENIZER_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
@@ -216,9 +217,8 @@ def _shard_faults(shard: Any, content: str, token_dtype: str) -> Iterator[str]:
     if not isinstance(shard, dict) or set(shard) != set(ShardInfo.__dataclass_fields__):
         yield f"must hold exactly {', '.join(ShardInfo.__dataclass_fields__)}"
         return
-    name = shard["name"]
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.endswith(".tar"):
-        yield f"name {name!r} is no plain file name ending in .tar"
+    if not is_shard_name(shard["name"]):
+        yield f"name {shard['name']!r} is no plain file name ending in .tar"
     if not (_is_count(shard["num_tokens"], MAX_SHARD_BYTES) and _is_count(shard["num_bytes"], MAX_SHARD_BYTES)):
         yield f"num_tokens {shard['num_tokens']!r} and num_bytes {shard['num_bytes']!r} must be positive whole numbers"
         return
@@ -227,6 +227,11 @@ def _shard_faults(shard: Any, content: str, token_dtype: str) -> Iterator[str]:
         yield f"num_bytes is {shard['num_bytes']}, but {shard['num_tokens']} tokens make {expected}"
     if not (_is_sha256(shard["sha256"]) and _is_sha256(shard["digests_sha256"])):
         yield "sha256 and digests_sha256 must be 64 hexadecimal digits each"
+
+
+def is_shard_name(value: Any) -> bool:
+    """Whether a value is a plain file name ending in .tar, which cannot leave a folder or run a command."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None and value.endswith(".tar")
 
 
 def _is_count(value: Any, limit: int) -> bool:

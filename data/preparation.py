@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 
 from data.documents import Slice, read_documents
 from data.errors import DataError
-from data.manifest import SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
+from data.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shard_writer import write_shard
 from data.sources import MANIFEST_NAME
 from data.tar_layout import token_dtype_for
@@ -58,11 +60,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Preparation:
-    """One dataset in the making: its folder, settings and parts."""
+    """One dataset in the making: its folder, settings, and the size of each part's text in bytes.
+
+    Which files a part holds is written in the work folder: a list of millions would be too much for every worker.
+    """
 
     output: Path
     settings: Settings
-    parts: list[list[Slice]]
+    part_bytes: tuple[int, ...]
 
     @property
     def work(self) -> Path:
@@ -75,6 +80,14 @@ class Preparation:
     def file(self, stage: str, job: int, suffix: str) -> Path:
         return self.work / stage / f"{job:06d}.{suffix}"
 
+    def write_parts(self, parts: list[list[Slice]]) -> None:
+        for part, slices in enumerate(parts):
+            if not self.file("plan", part, "json").exists():
+                write_whole(self.file("plan", part, "json"), json.dumps(slices).encode())
+
+    def slices(self, part: int) -> list[Slice]:
+        return [Slice(*piece) for piece in json.loads(self.file("plan", part, "json").read_text())]
+
     def results(self, stage: str) -> list[dict[str, Any]]:
         """What every job of a stage left, in order; raises DataError where one has not been done."""
         missing = [job for job in range(self.num_jobs(stage)) if not self.result(stage, job).exists()]
@@ -84,13 +97,13 @@ class Preparation:
 
     def num_jobs(self, stage: str) -> int:
         if stage in ("scan", "encode"):
-            return len(self.parts)
+            return len(self.part_bytes)
         return len(shard_plan(self)) if stage == "pack" else 1
 
     def weight(self, stage: str, job: int) -> int:
         """Bytes of work in a job, for the progress bar."""
         if stage in ("scan", "encode"):
-            return sum(piece.text_bytes for piece in self.parts[job])
+            return self.part_bytes[job]
         return int(self.settings.shard_megabytes * 1e6) if stage == "pack" else 1
 
 
@@ -107,7 +120,7 @@ def run_job(preparation: Preparation, stage: str, job: int) -> None:
 
 def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Iterator[tuple[str, str, bytes, bytes]]:
     """(text, source, UTF-8 bytes, 16-byte hash) of every document of a part; a bad file is skipped only if so set."""
-    for piece in preparation.parts[part]:
+    for piece in preparation.slices(part):
         try:
             for document in read_documents(piece, preparation.settings.text_key):
                 raw = document.text.encode("utf-8")
@@ -121,24 +134,25 @@ def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Itera
 def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
     share = _tokenizer_share(preparation)
     validation = int(preparation.settings.validation_fraction * _ALL)
-    hashes, text_bytes, skipped = bytearray(), [], list[str]()
+    hashes, documents, text_bytes, skipped = bytearray(), 0, 0, list[str]()
     with gzip.open(_partial(preparation.file("scan", part, "sample.gz")), "wb", compresslevel=1) as sample:
         for text, _, raw, digest in _documents(preparation, part, skipped):
             hashes += digest
-            text_bytes.append(len(raw))
+            text_bytes += len(raw)
             in_train = int.from_bytes(digest[:8], "little") >= validation
             if in_train and int.from_bytes(digest[8:], "little") < share:
-                sample.write(json.dumps([len(text_bytes) - 1, text]).encode() + b"\n")
+                sample.write(json.dumps([documents, text]).encode() + b"\n")
+            documents += 1
     _partial(preparation.file("scan", part, "sample.gz")).rename(preparation.file("scan", part, "sample.gz"))
     write_whole(preparation.file("scan", part, "hashes"), hashes)
-    return {"documents": len(text_bytes), "text_bytes": sum(text_bytes), "skipped": skipped}
+    return {"documents": documents, "text_bytes": text_bytes, "skipped": skipped}
 
 
 def _tokenizer_share(preparation: Preparation) -> int:
     """Documents whose second hash half is below this lend their text to the tokenizer's training."""
     if preparation.settings.tokenizer_sha256 is not None:
         return 0
-    total = sum(piece.text_bytes for part in preparation.parts for piece in part)
+    total = sum(preparation.part_bytes)
     return min(_ALL, int(preparation.settings.tokenizer_megabytes * 1e6 / max(total, 1) * _ALL))
 
 
@@ -204,6 +218,11 @@ def _train_tokenizer(preparation: Preparation, counts: list[int], keep: NDArray[
                     if keep[starts[part] + number]:
                         yield from (line for line in text.split("\n") if line)
 
+    if next(lines(), None) is None:
+        raise DataError(
+            f"--tokenizer-megabytes {preparation.settings.tokenizer_megabytes}: no document was set aside to learn the "
+            "vocabulary from; raise it"
+        )
     assert preparation.settings.vocab_size is not None
     return train_tokenizer(lines(), preparation.settings.vocab_size)
 
@@ -266,7 +285,10 @@ class _EncodedPart:
 
 
 def shard_plan(preparation: Preparation) -> list[tuple[str, int, int, int]]:
-    """(split, number in the split, first and last + 1 token of the split) of every shard: as few as fit, all alike."""
+    """(split, number in the split, first and last + 1 token of the split) of every shard: as few as fit, all alike.
+
+    Raises DataError where the manifest could not hold so many.
+    """
     encoded = preparation.results("encode")
     itemsize = np.dtype(token_dtype_for(_tokenizer(preparation.output / TOKENIZER).vocab_size)).itemsize
     shard_tokens = max(1, int(preparation.settings.shard_megabytes * 1e6) // itemsize)
@@ -274,6 +296,10 @@ def shard_plan(preparation: Preparation) -> list[tuple[str, int, int, int]]:
     for split in SPLITS:
         total = sum(part[split]["tokens"] for part in encoded)
         count = -(-total // shard_tokens)
+        if count > MAX_SHARDS:
+            raise DataError(
+                f"the {split} split would have {count} shards, at most {MAX_SHARDS}; raise --shard-megabytes"
+            )
         plan += [(split, i, total * i // count, total * (i + 1) // count) for i in range(count)]
     return plan
 
@@ -282,33 +308,36 @@ def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
     split, number, first, last = shard_plan(preparation)[job]
     dtype = token_dtype_for(_tokenizer(preparation.output / TOKENIZER).vocab_size)
     path = preparation.output / f"{split}-{number:06d}.tar"
-    pieces, documents, start = [], [], 0
+    pieces, documents, start = [], list[Iterator[tuple[int, str]]](), 0
     for part, summary in enumerate(preparation.results("encode")):
         end = start + summary[split]["tokens"]
         if max(start, first) < min(end, last):
             tokens = np.memmap(preparation.file("encode", part, f"{split}.tokens"), dtype=dtype, mode="r")
             pieces.append(tokens[max(first - start, 0) : last - start])
-            documents += _document_lines(preparation.file("encode", part, f"{split}.documents"), start, first, last)
+            lines = preparation.file("encode", part, f"{split}.documents")
+            documents.append(_document_lines(lines, start, first, last))
         start = end
     info = write_shard(path, np.concatenate(pieces), dtype)
-    lines = "".join(json.dumps(entry) + "\n" for entry in documents)
-    write_whole(path.with_suffix(".documents.jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+        for entry in itertools.chain(*documents):
+            file.write(json.dumps(entry).encode() + b"\n")
+    write_whole(path.with_suffix(".documents.jsonl.gz"), packed.getvalue())
     return {"split": split, "shard": vars(info)}
 
 
-def _document_lines(path: Path, part_start: int, first: int, last: int) -> list[tuple[int, str]]:
+def _document_lines(path: Path, part_start: int, first: int, last: int) -> Iterator[tuple[int, str]]:
     """Documents that have tokens in [first, last): (token of the shard at which it starts, source).
 
     The start is negative where the document began in the shard before.
     """
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    starts = [part_start + token - first for token, _ in entries]
-    ends = [*starts[1:], last]
-    return [
-        (start, source)
-        for start, end, (_, source) in zip(starts, ends, entries, strict=True)
-        if start < last - first and end > 0
-    ]
+    with path.open() as lines:
+        entries = ((part_start + token - first, source) for token, source in map(json.loads, lines))
+        for (start, source), (end, _) in itertools.pairwise(itertools.chain(entries, [(last, "")])):
+            if start >= last - first:
+                return
+            if end > 0:
+                yield start, source
 
 
 def _finish(preparation: Preparation, _: int) -> None:

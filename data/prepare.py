@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -21,11 +20,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from data.documents import DEFAULT_INCLUDE, find_files, plan_parts
+from data.arguments import real_number, whole_number
+from data.documents import DEFAULT_INCLUDE, Slice, find_files, plan_parts
 from data.errors import DataError, run_command
 from data.manifest import SPLITS, TOKENIZER
 from data.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job, write_whole
@@ -44,34 +43,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="files, folders or globs: text, .py, .jsonl; plain, .gz, .zst",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created")
-    add("--vocab-size", type=int, metavar="N", help="size of the vocabulary to learn, in tokens")
+    add("--vocab-size", type=whole_number(259, 1 << 24), metavar="N", help="size of the vocabulary to learn, in tokens")
     add("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model instead of learning one")
     add("--include", nargs="+", default=list(DEFAULT_INCLUDE), metavar="GLOB", help="file names wanted in folders")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out paths with a component matching this")
     add(
         "--max-megabytes",
-        type=float,
+        type=real_number(1e-6),
         metavar="MB",
         help="use at most this much text: a fixed arbitrary choice of files",
     )
     add(
         "--validation-fraction",
-        type=float,
+        type=real_number(0, 0.999),
         default=0.01,
         metavar="F",
         help="share of documents held out (default 0.01)",
     )
     add(
         "--tokenizer-megabytes",
-        type=float,
+        type=real_number(1e-6),
         default=32,
         metavar="MB",
         help="text to learn the vocabulary from (default 32)",
     )
-    add("--shard-megabytes", type=float, default=64, metavar="MB", help="largest shard (default 64)")
+    shard_megabytes = real_number(0.01, 16_000)
+    add("--shard-megabytes", type=shard_megabytes, default=64, metavar="MB", help="largest shard (default 64)")
     add("--text-key", default="text", metavar="KEY", help='key of the text in .jsonl lines (default "text")')
     add("--skip-bad-text", action="store_true", help="leave out files that are not UTF-8 or damaged, and report them")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=whole_number(1, 4096), default=cores, metavar="N", help="processes (default: all cores)")
     add("--stage", choices=("all", *STAGES), default="all", help="run one stage only (default all)")
     add("--task", default="0/1", metavar="I/N", help="with --stage: do the jobs of task I of N")
     add("--overwrite", action="store_true", help="discard the dataset or unfinished work in DIR")
@@ -89,13 +90,17 @@ def main(arguments: list[str] | None = None) -> None:
         find_files(options.input, options.include, options.exclude),
         None if options.max_megabytes is None else int(options.max_megabytes * 1e6),
     )
-    preparation = Preparation(options.output, settings, parts)
-    if _is_prepared(preparation):
+    plan_sha256 = _plan_sha256(settings, parts)
+    part_bytes = tuple(sum(piece.text_bytes for piece in part) for part in parts)
+    preparation = Preparation(options.output, settings, part_bytes)
+    if _is_prepared(preparation, plan_sha256):
         shutil.rmtree(preparation.work, ignore_errors=True)  # where a kill came between the last write and this
         print(f"{options.output}: already prepared from this input with these settings")
         return
     with _locked(preparation, exclusive=options.stage == "all"):
-        _adopt_plan(preparation)
+        _adopt_plan(preparation, plan_sha256)
+        preparation.write_parts(parts)
+        del parts  # of every input file
         if options.tokenizer is not None:
             write_whole(options.output / TOKENIZER, options.tokenizer.read_bytes())
         for stage in STAGES if options.stage == "all" else (options.stage,):
@@ -108,12 +113,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _check(options: argparse.Namespace) -> None:
     if (options.vocab_size is None) == (options.tokenizer is None):
         raise DataError("give either --vocab-size N, to learn a vocabulary, or --tokenizer FILE, to use one")
-    for name in ("vocab_size", "workers", "shard_megabytes", "tokenizer_megabytes", "max_megabytes"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise DataError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
-    if not 0 <= options.validation_fraction < 1:
-        raise DataError(f"--validation-fraction {options.validation_fraction}: must be at least 0 and below 1")
     if options.output.exists() and not options.output.is_dir():
         raise DataError(f"--output {options.output}: is a file; name a folder")
     if options.output.is_dir() and any(options.output.iterdir()):
@@ -125,7 +124,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _task(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise DataError(f"--task {text}: expected I/N with I from 0 to N-1, such as 0/4")
     return int(index), int(count)
 
@@ -142,27 +141,22 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _plan(preparation: Preparation) -> dict[str, Any]:
-    """Settings and input as JSON holds them; two preparations with the same plan give the same dataset."""
-    files = sorted({piece.path for part in preparation.parts for piece in part})
-    plan = {
-        "settings": dataclasses.asdict(preparation.settings),
-        "parts": preparation.parts,
-        "modified_ns": [os.stat(file).st_mtime_ns for file in files],
-    }
-    return json.loads(json.dumps(plan))
+def _plan_sha256(settings: Settings, parts: list[list[Slice]]) -> str:
+    """Of settings and input; two preparations with the same plan give the same dataset."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(settings)).encode())
+    for part in parts:
+        digest.update(json.dumps(part).encode())
+    for file in sorted({piece.path for part in parts for piece in part}):
+        digest.update(b" %d" % os.stat(file).st_mtime_ns)
+    return digest.hexdigest()
 
 
-def _plan_sha256(preparation: Preparation) -> str:
-    return hashlib.sha256(json.dumps(_plan(preparation)).encode()).hexdigest()
-
-
-def _is_prepared(preparation: Preparation) -> bool:
+def _is_prepared(preparation: Preparation, plan_sha256: str) -> bool:
     """Whether the folder holds the finished dataset of this very plan; raises DataError if it holds another."""
     if not (preparation.output / MANIFEST_NAME).exists():
         return False
     note = preparation.output / "plan.sha256"
-    if note.exists() and note.read_text().strip() == _plan_sha256(preparation):
+    if note.exists() and note.read_text().strip() == plan_sha256:
         return True
     raise DataError(
         f"--output {preparation.output}: holds a dataset of other input or settings; name another folder, or "
@@ -170,14 +164,14 @@ def _is_prepared(preparation: Preparation) -> bool:
     )
 
 
-def _adopt_plan(preparation: Preparation) -> None:
+def _adopt_plan(preparation: Preparation, plan_sha256: str) -> None:
     note = preparation.output / "plan.sha256"
-    if note.exists() and note.read_text().strip() != _plan_sha256(preparation):
+    if note.exists() and note.read_text().strip() != plan_sha256:
         raise DataError(
             f"--output {preparation.output}: holds unfinished work on other input or settings; finish that, or discard "
             "it with --overwrite"
         )
-    write_whole(note, f"{_plan_sha256(preparation)}\n".encode())
+    write_whole(note, f"{plan_sha256}\n".encode())
 
 
 def _discard(folder: Path) -> None:

@@ -103,7 +103,10 @@ def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[byte
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{address}/{name}: cannot be read ({error}); check the address") from error
     except (ImportError, ValueError) as error:
-        raise DataError(f"{address}: {error}") from error
+        raise DataError(
+            f"{address}: cannot be read here ({error}); name a folder, http(s)://, pipe: or a store that fsspec knows, "
+            "and install its package"
+        ) from error
 
 
 def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.arguments import real_number, whole_number
 from data.errors import run_command
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
@@ -126,26 +127,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
     parser.add_argument("--layouts", required=True, metavar="LIST", help="layouts separated by commas")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32", help="arithmetic (default float32)")
-    parser.add_argument("--batches", type=positive, default=2, metavar="N", help="global batches (default 2)")
+    parser.add_argument("--batches", type=whole_number(1), default=2, metavar="N", help="global batches (default 2)")
     parser.add_argument(
-        "--tolerance", type=error_bound, metavar="X", help="largest error (default 1e-5 in float32, 1e-10 in float64)"
+        "--tolerance",
+        type=real_number(0),
+        metavar="X",
+        help="largest error (default 1e-5, in float64 1e-10)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write a JSON line for each layout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
     return parser.parse_intermixed_args(arguments)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return int(text)
-
-
-def error_bound(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least 0")
-    return value
 
 
 def check_devices(layouts: list[Layout]) -> None:

@@ -20,6 +20,7 @@ from data.errors import DataError
 from data.inspect import documents_of, first_sample_of
 from data.inspect import main as inspect
 from data.manifest import load_manifest
+from data.preparation import _document_lines
 from data.prepare import main as prepare
 from data.samples import open_shard
 from data.stream import TokenStream
@@ -273,6 +274,30 @@ def test_a_run_that_went_back_is_traced_by_its_journal(tmp_path: Path) -> None:
     assert [first_sample_of(step, 8, tmp_path) for step in (1, 4)] == [200, 224]
 
 
+@pytest.mark.parametrize(
+    "length", [{"train_steps": 2, "train_tokens": None}, {"train_steps": None, "train_tokens": 65}]
+)
+def test_a_step_that_the_run_never_takes_is_refused(
+    prepared: Path, tmp_path: Path, length: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"global_batch_size": 2, "seed": 0, **length}
+    config = {"data": {"path": str(prepared)}, "model": {"seq_length": 32}, "training": training}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    inspect(["--run", str(tmp_path), "--step", "2"])
+    assert capsys.readouterr().out.startswith("sample 2: ")
+    with pytest.raises(DataError, match=r"--step 3: .* ends at step 2; name a step from 1 to that"):
+        inspect(["--run", str(tmp_path), "--step", "3"])
+
+
+def test_a_sample_past_the_end_of_validation_is_refused(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = load_manifest(prepared).num_samples("validation", 16)
+    arguments = [str(prepared), "--seq-length", "16", "--split", "validation"]
+    inspect([*arguments, "--global-batch-size", str(count - 1), "--step", "2"])
+    assert capsys.readouterr().out.startswith(f"sample {count - 1}: ")
+    with pytest.raises(DataError, match=f"holds {count} samples of seq_length 16, counted from 0"):
+        inspect([*arguments, "--sample", str(count)])
+
+
 def test_a_document_that_runs_into_the_next_shard_is_listed_there_too(corpus: Path, tmp_path: Path) -> None:
     manifest = load_manifest(run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01"))
     tokenizer = Tokenizer(manifest.tokenizer_path)
@@ -294,6 +319,38 @@ def document_at(source: str) -> str:
     if path.endswith(".zst"):
         raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True).read()
     return json.loads(raw[int(offset) :].split(b"\n")[0])["text"]
+
+
+def test_every_document_is_listed_by_each_shard_that_holds_of_it(corpus: Path, tmp_path: Path) -> None:
+    """Found anew from the end-of-document tokens, over shards and parts."""
+    manifest = load_manifest(run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01"))
+    begun, first = 0, 0  # the document under way, the shard's first token
+    for shard in manifest.shards["train"]:
+        tokens = open_shard(manifest, shard).rows(array([0]), shard.num_tokens)[0]
+        ends = (tokens == manifest.end_of_document).nonzero()[0] + 1
+        listed = gzip.decompress((tmp_path / "set" / shard.name).with_suffix(".documents.jsonl.gz").read_bytes())
+        expected = [begun, *(first + int(end) for end in ends if end < shard.num_tokens)]
+        assert [first + json.loads(line)[0] for line in listed.splitlines()] == expected
+        begun = first + int(ends[-1]) if ends.size else begun
+        first += shard.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (100, 130, [(0, "a"), (10, "b"), (20, "c")]),
+        (110, 120, [(0, "b")]),
+        (109, 121, [(-9, "a"), (1, "b"), (11, "c")]),
+        (125, 200, [(-5, "c")]),
+        (50, 101, [(50, "a")]),
+    ],
+)
+def test_documents_at_the_edges_of_a_shard(
+    tmp_path: Path, first: int, last: int, expected: list[tuple[int, str]]
+) -> None:
+    """A part of three documents of 10 tokens that begins at token 100."""
+    (tmp_path / "documents").write_text('[0, "a"]\n[10, "b"]\n[20, "c"]\n')
+    assert list(_document_lines(tmp_path / "documents", 100, first, last)) == expected
 
 
 def broken(tmp_path: Path, name: str, content: bytes) -> str:
@@ -339,13 +396,16 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, name: str, content: bytes, 
         (["--input", "absent.txt", "--vocab-size", "300"], "no such file"),
         (["--input", "absent-*.txt", "--vocab-size", "300"], "matches nothing"),
         (["--input", "{corpus}"], "--vocab-size N"),
-        (["--input", "{corpus}", "--vocab-size", "-1"], "must be positive"),
-        (["--input", "{corpus}", "--vocab-size", "300", "--shard-megabytes", "nan"], "--shard-megabytes nan: must be"),
+        (["--input", "", "--vocab-size", "300"], "unset variable"),
         (["--input", "{corpus}", "--vocab-size", "300", "--tokenizer", "x"], "--tokenizer FILE"),
         (["--input", "{corpus}", "--tokenizer", "absent"], "cannot read the tokenizer"),
         (["--input", "{corpus}", "--vocab-size", "300", "--include", "*.rs"], "no file matches"),
-        (["--input", "{corpus}", "--vocab-size", "300", "--validation-fraction", "1"], "validation-fraction"),
+        (
+            ["--input", "{corpus}", "--vocab-size", "300", "--tokenizer-megabytes", "1e-6"],
+            "--tokenizer-megabytes 1e-06",
+        ),
         (["--input", "{corpus}", "--vocab-size", "300", "--stage", "scan", "--task", "3/3"], "--task 3/3"),
+        (["--input", "{corpus}", "--vocab-size", "300", "--stage", "scan", "--task", "\u00b2/3"], "--task \u00b2/3"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(corpus: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -355,7 +415,7 @@ def test_bad_arguments_are_one_clear_line(corpus: Path, tmp_path: Path, argument
 
 
 def test_the_command_prints_one_line_and_ends_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data.prepare", "--input", "absent", "--output", tmp_path, "--vocab-size", "9"]
+    command = [sys.executable, "-m", "data.prepare", "--input", "absent", "--output", tmp_path, "--vocab-size", "999"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: absent: no such file") and done.stderr.count("\n") == 1

@@ -197,6 +197,12 @@ def test_a_pipe_has_to_say_where_the_name_goes(tmp_path: Path) -> None:
         load_manifest("pipe:cat x", options(tmp_path))
 
 
+def test_an_address_that_cannot_be_read_here_is_told_with_what_can(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gopher://host: cannot be read here .*name a folder, http") as caught:
+        load_manifest("gopher://host", options(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_object_store_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for path in made.iterdir():

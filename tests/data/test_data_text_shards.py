@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import webdataset
 
 from data.errors import DataError
-from data.index import _documents, _Job
+from data.index import _documents, _Job, _ranges
 from data.index import main as index
 from data.inspect import main as inspect
 from data.manifest import _fingerprint, load_manifest
@@ -226,7 +227,57 @@ def test_names_that_match_nothing_are_told(shards: Path, tmp_path: Path) -> None
         run(shards, tmp_path / "set", train="other-*.tar")
 
 
-@pytest.mark.parametrize("names", ["web-{0..9999999999}.tar", "web-{9..0}.tar"])
+@pytest.mark.parametrize("names", ["web-{0..9999999999}.tar", "web-{9..0}.tar", "{0..99999}-{0..99999}.tar"])
 def test_a_range_that_no_dataset_has_is_told_at_once(shards: Path, tmp_path: Path, names: str) -> None:
-    with pytest.raises(DataError, match="expected 1 to 1000000; correct the range"):
+    with pytest.raises(DataError, match="expected 1 to 100000; correct the range"):
         run(shards, tmp_path / "set", train=names)
+
+
+def test_ranges_multiply_and_keep_their_width() -> None:
+    assert _ranges("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert _ranges("{0..1}x{7..8}") == ["0x7", "0x8", "1x7", "1x8"]
+    assert _ranges("plain.tar") == ["plain.tar"]
+
+
+@pytest.mark.parametrize("name", ["sub/d.tar", "../web-02.tar", "a b.tar", "\u00e9.tar", "web.tgz"])
+def test_a_name_that_no_manifest_may_hold_is_told_before_anything_is_written(
+    shards: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "folder"
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(shards / "web-02.tar", folder / name)
+    with pytest.raises(DataError, match="no plain file name ending in"):
+        index([*to(shards, folder, tmp_path / "set"), "--train", name])
+    with pytest.raises(DataError, match="no plain file name ending in"):
+        index([*to(shards, f"pipe:cat {folder}/{{}}", tmp_path / "set"), "--train", name])
+    assert not (tmp_path / "set").exists()
+
+
+def to(shards: Path, address: object, output: Path) -> list[str]:
+    tokenizer = str(shards / "tokenizer.model")
+    return ["--address", str(address), "--tokenizer", tokenizer, "--output", str(output), "--workers", "1"]
+
+
+def test_a_shard_is_in_one_split_and_once(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"web-02\.tar is named twice"):
+        run(shards, tmp_path / "set", train="web-*.tar")
+
+
+def test_indexing_into_the_folder_of_the_shards_leaves_them_as_they_are(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    run(folder, folder)
+    for name in ("web-00.tar", "web-01.tar", "web-02.tar"):
+        assert (folder / name).read_bytes() == (shards / name).read_bytes() and not (folder / name).is_symlink()
+    inspect([str(folder), "--verify"])
+
+
+def test_no_file_of_others_is_replaced(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "web-00.tar").write_bytes(b"mine")
+    with pytest.raises(DataError, match="another file is in the place of the link"):
+        run(shards, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"mine too")
+    with pytest.raises(DataError, match="is another tokenizer"):
+        run(shards, tmp_path)
+    assert (tmp_path / "web-00.tar").read_bytes() == b"mine"
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"mine too"
