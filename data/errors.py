@@ -9,11 +9,22 @@ from typing import NoReturn
 
 
 class DataError(ValueError):
-    """A fault in the user's data or settings, told in one line: what was found, what was expected, the remedy."""
+    """A fault in the user's data or settings, told in one line: what was found, what was expected, the remedy.
+
+    What a file or server has put into the message can neither break the line nor steer a terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class DamagedShardError(DataError):
     """A shard is not what its manifest says."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with its control characters, but for those in `keep`, spelled as Python does."""
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

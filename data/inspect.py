@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.arguments import whole_number
-from data.errors import DamagedShardError, DataError, run_command
+from data.errors import DamagedShardError, DataError, printable, run_command
 from data.manifest import SPLITS, Manifest, ShardInfo, load_manifest
 from data.mixture import Mixture
 from data.samples import open_shard
@@ -125,12 +125,7 @@ def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
             raise ValueError("it is empty")
     except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{where}: damaged ({error}); copy or prepare the dataset again") from error
-    return [start for start, _ in entries], [_printable(origin) for _, origin in entries]
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+    return [start for start, _ in entries], [printable(origin) for _, origin in entries]
 
 
 def _take_from_run(options: argparse.Namespace) -> None:
@@ -166,7 +161,7 @@ def _print_summary(manifest: Manifest) -> None:
     print(f"fingerprint {manifest.fingerprint}")
     print(f"tokenizer   {manifest.tokenizer_sha256}, {manifest.vocab_size} pieces")
     for dataset in manifest.datasets if isinstance(manifest, Mixture) else (manifest,):
-        print(f"{dataset.source.describe('')} ({dataset.content})")
+        print(printable(f"{dataset.source.describe('')} ({dataset.content})"))
         for split in SPLITS:
             shards = dataset.shards[split]
             size_gb = sum(shard.num_bytes for shard in shards) / 1e9
@@ -208,10 +203,10 @@ def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: r
     for row, position in enumerate(positions):
         dataset, shard, sample = reader.locate(position)
         first = sample * length
-        where = f"{dataset.shard_source.describe(shard.name)} tokens {first} to {first + length}"
+        where = printable(f"{dataset.shard_source.describe(shard.name)} tokens {first} to {first + length}")
         print(f"sample {position}: {where}: {', '.join(documents_of(dataset, shard, first, first + length + 1))}")
         if with_text:
-            print(_printable(Tokenizer(dataset.tokenizer_path).decode(tokens[row])))
+            print(printable(Tokenizer(dataset.tokenizer_path).decode(tokens[row]), keep="\n\t"))
 
 
 if __name__ == "__main__":

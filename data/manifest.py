@@ -193,7 +193,7 @@ def _faults(fields: dict[str, Any]) -> Iterator[str]:
     if not _is_count(fields.get("vocab_size"), 1 << 32):
         yield f"vocab_size is {fields.get('vocab_size')!r}, expected a positive whole number"
     end = fields.get("end_of_document")
-    if not isinstance(end, int) or not 0 <= end < fields["vocab_size"]:
+    if end != 0 and not _is_count(end, fields["vocab_size"] - 1):
         yield f"end_of_document is {end!r}, expected a token id below vocab_size"
     if not _is_sha256(fields.get("tokenizer_sha256")):
         yield f"tokenizer_sha256 is {fields.get('tokenizer_sha256')!r}, expected 64 hexadecimal digits"

@@ -34,6 +34,7 @@ from data.samples import SampleReader
 from data.sources import ReadOptions
 
 BLOCK = 4096
+_MOST_TOKENS = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,12 @@ def load_mixture(path: Path, options: ReadOptions) -> Mixture:
     """Read a mixture and the manifests of its datasets; raises DataError if they cannot be read as one."""
     try:
         fields = json.loads(path.read_bytes())
-        entries = fields["datasets"]
-        addresses = [(_resolved(entry["path"], path.parent), entry.get("shards")) for entry in entries]
-        stages = _stages(fields)
+        addresses, stages = _addresses(fields, path.parent), _stages(fields)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); name a dataset folder or a mixture file"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         example = '{"datasets": [{"path": DIR, "weight": 1}, ...]}'
         raise DataError(f"{path}: no mixture ({type(error).__name__}: {error}); expected {example}") from error
     datasets = tuple(load_manifest(address, options, shards) for address, shards in addresses)
@@ -145,6 +144,26 @@ class MixtureReader:
             reader.close()
 
 
+def _addresses(fields: Any, folder: Path) -> list[tuple[str | Path, str | None]]:
+    """Where each dataset and its shards are; raises KeyError, TypeError or ValueError where that is not said."""
+    _require_keys(fields, {"datasets", "stages"})
+    for entry in fields["datasets"]:
+        _require_keys(entry, {"path", "shards", *(() if "stages" in fields else ("weight",))})
+        for key in ("path", "shards"):
+            if not isinstance(entry.get(key, "-"), str) or not entry.get(key, "-"):
+                raise TypeError(f"{key} is {entry[key]!r}, not an address")
+        if entry["path"].endswith(".json"):
+            raise ValueError(f"{entry['path']} is a mixture itself; list its datasets instead")
+    return [(_resolved(entry["path"], folder), entry.get("shards")) for entry in fields["datasets"]]
+
+
+def _require_keys(fields: Any, known: set[str]) -> None:
+    if not isinstance(fields, dict):
+        raise TypeError(f"{fields!r:.80} has no keys")
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"key {unknown[0]!r} is not one of {', '.join(sorted(known))}")
+
+
 def _resolved(address: str, folder: Path) -> str | Path:
     is_remote = address.startswith("pipe:") or "://" in address
     return address if is_remote else folder / address
@@ -153,6 +172,10 @@ def _resolved(address: str, folder: Path) -> str | Path:
 def _stages(fields: dict[str, Any]) -> tuple[Stage, ...]:
     if "stages" not in fields:
         return (Stage(0, tuple(float(entry.get("weight", 1)) for entry in fields["datasets"])),)
+    for stage in fields["stages"]:
+        _require_keys(stage, {"from_tokens", "weights"})
+        if not 0 <= stage["from_tokens"] < _MOST_TOKENS or stage["from_tokens"] != int(stage["from_tokens"]):
+            raise ValueError(f"from_tokens is {stage['from_tokens']!r}, expected a whole number below {_MOST_TOKENS}")
     return tuple(Stage(int(stage["from_tokens"]), tuple(map(float, stage["weights"]))) for stage in fields["stages"])
 
 
@@ -165,14 +188,21 @@ def _check(path: Path, datasets: Sequence[Manifest], stages: Sequence[Stage]) ->
                 f"{path}: dataset {dataset.source.describe('')} has tokenizer {dataset.tokenizer_sha256[:12]}, "
                 f"the first has {datasets[0].tokenizer_sha256[:12]}; prepare it with --tokenizer of the first"
             )
+        for name in ("vocab_size", "end_of_document", "token_dtype"):
+            own, first = getattr(dataset, name), getattr(datasets[0], name)
+            if own != first:
+                raise DataError(
+                    f"{path}: dataset {dataset.source.describe('')} has {name} {own}, the first has {first}, though "
+                    "their tokenizer is one; prepare it again"
+                )
     starts = [stage.from_tokens for stage in stages]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
         raise DataError(f"{path}: stages begin at {starts} tokens; expected 0 first, then rising numbers")
     for stage in stages:
         if len(stage.weights) != len(datasets):
             raise DataError(f"{path}: {len(stage.weights)} weights for {len(datasets)} datasets")
-        if not all(np.isfinite(stage.weights)) or min(stage.weights) < 0 or not sum(stage.weights):
-            raise DataError(f"{path}: weights {stage.weights} must be at least 0 and not all 0")
+        if not np.isfinite(sum(stage.weights)) or min(stage.weights) < 0 or not sum(stage.weights):
+            raise DataError(f"{path}: weights {stage.weights} must be at least 0, not all 0, and their sum finite")
         for weight, quota in zip(stage.weights, _quotas(stage.weights), strict=True):
             if weight and not quota:
                 raise DataError(f"{path}: weight {weight} is less than 1/{2 * BLOCK} of the whole; raise it or drop it")

@@ -112,12 +112,23 @@ class SampleReader:
 
     def _sound_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
         try:
-            return self._shard(shard).rows(samples * self._seq_length, self._seq_length + 1)
+            return self._read_rows(shard, samples)
         except DamagedShardError:
             self._let_go(shard)
             if not self._manifest.shard_source.forget(self._shards[shard].sha256):
                 raise
-        return self._shard(shard).rows(samples * self._seq_length, self._seq_length + 1)
+        return self._read_rows(shard, samples)
+
+    def _read_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
+        """Raises DataError, whatever the policy, for a token that no embedding has: the dataset contradicts itself."""
+        rows = self._shard(shard).rows(samples * self._seq_length, self._seq_length + 1)
+        if rows.max() >= self._manifest.vocab_size:
+            where = self._manifest.shard_source.describe(self._shards[shard].name)
+            raise DataError(
+                f"{where}: holds token {rows.max()}, but the manifest's vocab_size is {self._manifest.vocab_size}; "
+                "prepare the dataset again"
+            )
+        return rows
 
     def _shard(self, number: int) -> TokenShard | TextShard:
         if number in self._open:

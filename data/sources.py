@@ -10,7 +10,9 @@ reach outside its dataset; how much is fetched is bounded before it starts; and 
 sha256.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +106,10 @@ class LocalSource:
         try:
             with open(path, "rb", opener=_open_at_once) as file:
                 content = file.read(max_bytes + 1)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path that cannot be is a ValueError
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); is this a dataset made by data.prepare?"
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); is this a dataset made by "
+                "data.prepare?"
             ) from error
         return _bounded(content, max_bytes, str(path))
 
@@ -169,8 +172,12 @@ class RemoteSource:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """A file descriptor; a named pipe, which could be waited for without end, reads as empty."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    """A file descriptor; raises OSError for a named pipe, which could be waited for without end."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "a named pipe", path)
+    return file
 
 
 def _bounded(content: bytes, max_bytes: int, where: str) -> bytes:

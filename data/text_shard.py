@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DamagedShardError
+from data.errors import DamagedShardError, DataError
 from data.manifest import Manifest, ShardInfo
 from data.shard_reader import read_sidecar
 from data.tar_layout import HEADER_BYTES, digests_bytes
@@ -46,7 +46,7 @@ class TextShard:
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray:
         """Tokens [start, start + length) for every start: an array [len(starts), length] of the manifest's type.
 
-        Raises DamagedShardError if the text is not what was indexed.
+        Raises DamagedShardError if the shard is not what was indexed, DataError if the index itself is wrong.
         """
         rows = np.empty((len(starts), length), dtype=self._manifest.token_dtype)
         for row, start in zip(rows, starts, strict=True):
@@ -76,13 +76,15 @@ class TextShard:
     def _tokenize(self, number: int) -> NDArray:
         offset, size, num_tokens, is_json = (int(value) for value in self._documents[number])
         self._file.verify(np.array([offset]), np.array([max(offset, offset + size - 1)]))
-        text = member_text(self._file.content[offset : offset + size], bool(is_json), self._manifest.text_key)
+        where = f"{self._where}: the document at byte {offset}"
+        try:
+            text = member_text(self._file.content[offset : offset + size], bool(is_json), self._manifest.text_key)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where} is no text ({error}), so the index is wrong; index the shards again") from error
         ids = [*self._tokenizer.encode(text), self._manifest.end_of_document]
         if len(ids) != num_tokens:
-            raise DamagedShardError(
-                f"{self._where}: the document at byte {offset} makes {len(ids)} tokens, {num_tokens} when it was "
-                f"indexed; "
-                "index the shards again"
+            raise DataError(
+                f"{where} makes {len(ids)} tokens, {num_tokens} when it was indexed; index the shards again"
             )
         return np.array(ids, dtype=self._manifest.token_dtype)
 

@@ -1,5 +1,6 @@
 """Stream a remote file piece by piece, and try again when that fails for a passing reason."""
 
+import http.client
 import os
 import queue
 import select
@@ -12,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import fsspec
 
@@ -73,24 +74,38 @@ def steady(pieces: Iterator[bytes], time_limit_s: float) -> Iterator[bytes]:
 
 
 def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
-    """The body of `address`/`name`; a body shorter than announced is a FetchError."""
+    """The body of `address`/`name`; a body shorter than announced is a FetchError.
+
+    The socket's time limit is for a single byte; headers and the sizes of chunks, which may trickle, need another.
+    """
     url = f"{address}/{quote(name)}"
     try:
-        with urllib.request.urlopen(url, timeout=time_limit_s) as response:
-            announced, received = response.headers.get("Content-Length"), 0
-            while piece := response.read1(PIECE_BYTES):
-                received += len(piece)
-                yield piece
+        if not urlsplit(url).hostname:
+            raise ValueError("it names no host")
+        response = _within(time_limit_s, lambda: urllib.request.urlopen(url, timeout=time_limit_s))
+        announced, received = response.headers.get("Content-Length"), 0
+        while piece := _next_piece(response, time_limit_s):
+            received += len(piece)
+            yield piece
+        response.close()
+    except FetchError:
+        raise
     except urllib.error.HTTPError as error:
         if error.code < 500 and error.code not in _PASSING_HTTP_STATUS:
             raise DataError(f"{url}: the server answers {error.code} {error.reason}; check the address") from error
         raise FetchError(f"the server answers {error.code}") from error
-    except ValueError as error:
-        raise DataError(f"{url}: not an address ({error})") from error
+    except (ValueError, http.client.InvalidURL) as error:
+        raise DataError(f"{url}: not an address ({error}); correct it") from error
     except Exception as error:  # http.client raises many kinds when a connection breaks
         raise FetchError(f"{type(error).__name__}: {error}") from error
-    if announced is not None and received != int(announced):
+    if announced is not None and announced != str(received):
         raise FetchError(f"{received} of {announced} bytes came")
+
+
+def _next_piece(response: http.client.HTTPResponse, time_limit_s: float) -> bytes:
+    if not response.chunked:
+        return response.read1(PIECE_BYTES)
+    return _within(time_limit_s, lambda: response.read1(PIECE_BYTES))
 
 
 def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
