@@ -130,6 +130,28 @@ def test_a_named_pipe_in_the_place_of_a_file_is_not_waited_for(made: Path, name:
         read_epoch(made)
 
 
+def test_a_named_pipe_that_somebody_writes_to_is_not_waited_for_either(made: Path) -> None:
+    (made / "manifest.json").unlink()
+    os.mkfifo(made / "manifest.json")
+    writer = os.open(made / "manifest.json", os.O_RDWR)
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read \(a named pipe\)"):
+        load_manifest(made)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("on_damage", ["stop", "skip"])
+def test_a_token_beyond_the_vocabulary_stops_the_run_whatever_the_policy(made: Path, on_damage: str) -> None:
+    """The largest token is 482; a manifest that says less has a fingerprint of its own, as one who means harm makes."""
+    fields = json.loads((made / "manifest.json").read_text())
+    for vocab_size in (483, 482):
+        fields["vocab_size"] = vocab_size
+        (made / "manifest.json").write_text(json.dumps({**fields, "fingerprint": _fingerprint(fields)}))
+        if vocab_size == 483:
+            assert len(read_epoch(made, on_damage=on_damage)) == 120
+    with pytest.raises(DataError, match=r"train-000002\.tar: holds token 482, but the manifest's vocab_size is 482"):
+        read_epoch(made, on_damage=on_damage)
+
+
 def test_damage_in_the_middle_of_a_long_sample_is_found(tmp_path: Path) -> None:
     path = make_dataset(tmp_path, [2], seq_length=20_000)
     flip(path / "train-000000.tar", 40_000)
@@ -202,6 +224,7 @@ def edit_shard(path: Path, change: dict) -> None:
         ({"vocab_size": 12}, "fingerprint"),
         ({"end_of_document": -1}, "end_of_document"),
         ({"end_of_document": None}, "end_of_document"),
+        ({"end_of_document": True}, "end_of_document"),
         ({"token_dtype": "float64"}, "token_dtype"),
         ({"token_dtype": ["uint16"]}, "token_dtype"),
         ({"content": "code"}, "content"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.inspect import main as inspect
-from data.manifest import load_manifest
+from data.manifest import _fingerprint, load_manifest
 from data.mixture import BLOCK, MixtureOrder, Stage
 from data.stream import TokenStream
 from tests.data.made import SEQ_LENGTH, make_dataset
@@ -98,6 +98,19 @@ def test_inspect_shows_a_mixture_and_finds_its_samples(mixed: Path, capsys: pyte
         ({"datasets": [{"path": "a"}, {"path": "c"}]}, "tokenizer"),
         ({"datasets": [{"path": "a"}], "stages": [{"from_tokens": 5, "weights": [1]}]}, "0 first"),
         ({"datasets": [{"path": "a"}], "stages": [{"from_tokens": 0, "weights": [1, 2]}]}, "2 weights for 1"),
+        ({"datasets": [{"path": "a"}], "stages": [{"from_tokens": float("inf"), "weights": [1]}]}, "whole number"),
+        ({"datasets": [{"path": "a"}], "stages": [{"from_tokens": 0.5, "weights": [1]}]}, "from_tokens is 0.5"),
+        ({"datasets": [{"path": "a"}], "stages": [{"from_tokens": 1e30, "weights": [1]}]}, "from_tokens is 1e"),
+        ({"datasets": [{"path": "a", "weight": 2}], "stages": [{"from_tokens": 0, "weights": [1]}]}, "key 'weight'"),
+        ({"datasets": [{"path": "a", "wieght": 2}]}, "key 'wieght' is not one of path, shards, weight"),
+        ({"datasets": [{"path": "a"}], "seed": 1}, "key 'seed' is not one of datasets, stages"),
+        ({"datasets": [{"path": "a", "weight": 1e308}, {"path": "b", "weight": 1e308}]}, "their sum finite"),
+        ({"datasets": [{"path": "a", "weight": float("nan")}, {"path": "b"}]}, "their sum finite"),
+        ({"datasets": [{"path": "a", "weight": 10**400}]}, "no mixture"),
+        ({"datasets": [{"path": "mixture.json"}]}, "is a mixture itself"),
+        ({"datasets": [{"path": "a", "shards": 5}]}, "shards is 5, not an address"),
+        ({"datasets": [{"path": "a\0b"}]}, r"a\\x00b/manifest.json: cannot be read"),
+        ({"datasets": [{"path": "\ud800"}]}, r"\\ud800/manifest.json: cannot be read"),
     ],
 )
 def test_a_bad_mixture_is_one_clear_line(
@@ -108,3 +121,18 @@ def test_a_bad_mixture_is_one_clear_line(
     with pytest.raises(DataError, match=message) as caught:
         load_manifest(write(mixed.parent, fields))
     assert "\n" not in str(caught.value)
+
+
+def test_nesting_without_end_is_one_clear_line(mixed: Path) -> None:
+    mixed.write_text("[" * 200_000)
+    with pytest.raises(DataError, match="no mixture"):
+        load_manifest(mixed)
+
+
+def test_datasets_of_different_vocabularies_are_refused_though_they_name_one_tokenizer(mixed: Path) -> None:
+    file = mixed.parent / "b" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["vocab_size"] = 99
+    file.write_text(json.dumps({**manifest, "fingerprint": _fingerprint(manifest)}))
+    with pytest.raises(DataError, match="b has vocab_size 99, the first has 2147483648"):
+        load_manifest(mixed)

@@ -49,8 +49,8 @@ def read_epoch(path: str | Path, options: ReadOptions) -> list[int]:
 
 
 class Server:
-    """A loopback server; `fail` decides by the number of the request: a status, "cut", "flip", "hang", "trickle" or
-    None.
+    """A loopback server; `fail` decides by the number of the request: a status, "cut", "flip", "hang", "trickle",
+    "length", "headers", "chunks", "escapes" or None.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,9 +66,18 @@ class Server:
                 if isinstance(how, int) or not path.exists():
                     self.send_error(how or 404)
                     return
+                if how == "escapes":
+                    self.send_error(404, "\x1b[2J\tgone")
+                    return
                 body = bytearray(path.read_bytes())
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
+                if how in ("headers", "chunks"):
+                    self.flush_headers()
+                    self.wfile.write(b"X-Padding: " if how == "headers" else b"Transfer-Encoding: chunked\r\n\r\n5;")
+                    while not outer.released.wait(0.05):
+                        self.wfile.write(b"a")
+                    return
+                self.send_header("Content-Length", "many" if how == "length" else str(len(body)))
                 self.end_headers()
                 if how == "hang":
                     outer.released.wait(20)
@@ -127,6 +136,29 @@ def test_a_server_that_trickles_is_given_up_too(server: Server, tmp_path: Path) 
     server.fail = lambda number, name: "trickle"
     with pytest.raises(DataError, match=r"only \d bytes came in 0.2 s"):
         load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.2, fetch_attempts=1))
+
+
+@pytest.mark.parametrize("how", ["headers", "chunks"])
+def test_a_server_that_trickles_what_is_no_content_is_given_up_too(server: Server, tmp_path: Path, how: str) -> None:
+    server.fail = lambda number, name: how
+    with pytest.raises(DataError, match=r"nothing came for 0.2 s"):
+        load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.2, fetch_attempts=1))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("length", "of many bytes came"), ("escapes", r"answers 404 \\x1b\[2J\\tgone; check")]
+)
+def test_what_a_server_says_can_neither_break_nor_steer(server: Server, tmp_path: Path, how: str, message: str) -> None:
+    server.fail = lambda number, name: how
+    with pytest.raises(DataError, match=message) as caught:
+        load_manifest(server.address, options(tmp_path, fetch_attempts=1))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("address", ["http://", "https:///set", "http://host:port", "http://[::1"])
+def test_what_is_no_address_is_told_at_once(tmp_path: Path, address: str) -> None:
+    with pytest.raises(DataError, match="not an address"):
+        load_manifest(address, options(tmp_path))
 
 
 @pytest.mark.parametrize(("how", "message", "tries"), [("flip", "sha256", 3), (503, "3 attempts", 3), (404, "404", 1)])

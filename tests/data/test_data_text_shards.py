@@ -18,6 +18,7 @@ from data.index import main as index
 from data.inspect import main as inspect
 from data.manifest import _fingerprint, load_manifest
 from data.samples import open_shard
+from data.sources import ReadOptions
 from data.stream import TokenStream
 from data.tar_layout import CHUNK_BYTES, DIGEST_BYTES
 from data.text_shard import TextShard
@@ -190,12 +191,8 @@ def test_a_shard_cannot_exhaust_memory(shards: Path, tmp_path: Path, start: byte
         list(_documents(job, tmp_path / "web-00.tar", Tokenizer(job.tokenizer)))
 
 
-@pytest.mark.parametrize(
-    ("row", "column", "value"),
-    [(0, 0, -1), (0, 0, 1 << 62), (3, 1, 1 << 62), (3, 1, -1), (0, 2, 1 << 62), (0, 2, -(1 << 62)), (0, 2, 0)],
-)
-def test_an_index_that_lies_is_refused(indexed: Path, row: int, column: int, value: int) -> None:
-    """With every digest made to fit, as somebody who means harm would."""
+def lie(indexed: Path, row: int | slice, column: int, value: int) -> None:
+    """Change what every index says, with every digest made to fit, as somebody who means harm would."""
     manifest = json.loads((indexed / "manifest.json").read_text())
     for shard in manifest["shards"]["train"]:
         sidecar = indexed / shard["name"].replace(".tar", ".digests")
@@ -206,9 +203,30 @@ def test_an_index_that_lies_is_refused(indexed: Path, row: int, column: int, val
         shard["digests_sha256"] = hashlib.sha256(sidecar.read_bytes()).hexdigest()
     manifest["fingerprint"] = _fingerprint(manifest)
     (indexed / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"),
+    [(0, 0, -1), (0, 0, 1 << 62), (3, 1, 1 << 62), (3, 1, -1), (0, 2, 1 << 62), (0, 2, -(1 << 62)), (0, 2, 0)],
+)
+def test_an_index_that_lies_is_refused(indexed: Path, row: int, column: int, value: int) -> None:
+    lie(indexed, row, column, value)
     stream = TokenStream(indexed, "train", 16, 8)
     with pytest.raises(DataError, match="lists documents that the shard cannot hold"):
         next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize(("column", "value"), [(3, 1), (3, 0), (0, 0)])
+def test_an_index_that_disagrees_with_the_text_stops_the_run_whatever_the_policy(
+    indexed: Path, column: int, value: int
+) -> None:
+    """Every byte of the shard is as it was indexed, so no policy for damage may leave it out on one rank alone."""
+    lie(indexed, slice(1, 20), column, value)
+    stream = TokenStream(indexed, "train", 16, 8, options=ReadOptions(on_damage="skip"))
+    with pytest.raises(DataError, match=r"the document at byte \d+ (is no text|makes).*index the shards again"):
+        for _ in range(10):
+            next(stream)
     stream.close()
 
 
