@@ -31,6 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.documents import Slice, read_documents
+from data.duplicates import first_occurrences, read_hashes
+from data.encoded_part import EncodedPart, document_starts_in
 from data.errors import DataError
 from data.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shard_writer import write_shard
@@ -40,8 +42,6 @@ from data.tokenizer import Tokenizer, train_tokenizer
 
 WORK = ".work"
 REPORT = "report.json"
-HASH_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
-_BUCKET_DOCUMENTS = 16 << 20
 _ALL = 1 << 64
 
 
@@ -160,14 +160,15 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     counts = [scan["documents"] for scan in preparation.results("scan")]
     if not sum(counts):
         raise DataError("the input holds no text; give files with text to --input")
-    keep = _first_occurrences(preparation, counts)
+    files = [preparation.file("scan", part, "hashes") for part in range(len(counts))]
+    keep = first_occurrences(files, counts)
     ends = np.cumsum(counts)
     lowest = _ALL
     for part, end in enumerate(ends):
         kept = keep[end - counts[part] : end]
         write_whole(preparation.file("merge", part, "keep"), np.packbits(kept).tobytes())
         if kept.any():
-            lowest = min(lowest, int(_hashes(preparation, part)["high"][kept].min()))
+            lowest = min(lowest, int(read_hashes(files[part])["high"][kept].min()))
     threshold = int(preparation.settings.validation_fraction * _ALL)
     if threshold and int(keep.sum()) == 1:
         raise DataError(
@@ -181,30 +182,6 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     if preparation.settings.tokenizer_sha256 is None:
         write_whole(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
     return {"kept": int(keep.sum()), "threshold": threshold}
-
-
-def _hashes(preparation: Preparation, part: int) -> NDArray:
-    return np.fromfile(preparation.file("scan", part, "hashes"), dtype=HASH_DTYPE)
-
-
-def _first_occurrences(preparation: Preparation, counts: list[int]) -> NDArray[np.bool_]:
-    """One flag a document: no earlier one has its hash. Hashes are compared a bucket at a time, to bound the memory."""
-    keep = np.zeros(sum(counts), dtype=bool)
-    starts = np.cumsum([0, *counts])
-    num_buckets = -(-sum(counts) // _BUCKET_DOCUMENTS)
-    for bucket in range(num_buckets):
-        hashes, places = [], []
-        for part, start in enumerate(starts[:-1]):
-            of_part = _hashes(preparation, part)
-            here = np.flatnonzero(of_part["low"] % np.uint64(num_buckets) == bucket)
-            hashes.append(of_part[here])
-            places.append(here + start)
-        together, place = np.concatenate(hashes), np.concatenate(places)
-        by_hash = np.lexsort((together["low"], together["high"]))  # stable: equal hashes stay in document order
-        ordered = together[by_hash]
-        is_first = np.append(True, ordered[1:] != ordered[:-1])
-        keep[place[by_hash[is_first]]] = True
-    return keep
 
 
 def _train_tokenizer(preparation: Preparation, counts: list[int], keep: NDArray[np.bool_]) -> bytes:
@@ -235,10 +212,10 @@ def _tokenizer(path: Path) -> Tokenizer:
 def _encode(preparation: Preparation, part: int) -> dict[str, Any]:
     tokenizer = _tokenizer(preparation.output / TOKENIZER)
     threshold = json.loads(preparation.result("merge", 0).read_text())["threshold"]
-    hashes = _hashes(preparation, part)
+    hashes = read_hashes(preparation.file("scan", part, "hashes"))
     packed = np.fromfile(preparation.file("merge", part, "keep"), dtype=np.uint8)
     keep = np.unpackbits(packed, count=len(hashes)).astype(bool)
-    outputs = {split: _EncodedPart(preparation, part, split, tokenizer) for split in SPLITS}
+    outputs = {split: EncodedPart(preparation.file("encode", part, split), tokenizer) for split in SPLITS}
     number = -1
     for number, (text, source, raw, digest) in enumerate(_documents(preparation, part, [])):
         if number >= len(hashes) or digest != hashes[number].tobytes():
@@ -253,35 +230,6 @@ def _encode(preparation: Preparation, part: int) -> dict[str, Any]:
             f"part {part} has {number + 1} documents, {len(hashes)} when scanned; start over with --overwrite"
         )
     return {split: output.close() for split, output in outputs.items()}
-
-
-class _EncodedPart:
-    """The tokens of one part and split, and a line for each document: [first token in this part, source]."""
-
-    def __init__(self, preparation: Preparation, part: int, split: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._dtype = token_dtype_for(tokenizer.vocab_size)
-        self._tokens = preparation.file("encode", part, f"{split}.tokens").open("wb")
-        self._documents = preparation.file("encode", part, f"{split}.documents").open("w")
-        self._counts = {"tokens": 0, "documents": 0, "text_bytes": 0, "characters": 0}
-
-    def add(self, text: str, text_bytes: int, source: str) -> None:
-        ids = self._tokenizer.encode(text)
-        ids.append(self._tokenizer.end_of_document)
-        np.array(ids, dtype=self._dtype).tofile(self._tokens)
-        self._documents.write(json.dumps([self._counts["tokens"], source]) + "\n")
-        for name, count in (
-            ("tokens", len(ids)),
-            ("documents", 1),
-            ("text_bytes", text_bytes),
-            ("characters", len(text)),
-        ):
-            self._counts[name] += count
-
-    def close(self) -> dict[str, int]:
-        self._tokens.close()
-        self._documents.close()
-        return self._counts
 
 
 def shard_plan(preparation: Preparation) -> list[tuple[str, int, int, int]]:
@@ -315,7 +263,7 @@ def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
             tokens = np.memmap(preparation.file("encode", part, f"{split}.tokens"), dtype=dtype, mode="r")
             pieces.append(tokens[max(first - start, 0) : last - start])
             lines = preparation.file("encode", part, f"{split}.documents")
-            documents.append(_document_lines(lines, start, first, last))
+            documents.append(document_starts_in(lines, start, first, last))
         start = end
     info = write_shard(path, np.concatenate(pieces), dtype)
     packed = io.BytesIO()
@@ -324,20 +272,6 @@ def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
             file.write(json.dumps(entry).encode() + b"\n")
     write_whole(path.with_suffix(".documents.jsonl.gz"), packed.getvalue())
     return {"split": split, "shard": vars(info)}
-
-
-def _document_lines(path: Path, part_start: int, first: int, last: int) -> Iterator[tuple[int, str]]:
-    """Documents that have tokens in [first, last): (token of the shard at which it starts, source).
-
-    The start is negative where the document began in the shard before.
-    """
-    with path.open() as lines:
-        entries = ((part_start + token - first, source) for token, source in map(json.loads, lines))
-        for (start, source), (end, _) in itertools.pairwise(itertools.chain(entries, [(last, "")])):
-            if start >= last - first:
-                return
-            if end > 0:
-                yield start, source
 
 
 def _finish(preparation: Preparation, _: int) -> None:

@@ -16,11 +16,11 @@ import webdataset
 import zstandard
 from numpy import array, frombuffer
 
+from data.encoded_part import document_starts_in
 from data.errors import DataError
 from data.inspect import documents_of, first_sample_of
 from data.inspect import main as inspect
 from data.manifest import load_manifest
-from data.preparation import _document_lines
 from data.prepare import main as prepare
 from data.samples import open_shard
 from data.stream import TokenStream
@@ -126,7 +126,7 @@ def test_parts_and_buckets_change_nothing(
     corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_parts(monkeypatch)
-    monkeypatch.setattr("data.preparation._BUCKET_DOCUMENTS", 50)
+    monkeypatch.setattr("data.duplicates._BUCKET_DOCUMENTS", 50)
     run(corpus, tmp_path / "set", "--workers", "1")
     for split in ("train", "validation"):
         assert documents(tmp_path / "set", split) == documents(prepared, split)
@@ -350,7 +350,7 @@ def test_documents_at_the_edges_of_a_shard(
 ) -> None:
     """A part of three documents of 10 tokens that begins at token 100."""
     (tmp_path / "documents").write_text('[0, "a"]\n[10, "b"]\n[20, "c"]\n')
-    assert list(_document_lines(tmp_path / "documents", 100, first, last)) == expected
+    assert list(document_starts_in(tmp_path / "documents", 100, first, last)) == expected
 
 
 def broken(tmp_path: Path, name: str, content: bytes) -> str:
