@@ -23,6 +23,7 @@ from data.errors import DataError
 from data.transport import steady, stream_fsspec, stream_http, stream_pipe, with_retries
 
 MANIFEST_NAME = "manifest.json"
+_MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
 T = TypeVar("T")
 
 
@@ -43,6 +44,9 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if self.on_damage not in ("stop", "skip"):
             raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
+        for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
+            if not 0 < getattr(self, name) <= _MOST:  # as nan is not
+                raise DataError(f"{name} is {getattr(self, name)}, expected a positive number of at most {_MOST:,}")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ReadOptions":

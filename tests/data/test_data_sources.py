@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,13 @@ def test_a_pipe_that_fails_or_hangs_is_told(tmp_path: Path, command: str, messag
 def test_a_pipe_has_to_say_where_the_name_goes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\{\}"):
         load_manifest("pipe:cat x", options(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, 1e300])
+def test_a_size_or_time_that_cannot_be_is_told(name: str, value: float) -> None:
+    with pytest.raises(DataError, match=f"{name} is {re.escape(str(value))}, expected a positive number"):
+        ReadOptions.of({name: value})
 
 
 def test_an_address_that_cannot_be_read_here_is_told_with_what_can(tmp_path: Path) -> None:
