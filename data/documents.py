@@ -53,18 +53,22 @@ class Document(NamedTuple):
     source: str
 
 
-def find_files(inputs: list[str], include: list[str], exclude: list[str]) -> list[str]:
+def find_files(inputs: list[str], include: list[str], exclude: list[str], output: Path) -> list[str]:
     """The files that `inputs` (files, folders, globs) name, sorted, each once.
 
     In folders only names matching `include` count. `exclude` patterns are matched with every component of a path and
-    with the whole. Raises DataError for an input that is missing, unreadable, empty or matches nothing.
+    with the whole. What lies in `output` does not count, for it would be more when the work is resumed.
+
+    Raises DataError for an input that is missing, unreadable, empty, no plain file or matches nothing.
     """
+    own = os.path.join(os.path.realpath(output), "")
     found: dict[str, str] = {}  # texts, since there may be millions and a Path takes several times the memory
     for given in inputs:
         for path in _expand(given):
             for file in _files_in(path, include) if path.is_dir() else [path]:
-                if not _excluded(file, exclude):
-                    found.setdefault(os.path.realpath(file), str(file))
+                real = os.path.realpath(file)
+                if not _excluded(file, exclude) and not real.startswith(own):
+                    found.setdefault(real, str(file))
     if not found:
         raise DataError(f"--input {' '.join(inputs)}: no file matches {' '.join(include)}; see --include and --exclude")
     return sorted(found.values(), key=lambda file: file.replace("/", "\0"))  # folder by folder
@@ -113,6 +117,8 @@ def _expand(given: str) -> list[Path]:
     if not given:
         raise DataError("--input '': names nothing (an unset variable?); name files, folders or globs")
     if path.exists():
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"{given}: is no plain file, and it is read more than once; write the text to a file first")
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{given}: the file is empty; give a file with text")
         return [path]
@@ -163,7 +169,7 @@ def _slices(path: str, size: int, part_bytes: int) -> Iterator[Slice]:
 def _choose(slices: list[Slice], max_bytes: int) -> list[Slice]:
     chosen: set[Slice] = set()
     total = 0
-    for piece in sorted(slices, key=lambda piece: hashlib.sha256(f"{piece.path}@{piece.start}".encode()).digest()):
+    for piece in sorted(slices, key=lambda piece: hashlib.sha256(os.fsencode(f"{piece.path}@{piece.start}")).digest()):
         if total + piece.text_bytes <= max_bytes or not chosen:
             chosen.add(piece)
             total += piece.text_bytes

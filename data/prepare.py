@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         _discard(options.output)
     settings = _settings(options)
     parts = plan_parts(
-        find_files(options.input, options.include, options.exclude),
+        find_files(options.input, options.include, options.exclude, options.output),
         None if options.max_megabytes is None else int(options.max_megabytes * 1e6),
     )
     plan_sha256 = _plan_sha256(settings, parts)

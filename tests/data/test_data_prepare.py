@@ -183,6 +183,32 @@ def test_run_again_it_says_so_and_touches_nothing(
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
+def test_the_output_is_no_input_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a preparation of the folder it lies in is resumed."""
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(text_of(number))
+    for _ in range(2):
+        prepare(["--input", str(tmp_path), "--output", str(tmp_path / "set"), "--vocab-size", "320", "--workers", "1"])
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_file_names_that_are_no_text_are_names_too(tmp_path: Path) -> None:
+    for number in range(3):
+        Path(tmp_path, os.fsdecode(b"\xff%d.txt" % number)).write_text(text_of(number))
+    arguments = ["--input", str(tmp_path), "--output", str(tmp_path / "set"), "--vocab-size", "320", "--workers", "1"]
+    prepare([*arguments, "--max-megabytes", "1"])
+    assert sorted(documents(tmp_path / "set", "train") + documents(tmp_path / "set", "validation")) == sorted(
+        map(text_of, range(3))
+    )
+    inspect([str(tmp_path / "set"), "--sample", "0", "--seq-length", "16"])
+
+
+def test_a_pipe_is_no_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="is no plain file, and it is read more than once"):
+        prepare(["--input", str(tmp_path / "pipe.txt"), "--output", str(tmp_path / "set"), "--vocab-size", "320"])
+
+
 def test_other_settings_do_not_replace_a_dataset_unless_told(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path / "set", "--workers", "1")
     fingerprint = load_manifest(tmp_path / "set").fingerprint
