@@ -1,5 +1,6 @@
 """The one error that reading or preparing data raises for its users, and how every command-line tool ends."""
 
+import io
 import os
 import select
 import signal
@@ -32,7 +33,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     What the operating system refuses meanwhile (a full disk) is exit status 1. Where whoever reads the output has seen
     enough (`| head`), the command ends as quietly as one that SIGPIPE ends, with the status that a shell gives that.
+    What the terminal's encoding lacks (a file name that is no text) is spelled with backslashes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
         sys.stdout.flush()

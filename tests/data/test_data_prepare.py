@@ -447,6 +447,25 @@ def test_the_command_prints_one_line_and_ends_with_2(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: absent: no such file") and done.stderr.count("\n") == 1
 
 
+def test_a_name_that_the_terminal_cannot_show_is_spelled(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    folder = Path(tmp_path, os.fsdecode(b"\xffset"))
+    folder.symlink_to(prepared)
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--input",
+        corpus,
+        "--exclude",
+        "site-packages",
+        "--output",
+        folder,
+    ]
+    command += ["--vocab-size", "400", "--validation-fraction", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and f"{tmp_path}/\\udcffset: already prepared" in done.stdout, done.stderr
+
+
 def test_bad_files_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(text_of(number))
