@@ -148,11 +148,12 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _plan_sha256(settings: Settings, parts: list[list[Slice]]) -> str:
     """Of settings and input; two preparations with the same plan give the same dataset."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(settings)).encode())
-    for part in parts:
-        digest.update(json.dumps(part).encode())
-    for file in sorted({piece.path for part in parts for piece in part}):
-        digest.update(b" %d" % os.stat(file).st_mtime_ns)
+    files = sorted({piece.path for part in parts for piece in part})
+    modified_ns = [os.stat(file).st_mtime_ns for file in files]
+    plan = {"settings": dataclasses.asdict(settings), "parts": parts, "modified_ns": modified_ns}
+    digest = hashlib.sha256()
+    for text in json.JSONEncoder().iterencode(plan):  # bit by bit, for the whole may be large
+        digest.update(text.encode())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ import webdataset
 import zstandard
 from numpy import array, frombuffer
 
+from data.documents import find_files
 from data.encoded_part import document_starts_in
 from data.errors import DataError
 from data.inspect import documents_of, first_sample_of
@@ -190,6 +191,14 @@ def test_the_output_is_no_input_of_its_own(tmp_path: Path, capsys: pytest.Captur
     for _ in range(2):
         prepare(["--input", str(tmp_path), "--output", str(tmp_path / "set"), "--vocab-size", "320", "--workers", "1"])
     assert "already prepared" in capsys.readouterr().out
+
+
+def test_files_come_folder_by_folder_whatever_their_names(tmp_path: Path) -> None:
+    for name in ("a/z.txt", "a-b.txt", "a.b/z.txt", "a/b/z.txt", "A/z.txt", "a b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = [str(path) for path in sorted(tmp_path.rglob("*.txt"))]
+    assert find_files([str(tmp_path), f"{tmp_path}/a"], ["*.txt"], [], tmp_path / "set") == expected
 
 
 def test_file_names_that_are_no_text_are_names_too(tmp_path: Path) -> None:
