@@ -72,7 +72,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train", nargs="+", default=[], metavar="NAME", help="shards to train on; {000..019}, and globs in a folder")
     add("--validation", nargs="+", default=[], metavar="NAME", help="shards to validate on")
     add("--tokenizer", type=Path, required=True, metavar="FILE", help="the tokenizer.model to use")
-    add("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created")
+    add(
+        "--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created, or that of the shards"
+    )
     add("--text-key", default="text", metavar="KEY", help='key of the text in .json members (default "text")')
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=whole_number(1, 4096), default=cores, metavar="N", help="processes (default: all cores)")

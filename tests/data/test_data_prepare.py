@@ -212,6 +212,14 @@ def test_file_names_that_are_no_text_are_names_too(tmp_path: Path) -> None:
     inspect([str(tmp_path / "set"), "--sample", "0", "--seq-length", "16"])
 
 
+def test_more_shards_than_a_manifest_holds_are_told(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.preparation.MAX_SHARDS", 2)
+    with pytest.raises(DataError, match="the train split would have 5 shards, at most 2; raise --shard-megabytes"):
+        run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01")
+
+
 def test_a_pipe_is_no_input(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match="is no plain file, and it is read more than once"):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -249,6 +250,25 @@ def test_names_that_match_nothing_are_told(shards: Path, tmp_path: Path) -> None
 def test_a_range_that_no_dataset_has_is_told_at_once(shards: Path, tmp_path: Path, names: str) -> None:
     with pytest.raises(DataError, match="expected 1 to 100000; correct the range"):
         run(shards, tmp_path / "set", train=names)
+
+
+def test_globs_that_find_more_shards_than_a_manifest_holds_are_told(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.index.MAX_SHARDS", 2)
+    with pytest.raises(DataError, match="3 shards, a dataset has at most 2"):
+        run(shards, tmp_path / "set")
+
+
+def die(job: object) -> None:
+    os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_told(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.index._index_shard", die)
+    with pytest.raises(DataError, match="a worker was killed, perhaps for memory"):
+        run(shards, tmp_path / "set")
+    assert not (tmp_path / "set" / "manifest.json").exists()
 
 
 def test_ranges_multiply_and_keep_their_width() -> None:
