@@ -71,6 +71,13 @@ def test_attention_within_documents(layout: str, dtype: str) -> None:
     assert_layout(parse_layout(layout), dtype, architecture=EREG, within_documents=True)
 
 
+def test_saturated_attention_over_five_ranks() -> None:
+    """Scores of a hundred, of which float32 loses 1e-4 on one process already."""
+    sizes = {"num_layers": 2, "num_attention_heads": 15, "hidden_size": 75, "seq_length": 25}
+    choices = {"architecture": "SM+LN+G", "temperature": "per_head", "within_documents": True}
+    assert_layout(parse_layout("tp=5"), "float64", **sizes, **choices)
+
+
 @pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+R", "SM+ScFFN", "SM(t)+ScFuFFN"])
 def test_other_architectures(architecture: str) -> None:
     layout = parse_layout("tp=2:pp=2:cp=2:sp=1:recompute=selective")

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from parallel.compare import apply_layout, compare, global_batches, reference_layout
+from parallel.compare import apply_layout, global_batches, reference_layout
+from parallel.comparison import TOLERANCE, compare
 from parallel.layout import parse_layout
 from parallel.local_ranks import RankError, run_ranks
 from parallel.measurement import Measured, assemble
@@ -33,7 +34,7 @@ BUGS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("bug", "layout", "dtype"), BUGS, ids=[f"{bug}-{layout}" for bug, layout, _ in BUGS])
 def test_a_bug_is_noticed(bug: str, layout: str, dtype: str) -> None:
-    parsed, tolerance = parse_layout(layout), {"float32": 1e-5, "float64": 1e-10}[dtype]
+    parsed, tolerance = parse_layout(layout), TOLERANCE[dtype]
     config = tiny_config(granularity="per_head" if bug == "mean_entropy_not_reduced" else "per_query")
     reference = reference_layout(config, [parsed])
     vocab_size, batches = global_batches(config, 1)

@@ -10,7 +10,8 @@ from model.initialize import generator, initialize, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
-from parallel.compare import apply_layout, compare, global_batches, reference_layout
+from parallel.compare import apply_layout, global_batches, reference_layout
+from parallel.comparison import TOLERANCE, compare
 from parallel.layout import Layout
 from parallel.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config, DataConfig, TrainingConfig
@@ -105,15 +106,11 @@ def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
     return starts_BT
 
 
-def assert_equal(found: Measured, expected: Measured, tolerance: float) -> None:
-    result = compare(found, expected)
-    assert result.within(tolerance), result
-
-
 def assert_layout(layout: Layout, dtype: str, **config: Any) -> None:
     """A layout equals the plain model within 1e-5 in float32, 1e-10 in float64, and its regularizer acts."""
     whole = tiny_config(**config)
     expected = plain(whole, reference_layout(whole, [layout]).acc or 1)
     if whole.model.regularized:
         assert float(expected.losses[:, 1].min()) > 0.05, "the regularizer must act, or the comparison shows nothing"
-    assert_equal(measured(whole, layout, dtype), expected, {"float32": 1e-5, "float64": 1e-10}[dtype])
+    result = compare(measured(whole, layout, dtype), expected)
+    assert result.within(TOLERANCE[dtype]), result
