@@ -66,12 +66,7 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
     """
     vocab_size, batches = global_batches(config, BATCHES)
     losses, gradients, entropies = [], [], []
-    model = Transformer(config.model, vocab_size).double()
-    initialize(model, config.model, vocab_size, config.training.seed)
-    for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart
-        if not (parameter.dim() == 2 and name.endswith("weight")):
-            noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
-            parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
+    model = plain_model(config, vocab_size)
     for batch_BT in batches:
         model.zero_grad()
         update_spectral_norms(model)
@@ -95,6 +90,17 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
         gradients.append(held)
         entropies.append(entropy_LN)
     return Measured(torch.stack(losses), gradients, entropies, {})
+
+
+def plain_model(config: Config, vocab_size: int) -> Transformer:
+    """The whole model in float64 at the weights that `parallel.measurement` measures at."""
+    model = Transformer(config.model, vocab_size).double()
+    initialize(model, config.model, vocab_size, config.training.seed)
+    for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart
+        if not (parameter.dim() == 2 and name.endswith("weight")):
+            noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
+            parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
+    return model
 
 
 def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
