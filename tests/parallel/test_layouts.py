@@ -29,7 +29,7 @@ ENGINE = [
 ]
 EXACT = [
     "tp=2:sp=1:acc=1",
-    "tp=4:sp=1:recompute=full",
+    "tp=4:sp=1:acc=4:recompute=full",
     "pp=4:acc=4",
     "dp=4:acc=1",
     "cp=2:dp=2:recompute=selective",
@@ -69,6 +69,11 @@ DOCUMENTS = [
 @pytest.mark.parametrize(("layout", "dtype"), DOCUMENTS)
 def test_attention_within_documents(layout: str, dtype: str) -> None:
     assert_layout(parse_layout(layout), dtype, architecture=EREG, within_documents=True)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("tp=4:sp=1", "float64"), ("tp=2:sp=1:cp=2:recompute=full", "float32")])
+def test_a_fused_ffn_split_under_sequence_parallelism(layout: str, dtype: str) -> None:
+    assert_layout(parse_layout(layout), dtype, architecture=EREG, fused_ffn="split")
 
 
 def test_saturated_attention_over_five_ranks() -> None:

@@ -12,12 +12,16 @@ from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
 from parallel.compare import apply_layout, global_batches, reference_layout
 from parallel.comparison import TOLERANCE, compare
+from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config, DataConfig, TrainingConfig
 
 EREG = "EReg(SM(t)+ScFuFFN)"
-VOCAB_SIZE = 101  # no tensor-parallel size divides it
+VOCAB_SIZE = 301
+"""More than one tensor-parallel rank's rows, which come in multiples of 128: of four ranks two are full, one holds 45
+tokens and padding, one nothing but padding.
+"""
 BATCHES = 2
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 16}
 LIVELY: dict[str, Any] = {"init_std": 0.1, "temperature_init": 0.02}
@@ -30,6 +34,7 @@ def tiny_config(
     global_batch_size: int = 8,
     vocab_size: int = VOCAB_SIZE,
     within_documents: bool = False,
+    fused_ffn: str = "auto",
     **model: Any,
 ) -> Config:
     """A configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
@@ -37,6 +42,7 @@ def tiny_config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
         regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
         data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents),
+        parallel=ParallelConfig(fused_ffn=fused_ffn),  # type: ignore[arg-type]
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
     )
 
