@@ -1,5 +1,6 @@
 """Tiny models under any layout, and what the plain mathematics of one process says of them."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -48,10 +49,14 @@ def tiny_config(
 
 
 def measured(config: Config, layout: Layout, dtype: str) -> Measured:
-    """A layout's step for each global batch, through processes of their own."""
+    """A layout's step for each global batch, through processes of their own; bf16 is the engine's, as it trains."""
     reference = reference_layout(config, [layout])
     vocab_size, batches = global_batches(config, BATCHES)
-    return measure(apply_layout(config, layout, reference), layout.world_size, vocab_size, batches, dtype)
+    applied = apply_layout(config, layout, reference)
+    if dtype == "bf16":
+        applied = dataclasses.replace(applied, training=dataclasses.replace(applied.training, precision="bf16"))
+        dtype = "float32"
+    return measure(applied, layout.world_size, vocab_size, batches, dtype)
 
 
 def plain(config: Config, num_micro_batches: int) -> Measured:
