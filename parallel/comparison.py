@@ -6,7 +6,7 @@ against |all gradients|: its gradient is zero in exact arithmetic, since softmax
 alike, and what is found is rounding.
 
 Some models lose more than that to float32 itself: where the softmax is saturated (scores of a hundred are rounded by
-1e-5, and probabilities by as large a part of themselves), or where a LayerNorm has one or two features, whose gradient
+1e-5, and probabilities by as large a part of themselves), or where a LayerNorm has one to three features: its gradient
 cancels to zero. What one process loses there is its error in float32 against itself in float64; a layout, which adds
 in another order, loses about as much. More than a percent is no excuse: a wrong sum need not be further off.
 """
