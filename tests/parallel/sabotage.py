@@ -1,6 +1,7 @@
 """One bug at a time, put back into the code that shards: what each test of equality must notice."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -138,6 +139,61 @@ def every_context_rank_at_position_zero() -> Any:
             model.embedding.first_position = 0
 
     return mock.patch.object(stage, "apply_context_parallel", apply)
+
+
+def head(**wrong: Callable[[Any], Any]) -> Any:
+    """The vocabulary-parallel head with one property of its shard computed otherwise."""
+    from parallel.tensor import VocabularyParallelHead
+
+    real = VocabularyParallelHead.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args)
+        self.shard = replace(self.shard, **{name: compute(self.shard) for name, compute in wrong.items()})
+
+    return mock.patch.object(VocabularyParallelHead, "__init__", init)
+
+
+def vocabulary_not_summed() -> Any:
+    return head(sum=lambda shard: lambda local: local)
+
+
+def vocabulary_of_a_neighbour() -> Any:
+    return head(start=lambda shard: shard.start - (shard.start > 0))
+
+
+def features_of_other_ranks() -> Any:
+    from parallel.exchange import heads_for_positions
+
+    def exchange(x_TBD: torch.Tensor, group: Any) -> torch.Tensor:
+        return heads_for_positions(x_TBD.unflatten(-1, (group.size(), -1)).flip(2), group).flatten(2)
+
+    return mock.patch("parallel.tensor.features_for_positions", exchange)
+
+
+def micro_batches_before_the_last_but_one_forgotten() -> Any:
+    from parallel import tensor
+
+    real = tensor._SumOncePerStep.__call__
+
+    def forgetful(self: Any, grad: torch.Tensor) -> torch.Tensor:
+        if self.count + 1 < self.num_micro_batches:
+            self.held = None
+        return real(self, grad)
+
+    return mock.patch.object(tensor._SumOncePerStep, "__call__", forgetful)
+
+
+def documents_begin_at_zero_on_later_stages() -> Any:
+    from parallel import pipeline
+
+    real = pipeline.PipelineStage.forward
+
+    def forward(self: Any, x: Any) -> Any:
+        handed = real(self, x)
+        return (handed[0], torch.zeros_like(handed[1])) if isinstance(handed, tuple) else handed
+
+    return mock.patch.object(pipeline.PipelineStage, "forward", forward)
 
 
 def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:

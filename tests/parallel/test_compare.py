@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel import compare
+from parallel.comparison import Comparison
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.measurement import GradientPiece, Measured, assemble
@@ -47,6 +48,45 @@ def test_the_table_and_the_lines_beside_it(config_file: Path, capsys: pytest.Cap
 def test_beyond_the_tolerance_the_status_is_one(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config_file, "--layouts", "tp=2", "--batches", "1", "--tolerance", "1e-12") == 1
     assert "BEYOND" in capsys.readouterr().out
+
+
+SATURATED = [
+    "model.architecture=SM+LN+G",
+    "model.num_layers=2",
+    "model.temperature=per_head",
+    "model.temperature_init=0.002",
+    "model.init_std=0.1",
+    "training.seed=2",
+]
+
+
+def test_what_one_process_loses_in_float32_is_no_fault_of_a_layout(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--layouts", "tp=2", "--batches", "1", *SATURATED]
+    lines_file = config_file.with_name("lines.jsonl")
+    assert run(config_file, *arguments, "--json", str(lines_file)) == 0
+    assert "  rounding\n" in (text := capsys.readouterr().out) and "rounding: within 5 times what float32 loses" in text
+    (line,) = map(json.loads, lines_file.read_text().splitlines())
+    assert 1e-5 < line["gradient"] < 5 * line["rounding"]["gradient"]
+    assert run(config_file, *arguments, "--tolerance", "1e-5") == 1
+    assert "BEYOND" in capsys.readouterr().out
+    assert run(config_file, *arguments, "--dtype", "float64") == 0
+
+
+def test_rounding_excuses_five_times_itself_and_at_most_a_percent() -> None:
+    def comparison(error: float) -> Comparison:
+        return Comparison(0.0, 0.0, 0.0, gradient=error, worst_parameter="a")
+
+    assert comparison(4e-4).within(1e-5, comparison(1e-4))
+    assert not comparison(4e-4).within(1e-5)
+    assert not comparison(6e-4).within(1e-5, comparison(1e-4))
+    assert not comparison(2e-2).within(1e-5, comparison(1e-2))
+    assert not comparison(float("nan")).within(1e-5, comparison(1e-4))
+    assert not comparison(2e-5).within(1e-5, comparison(float("nan")))
+    assert dataclasses.replace(comparison(0.0), gradient_norm=2e-5).within(1e-5, comparison(1e-4))
+    assert not dataclasses.replace(comparison(0.0), loss=2e-5).within(1e-5, comparison(1e-4))
+    assert not dataclasses.replace(comparison(0.0), entropy_nats=2e-5).within(1e-5, comparison(1e-4))
 
 
 @pytest.mark.parametrize(

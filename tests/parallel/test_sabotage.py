@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from parallel.compare import apply_layout, compare, global_batches, reference_layout
+from parallel.compare import apply_layout, global_batches, reference_layout
+from parallel.comparison import TOLERANCE, compare
 from parallel.layout import parse_layout
 from parallel.local_ranks import RankError, run_ranks
 from parallel.measurement import Measured, assemble
@@ -27,14 +28,24 @@ BUGS = [
     ("mean_entropy_not_reduced", "dp=2:acc=2", "float64"),
     ("temperatures_of_other_heads", "cp=2", "float64"),
     ("every_context_rank_at_position_zero", "cp=2", "float64"),
+    ("vocabulary_not_summed", "tp=2", "float64"),
+    ("vocabulary_of_a_neighbour", "tp=2", "float64"),
+    ("features_of_other_ranks", "tp=2:sp=1", "float64"),
+    ("micro_batches_before_the_last_but_one_forgotten", "tp=2:sp=1:acc=4", "float64"),
+    ("documents_begin_at_zero_on_later_stages", "pp=2", "float32"),
 ]
+CHOICES: dict[str, dict[str, Any]] = {
+    "mean_entropy_not_reduced": {"granularity": "per_head"},
+    "features_of_other_ranks": {"fused_ffn": "split"},
+    "documents_begin_at_zero_on_later_stages": {"within_documents": True},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bug", "layout", "dtype"), BUGS, ids=[f"{bug}-{layout}" for bug, layout, _ in BUGS])
 def test_a_bug_is_noticed(bug: str, layout: str, dtype: str) -> None:
-    parsed, tolerance = parse_layout(layout), {"float32": 1e-5, "float64": 1e-10}[dtype]
-    config = tiny_config(granularity="per_head" if bug == "mean_entropy_not_reduced" else "per_query")
+    parsed, tolerance = parse_layout(layout), TOLERANCE[dtype]
+    config = tiny_config(**CHOICES.get(bug, {}))
     reference = reference_layout(config, [parsed])
     vocab_size, batches = global_batches(config, 1)
 

@@ -10,7 +10,7 @@ from parallel.footprint import Workload, held_parameters
 from parallel.grid import RankGrid
 from parallel.layout import Layout, parse_layout
 from parallel.volume import Volume, block_volume, volume
-from tests.parallel.tiny import EREG, measured, tiny_config
+from tests.parallel.tiny import EREG, VOCAB_SIZE, measured, tiny_config
 from train.config import Config, load_config
 
 FLOAT32_BYTES = 4
@@ -93,7 +93,7 @@ def test_the_cheaper_form_of_a_fused_ffn_is_chosen(hidden_size: int, replicated:
         parallel = dataclasses.replace(
             config.parallel, tensor_parallel_size=2, sequence_parallel=True, fused_ffn=forced
         )
-        work = Workload(config.model, parallel, RankGrid(tp=2), 101, micro_batch_size=3, num_micro_batches=1)
+        work = Workload(config.model, parallel, RankGrid(tp=2), VOCAB_SIZE, micro_batch_size=3, num_micro_batches=1)
         sent = block_volume(work, work.tokens * hidden_size) - 5 / 2 * work.tokens * hidden_size  # without attention
         sent += 2 / 2 * hidden_size**2 if work.replicates_fused_ffn else 0  # the gradient's sum
         if forced == "auto":

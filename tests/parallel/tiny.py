@@ -1,5 +1,6 @@
 """Tiny models under any layout, and what the plain mathematics of one process says of them."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,13 +11,18 @@ from model.initialize import generator, initialize, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
-from parallel.compare import apply_layout, compare, global_batches, reference_layout
+from parallel.compare import apply_layout, global_batches, reference_layout
+from parallel.comparison import TOLERANCE, compare
+from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config, DataConfig, TrainingConfig
 
 EREG = "EReg(SM(t)+ScFuFFN)"
-VOCAB_SIZE = 101  # no tensor-parallel size divides it
+VOCAB_SIZE = 301
+"""More than one tensor-parallel rank's rows, which come in multiples of 128: of four ranks two are full, one holds 45
+tokens and padding, one nothing but padding.
+"""
 BATCHES = 2
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 16}
 LIVELY: dict[str, Any] = {"init_std": 0.1, "temperature_init": 0.02}
@@ -29,6 +35,7 @@ def tiny_config(
     global_batch_size: int = 8,
     vocab_size: int = VOCAB_SIZE,
     within_documents: bool = False,
+    fused_ffn: str = "auto",
     **model: Any,
 ) -> Config:
     """A configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
@@ -36,15 +43,20 @@ def tiny_config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
         regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
         data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents),
+        parallel=ParallelConfig(fused_ffn=fused_ffn),  # type: ignore[arg-type]
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
     )
 
 
 def measured(config: Config, layout: Layout, dtype: str) -> Measured:
-    """A layout's step for each global batch, through processes of their own."""
+    """A layout's step for each global batch, through processes of their own; bf16 is the engine's, as it trains."""
     reference = reference_layout(config, [layout])
     vocab_size, batches = global_batches(config, BATCHES)
-    return measure(apply_layout(config, layout, reference), layout.world_size, vocab_size, batches, dtype)
+    applied = apply_layout(config, layout, reference)
+    if dtype == "bf16":
+        applied = dataclasses.replace(applied, training=dataclasses.replace(applied.training, precision="bf16"))
+        dtype = "float32"
+    return measure(applied, layout.world_size, vocab_size, batches, dtype)
 
 
 def plain(config: Config, num_micro_batches: int) -> Measured:
@@ -65,12 +77,7 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
     """
     vocab_size, batches = global_batches(config, BATCHES)
     losses, gradients, entropies = [], [], []
-    model = Transformer(config.model, vocab_size).double()
-    initialize(model, config.model, vocab_size, config.training.seed)
-    for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart
-        if not (parameter.dim() == 2 and name.endswith("weight")):
-            noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
-            parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
+    model = plain_model(config, vocab_size)
     for batch_BT in batches:
         model.zero_grad()
         update_spectral_norms(model)
@@ -96,6 +103,17 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
     return Measured(torch.stack(losses), gradients, entropies, {})
 
 
+def plain_model(config: Config, vocab_size: int) -> Transformer:
+    """The whole model in float64 at the weights that `parallel.measurement` measures at."""
+    model = Transformer(config.model, vocab_size).double()
+    initialize(model, config.model, vocab_size, config.training.seed)
+    for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart
+        if not (parameter.dim() == 2 and name.endswith("weight")):
+            noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
+            parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
+    return model
+
+
 def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
     """The definition, one position after the other."""
     starts_BT = torch.zeros_like(tokens_BT)
@@ -105,15 +123,11 @@ def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
     return starts_BT
 
 
-def assert_equal(found: Measured, expected: Measured, tolerance: float) -> None:
-    result = compare(found, expected)
-    assert result.within(tolerance), result
-
-
 def assert_layout(layout: Layout, dtype: str, **config: Any) -> None:
     """A layout equals the plain model within 1e-5 in float32, 1e-10 in float64, and its regularizer acts."""
     whole = tiny_config(**config)
     expected = plain(whole, reference_layout(whole, [layout]).acc or 1)
     if whole.model.regularized:
         assert float(expected.losses[:, 1].min()) > 0.05, "the regularizer must act, or the comparison shows nothing"
-    assert_equal(measured(whole, layout, dtype), expected, {"float32": 1e-5, "float64": 1e-10}[dtype])
+    result = compare(measured(whole, layout, dtype), expected)
+    assert result.within(TOLERANCE[dtype]), result

@@ -33,11 +33,11 @@ def test_metrics_are_those_of_one_process(tiny_config: Path, tmp_path: Path, lay
     expected, found = without_times(whole), without_times(sharded)
     assert sum("validation_loss" in row for row in expected) == 2 and len(expected) == 8
     for there, here in zip(expected, found, strict=True):
-        assert there == pytest.approx(here, rel=1e-4)
+        assert there == pytest.approx(here, rel=1e-5)
     for there, here in zip(rows(whole, "entropy.jsonl"), rows(sharded, "entropy.jsonl"), strict=True):
         assert json.dumps(there).count("null") == json.dumps(here).count("null")
         for name, values in there.items():
-            assert _flat(here[name]) == pytest.approx(_flat(values), rel=1e-4)
+            assert _flat(here[name]) == pytest.approx(_flat(values), rel=1e-5)
 
 
 def _flat(values: object) -> list[float]:
