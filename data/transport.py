@@ -87,7 +87,7 @@ def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
         while piece := _next_piece(response, time_limit_s):
             received += len(piece)
             yield piece
-        response.close()
+        response.close()  # not in a `with`: it would wait for an abandoned read
     except FetchError:
         raise
     except urllib.error.HTTPError as error:

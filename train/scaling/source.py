@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.accounting import training_flops_per_token
+from train.private_inference import private_inference_cost
 from train.run_dir import write_atomically
 from train.scaling.analysis import FlopsPerToken, HeldOut, exponents, held_out, six_flops_per_parameter
 from train.scaling.compare import Curve, along_ladder
@@ -105,7 +106,7 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     models = {size(record): record for record in members}
     sizes = np.array(sorted(models), dtype=float)
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
-    gigabytes = [cost.communication_gb for n in sorted(models) if (cost := models[n].cost) is not None]
+    gigabytes = [private_inference_cost(models[n].model, models[n].vocab_size).communication_gb for n in sorted(models)]
     points = points_of(name, rows) if rows else Points(name, NONE, NONE, NONE, NONE)
     return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
 

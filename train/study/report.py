@@ -8,7 +8,7 @@ import numpy as np
 
 from train.figures import FigureError, Run, as_array, load_run, validation_curve
 from train.study.document import Document
-from train.study.results import Group, Record, grouped, records
+from train.study.results import Group, Record, description, grouped, records
 from train.study.runner import nan_heads
 from train.study.suite import Suite
 from train.study.table import at_published_size, title_of, write_table
@@ -38,7 +38,7 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     if file.exists():
         machine = json.loads(file.read_text(encoding="utf-8"))
         lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
-    commits = {str(commit) for record in found if (commit := _description(record).get("git_commit"))}
+    commits = {str(commit) for record in found if (commit := description(record.folder).get("git_commit"))}
     if commits:
         lines.append(f"Commit {', '.join(sorted(commits))}.")
     shapes = {(model.num_layers, model.hidden_size, model.num_attention_heads, model.seq_length)
@@ -53,14 +53,6 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     if any(group.unfinished for group in groups):
         lines.append("Some runs are unfinished: their rows rest on the seeds that are done.")
     return lines
-
-
-def _description(record: Record) -> dict[str, Any]:
-    file = record.folder / "config.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def _divergences(document: Document, found: list[Record]) -> None:

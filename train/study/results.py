@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from data.errors import DataError
 from data.manifest import load_manifest
@@ -97,14 +98,21 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
 
 def vocabulary(folder: Path, config: Config) -> int:
     """Tokens as the run noted them, else of the dataset, else as planned; 0 where none of them is known."""
-    try:
-        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not begun, or begun by a version that did not note it
+    noted = description(folder).get("vocab_size")  # not by runs that have not begun, nor by earlier versions
+    if isinstance(noted, int):
+        return noted
     try:
         return int(load_manifest(config.data.path).vocab_size)
     except DataError:
         return config.data.planned_vocab_size or 0
+
+
+def description(folder: Path) -> dict[str, Any]:
+    """What a run's config.json holds; nothing where it has not begun or the file is damaged."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @cache
