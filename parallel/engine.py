@@ -17,6 +17,7 @@ from parallel.accumulation import accumulate_together
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
+from parallel.cuda_graph import replay_training_passes
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import MicroBatch, Stage, StageStatistics
@@ -35,6 +36,7 @@ class EngineConfig:
     micro_batch_size: int
     num_micro_batches: int
     bf16: bool
+    cuda_graphs: bool
     gradient_clipping: float
     weight_decay: float
     betas: tuple[float, float]
@@ -62,7 +64,9 @@ class Engine:
             eps=config.epsilon,
             fused=True,
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partitioning
+        # DeepSpeed prints its partitioning; and its flat buffers would keep how they were made from the parameters, whose
+        # gradient nodes then live on and remember this stream, with which a graph must have nothing to do.
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             self.engine, *_ = deepspeed.initialize(
                 model=PipelineStage(stage, groups) if self.pipelined else stage,
                 optimizer=optimizer,
@@ -73,6 +77,8 @@ class Engine:
         if uses_bf16_optimizer(config):
             leave_norms_on_device()
             accumulate_together(self.engine.optimizer)
+        if config.cuda_graphs and can_replay(stage, groups, config):
+            replay_training_passes(stage)
         clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
         create_moments(self.engine.optimizer, 0)
@@ -172,6 +178,14 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
 def uses_bf16_optimizer(config: EngineConfig) -> bool:
     """Whether DeepSpeed's bf16 optimizer runs, which accumulates in float32 and can be kept from waiting; ZeRO-1's."""
     return config.bf16 and config.parallel.zero_stage == 1
+
+
+def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
+    """Whether a training pass is the same kernels every time, without communication, on a GPU."""
+    grid, regularizer = groups.grid, stage.regularizer
+    alone = grid.tp == grid.pp == grid.cp == 1 and uses_bf16_optimizer(config)
+    averages = regularizer is not None and regularizer.config.granularity == "per_head" and grid.dp > 1
+    return next(stage.parameters()).is_cuda and alone and not averages
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:

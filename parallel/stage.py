@@ -37,6 +37,9 @@ class StageStatistics:
     entropy_penalty: Tensor
     entropy_LN: Tensor  # nats, of the heads whose attention this rank computed, summed over sequences
 
+    def __add__(self, other: "StageStatistics") -> "StageStatistics":
+        return StageStatistics(*(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 class Stage(nn.Module):
     """Layers, ends and regularizer of one rank.
@@ -102,16 +105,15 @@ class Stage(nn.Module):
         statistics, self.statistics = self.complete_statistics(), None
         return statistics
 
+    def count(self, more: StageStatistics) -> None:
+        """Adds to what was measured since it was last taken."""
+        self.statistics = more if self.statistics is None else self.statistics + more
+
     def _record(self, entropy_LBNT: Tensor) -> None:
-        if self.statistics is None:
-            zero = entropy_LBNT.new_zeros(())
-            heads_LN = entropy_LBNT.new_zeros(entropy_LBNT.shape[0], entropy_LBNT.shape[2])
-            self.statistics = StageStatistics(0, 0, zero, zero.clone(), heads_LN)
-        statistics = self.statistics
-        rows = entropy_LBNT.shape[1] if self.valid_rows is None else self.valid_rows[statistics.micro_batches]
-        statistics.micro_batches += 1
-        statistics.sequences += rows
-        statistics.entropy_LN += entropy_LBNT[:, :rows].mean(dim=3).sum(dim=1)
+        micro_batches = 0 if self.statistics is None else self.statistics.micro_batches
+        rows = entropy_LBNT.shape[1] if self.valid_rows is None else self.valid_rows[micro_batches]
+        zero = entropy_LBNT.new_zeros(())
+        self.count(StageStatistics(1, rows, zero, zero.clone(), entropy_LBNT[:, :rows].mean(dim=3).sum(dim=1)))
 
 
 def build_transformer(
@@ -159,7 +161,8 @@ def recompute_activations(transformer: Transformer, what: Literal["none", "selec
     cheap: attention from its queries, keys and values on, and the FFN's activation. Entropies come from the first run
     in either case; the second serves gradients only.
     """
-    again = functools.partial(functools.partial, checkpoint, use_reentrant=False)
+    # nothing here is random, and the state of generators cannot be had while a CUDA graph is captured
+    again = functools.partial(functools.partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in transformer.layers.values():
         if what == "full":
             block.forward = again(block.forward)

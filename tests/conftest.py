@@ -1,9 +1,14 @@
 """What several test modules share."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from parallel.megatron import Groups
 
 TINY = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32},
@@ -37,3 +42,17 @@ def tiny_config(tmp_path: Path, dataset: Path) -> Path:
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps({**TINY, "data": {"path": str(dataset)}, "run_dir": str(tmp_path / "run")}))
     return file
+
+
+@pytest.fixture(scope="module")
+def one_process() -> "Iterator[Groups]":
+    """The groups of a world of one, for stages and engines in the tests' own process."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from tests.parallel.tiny import tiny_config as config
+    from train.setup import build_groups
+
+    yield build_groups(config())
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

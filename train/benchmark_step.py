@@ -1,7 +1,8 @@
 """A whole training step, from the data on: tokens a second and memory, beside a GPT-2 of equal size and variants.
 
 Every contender is built as training builds it, warmed up, and timed in turn, several times over, so that a drifting
-clock touches all alike; the figures are medians. Memory is the peak of one step beyond what other contenders hold.
+clock touches all alike; the figures are medians. Memory is what PyTorch has reserved on the device at the peak of a
+step, a CUDA graph's included, beyond what other contenders hold; all are held at once.
 With data.path a dataset, samples are read and moved as in training; else tokens are random. Writes step.json, step.md
 and step.png.
 """
@@ -25,7 +26,7 @@ from train.benchmark_timing import (
     host_time,
     kernel_times,
     matmul_tflops,
-    memory,
+    reserved_bytes,
     timed,
 )
 from train.config import Config, config_from_dict, load_config
@@ -90,10 +91,9 @@ class Contender:
     micro_batch_size: int
     recompute: str
     step: Callable[[], Any]
-    memory_before: tuple[int, int]
+    reserved_before: int  # bytes
     step_times_s: list[float] = dataclasses.field(default_factory=list)
     peak_memory_gib: float | None = None
-    peak_reserved_gib: float | None = None
     device_waits: int | None = None
     host_time_s: float | None = None
     kernels: list[tuple[str, float, float]] = dataclasses.field(default_factory=list)
@@ -111,10 +111,11 @@ def build(config: Config, options: argparse.Namespace) -> Iterator[Contender]:
 
     vocab_size = dataset_vocab_size(config)
     sizes = options.micro_batch_sizes or [config.training.micro_batch_size]
+    recomputes = options.recompute or [config.training.activation_recompute]
     groups = None
-    for name, recompute in product(options.contenders, options.recompute or [config.training.activation_recompute]):
-        own = variant(config, name, sizes[0], recompute)
-        before = memory()
+    for name, recompute, size in product(options.contenders, recomputes, sizes):
+        own = variant(config, name, size, recompute)
+        before = reserved_bytes()
         if name == "GPT-2":
             if recompute != "none":
                 continue
@@ -126,10 +127,8 @@ def build(config: Config, options: argparse.Namespace) -> Iterator[Contender]:
             engine = build_engine(own, vocab_size, groups)
             groups = engine.groups
             run = engine_step(engine, own.optimizer.learning_rate)
-        for size in sizes:
-            sized = variant(config, name, size, recompute)
-            batches = open_batches(sized, vocab_size)
-            yield Contender(name, sized.model, vocab_size, size, recompute, step_of(run, batches), before)
+        batches = open_batches(own, vocab_size)
+        yield Contender(name, own.model, vocab_size, size, recompute, step_of(run, batches), before)
 
 
 def variant(config: Config, name: str, micro_batch_size: int, recompute: str) -> Config:
@@ -208,16 +207,14 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
 
 
 def measure_memory(contender: Contender) -> None:
-    """Peaks of two steps from a cache without unused blocks."""
+    """What two steps and all that they stand on take from the device, from a cache without unused blocks."""
     if not torch.cuda.is_available():
         return
-    memory()
+    reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         contender.step()
-    allocated, reserved = contender.memory_before
-    contender.peak_memory_gib = (torch.cuda.max_memory_allocated() - allocated) / 2**30
-    contender.peak_reserved_gib = (torch.cuda.max_memory_reserved() - reserved) / 2**30
+    contender.peak_memory_gib = (torch.cuda.max_memory_reserved() - contender.reserved_before) / 2**30
 
 
 def described(contender: Contender, rate: float | None) -> dict[str, Any]:
@@ -239,7 +236,6 @@ def described(contender: Contender, rate: float | None) -> dict[str, Any]:
         "share_of_matmul": tokens_per_second * flops / 1e12 / rate if rate else None,
         "mfu": mfu(tokens_per_second, flops, name, 1) if rate else None,
         "peak_memory_gib": contender.peak_memory_gib,
-        "peak_reserved_gib": contender.peak_reserved_gib,
         "device_waits": contender.device_waits,
         "host_time_s": contender.host_time_s,
         "kernels_ms": contender.kernels,

@@ -49,13 +49,13 @@ def host_time(step: Callable[[], Any], steps: int = 8) -> float | None:
     return statistics.median(times)
 
 
-def memory() -> tuple[int, int]:
-    """Bytes allocated and reserved on the device, unused blocks given back."""
+def reserved_bytes() -> int:
+    """What PyTorch has reserved on the device, after giving unused blocks back."""
     if not torch.cuda.is_available():
-        return 0, 0
+        return 0
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return torch.cuda.memory_reserved()
 
 
 def count_device_waits(step: Callable[[], Any]) -> int | None:

@@ -155,6 +155,11 @@ class TrainingConfig:
     compile: Literal["auto", "on", "off"] = _explained(
         "auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs."
     )
+    cuda_graphs: Literal["auto", "off"] = _explained(
+        "auto",
+        "'auto' replays the training pass as CUDA graphs where it can (a GPU in bf16, ZeRO 1, data parallelism alone), "
+        "so that launching kernels costs the host next to nothing.",
+    )
     evaluation_interval: int = _explained(
         500, "Steps between evaluations on the validation split; 0 evaluates only at the end."
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from parallel.launch import local_device
-from parallel.stage import Stage
 from train.metrics import StepClock
 
 SLOW = 1.5
@@ -21,23 +21,16 @@ SLOW = 1.5
 
 
 class RankTimes:
-    """Times this rank's forward passes from outside the model; all ranks hold one and gather together."""
+    """Times forward passes of what this rank runs; all ranks hold one and gather together."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._clock = StepClock()
         self._steps = 0
         self._data_wait_s = 0.0
         self._hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(self._hosts, platform.node())
-        body = stage.body
-
-        def timed_body(*inputs: Any) -> torch.Tensor:
-            self._clock.mark()
-            output = body(*inputs)
-            self._clock.mark(ends_step=stage.training)
-            return output
-
-        stage.body = timed_body  # type: ignore[method-assign,assignment]
+        module.register_forward_pre_hook(lambda *_: self._clock.mark())
+        module.register_forward_hook(lambda *_: self._clock.mark(ends_step=module.training))
 
     def step(self, data_wait_s: float) -> None:
         self._steps += 1

@@ -64,6 +64,7 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         micro_batch_size=training.micro_batch_size,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
         bf16=training.precision == "bf16" or (training.precision == "auto" and local_device().type == "cuda"),
+        cuda_graphs=training.cuda_graphs == "auto",
         gradient_clipping=config.optimizer.gradient_clipping,
         weight_decay=config.optimizer.weight_decay,
         betas=(config.optimizer.beta1, config.optimizer.beta2),

@@ -90,7 +90,7 @@ class Trainer:
         self.health = Health(config.health)
         options = config.data.read_options()
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
-        self.rank_times = RankTimes(self.engine.stage)
+        self.rank_times = RankTimes(self.engine.engine.module)
         self.in_flight: deque[StepInFlight] = deque()
         self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
         self.last_refusal = ""

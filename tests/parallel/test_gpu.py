@@ -1,24 +1,79 @@
 """What only a GPU can show of the engine."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from parallel.megatron import Groups
+from parallel.stage import MicroBatch
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config
 from train.benchmark_timing import count_device_waits
+from train.config import Config
 from train.setup import build_engine
 
 pytestmark = pytest.mark.gpu
+MICRO_BATCH_SIZE, SEQ_LENGTH = 4, 128
 
 
-def test_a_step_never_waits_for_the_device() -> None:
-    config = tiny_config(hidden_size=256, num_attention_heads=4, seq_length=128)
-    training = dataclasses.replace(config.training, precision="bf16", micro_batch_size=4, global_batch_size=8)
-    engine = build_engine(dataclasses.replace(config, training=training), VOCAB_SIZE)
-    tokens = torch.randint(VOCAB_SIZE, (2, 129, 4), device="cuda")
-    batches = [(each[:-1], each[1:]) for each in tokens]
+def _config(model: dict[str, Any], training: dict[str, Any], granularity: str = "per_query") -> Config:
+    config = tiny_config(
+        hidden_size=256, num_attention_heads=4, seq_length=SEQ_LENGTH, granularity=granularity, **model
+    )
+    sizes = {"precision": "bf16", "micro_batch_size": MICRO_BATCH_SIZE, "global_batch_size": 2 * MICRO_BATCH_SIZE}
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **sizes, **training))
+
+
+def _micro_batches(within_documents: bool = False) -> Iterator[MicroBatch]:
+    generator = torch.Generator().manual_seed(7)
+    while True:
+        tokens = torch.randint(VOCAB_SIZE, (SEQ_LENGTH + 1, MICRO_BATCH_SIZE), generator=generator).cuda()
+        start = torch.arange(SEQ_LENGTH, device="cuda").div(40, rounding_mode="floor").mul(40)
+        documents = (start.expand(MICRO_BATCH_SIZE, -1).contiguous(),) if within_documents else ()
+        yield tokens[:-1], tokens[1:], *documents
+
+
+def test_a_step_never_waits_for_the_device(one_process: Groups) -> None:
+    engine = build_engine(_config({}, {}), VOCAB_SIZE, one_process)
+    batches = _micro_batches()
     for _ in range(3):
-        report, _ = engine.train_step(iter(batches), 1e-3)
+        report, _ = engine.train_step(batches, 1e-3)
     assert report.wait().accepted
-    assert count_device_waits(lambda: engine.train_step(iter(batches), 1e-3)) == 0
+    assert count_device_waits(lambda: engine.train_step(batches, 1e-3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "granularity", "within_documents"),
+    [
+        ({}, {"compile": "on"}, "per_query", False),
+        ({}, {}, "per_head", True),
+        ({}, {"activation_recompute": "full"}, "per_query", False),
+        ({}, {"activation_recompute": "selective", "compile": "on"}, "per_query", True),
+        ({"architecture": "SM+LN+G"}, {}, "per_query", False),
+        ({"architecture": "SM+ScFuFFN", "spectral_norm": "QK+FFN"}, {}, "per_query", False),
+    ],
+)
+def test_replayed_steps_are_those_launched_one_by_one(
+    model: dict[str, Any], training: dict[str, Any], granularity: str, within_documents: bool, one_process: Groups
+) -> None:
+    def trained(cuda_graphs: str) -> tuple[list[tuple[float, ...]], list[Tensor]]:
+        config = _config(model, {"compile": "off"} | training | {"cuda_graphs": cuda_graphs}, granularity)
+        engine = build_engine(config, VOCAB_SIZE, one_process)
+        assert ("forward" in vars(engine.stage)) == (cuda_graphs == "auto")  # replaced by what replays
+        batches, measured = _micro_batches(within_documents), []
+        for step in range(5):
+            report, statistics = engine.train_step(batches, 1e-3)
+            if step == 2:
+                statistics = engine.evaluate(batches, [MICRO_BATCH_SIZE, 1])
+            numbers = statistics.cross_entropy, statistics.entropy_penalty, statistics.entropy_LN.sum()
+            counts = statistics.micro_batches, statistics.sequences
+            measured.append((*vars(report.wait()).values(), *map(float, numbers), *counts))
+        return measured, [parameter.detach().clone() for parameter in engine.stage.parameters()]
+
+    (replayed, parameters), (launched, expected) = trained("auto"), trained("off")
+    assert replayed == launched
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
+    assert len({numbers[0] for numbers in replayed}) == 5  # each step was another
