@@ -61,4 +61,4 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
         stage.count(StageStatistics(1, micro_batch[0].shape[1], *(each.detach().clone() for each in measured)))
         return loss
 
-    stage.forward = forward  # type: ignore[method-assign]
+    stage.forward = forward  # type: ignore[method-assign,assignment]

@@ -13,7 +13,7 @@ import torch
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
-from parallel.accumulation import accumulate_together
+from parallel.accumulation import accumulate_together, average_in_place
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
@@ -64,8 +64,8 @@ class Engine:
             eps=config.epsilon,
             fused=True,
         )
-        # DeepSpeed prints its partitioning; and its flat buffers would keep how they were made from the parameters, whose
-        # gradient nodes then live on and remember this stream, with which a graph must have nothing to do.
+        # DeepSpeed prints its partitioning; and its flat buffers would keep how they were made from the parameters,
+        # whose gradient nodes then live on and remember this stream, with which a graph must have nothing to do.
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             self.engine, *_ = deepspeed.initialize(
                 model=PipelineStage(stage, groups) if self.pipelined else stage,
@@ -77,6 +77,7 @@ class Engine:
         if uses_bf16_optimizer(config):
             leave_norms_on_device()
             accumulate_together(self.engine.optimizer)
+            average_in_place(self.engine, groups.data)
         if config.cuda_graphs and can_replay(stage, groups, config):
             replay_training_passes(stage)
         clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
@@ -203,7 +204,11 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     if uses_bf16_optimizer(config):
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["gradient_clipping"] = 0.0  # see parallel.clipping
-    defaults = {"steps_per_print": 2**31, "timers": {"throughput": {"enabled": False}}}  # it waits for the device
+    defaults = {
+        "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device
+        "communication_data_type": "fp32",  # of gradients, which DeepSpeed averages in bf16
+    }
     merged = {**defaults, **config.deepspeed, **derived}
     merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
     return merged

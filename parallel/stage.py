@@ -38,7 +38,9 @@ class StageStatistics:
     entropy_LN: Tensor  # nats, of the heads whose attention this rank computed, summed over sequences
 
     def __add__(self, other: "StageStatistics") -> "StageStatistics":
-        return StageStatistics(*(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return StageStatistics(
+            *(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 class Stage(nn.Module):

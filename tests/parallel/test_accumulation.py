@@ -38,8 +38,38 @@ def test_sums_and_flags_are_deepspeeds() -> None:
     assert ours.fp32_groups_has_gradients == theirs.fp32_groups_has_gradients == [[True] * 3]
     for found, expected in zip(ours.fp32_groups_gradients[0], theirs.fp32_groups_gradients[0], strict=True):
         assert torch.equal(found, expected)
+    before = [total.clone() for total in ours.fp32_groups_gradients[0]]
+    ours.clear_hp_grads()  # the next step
+    assert ours.fp32_groups_has_gradients == [[False] * 3]
+    for given in ((0,), (1, 0)):
+        for index in given:
+            ours.bf16_groups[0][index].grad = torch.ones_like(ours.bf16_groups[0][index])
+        ours.update_hp_grads()
+    assert ours.fp32_groups_has_gradients == [[True, True, False]]
+    for total, old, expected in zip(ours.fp32_groups_gradients[0], before, (2, 1, 0), strict=True):
+        assert old.abs().sum() > 0 and torch.equal(total, torch.full_like(total, expected))
     for parameter, total in zip(ours.bf16_groups[0], ours.fp32_groups_gradients[0], strict=True):
         assert parameter.grad is None and parameter._hp_grad is total
+
+
+def _averaged() -> list[torch.Tensor]:
+    """What an engine in bf16 makes of sums that bf16 could not hold, one of each rank."""
+    from train.setup import build_engine
+
+    layout = parse_layout("dp=2")
+    config = apply_layout(tiny_config(), layout, layout)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    engine = build_engine(config, VOCAB_SIZE).engine
+    sums = engine.optimizer.fp32_groups_gradients_flat
+    for flat in sums:
+        flat.copy_(1 + 2**-20 * (torch.distributed.get_rank() + torch.arange(flat.numel()) % 5))
+    engine.buffered_allreduce_fallback()
+    return [flat.clone() for flat in sums]
+
+
+def test_gradients_are_averaged_in_the_type_they_are_summed_in() -> None:
+    for flat in (flat for found in run_ranks(_averaged, 2) for flat in found):
+        assert torch.equal(flat, 1 + 2**-20 * (0.5 + torch.arange(flat.numel()) % 5))
 
 
 def _trained(layout: Layout, one_by_one: bool) -> list[torch.Tensor]:
