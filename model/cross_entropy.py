@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.entropy_attention import HAS_TRITON
+
 CHUNK_BYTES = 512 * 2**20
 """Size of one chunk's logits: large enough to fill a GPU, small beside a model's activations."""
 
@@ -73,17 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_grad else None
         loss = hidden.new_zeros((), dtype=exact)
         valid = min(max(vocab_size - shard.start, 0), weight.shape[0])
-        row_statistics, gradient = _on_gpu() if hidden.is_cuda else (_row_statistics, _gradient)
         for rows in _chunks(hidden.shape[0], weight):
             logits = F.linear(hidden[rows], weight)
-            counted, local = labels[rows] >= 0, labels[rows] - shard.start
-            own_peak, own_total, target = row_statistics(logits, local, valid)
-            peak = shard.maximum(own_peak)
-            total, target = shard.sum(own_total * (own_peak - peak).exp()), shard.sum(target)
-            lse = total.log() + peak
-            loss += torch.where(counted, lse - target, 0.0).sum()
+            chunk_loss, grad_logits = _loss_and_gradient(logits, labels[rows], valid, shard, wants_grad)
+            loss += chunk_loss
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = gradient(logits, local, lse, counted, valid)
                 grad_hidden[rows] = grad_logits @ weight
                 _add_product(grad_weight, grad_logits.t(), hidden[rows])
         if grad_weight is not None:
@@ -103,6 +99,24 @@ def _chunks(tokens: int, weight: Tensor) -> list[slice]:
     count = -(-tokens // most)
     size = -(-tokens // count)
     return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+
+
+def _loss_and_gradient(
+    logits: Tensor, labels: Tensor, valid: int, shard: VocabularyShard, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss summed over a chunk's rows, and, if wanted, softmax - onehot [C, V], which takes the logits' place."""
+    if HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64 and shard is WHOLE_VOCABULARY:
+        from model.cross_entropy_triton import losses_in_place
+
+        return losses_in_place(logits, labels, valid, with_gradient=wants_grad).sum(), logits
+    row_statistics, gradient = _on_gpu() if logits.is_cuda else (_row_statistics, _gradient)
+    counted, local = labels >= 0, labels - shard.start
+    own_peak, own_total, target = row_statistics(logits, local, valid)
+    peak = shard.maximum(own_peak)
+    total, target = shard.sum(own_total * (own_peak - peak).exp()), shard.sum(target)
+    lse = total.log() + peak
+    loss = torch.where(counted, lse - target, 0.0).sum()
+    return loss, gradient(logits, local, lse, counted, valid) if wants_grad else logits
 
 
 def _row_statistics(logits: Tensor, local: Tensor, valid: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,8 +183,9 @@ def open_batches(config: Config, vocab_size: int) -> Iterator[Any]:
     if has_dataset(config):
         yield from micro_batches(open_stream(config, grid, "train"), grid, local_device())
     while True:
-        tokens_BT = torch.randint(vocab_size, (config.training.micro_batch_size, config.model.seq_length + 1))
-        yield to_device(tokens_BT[:, :-1].t(), local_device()), to_device(tokens_BT[:, 1:].t(), local_device())
+        tokens_TB = torch.randint(vocab_size, (config.model.seq_length + 1, config.training.micro_batch_size))
+        tokens_TB = to_device(tokens_TB, local_device())
+        yield tokens_TB[:-1], tokens_TB[1:]
 
 
 def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> list[Contender]:

@@ -117,15 +117,14 @@ def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> 
     With data.attention_within_documents, also where the document of each of the T positions begins, [B, T].
     """
     for batch in stream:
-        tokens_BT = torch.from_numpy(batch)
+        tokens_BT = to_device(torch.from_numpy(batch), device)  # once, and turned there: the host has enough to do
+        labels_BT = tokens_BT[:, 1:]
         if stream.valid_rows < tokens_BT.shape[0]:
-            labels_BT = tokens_BT[:, 1:].clone()
+            labels_BT = labels_BT.clone()
             labels_BT[stream.valid_rows :] = IGNORED_LABEL
-        else:
-            labels_BT = tokens_BT[:, 1:]
         held = grid.positions(labels_BT.shape[1])
         positions = slice(held.start, held.stop)
-        micro_batch = to_device(tokens_BT[:, positions].t(), device), to_device(labels_BT[:, positions].t(), device)
+        micro_batch = tokens_BT[:, positions].t().contiguous(), labels_BT[:, positions].t().contiguous()
         if stream.document_starts is None:
             yield micro_batch
         else:
@@ -133,8 +132,7 @@ def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> 
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the host to the device, contiguous and without waiting."""
-    tensor = tensor.contiguous()
+    """From the host to the device without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -1,5 +1,8 @@
 """The chunked, shardable cross-entropy against torch's on whole logits."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -9,8 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import cross_entropy
-from model.cross_entropy import VocabularyShard, linear_cross_entropy
+from model.cross_entropy import WHOLE_VOCABULARY, VocabularyShard, linear_cross_entropy
+from model.entropy_attention import HAS_TRITON
 
+HAS_CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if HAS_CUDA and not INTERPRETED else "cpu"
 TOKENS, SEQUENCES, WIDTH, VOCAB, PADDED = 7, 3, 6, 19, 24
 
 
@@ -122,21 +129,78 @@ def test_bfloat16_accumulates_in_float32() -> None:
 
 
 @pytest.mark.gpu
-def test_on_the_device() -> None:
-    """Compiled passes and a product summed in float32, over several chunks, some of the vocabulary padding."""
+@pytest.mark.parametrize("split", [False, True])
+def test_on_the_device(split: bool) -> None:
+    """One kernel, or compiled passes of a shard, and a product summed in float32, over several chunks, some of the
+    vocabulary padding.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4000, 256, generator=generator).mul(0.1)
     weight = torch.randn(50048, 256, generator=generator).mul(0.1)
     labels = torch.randint(50000, (4000,), generator=generator)
     labels[:7] = -100
+    shard = VocabularyShard(sum=lambda local: local) if split else WHOLE_VOCABULARY
     results = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         own_hidden, own_weight = (x.bfloat16().to(device, dtype).requires_grad_() for x in (hidden, weight))
-        loss = linear_cross_entropy(own_hidden, own_weight, labels.to(device), vocab_size=50000)
+        loss = linear_cross_entropy(own_hidden, own_weight, labels.to(device), vocab_size=50000, shard=shard)
         loss.backward()
         results.append([x.detach().float().cpu() for x in (loss, own_hidden.grad, own_weight.grad)])
     for value, wanted in zip(*results, strict=True):
         assert (value - wanted).norm() < 1e-2 * wanted.norm()
+
+
+needs_kernel = pytest.mark.skipif(not (HAS_CUDA or INTERPRETED), reason="runs below, under the interpreter")
+
+
+@pytest.mark.skipif(HAS_CUDA or INTERPRETED or not HAS_TRITON, reason="the kernel's tests run directly, or cannot")
+def test_the_kernel_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_kernel"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("columns", "valid"), [(128, 128), (128, 101), (9000, 8999), (12416, 4096), (8, 1)])
+@pytest.mark.parametrize("magnitude", [1.0, 1e4])
+def test_kernel(dtype: torch.dtype, columns: int, valid: int, magnitude: float) -> None:
+    """Losses and gradients of rows of logits against float64, some rows ignored, padding larger than all tokens."""
+    from model.cross_entropy_triton import losses_in_place
+
+    logits = magnitude * torch.randn(9, columns)
+    logits[:, valid:] = 4 * magnitude
+    logits[1], logits[2, 0] = 0.0, 5 * magnitude
+    logits = logits.to(DEVICE, dtype)
+    labels = torch.randint(valid, (9,))
+    labels[3], labels[4], labels[5] = -100, 0, valid - 1
+    exact = logits[:, :valid].double().cpu().requires_grad_()
+    expected_losses = F.cross_entropy(exact, labels, ignore_index=-100, reduction="none")
+    expected_losses.sum().backward()
+    evaluated = losses_in_place(logits, labels.to(logits.device), valid, with_gradient=False)
+    assert torch.equal(logits[:, :valid].double().cpu(), exact.detach())
+    losses = losses_in_place(logits, labels.to(logits.device), valid, with_gradient=True)
+    assert losses.dtype == torch.float32 and torch.equal(losses, evaluated) and losses[3] == 0
+    torch.testing.assert_close(losses.double().cpu(), expected_losses.detach(), rtol=2e-6, atol=2e-6 * magnitude)
+    gradient = logits.double().cpu()
+    assert torch.count_nonzero(gradient[:, valid:]) == torch.count_nonzero(gradient[3]) == 0
+    bf16 = 2**-7 if INTERPRETED else 2**-8  # the interpreter truncates
+    rounding = {torch.float32: 2e-6, torch.bfloat16: bf16, torch.float16: 2**-11}[dtype]
+    tiny = 6e-8 if dtype == torch.float16 else 0.0  # below it float16 has no number
+    allowed = rounding + 1e-6 * magnitude
+    torch.testing.assert_close(gradient[:, :valid], exact.grad, rtol=allowed, atol=tiny + 2e-7)
+
+
+@needs_kernel
+def test_kernel_lets_what_is_not_a_number_through() -> None:
+    from model.cross_entropy_triton import losses_in_place
+
+    logits = torch.zeros(3, 300, device=DEVICE)
+    logits[1, 7], logits[2, 299] = torch.nan, torch.inf
+    losses = losses_in_place(logits, torch.zeros(3, dtype=torch.int64, device=logits.device), 300, with_gradient=True)
+    assert losses.isfinite().tolist() == [True, False, False]
 
 
 class Lockstep:
