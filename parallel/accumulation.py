@@ -6,7 +6,9 @@ further ones a kernel a parameter: PyTorch adds lists of one type only at once. 
 gradients all live in bf16 when its backward pass ends, its activations gone.
 
 To average over replicas DeepSpeed joins the sums in a copy, rounds that to bf16 (which is what they were kept in
-float32 against), and copies it back twice; over one replica too.
+float32 against), sums it on every replica and copies it back twice; over one replica too. ZeRO-1's optimizer steps a
+part of the weights on each replica, so the average of that part is all that a replica needs: a reduce-scatter in
+float32 sends what an all-reduce in bf16 does.
 """
 
 from typing import Any
@@ -53,17 +55,45 @@ def accumulate_together(optimizer: Any) -> None:
     optimizer.backward_prologue = lambda: None
 
 
-def average_in_place(engine: Any, replicas: dist.ProcessGroup) -> None:
-    """Replaces how an engine around a `BF16_Optimizer` averages a step's gradients over replicas; they are sent as
-    DeepSpeed's `communication_data_type` says.
+def scatter_averages(engine: Any) -> None:
+    """Replaces how an engine around a `BF16_Optimizer` averages a step's gradients over replicas: each gets the average
+    of the part whose weights it steps, in place, and finds in the rest nothing that it may use.
+
+    They are sent as DeepSpeed's `communication_data_type` says. What DeepSpeed takes norms of becomes the parts, so that
+    the sum of squares is one over all ranks (see `parallel.clipping.global_norm`).
     """
+    optimizer = engine.optimizer
+    groups = optimizer.real_dp_process_group
+    own_parts = optimizer.fp32_groups_gradient_flat_partition
+    owned = {
+        id(total): _overlap(total, own)
+        for totals, own in zip(optimizer.fp32_groups_gradients, own_parts, strict=True)
+        for total in totals
+    }
+    get_grads_for_norm = optimizer.get_grads_for_norm
 
     @torch.no_grad()
     def buffered_allreduce_fallback(grads: Any = None, elements_per_buffer: int = 0) -> None:
-        if replicas.size() > 1:
-            for flat in engine.optimizer.fp32_groups_gradients_flat:
+        for flat, own, replicas in zip(optimizer.fp32_groups_gradients_flat, own_parts, groups, strict=True):
+            if replicas.size() > 1:
                 sent = flat.div_(replicas.size()).to(engine.communication_data_type)  # itself, if that is its type
-                dist.all_reduce(sent, group=replicas)
-                flat.copy_(sent)
+                received = sent.narrow(0, own.storage_offset(), own.numel())
+                dist.reduce_scatter_tensor(received, sent, group=replicas)
+                if sent is not flat:
+                    own.copy_(received)
+
+    def own_grads_for_norm(for_clipping: bool = False) -> tuple[list[torch.Tensor], Any]:
+        assert not for_clipping, "DeepSpeed's own clipping is off"
+        totals, of_experts = get_grads_for_norm()
+        parts = (owned[id(total)] for total in totals)
+        return [part for part in parts if part.numel()], of_experts
 
     engine.buffered_allreduce_fallback = buffered_allreduce_fallback
+    optimizer.get_grads_for_norm = own_grads_for_norm
+
+
+def _overlap(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """What of a parameter's gradient lies in a part of the flat buffer that both are views of."""
+    start = total.storage_offset()
+    begin, end = part.storage_offset() - start, part.storage_offset() + part.numel() - start
+    return total[max(begin, 0) : max(end, 0)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.launch import local_device
 from parallel.telemetry import PendingReport
 
 EPSILON = 1e-6  # DeepSpeed's, so that all of its optimizers clip alike
@@ -44,9 +45,11 @@ def leave_norms_on_device() -> None:
 
 
 def global_norm(input_tensors: Sequence[Tensor], mpu: Any = None, norm_type: float = 2) -> Tensor:
-    """The L2 norm of all tensors, those of other tensor- and pipeline-parallel ranks among them: a float32 scalar."""
+    """The L2 norm over all ranks, of each of which these are the parts that count: a float32 scalar."""
     assert norm_type == 2
-    square = torch.stack(torch._foreach_norm(list(input_tensors))).square().sum()
+    square = torch.zeros((), device=local_device())  # a rank may have none that count
+    if input_tensors:
+        square = torch.stack(torch._foreach_norm(list(input_tensors))).square().sum()
     if mpu is not None:
-        torch.distributed.all_reduce(square, group=mpu.get_model_parallel_group())
+        torch.distributed.all_reduce(square)
     return square.sqrt()

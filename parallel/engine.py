@@ -13,7 +13,7 @@ import torch
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
-from parallel.accumulation import accumulate_together, average_in_place
+from parallel.accumulation import accumulate_together, scatter_averages
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
@@ -77,7 +77,7 @@ class Engine:
         if uses_bf16_optimizer(config):
             leave_norms_on_device()
             accumulate_together(self.engine.optimizer)
-            average_in_place(self.engine, groups.data)
+            scatter_averages(self.engine)
         if config.cuda_graphs and can_replay(stage, groups, config):
             replay_training_passes(stage)
         clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0

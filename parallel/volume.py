@@ -97,12 +97,14 @@ def _ends(work: Workload, hidden: float) -> float:
 def _data_bytes(work: Workload, element_bytes: int, gradient_bytes: int) -> int:
     """Bytes a parameter, times (n-1)/n, that replicas exchange in a step.
 
-    ZeRO-1 and 2 all-reduce gradients, 2 each micro-batch, and gather weights. ZeRO-3 scatters gradients and gathers
-    weights for each forward and each backward pass, at most: it keeps what it soon needs again.
+    ZeRO-1 and 2 all-reduce gradients, 2 each micro-batch, and gather weights; in bf16 ZeRO-1 scatters gradients, which
+    it sums in a wider type. ZeRO-3 scatters gradients and gathers weights for each forward and each backward pass, at
+    most: it keeps what it soon needs again.
     """
     micro_batches = work.num_micro_batches
+    scattered = gradient_bytes > element_bytes
     return {
-        1: 2 * gradient_bytes + element_bytes,
+        1: (1 if scattered else 2) * gradient_bytes + element_bytes,
         2: 2 * gradient_bytes * micro_batches + element_bytes,
         3: (gradient_bytes + 2 * element_bytes) * micro_batches,
     }[work.parallel.zero_stage]

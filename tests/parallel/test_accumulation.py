@@ -52,24 +52,29 @@ def test_sums_and_flags_are_deepspeeds() -> None:
         assert parameter.grad is None and parameter._hp_grad is total
 
 
-def _averaged() -> list[torch.Tensor]:
-    """What an engine in bf16 makes of sums that bf16 could not hold, one of each rank."""
+def _averaged() -> list[tuple[int, torch.Tensor]]:
+    """Where each part begins that this rank steps, and what an engine in bf16 averages there of sums that bf16 could
+    not hold.
+    """
     from train.setup import build_engine
 
-    layout = parse_layout("dp=2")
-    config = apply_layout(tiny_config(), layout, layout)
+    layout = parse_layout("dp=3")
+    config = apply_layout(tiny_config(global_batch_size=12), layout, layout)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
     engine = build_engine(config, VOCAB_SIZE).engine
-    sums = engine.optimizer.fp32_groups_gradients_flat
-    for flat in sums:
+    optimizer = engine.optimizer
+    for flat in optimizer.fp32_groups_gradients_flat:
         flat.copy_(1 + 2**-20 * (torch.distributed.get_rank() + torch.arange(flat.numel()) % 5))
     engine.buffered_allreduce_fallback()
-    return [flat.clone() for flat in sums]
+    return [(part.storage_offset(), part.clone()) for part in optimizer.fp32_groups_gradient_flat_partition]
 
 
 def test_gradients_are_averaged_in_the_type_they_are_summed_in() -> None:
-    for flat in (flat for found in run_ranks(_averaged, 2) for flat in found):
-        assert torch.equal(flat, 1 + 2**-20 * (0.5 + torch.arange(flat.numel()) % 5))
+    ranks = run_ranks(_averaged, 3)
+    for parts in zip(*ranks, strict=True):
+        assert [start for start, _ in parts] == [rank * parts[0][1].numel() for rank in range(3)]
+        average = torch.cat([part for _, part in parts])
+        torch.testing.assert_close(average, 1 + 2**-20 * (1 + torch.arange(average.numel()) % 5), rtol=2e-7, atol=0)
 
 
 def _trained(layout: Layout, one_by_one: bool) -> list[torch.Tensor]:

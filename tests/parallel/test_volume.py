@@ -13,14 +13,14 @@ from parallel.volume import Volume, block_volume, volume
 from tests.parallel.tiny import EREG, VOCAB_SIZE, measured, tiny_config
 from train.config import Config, load_config
 
-FLOAT32_BYTES = 4
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
 
-def predicted(config: Config, layout: Layout) -> Volume:
+def predicted(config: Config, layout: Layout, element_bytes: int = FLOAT32_BYTES) -> Volume:
     """Of each axis, what the rank sends that sends most."""
     applied = apply_layout(config, layout, reference_layout(config, [layout]))
     volumes = [
-        volume(workload(applied, applied.grid(layout.world_size, rank)), FLOAT32_BYTES, FLOAT32_BYTES)
+        volume(workload(applied, applied.grid(layout.world_size, rank)), element_bytes, FLOAT32_BYTES)
         for rank in range(layout.world_size)
     ]
     axes = [field.name for field in dataclasses.fields(Volume)]
@@ -66,6 +66,15 @@ def test_counted_is_predicted(layout: str, architecture: str) -> None:
     headers = 1024  # DeepSpeed announces shapes once
     assert expected.pipeline <= counted.get("pipeline", 0) <= expected.pipeline + headers
     assert counted.get("other", 0) <= 64, "nothing but the step's report, where all ranks are no axis"
+
+
+@pytest.mark.parametrize("layout", ["dp=2", "dp=2:cp=2:acc=2", "dp=2:tp=2:acc=2", "dp=2:pp=2:acc=2"])
+def test_in_bf16_gradients_are_scattered_in_float32_and_weights_gathered(layout: str) -> None:
+    config, parsed = tiny_config(), parse_layout(layout)
+    expected, counted = predicted(config, parsed, BFLOAT16_BYTES), measured(config, parsed, "bf16").sent_bytes
+    padding = 16 * (FLOAT32_BYTES + BFLOAT16_BYTES)  # of two flat buffers
+    assert expected.data <= counted["data"] <= expected.data + padding + 96
+    assert expected.data / counted["data"] > 0.99
 
 
 def test_a_penalty_for_each_query_sends_nothing() -> None:
