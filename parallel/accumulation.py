@@ -59,8 +59,8 @@ def scatter_averages(engine: Any) -> None:
     """Replaces how an engine around a `BF16_Optimizer` averages a step's gradients over replicas: each gets the average
     of the part whose weights it steps, in place, and finds in the rest nothing that it may use.
 
-    They are sent as DeepSpeed's `communication_data_type` says. What DeepSpeed takes norms of becomes the parts, so that
-    the sum of squares is one over all ranks (see `parallel.clipping.global_norm`).
+    They are sent as DeepSpeed's `communication_data_type` says. What DeepSpeed takes norms of becomes the parts, so
+    that the sum of squares is one over all ranks (see `parallel.clipping.global_norm`).
     """
     optimizer = engine.optimizer
     groups = optimizer.real_dp_process_group

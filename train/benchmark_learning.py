@@ -63,8 +63,15 @@ def use_reference() -> None:
     from model.entropy_attention import entropy_attention
     from model.entropy_attention.operators import separate
 
-    def attend(qkv_TBN3H: Tensor, *, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-        output, entropy = entropy_attention(*separate([qkv_TBN3H]), temperature=temperature, implementation="reference")
+    def attend(
+        qkv_TBN3H: Tensor, *, temperature: Tensor | None, document_start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output, entropy = entropy_attention(
+            *separate([qkv_TBN3H]),
+            temperature=temperature,
+            document_start=document_start,
+            implementation="reference",
+        )
         assert entropy is not None
         return output.permute(2, 0, 1, 3), entropy
 

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.parallel import tiny
 from train import benchmark_attention
 
 
@@ -30,3 +32,28 @@ def test_attention_beside_its_peers(tmp_path: Path) -> None:
     found = {result["name"]: result for result in report["results"]}
     assert found["ours"]["forward_backward_ms"] > 0 and found["ours"]["forward_ms"] > 0
     assert "not_run" in found["SDPA cuDNN (no entropy)"]  # a peer that cannot run here says why
+
+
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_the_reference_that_learning_is_compared_with_attends_alike(
+    monkeypatch: pytest.MonkeyPatch, within_documents: bool
+) -> None:
+    from model import transformer
+    from train.benchmark_learning import use_reference
+
+    config = tiny.tiny_config().model
+    whole = transformer.Transformer(config, tiny.VOCAB_SIZE)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.uniform_(0.1, 0.3)
+    tokens_TB = torch.randint(tiny.VOCAB_SIZE, (config.seq_length, 3))
+    start = torch.arange(tokens_TB.shape[0]).div(5, rounding_mode="floor").mul(5).expand(3, -1)
+    results = []
+    monkeypatch.setattr(transformer, "joint_entropy_attention", transformer.joint_entropy_attention)  # put back after
+    for _ in range(2):
+        logits, entropies = whole(tokens_TB, document_start_BT=start if within_documents else None)
+        results.append([logits, *entropies])
+        use_reference()
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+    assert not all(map(torch.equal, *results))  # rounded elsewhere
