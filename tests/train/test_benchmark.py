@@ -42,7 +42,7 @@ def test_the_reference_that_learning_is_compared_with_attends_alike(
     from train.benchmark_learning import use_reference
 
     config = tiny.tiny_config().model
-    whole = transformer.Transformer(config, tiny.VOCAB_SIZE)
+    whole = transformer.Transformer(config, tiny.VOCAB_SIZE).double()
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.uniform_(0.1, 0.3)
