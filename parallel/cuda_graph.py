@@ -17,6 +17,10 @@ from parallel.stage import MicroBatch, Stage, StageStatistics
 Capture = Callable[[nn.Module, MicroBatch], Callable[..., tuple[Tensor, ...]]]
 
 
+class CaptureError(RuntimeError):
+    """A training pass does something that a graph cannot hold; one clear line."""
+
+
 class _TrainingPass(nn.Module):
     """A stage's forward pass with nothing but tensors coming out: the loss, and its statistics' three."""
 
@@ -45,6 +49,9 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
 
     Micro-batches of other shapes are captured once more. A pass must have run backward before the next runs forward,
     and must not communicate.
+
+    Raises, from the pass that is captured:
+        CaptureError: it waits for the device, for instance.
     """
     eager = stage.forward
     captured: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
@@ -55,7 +62,15 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
         shapes = tuple(each.shape for each in micro_batch)
         if shapes not in captured:
             one = _TrainingPass(stage, eager)
-            captured[shapes] = capture(one, micro_batch)
+            try:
+                captured[shapes] = capture(one, micro_batch)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                cause = str(error.__context__ or error).splitlines()[0]  # how capturing ended hides what ended it
+                raise CaptureError(
+                    f"the training pass cannot be captured as CUDA graphs ({cause}); set training.cuda_graphs=off"
+                ) from error
             one.let_go()
         loss, *measured = captured[shapes](*micro_batch)
         stage.count(StageStatistics(1, micro_batch[0].shape[1], *(each.detach().clone() for each in measured)))

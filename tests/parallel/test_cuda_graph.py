@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.cuda_graph import replay_training_passes
+from parallel.cuda_graph import CaptureError, replay_training_passes
 from parallel.megatron import Groups
 from parallel.stage import Stage, StageStatistics
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config
@@ -108,3 +108,17 @@ def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
     replay_training_passes(engine.stage, capture)
     engine.train_step(iter(_micro_batches(config.num_micro_batches(1))), 1e-3)
     assert found[:3] == [0, 40, 0] and len(list(engine.stage.parameters())) == 40
+
+
+def test_what_cannot_be_captured_is_said_with_the_remedy(one_process: Groups) -> None:
+    stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
+
+    def capture(training_pass: nn.Module, micro_batch: Any) -> Any:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    replay_training_passes(stage, capture)
+    with pytest.raises(CaptureError, match=r"\(operation not permitted .* capturing\); set training.cuda_graphs=off$"):
+        _step(stage, _micro_batches(1))

@@ -51,6 +51,25 @@ def with_slow_rank(arguments: list[str], on_rank: int, seconds: float, from_step
     return main_output(arguments)
 
 
+def with_too_little_memory(arguments: list[str], in_step: int) -> Output:
+    """A step asks for more memory than there is, in a GPU's words."""
+    from parallel.engine import Engine
+
+    step, calls = Engine.train_step, 0
+
+    def faulty(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == in_step:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has a total capacity of 79.18 GiB of which ..."
+            )
+        return step(self, *args)
+
+    Engine.train_step = faulty  # type: ignore[method-assign]
+    return main_output(arguments)
+
+
 def with_output_to_file(arguments: list[str], file: str) -> int:
     """As a process of its own would: real file descriptors, since what ends a process at once flushes nothing."""
     from train.main import main

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from parallel.local_ranks import start_ranks
-from tests.train.faulty import until, with_output_to_file, with_slow_rank
+from tests.train.faulty import until, with_output_to_file, with_slow_rank, with_too_little_memory
 from tests.train.runs import journal, rows, run_faulty, run_main, without_times
 
 LONG = [
@@ -177,6 +177,17 @@ def test_the_slow_rank_is_named(tiny_config: Path, tmp_path: Path) -> None:
     assert {row["slowest_rank"] for row in rows(tmp_path / "run", "ranks.jsonl")} == {1}
     assert all(len(row["forward_s"]) == 2 for row in rows(tmp_path / "run", "ranks.jsonl"))
     assert answer.stdout.count("rank 1 on ") == 1 and "is slow: forward 0." in answer.stdout
+
+
+def test_too_little_memory_is_one_line_with_the_remedy_and_what_was_saved_stays(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    answer = run_faulty(with_too_little_memory, 1, tiny_config, ["checkpoint.interval=4"], 6)
+    assert answer.statuses == [2]
+    assert answer.stderr.startswith("error: the device's memory does not hold training.micro_batch_size = 4 (CUDA out")
+    assert "Tried to allocate 9.50 GiB" in answer.stderr and len(answer.stderr.splitlines()) == 1
+    assert saved_steps(tmp_path / "run") == [4]
+    assert run_main(1, tiny_config).statuses == [0]
 
 
 def test_goodput_counts_every_restart(tiny_config: Path, tmp_path: Path) -> None:
