@@ -1,9 +1,11 @@
 """What several test modules share."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -53,6 +55,7 @@ def one_process() -> "Iterator[Groups]":
     from tests.parallel.tiny import tiny_config as config
     from train.setup import build_groups
 
-    yield build_groups(config())
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    with mock.patch.dict(os.environ):  # a rank's place, which processes started later must not take for theirs
+        yield build_groups(config())
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -35,16 +35,17 @@ GPUS = {
 class Assumptions:
     """Rates as shares of what data sheets promise; set so that one H200's measured steps are met."""
 
-    products: float = 0.72  # of the bf16 peak, large matrix products
-    attention: float = 0.40  # of the bf16 peak, fused attention on long sequences
+    products: float = 0.74  # of the bf16 peak, large matrix products
+    attention: float = 0.32  # of the bf16 peak, fused attention on long sequences
     memory: float = 0.80  # of the memory bandwidth
     links: float = 0.75  # of the link bandwidth
-    block_widths: float = 44  # widths of a token that a block reads and writes outside products and attention
-    attention_widths: float = 28  # the same inside attention
-    logits_passes: float = 5  # times that logits cross the memory
-    update_bytes: float = 40  # a parameter, of the optimizer
+    block_widths: float = 17  # widths of a token that a block reads and writes outside products and attention
+    attention_widths: float = 25  # the same inside attention
+    logits_passes: float = 3  # times that logits cross the memory
+    update_bytes: float = 55  # a parameter, of the optimizer
     micro_batch_s: float = 1e-3  # of the engine, for each micro-batch
-    block_s: float = 1.2e-4  # of launches, for each block and micro-batch, below which no block runs
+    block_s: float = 3e-3  # of a fast host's launches, for each block and micro-batch, below which no block runs
+    replayed_block_s: float = 1e-4  # the same where CUDA graphs replay them: data parallelism alone
     data_hidden: float = 0.0  # share of the replicas' exchange that runs behind compute
 
     def lines(self) -> list[str]:
@@ -54,8 +55,9 @@ class Assumptions:
             f"a block moves {self.block_widths:g} widths of a token through memory outside products, attention "
             f"{self.attention_widths:g}; logits cross it {self.logits_passes:g} times; the optimizer moves "
             f"{self.update_bytes:g} bytes a parameter",
-            f"launches take at least {1e6 * self.block_s:.0f} us a block and micro-batch, the engine "
-            f"{1e3 * self.micro_batch_s:g} ms a micro-batch",
+            f"launches take at least {1e3 * self.block_s:g} ms a block and micro-batch, replayed by CUDA graphs (data "
+            f"parallelism alone) {1e3 * self.replayed_block_s:g} ms; the engine {1e3 * self.micro_batch_s:g} ms a "
+            "micro-batch",
             f"tensor- and context-parallel traffic is not hidden; of the replicas' {self.data_hidden:.0%} is; pipeline "
             "stages idle (pp - 1) / (micro-batches + pp - 1) of the step",
         ]
@@ -93,7 +95,7 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
     products = 2 * tokens * (passes * layers * block_products(work) + 3 * head)
     scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # of a layer forward, half under the mask
     attention_flops = layers * scores * (3.5 if work.recompute == "none" else 4.5)
-    widths = assumed.block_widths + 10 * (model.norm == "layernorm") + 2 * ffn_share(work)
+    widths = assumed.block_widths + 10 * (model.norm == "layernorm") + 3 * ffn_share(work)
     memory = layers * widths * width_bytes * passes / 3
     memory += assumed.logits_passes * head / model.hidden_size * tokens * ELEMENT_BYTES
     parameters = sum(held_parameters(work).values())
@@ -107,7 +109,8 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
         "memory": memory / memory_rate,
         **_communication(work, gpu, assumed, sent),
     }
-    at_least = layers * micro_batches * assumed.block_s
+    replayed = grid.tp == grid.pp == grid.cp == work.parallel.zero_stage == 1
+    at_least = layers * micro_batches * (assumed.replayed_block_s if replayed else assumed.block_s)
     busy["launches"] = micro_batches * assumed.micro_batch_s + max(0.0, at_least - sum(busy.values()))
     return StepTime(
         **busy,
