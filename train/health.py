@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from parallel.telemetry import FINITE, StepLimits, StepReport
-from train.config import HealthConfig
+from train.config_sections import HealthConfig
 
 RECENT_STEPS = 20
 LEAST_LOSS_DEVIATION_NATS = 0.05

@@ -2,7 +2,7 @@
 
 import math
 
-from train.config import OptimizerConfig
+from train.config_sections import OptimizerConfig
 
 
 def warmup_steps(config: OptimizerConfig, train_steps: int) -> int:

@@ -16,7 +16,8 @@ from parallel.comparison import TOLERANCE, compare
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.measurement import END_OF_DOCUMENT, Measured, measure
-from train.config import Config, DataConfig, TrainingConfig
+from train.config import Config
+from train.config_sections import DataConfig, TrainingConfig
 
 EREG = "EReg(SM(t)+ScFuFFN)"
 VOCAB_SIZE = 301

@@ -9,7 +9,7 @@ import pytest
 from parallel.telemetry import StepReport
 from tests.train.faulty import with_bad_samples
 from tests.train.runs import journal, rows, run_faulty, run_main, without_times
-from train.config import HealthConfig
+from train.config_sections import HealthConfig
 from train.entropy_words import ceiling_nats, describe, first_fall
 from train.health import RECENT_STEPS, Health
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.config import OptimizerConfig
+from train.config_sections import OptimizerConfig
 from train.schedule import learning_rate, warmup_steps
 
 
