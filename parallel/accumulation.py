@@ -81,6 +81,8 @@ def scatter_averages(engine: Any) -> None:
                 dist.reduce_scatter_tensor(received, sent, group=replicas)
                 if sent is not flat:
                     own.copy_(received)
+        for known in optimizer.fp32_groups_has_gradients:
+            known[:] = [True] * len(known)  # another replica may have had one that this one had not
 
     def own_grads_for_norm(for_clipping: bool = False) -> tuple[list[torch.Tensor], Any]:
         assert not for_clipping, "DeepSpeed's own clipping is off"

@@ -67,6 +67,15 @@ class ParallelConfig:
         """Ranks that work on the same sequences."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
+    def passes_stay_local(self, data_parallel_size: int, per_head: bool) -> bool:
+        """Whether no rank needs another between the start of a forward pass and the end of its backward pass.
+
+        Args:
+            per_head: whether the regularizer averages entropies over data-parallel ranks.
+        """
+        sizes = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
+        return max(sizes) == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
+
     def replicates_fused_ffn(self, hidden_size: int, tokens_per_step: int) -> bool:
         """Whether every tensor-parallel rank keeps a fused FFN whole.
 

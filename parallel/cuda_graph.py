@@ -44,6 +44,19 @@ class _TrainingPass(nn.Module):
             self._loss.detach_()
 
 
+def _explained(error: RuntimeError) -> RuntimeError:
+    """A CaptureError in place of what a refused capture raises; anything else as it is."""
+    ended = isinstance(error.__context__, RuntimeError) and "during capture" in str(error)
+    cause = error.__context__ if ended else error  # how a capture ended hides what ended it
+    assert isinstance(cause, RuntimeError)
+    if isinstance(cause, torch.OutOfMemoryError) or "captur" not in f"{cause} {error}":
+        return cause
+    first_line = str(cause).splitlines()[0]
+    return CaptureError(
+        f"the training pass cannot be captured as CUDA graphs ({first_line}); set training.cuda_graphs=off"
+    )
+
+
 def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_graphed_callables) -> None:
     """Lets `stage` capture its first training pass and replay it for every further one; evaluation runs as before.
 
@@ -62,15 +75,11 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
         shapes = tuple(each.shape for each in micro_batch)
         if shapes not in captured:
             one = _TrainingPass(stage, eager)
+            static = tuple(each.clone() for each in micro_batch)  # replays overwrite it
             try:
-                captured[shapes] = capture(one, micro_batch)
-            except torch.OutOfMemoryError:
-                raise
+                captured[shapes] = capture(one, static)
             except RuntimeError as error:
-                cause = str(error.__context__ or error).splitlines()[0]  # how capturing ended hides what ended it
-                raise CaptureError(
-                    f"the training pass cannot be captured as CUDA graphs ({cause}); set training.cuda_graphs=off"
-                ) from error
+                raise _explained(error) from None
             one.let_go()
         loss, *measured = captured[shapes](*micro_batch)
         stage.count(StageStatistics(1, micro_batch[0].shape[1], *(each.detach().clone() for each in measured)))

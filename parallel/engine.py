@@ -183,10 +183,9 @@ def uses_bf16_optimizer(config: EngineConfig) -> bool:
 
 def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
     """Whether a training pass is the same kernels every time, without communication, on a GPU."""
-    grid, regularizer = groups.grid, stage.regularizer
-    alone = grid.tp == grid.pp == grid.cp == 1 and uses_bf16_optimizer(config)
-    averages = regularizer is not None and regularizer.config.granularity == "per_head" and grid.dp > 1
-    return next(stage.parameters()).is_cuda and alone and not averages
+    per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
+    local = config.parallel.passes_stay_local(groups.grid.dp, per_head)
+    return local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Workload:
     num_micro_batches: int
     recompute: str = "none"
     per_head: bool = False
+    cuda_graphs: bool = True  # wherever passes can be replayed
 
     @property
     def tokens(self) -> int:

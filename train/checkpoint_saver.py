@@ -38,6 +38,7 @@ class Progress:
 
     step: int
     data_state: dict[str, Any]
+    health_state: dict[str, Any]
     validation_loss: float | None = None
 
 
@@ -83,6 +84,7 @@ class CheckpointSaver:
             "step": progress.step,
             "adam_step": self._engine.adam_step,
             "data_state": progress.data_state,
+            "health_state": progress.health_state,
             "validation_loss": finite_or_none(progress.validation_loss),
             **self._description,
         }

@@ -151,6 +151,8 @@ DERIVED_DEEPSPEED_KEYS = {
     "fp16": "training.precision",
     "data_types": "training.precision",
     "pipeline": "the pipeline's correctness under sequence parallelism",
+    "prescale_gradients": "how gradients are averaged (parallel/accumulation.py)",
+    "gradient_predivide_factor": "how gradients are averaged (parallel/accumulation.py)",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_allow_untested_optimizer": "the section optimizer",
 }

@@ -139,8 +139,9 @@ class TrainingConfig:
     )
     cuda_graphs: Literal["auto", "off"] = explained(
         "auto",
-        "'auto' replays the training pass as CUDA graphs where it can (a GPU in bf16, ZeRO 1, data parallelism alone), "
-        "so that launching kernels costs the host next to nothing.",
+        "'auto' replays the training pass as CUDA graphs where it can, so that launching kernels costs the host next "
+        "to nothing: on a GPU in bf16 with ZeRO 1 and data parallelism alone, but not for a per_head regularizer over "
+        "several data-parallel ranks.",
     )
     evaluation_interval: int = explained(
         500, "Steps between evaluations on the validation split; 0 evaluates only at the end."

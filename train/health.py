@@ -4,18 +4,21 @@ A step is refused where its loss or gradient norm is not finite, or lies far abo
 robust standard deviations (1.4826 times the median absolute deviation) of the last accepted steps, of the loss in nats
 and of the logarithm of the norm; a floor under the deviation keeps a very quiet run from calling ripples spikes. The
 device compares a step with limits made before it, so that nothing waits; every rank makes the same limits, from numbers
-which are already reduced over all of them.
+which are already reduced over all of them. Limits never see the step just before, also where its numbers happen to be
+there already; and what they see is saved. So a resumed run refuses what an uninterrupted one does.
 """
 
 import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 from parallel.telemetry import FINITE, StepLimits, StepReport
 from train.config_sections import HealthConfig
 
 RECENT_STEPS = 20
+UNSEEN_STEPS = 1  # before the one that limits are made for: still on the device
 LEAST_LOSS_DEVIATION_NATS = 0.05
 LEAST_LOG_NORM_DEVIATION = 0.125
 MOST_LOG_NORM = 700.0  # its exponential is still a float
@@ -34,25 +37,34 @@ class Health:
 
     def forget(self) -> None:
         """Starts without a history, as after going back; how often the run went back is remembered."""
-        self._losses: deque[float] = deque(maxlen=self.config.window)
-        self._log_norms: deque[float] = deque(maxlen=self.config.window)
+        self._accepted: deque[tuple[int, float, float]] = deque(maxlen=self.config.window + UNSEEN_STEPS)
+        """Step, loss, logarithm of the gradient norm."""
         self._refused: deque[bool] = deque(maxlen=RECENT_STEPS)
 
-    def limits(self) -> StepLimits:
-        """For the next step, from all that was remembered."""
-        if not self.config.spike_factor or len(self._losses) < max(2, self.config.window // 4):
+    def limits(self, step: int) -> StepLimits:
+        """For `step`, from accepted ones before the one before it."""
+        seen = [each for each in self._accepted if each[0] < step - UNSEEN_STEPS][-self.config.window :]
+        if not self.config.spike_factor or len(seen) < max(2, self.config.window // 4):
             return FINITE
-        loss = _limit(self._losses, self.config.spike_factor, LEAST_LOSS_DEVIATION_NATS)
-        log_norm = _limit(self._log_norms, self.config.spike_factor, LEAST_LOG_NORM_DEVIATION)
+        loss = _limit([loss for _, loss, _ in seen], self.config.spike_factor, LEAST_LOSS_DEVIATION_NATS)
+        log_norm = _limit([norm for _, _, norm in seen], self.config.spike_factor, LEAST_LOG_NORM_DEVIATION)
         return StepLimits(loss, math.exp(min(log_norm, MOST_LOG_NORM)))
 
-    def remember(self, report: StepReport, limits: StepLimits) -> None:
+    def remember(self, step: int, report: StepReport, limits: StepLimits) -> None:
         """What a step measured that ran under these limits."""
         self.reason = None if report.accepted else reason_against(report, limits)
         self._refused.append(not report.accepted)
         if report.accepted:
-            self._losses.append(report.loss)
-            self._log_norms.append(math.log(max(report.gradient_norm, 1e-30)))
+            self._accepted.append((step, report.loss, math.log(max(report.gradient_norm, 1e-30))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, for a checkpoint."""
+        return {"accepted": [list(each) for each in self._accepted], "refused": list(self._refused)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.forget()
+        self._accepted.extend((step, loss, log_norm) for step, loss, log_norm in state["accepted"])
+        self._refused.extend(state["refused"])
 
     @property
     def must_go_back(self) -> bool:

@@ -75,13 +75,11 @@ def train(config: Config, stop: StopRequest) -> int:
 
     manifest = preflight(config, world_size())
     choose_accelerator()
-    import torch
-
     from parallel.cuda_graph import CaptureError
     from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError
     from train.checkpoint_saver import SaveError
-    from train.trainer import TrainingError, run
+    from train.trainer import DeviceMemoryError, TrainingError, run
 
     try:
         result = run(config, manifest, stop)
@@ -91,8 +89,8 @@ def train(config: Config, stop: StopRequest) -> int:
         return report(error, 3)
     except CaptureError as error:
         return report(error, 2, from_any_rank=True)
-    except torch.OutOfMemoryError as error:
-        return report(MemoryError(out_of_memory(config, error)), 2, from_any_rank=True)
+    except DeviceMemoryError as error:
+        return report(error, 2 if error.at_start else 1, from_any_rank=True)
     except (LaunchError, SaveError) as error:
         return report(error, 1)
     except (DataError, ReplicaError) as error:  # met by some ranks only, which tell it
@@ -110,15 +108,6 @@ def train(config: Config, stop: StopRequest) -> int:
     if is_rank_zero():
         print(last_words(config, result.step, result.validation))
     return 0
-
-
-def out_of_memory(config: Config, error: Exception) -> str:
-    cause = ". ".join(str(error).split(". ")[:2])  # what was asked for, and what there is
-    return (
-        f"the device's memory does not hold training.micro_batch_size = {config.training.micro_batch_size} ({cause}); "
-        f"lower that, set training.activation_recompute to 'selective' or 'full', or split the model over more devices "
-        f"(python -m train.plan counts what each holds)"
-    )
 
 
 def last_words(config: Config, step: int, validation: "Validation | None") -> str:

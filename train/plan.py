@@ -126,6 +126,7 @@ def workload(config: Config, ranks: int, stage: int, vocab_size: int) -> Workloa
         config.num_micro_batches(ranks),
         config.training.activation_recompute,
         per_head=bool(config.model.regularized) and config.regularizer.granularity == "per_head",
+        cuda_graphs=config.training.cuda_graphs == "auto",
     )
 
 

@@ -109,7 +109,7 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
         "memory": memory / memory_rate,
         **_communication(work, gpu, assumed, sent),
     }
-    replayed = grid.tp == grid.pp == grid.cp == work.parallel.zero_stage == 1
+    replayed = work.cuda_graphs and work.parallel.passes_stay_local(grid.dp, work.per_head)
     at_least = layers * micro_batches * (assumed.replayed_block_s if replayed else assumed.block_s)
     busy["launches"] = micro_batches * assumed.micro_batch_s + max(0.0, at_least - sum(busy.values()))
     return StepTime(

@@ -5,6 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from data.manifest import Manifest
 from parallel.launch import initialize_distributed, local_device, rank
 from parallel.replicas import check_replicas
@@ -32,6 +34,23 @@ from train.validation import Validation, validate
 
 class TrainingError(RuntimeError):
     """Training cannot go on; one clear line."""
+
+
+class DeviceMemoryError(RuntimeError):
+    """The device's memory is too small; one clear line.
+
+    Attributes:
+        at_start: whether no step was trained before, so that starting again would not help.
+    """
+
+    def __init__(self, config: Config, error: torch.OutOfMemoryError, at_start: bool) -> None:
+        self.at_start = at_start
+        cause = ". ".join(str(error).split(". ")[:2])  # what was asked for, and what there is
+        super().__init__(
+            f"the device's memory does not hold training.micro_batch_size = {config.training.micro_batch_size} "
+            f"({cause}); lower that, set training.activation_recompute to 'selective' or 'full', or split the model "
+            "over more devices (python -m train.plan counts what each holds)"
+        )
 
 
 @dataclass(frozen=True)
@@ -76,10 +95,13 @@ class Trainer:
         saved, faults = checkpoint.newest_to_resume(self.root, self.group, config, dataset)
         self.engine = build_engine(config, manifest.vocab_size)
         self.stream = open_stream(config, self.engine.groups.grid, "train")
+        self.health = Health(config.health)
         self.step = 0
         if saved is not None:
             self._restore(saved)
             self.stream.load_state_dict(saved.marker["data_state"])
+            if "health_state" in saved.marker:  # of a run begun before that was saved, it is not
+                self.health.load_state_dict(saved.marker["health_state"])
         self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
         is_first = rank() == 0
         self.goodput = Goodput(self.folder, seconds_after(self.folder, self.step)) if is_first else Goodput(None)
@@ -87,7 +109,6 @@ class Trainer:
         told = None if self.log is None else self.log.saving
         self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
         self.metrics = StepMetrics(config, manifest.vocab_size)
-        self.health = Health(config.health)
         options = config.data.read_options()
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
         self.rank_times = RankTimes(self.engine.engine.module)
@@ -142,7 +163,11 @@ class Trainer:
     def _train_step(self) -> None:
         """Hands a step to the device, then looks at the one before; at this one too if something is due."""
         rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
-        first_sample, waited_s, bounds = self.stream.samples_consumed, self.stream.wait_s, self.health.limits()
+        first_sample, waited_s, bounds = (
+            self.stream.samples_consumed,
+            self.stream.wait_s,
+            self.health.limits(self.step + 1),
+        )
         self.engine.stop_requested = self.stop.received is not None
         with self.limits.section("start" if self.is_first_step else "step"):
             report, statistics = self.engine.train_step(self.batches, rate, bounds)
@@ -162,7 +187,7 @@ class Trainer:
         while len(self.in_flight) > all_but:
             done = self.in_flight.popleft()
             report = done.report.wait()
-            self.health.remember(report, done.limits)
+            self.health.remember(done.step, report, done.limits)
             reason = self.health.reason
             self.is_stopping |= report.stop_requested
             self.metrics.record(done.step, done.samples[0], done.learning_rate, report, reason, done.data_wait_s)
@@ -204,7 +229,7 @@ class Trainer:
             self.log.rows(rows)  # a resumed run goes on after them, so they are there before the checkpoint is
         loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
         with self.limits.section("save"):
-            self.saver.save(Progress(self.step, self.stream.state_dict(), loss))
+            self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
         self.save_is_due = False
         self.goodput.spent("save")
         self.metrics.start()
@@ -264,6 +289,9 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
             on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config, manifest.vocab_size)))
             trainer = Trainer(config, manifest, limits, stop)
         return RunResult(validation=trainer.train(), step=trainer.step)
+    except torch.OutOfMemoryError as raised:
+        error = raised
+        raise DeviceMemoryError(config, raised, trainer is None or trainer.is_first_step) from None
     except BaseException as raised:
         error = raised
         raise

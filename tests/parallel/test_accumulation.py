@@ -66,6 +66,8 @@ def _averaged() -> list[tuple[int, torch.Tensor]]:
     for flat in optimizer.fp32_groups_gradients_flat:
         flat.copy_(1 + 2**-20 * (torch.distributed.get_rank() + torch.arange(flat.numel()) % 5))
     engine.buffered_allreduce_fallback()
+    # a norm counts parts whose gradient may have come from another replica alone
+    assert len(optimizer.get_grads_for_norm()[0]) > 1
     return [(part.storage_offset(), part.clone()) for part in optimizer.fp32_groups_gradient_flat_partition]
 
 

@@ -110,15 +110,58 @@ def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
     assert found[:3] == [0, 40, 0] and len(list(engine.stage.parameters())) == 40
 
 
-def test_what_cannot_be_captured_is_said_with_the_remedy(one_process: Groups) -> None:
+ENDED = RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "expected"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nCompile with"), ENDED, CaptureError),
+        (RuntimeError("operation not permitted when stream is capturing"), None, CaptureError),
+        (torch.OutOfMemoryError("CUDA out of memory."), ENDED, torch.OutOfMemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory."), None, torch.OutOfMemoryError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None, RuntimeError),
+        (NotImplementedError(), None, NotImplementedError),
+    ],
+)
+def test_what_cannot_be_captured_is_said_with_the_remedy(
+    first: RuntimeError, then: RuntimeError | None, expected: type[RuntimeError], one_process: Groups
+) -> None:
     stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
 
     def capture(training_pass: nn.Module, micro_batch: Any) -> Any:
         try:
-            raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+            raise first
         finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
+            if then is not None:
+                raise then
 
     replay_training_passes(stage, capture)
-    with pytest.raises(CaptureError, match=r"\(operation not permitted .* capturing\); set training.cuda_graphs=off$"):
+    with pytest.raises(RuntimeError) as raised:
         _step(stage, _micro_batches(1))
+    assert type(raised.value) is expected
+    if expected is CaptureError:
+        assert str(raised.value).endswith(
+            "(operation not permitted when stream is capturing); set training.cuda_graphs=off"
+        )
+
+
+def test_a_micro_batch_stays_the_callers(one_process: Groups) -> None:
+    """What replays is fed through the tensors that it was captured with."""
+    stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
+    batches = _micro_batches(2)
+    before = [tuple(each.clone() for each in batch) for batch in batches]
+    losses = [stage.train()(*batch).item() for batch in batches]
+
+    def capture(training_pass: nn.Module, static: Any) -> Any:
+        def replay(*micro_batch: Tensor) -> Any:
+            for place, given in zip(static, micro_batch, strict=True):
+                place.copy_(given)
+            return training_pass(*static)
+
+        return replay
+
+    replay_training_passes(stage, capture)
+    assert [stage(*batch).item() for batch in batches] == losses
+    for batch, kept in zip(batches, before, strict=True):
+        assert all(map(torch.equal, batch, kept))

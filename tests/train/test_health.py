@@ -1,33 +1,34 @@
 """Numbers that go wrong: what is skipped, when a run goes back, when it stops, and what it says."""
 
+import json
 import math
 import random
 from pathlib import Path
 
 import pytest
 
-from parallel.telemetry import StepReport
-from tests.train.faulty import with_bad_samples
+from parallel.telemetry import FINITE, StepReport
+from tests.train.faulty import with_bad_samples, with_too_little_memory
 from tests.train.runs import journal, rows, run_faulty, run_main, without_times
 from train.config_sections import HealthConfig
 from train.entropy_words import ceiling_nats, describe, first_fall
 from train.health import RECENT_STEPS, Health
 
 
-def judge(health: Health, loss: float, norm: float = 1.0) -> bool:
+def judge(health: Health, step: int, loss: float, norm: float = 1.0) -> bool:
     """Whether a step that measured this is accepted, by what the device does with the limits."""
-    limits = health.limits()
+    limits = health.limits(step)
     accepted = math.isfinite(loss) and math.isfinite(norm) and loss <= limits.loss and norm <= limits.gradient_norm
-    health.remember(StepReport(loss, 0.0, norm, stop_requested=False, accepted=accepted), limits)
+    health.remember(step, StepReport(loss, 0.0, norm, stop_requested=False, accepted=accepted), limits)
     return accepted
 
 
 def test_what_is_not_finite_is_always_refused() -> None:
     health = Health(HealthConfig(spike_factor=0))
-    assert not judge(health, math.nan) and "loss is nan" in str(health.reason)
-    assert not judge(health, math.inf)
-    assert not judge(health, 3.0, math.inf) and health.reason == "the gradients are not finite"
-    assert judge(health, 1e9, 1e9) and health.reason is None
+    assert not judge(health, 1, math.nan) and "loss is nan" in str(health.reason)
+    assert not judge(health, 2, math.inf)
+    assert not judge(health, 3, 3.0, math.inf) and health.reason == "the gradients are not finite"
+    assert judge(health, 4, 1e9, 1e9) and health.reason is None
 
 
 def test_spikes_are_told_from_an_ordinary_curve() -> None:
@@ -37,20 +38,50 @@ def test_spikes_are_told_from_an_ordinary_curve() -> None:
     for step in range(2000):
         loss = 3 + 7 * math.exp(-step / 100) + noise.gauss(0, 0.05)
         norm = math.exp(noise.gauss(0, 0.3)) * (3 if noise.random() < 0.01 else 1)
-        assert judge(health, loss, norm), f"step {step}: {health.reason}"
-    for _ in range(3):
-        assert not judge(health, 4.0) and "far above recent steps" in str(health.reason)
-        assert not judge(health, 3.0, 60.0) and "gradient norm" in str(health.reason)
-    assert judge(health, 3.05)
+        assert judge(health, step, loss, norm), f"step {step}: {health.reason}"
+    for step in range(2000, 2006, 2):
+        assert not judge(health, step, 4.0) and "far above recent steps" in str(health.reason)
+        assert not judge(health, step + 1, 3.0, 60.0) and "gradient norm" in str(health.reason)
+    assert judge(health, 2006, 3.05)
+
+
+def test_limits_are_those_of_an_uninterrupted_run() -> None:
+    """Whether the step before has been read already, and whether the history was saved since, makes no difference."""
+    noise = random.Random(2)
+    reports = [StepReport(noise.gauss(3, 0.1), 0.0, math.exp(noise.gauss(0, 0.3)), False, True) for _ in range(300)]
+    late, limited = Health(HealthConfig(window=40)), 0
+    for step in range(1, 301):
+        prompt = Health(HealthConfig(window=40))
+        prompt.load_state_dict(json.loads(json.dumps(late.state_dict())))
+        if step > 1:
+            prompt.remember(step - 1, reports[step - 2], FINITE)
+        assert late.limits(step) == prompt.limits(step)
+        limited += late.limits(step) != FINITE
+        if step > 1:
+            late.remember(step - 1, reports[step - 2], FINITE)
+    assert limited == 300 - 11  # a quarter of the window, and the step that is not seen
+
+
+def test_a_resumed_run_skips_what_an_uninterrupted_one_does(tiny_config: Path, tmp_path: Path) -> None:
+    """Step 17 comes soon after the resume at step 12, too soon to judge it by steps since then alone."""
+    options = ["training.train_steps=20", "health.window=40", "checkpoint.interval=4", "training.evaluation_interval=0"]
+    spike = 128, 136, 9.0, 0
+    straight = run_faulty(with_bad_samples, 1, tiny_config, [*options, f"run_dir={tmp_path}/straight"], *spike)
+    assert straight.statuses == [0], straight.stderr
+    assert [row["step"] for row in journal(tmp_path / "straight") if row["event"] == "skipped step"] == [17]
+    assert run_faulty(with_too_little_memory, 1, tiny_config, options, 15).statuses == [1]
+    assert run_faulty(with_bad_samples, 1, tiny_config, options, *spike).statuses == [0]
+    assert next(row for row in journal(tmp_path / "run") if row["event"] == "resumed")["step"] == 12
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "straight")
 
 
 def test_skipping_escalates_to_going_back_and_to_stopping() -> None:
     health = Health(HealthConfig(skip_limit=3, rollback_limit=2))
-    for _ in range(10):
-        judge(health, 3.0)
-    for _ in range(3):
+    for step in range(1, 11):
+        judge(health, step, 3.0)
+    for step in range(11, 14):
         assert not health.must_go_back
-        judge(health, math.nan)
+        judge(health, step, math.nan)
     assert health.must_go_back and health.first_refused(13) == 11
     assert health.may_go_back(13)
     health.forget()

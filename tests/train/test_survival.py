@@ -183,10 +183,11 @@ def test_too_little_memory_is_one_line_with_the_remedy_and_what_was_saved_stays(
     tiny_config: Path, tmp_path: Path
 ) -> None:
     answer = run_faulty(with_too_little_memory, 1, tiny_config, ["checkpoint.interval=4"], 6)
-    assert answer.statuses == [2]
+    assert answer.statuses == [1]
     assert answer.stderr.startswith("error: the device's memory does not hold training.micro_batch_size = 4 (CUDA out")
     assert "Tried to allocate 9.50 GiB" in answer.stderr and len(answer.stderr.splitlines()) == 1
     assert saved_steps(tmp_path / "run") == [4]
+    assert run_faulty(with_too_little_memory, 1, tiny_config, [], 1).statuses == [2], "it will never fit"
     assert run_main(1, tiny_config).statuses == [0]
 
 
