@@ -18,6 +18,7 @@ from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
 from parallel.cuda_graph import replay_training_passes
+from parallel.deepspeed_section import handed_over
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import MicroBatch, Stage, StageStatistics
@@ -50,6 +51,9 @@ class Engine:
     Args:
         stage: built on this rank's device, in float32.
         config: batch sizes, precision, optimizer.
+
+    Raises:
+        DeepSpeedSectionError: `config.deepspeed` is not what DeepSpeed takes.
     """
 
     def __init__(self, stage: Stage, groups: Groups, config: EngineConfig) -> None:
@@ -66,11 +70,12 @@ class Engine:
         )
         # DeepSpeed prints its partitioning; and its flat buffers would keep how they were made from the parameters,
         # whose gradient nodes then live on and remember this stream, with which a graph must have nothing to do.
-        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        settings = handed_over(deepspeed_config(config, groups), config.deepspeed)
+        with settings as handed, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             self.engine, *_ = deepspeed.initialize(
                 model=PipelineStage(stage, groups) if self.pipelined else stage,
                 optimizer=optimizer,
-                config=deepspeed_config(config, groups),
+                config=handed,
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )

@@ -76,6 +76,7 @@ def train(config: Config, stop: StopRequest) -> int:
     manifest = preflight(config, world_size())
     choose_accelerator()
     from parallel.cuda_graph import CaptureError
+    from parallel.deepspeed_section import DeepSpeedSectionError
     from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError
     from train.checkpoint_saver import SaveError
@@ -87,6 +88,8 @@ def train(config: Config, stop: StopRequest) -> int:
         return report(error, 2)
     except TrainingError as error:
         return report(error, 3)
+    except DeepSpeedSectionError as error:
+        return report(error, 2)
     except CaptureError as error:
         return report(error, 2, from_any_rank=True)
     except DeviceMemoryError as error:

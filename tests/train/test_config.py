@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.train.runs import run_main
 from train.config import DERIVED_DEEPSPEED_KEYS, Config, ConfigError, config_from_dict, load_config, world_faults
 
 MINIMAL: dict[str, Any] = {"training": {"train_steps": 10}}
@@ -365,3 +366,22 @@ def test_a_key_given_twice_is_not_decided_by_its_place(tmp_path: Path) -> None:
 def test_zero_optimization_is_a_section(tmp_path: Path) -> None:
     tree = {**MINIMAL, "deepspeed": {"zero_optimization": 2}}
     assert fault_of(tmp_path, tree) == "deepspeed.zero_optimization = 2 must be a section (a JSON object)"
+
+
+def test_what_deepspeed_does_not_take_is_one_line_and_the_run_can_start_after(tiny_config: Path) -> None:
+    answer = run_main(2, tiny_config, "deepspeed.flops_profler.enabled=true", "deepspeed.comms_logger.enabled=false")
+    assert answer.statuses == [2, 2]
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: deepspeed.flops_profler = {'enabled': True} is no key that DeepSpeed reads")
+    answer = run_main(1, tiny_config, "deepspeed.zero_optimization.reduce_bucket_size=-5")
+    assert answer.statuses == [2]
+    (line,) = answer.stderr.splitlines()
+    assert "reduce_bucket_size = -5 of DeepSpeedZeroConfig" in line and "greater than 0" in line
+    known = [
+        "deepspeed.comms_logger.enabled=false",
+        "deepspeed.aio.block_size=1048576",
+        "deepspeed.wandb.enabled=false",
+    ]
+    known += ["deepspeed.flops_profiler.enabled=false", "deepspeed.zero_optimization.reduce_bucket_size=1000"]
+    answer = run_main(2, tiny_config, *known, "parallel.pipeline_parallel_size=2", "training.train_steps=2")
+    assert answer.statuses == [0, 0], answer.stderr

@@ -1,0 +1,70 @@
+"""The configuration handed to DeepSpeed, which ignores top-level keys that it does not know and raises pydantic's
+errors for those below: both become one line here.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pydantic
+
+
+class DeepSpeedSectionError(ValueError):
+    """The section `deepspeed` of a configuration is not what DeepSpeed takes; a line for each fault."""
+
+
+class _WatchedDict(dict[str, Any]):
+    """Remembers which of its keys anybody asked for; so do its copies."""
+
+    def __init__(self, items: dict[str, Any], asked: set[Any]) -> None:
+        super().__init__(items)
+        self.asked = asked
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # DeepSpeed asks `key in config.keys()`
+
+    def __deepcopy__(self, memo: Any) -> "_WatchedDict":
+        return _WatchedDict({key: copy.deepcopy(value, memo) for key, value in self.items()}, self.asked)
+
+
+@contextlib.contextmanager
+def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """DeepSpeed's configuration while it is read.
+
+    Args:
+        own: the user's part of it.
+
+    Raises:
+        DeepSpeedSectionError: at the end, if DeepSpeed refused something or has not asked for some of the user's keys.
+    """
+    watched = _WatchedDict(config, set())
+    try:
+        yield watched
+    except pydantic.ValidationError as error:
+        raise DeepSpeedSectionError("\n".join(_line(error.title, fault) for fault in error.errors())) from None
+    unknown = sorted(own.keys() - watched.asked)
+    if unknown:
+        raise DeepSpeedSectionError(
+            "\n".join(
+                f"deepspeed.{key} = {own[key]!r} is no key that DeepSpeed reads; mend its spelling or remove it"
+                for key in unknown
+            )
+        )
+
+
+def _line(model: str, fault: Any) -> str:
+    place = ".".join(map(str, fault["loc"]))
+    return f"deepspeed: {place} = {fault['input']!r} of {model}: {fault['msg']}; mend it or remove it"
