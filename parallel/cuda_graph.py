@@ -51,7 +51,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
     assert isinstance(cause, RuntimeError)
     if isinstance(cause, torch.OutOfMemoryError) or "captur" not in f"{cause} {error}":
         return cause
-    first_line = str(cause).splitlines()[0]
+    first_line = str(cause).partition("\n")[0]
     return CaptureError(
         f"the training pass cannot be captured as CUDA graphs ({first_line}); set training.cuda_graphs=off"
     )

@@ -83,7 +83,7 @@ class Engine:
             leave_norms_on_device()
             accumulate_together(self.engine.optimizer)
             scatter_averages(self.engine)
-        if config.cuda_graphs and can_replay(stage, groups, config):
+        if can_replay(stage, groups, config):
             replay_training_passes(stage)
         clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
@@ -187,10 +187,10 @@ def uses_bf16_optimizer(config: EngineConfig) -> bool:
 
 
 def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
-    """Whether a training pass is the same kernels every time, without communication, on a GPU."""
+    """Whether a training pass may be replayed, and is the same kernels every time, without communication, on a GPU."""
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
     local = config.parallel.passes_stay_local(groups.grid.dp, per_head)
-    return local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
+    return config.cuda_graphs and local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:

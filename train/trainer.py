@@ -163,11 +163,8 @@ class Trainer:
     def _train_step(self) -> None:
         """Hands a step to the device, then looks at the one before; at this one too if something is due."""
         rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
-        first_sample, waited_s, bounds = (
-            self.stream.samples_consumed,
-            self.stream.wait_s,
-            self.health.limits(self.step + 1),
-        )
+        bounds = self.health.limits(self.step + 1)
+        first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
         self.engine.stop_requested = self.stop.received is not None
         with self.limits.section("start" if self.is_first_step else "step"):
             report, statistics = self.engine.train_step(self.batches, rate, bounds)

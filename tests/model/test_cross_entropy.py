@@ -1,8 +1,5 @@
 """The chunked, shardable cross-entropy against torch's on whole logits."""
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
@@ -13,11 +10,8 @@ from torch import Tensor
 
 from model import cross_entropy
 from model.cross_entropy import WHOLE_VOCABULARY, VocabularyShard, linear_cross_entropy
-from model.entropy_attention import HAS_TRITON
+from tests.model.interpreter import DEVICE, INTERPRETED, needs_kernels, run_interpreted, starts_the_interpreter
 
-HAS_CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if HAS_CUDA and not INTERPRETED else "cpu"
 TOKENS, SEQUENCES, WIDTH, VOCAB, PADDED = 7, 3, 6, 19, 24
 
 
@@ -150,19 +144,12 @@ def test_on_the_device(split: bool) -> None:
         assert (value - wanted).norm() < 1e-2 * wanted.norm()
 
 
-needs_kernel = pytest.mark.skipif(not (HAS_CUDA or INTERPRETED), reason="runs below, under the interpreter")
-
-
-@pytest.mark.skipif(HAS_CUDA or INTERPRETED or not HAS_TRITON, reason="the kernel's tests run directly, or cannot")
+@starts_the_interpreter
 def test_the_kernel_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_kernel"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_interpreted(__file__, "-k", "test_kernel")
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("columns", "valid"), [(128, 128), (128, 101), (9000, 8999), (12416, 4096), (8, 1)])
 @pytest.mark.parametrize("magnitude", [1.0, 1e4])
@@ -193,7 +180,7 @@ def test_kernel(dtype: torch.dtype, columns: int, valid: int, magnitude: float) 
     torch.testing.assert_close(gradient[:, :valid], exact.grad, rtol=allowed, atol=tiny + 2e-7)
 
 
-@needs_kernel
+@needs_kernels
 def test_kernel_lets_what_is_not_a_number_through() -> None:
     from model.cross_entropy_triton import losses_in_place
 

@@ -1,35 +1,22 @@
-"""The Triton kernels against float64: on a CUDA device where there is one, else under Triton's interpreter.
-
-Triton decides on its interpreter when it is first imported, so without a device one test runs this file again in a
-process of its own.
-"""
-
-import os
-import subprocess
-import sys
+"""The Triton kernels of attention against float64."""
 
 import pytest
 import torch
 
-from model.entropy_attention import HAS_TRITON, entropy_attention, joint_entropy_attention
+from model.entropy_attention import entropy_attention, joint_entropy_attention
+from tests.model.interpreter import (
+    DEVICE,
+    HAS_CUDA,
+    needs_kernels,
+    run_interpreted,
+    starts_the_interpreter,
+)
 from tests.model.test_entropy_attention import EXTREMES, document_starts, extreme_errors, relative_error
 
-HAS_CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if HAS_CUDA and not INTERPRETED else "cpu"
 
-needs_kernels = pytest.mark.skipif(not (HAS_CUDA or INTERPRETED), reason="runs below, under the interpreter")
-
-
-@pytest.mark.skipif(
-    HAS_CUDA or INTERPRETED or not HAS_TRITON, reason="the kernels' tests run directly, or Triton is missing"
-)
+@starts_the_interpreter
 def test_under_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    run_interpreted(__file__)
 
 
 def errors(

@@ -1,6 +1,5 @@
 """Gradients taken up all at once are those that DeepSpeed takes up one by one."""
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from parallel.accumulation import accumulate_together
 from parallel.compare import apply_layout
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
-from tests.parallel.tiny import VOCAB_SIZE, tiny_config
+from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 
 
 def _fake() -> Any:
@@ -60,7 +59,7 @@ def _averaged() -> list[tuple[int, torch.Tensor]]:
 
     layout = parse_layout("dp=3")
     config = apply_layout(tiny_config(global_batch_size=12), layout, layout)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    config = training_with(config, precision="bf16")
     engine = build_engine(config, VOCAB_SIZE).engine
     optimizer = engine.optimizer
     for flat in optimizer.fp32_groups_gradients_flat:
@@ -87,7 +86,7 @@ def _trained(layout: Layout, one_by_one: bool) -> list[torch.Tensor]:
     from train.setup import build_engine
 
     config = apply_layout(tiny_config(granularity="per_head"), layout, Layout(acc=1))
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    config = training_with(config, precision="bf16")
     own = module.deepspeed_config
 
     def immediate(*arguments: Any) -> dict[str, Any]:

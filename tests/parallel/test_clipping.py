@@ -1,6 +1,5 @@
 """Clipping and leaving out without waiting for the device, against PyTorch's own."""
 
-import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from parallel.clipping import decide_on_device, global_norm
 from parallel.compare import apply_layout
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
-from tests.parallel.tiny import VOCAB_SIZE, tiny_config
+from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -60,8 +59,7 @@ def _waits_asked_for(layout: Layout) -> int:
     from train.setup import build_engine
 
     config = apply_layout(tiny_config(), layout, Layout(acc=1))
-    training = dataclasses.replace(config.training, precision="bf16")
-    engine = build_engine(dataclasses.replace(config, training=training), VOCAB_SIZE)
+    engine = build_engine(training_with(config, precision="bf16"), VOCAB_SIZE)
     tokens = torch.randint(VOCAB_SIZE, (config.training.micro_batch_size, config.model.seq_length + 1)).t()
     with mock.patch.object(get_accelerator(), "synchronize") as asked:
         for _ in range(5):

@@ -1,6 +1,5 @@
 """What a replayed training pass must leave behind, shown without a GPU: whoever captures runs the pass as it is."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from parallel.cuda_graph import CaptureError, replay_training_passes
 from parallel.megatron import Groups
 from parallel.stage import Stage, StageStatistics
-from tests.parallel.tiny import VOCAB_SIZE, tiny_config
+from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.setup import build_engine, build_stage
 
 SEQUENCES = 3
@@ -87,8 +86,7 @@ def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
             node(parameter).metadata["seen"] = True
         return sum("seen" in node(parameter).metadata for parameter in stage.parameters())
 
-    config = tiny_config()
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    config = training_with(tiny_config(), precision="bf16")
     engine = build_engine(config, VOCAB_SIZE, one_process)
     assert kept(engine.stage) == 0
     held, found = [], []

@@ -1,6 +1,5 @@
 """What only a GPU can show of the engine."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from parallel.megatron import Groups
 from parallel.stage import MicroBatch
-from tests.parallel.tiny import VOCAB_SIZE, tiny_config
+from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.benchmark_timing import count_device_waits
 from train.config import Config
 from train.setup import build_engine
@@ -25,7 +24,7 @@ def _config(model: dict[str, Any], training: dict[str, Any], granularity: str = 
         hidden_size=256, num_attention_heads=4, seq_length=SEQ_LENGTH, granularity=granularity, **model
     )
     sizes = {"precision": "bf16", "micro_batch_size": MICRO_BATCH_SIZE, "global_batch_size": 2 * MICRO_BATCH_SIZE}
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **sizes, **training))
+    return training_with(config, **sizes, **training)
 
 
 def _micro_batches(within_documents: bool = False) -> Iterator[MicroBatch]:

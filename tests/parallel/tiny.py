@@ -49,13 +49,18 @@ def tiny_config(
     )
 
 
+def training_with(config: Config, **changes: Any) -> Config:
+    """The configuration with some keys of its section `training` changed."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
 def measured(config: Config, layout: Layout, dtype: str) -> Measured:
     """A layout's step for each global batch, through processes of their own; bf16 is the engine's, as it trains."""
     reference = reference_layout(config, [layout])
     vocab_size, batches = global_batches(config, BATCHES)
     applied = apply_layout(config, layout, reference)
     if dtype == "bf16":
-        applied = dataclasses.replace(applied, training=dataclasses.replace(applied.training, precision="bf16"))
+        applied = training_with(applied, precision="bf16")
         dtype = "float32"
     return measure(applied, layout.world_size, vocab_size, batches, dtype)
 
