@@ -94,35 +94,32 @@ def query_kernel(
         row_entropy = load_vector(entropy + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
         row_grad = load_vector(grad_entropy + row_offset, first_row, tokens, 0.0, BLOCK_M, CHECK)
     row_slope, row_const = row_constants(delta, row_entropy, row_grad, ENTROPY)
+    start = 0
     stop = tl.minimum(first_row + BLOCK_M, tokens) if CAUSAL else tokens
-    unmasked = ((first_row if CAUSAL else tokens) // BLOCK_N) * BLOCK_N
     row_start = first_row
     if DOCUMENTS:
         document_start += batch.to(tl.int64) * tokens
         row_start = load_vector(document_start, first_row, tokens, 0, BLOCK_M, CHECK)
-        unmasked = (tl.load(document_start + first_row) // BLOCK_N) * BLOCK_N
+        start = (tl.load(document_start + first_row) // BLOCK_N) * BLOCK_N
+    # One loop that masks every tile. A second loop, for the tiles that all rows see, costs more than the masks it saves
+    # here; in the other kernels it does not.
+    MASK: tl.constexpr = CAUSAL or DOCUMENTS or CHECK
     if EXACT:
         mean = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for masked in tl.static_range(1 if DOCUMENTS else 0, 2):
-            first, last = (unmasked, stop) if masked else (0, unmasked)
-            mean = _mean_gradient(
-                mean, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, factor, row_start,
-                first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
-            )  # fmt: skip
-        row_const = -mean
+        row_const = -_mean_gradient(
+            mean, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, factor, row_start, first_row,
+            start, stop, tokens, MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
+        )  # fmt: skip
     store_vector(offset + row_offset, row_const, first_row, tokens, BLOCK_M, CHECK)
     if ENTROPY:
         store_vector(slope + row_offset, row_slope, first_row, tokens, BLOCK_M, CHECK)
 
     dq = tl.zeros([BLOCK_M, HP], dtype=tl.float32)
     ds_x = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for masked in tl.static_range(1 if DOCUMENTS else 0, 2):  # first the keys that all rows see
-        first, last = (unmasked, stop) if masked else (0, unmasked)
-        dq, ds_x = _query_gradient(
-            dq, ds_x, row_entropy / -LN2, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope,
-            row_const, factor, row_start, first_row, first, last, tokens, masked == 1, CAUSAL, DOCUMENTS, ENTROPY,
-            MODE, EXACT, BLOCK_N,
-        )  # fmt: skip
+    dq, ds_x = _query_gradient(
+        dq, ds_x, row_entropy / -LN2, q, do, key, value, batch, key_head, row_peak, row_log_sum, row_slope, row_const,
+        factor, row_start, first_row, start, stop, tokens, MASK, CAUSAL, DOCUMENTS, ENTROPY, MODE, EXACT, BLOCK_N,
+    )  # fmt: skip
     dq *= LN2 * along_rows(factor, MODE)
     store_rows(grad_query, batch, head, first_row, dq)
     if MODE != 0:
