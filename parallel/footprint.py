@@ -98,9 +98,8 @@ def replicated_elements(work: Workload) -> int:
     """Elements of what every tensor-parallel rank holds but sees only in part: its gradient is summed once a step."""
     if work.grid.tp == 1:
         return 0
-    sequence_parallel = work.parallel.sequence_parallel
-    held = held_parameters(work).items()
-    return sum(size for name, size in held if not _is_split(name, work) and sees_part(name, sequence_parallel))
+    whole = {name: size for name, size in held_parameters(work).items() if not _is_split(name, work)}
+    return sum(size for name, size in whole.items() if sees_part(name, work.model, work.parallel.sequence_parallel))
 
 
 def _is_split(name: str, work: Workload) -> bool:
