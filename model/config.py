@@ -126,6 +126,11 @@ class ModelConfig:
     def head_width(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def ffn_holds_residual(self) -> bool:
+        """Whether the FFN sub-block is one matrix, its residual included: it is linear, and the residual its input."""
+        return bool(self.fused_ffn) and self.norm == "none"
+
     def faults(self) -> list[str]:
         """Every reason why no such model exists, each a line with the numbers and the remedy; empty if sound."""
         if self.architecture not in ARCHITECTURES:

@@ -26,19 +26,40 @@ from model.rotary import rotate
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
 
-class Linear(nn.Linear):
-    """x (W / divisor)^T + bias: a layer that owns its matrix alone, since what else it takes belongs to heads or to a
-    sub-block.
+def scaled_matrix(
+    weight: Tensor, divisor: Tensor | None, diagonal: Tensor | float | None, first_column: int = 0
+) -> Tensor:
+    """W / divisor + diagonal * I, of which `weight` may hold a range of columns only, from `first_column` on.
 
-    Dividing the matrix costs an operation an element of it, not D a token; and the divisor's gradient, a sum over those
-    elements instead of over tokens, needs no product kept. A bias given here is added within the product.
+    It costs operations an element of the matrix, where scaling a product or adding to it costs as many an element of
+    the activations; gradients of divisor and diagonal are sums over the matrix, not over tokens, and need no product
+    kept. Computed and summed in float32 or wider and rounded once. In bf16, beside a diagonal near 1, that leaves W's
+    own diagonal a resolution of 2^-8 (below 1) or 2^-7, which is also what a bf16 parameter near 1 has itself.
+    """
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    matrix = weight if divisor is None else weight / divisor.to(exact)
+    if diagonal is not None:
+        row, column = (torch.arange(size, device=weight.device) for size in weight.shape)
+        matrix = matrix + diagonal * (row.unsqueeze(1) == first_column + column).to(exact)
+    return matrix.to(weight.dtype)
+
+
+class Linear(nn.Linear):
+    """x (W / divisor + diagonal * I)^T + bias: a layer that owns its matrix alone, since what else it takes belongs to
+    heads or to a sub-block. A bias given here is added within the product.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, divisor: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight if divisor is None else self.weight / divisor, bias)
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        divisor: Tensor | None = None,
+        diagonal: Tensor | float | None = None,
+    ) -> Tensor:
+        return F.linear(x, scaled_matrix(self.weight, divisor, diagonal), bias)
 
 
 class Embedding(nn.Module):
@@ -130,7 +151,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """FFN sub-block with its residual: beta * x + (1 / alpha) * FFN(x) where scaled (paper Eq. 8), else x + FFN(x).
 
-    FFN is one D x D matrix where fused, else W_down act(W_up x).
+    FFN is one D x D matrix W where fused, else W_down act(W_up x). Fused and without a norm before it the sub-block is
+    linear, and computed as one product: (beta * I + W / alpha) x.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -140,11 +162,15 @@ class FeedForward(nn.Module):
         self.up = None if config.fused_ffn else Linear(width, ffn_width)
         self.down = None if config.fused_ffn else Linear(ffn_width, width)
         self.activation = ACTIVATIONS[config.activation or "identity"]
+        self.holds_residual = config.ffn_holds_residual
         self.alpha = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
         self.beta = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
 
     def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
-        """FFN of x and the residual that it is added to, both [T, B, D] -> [T, B, D]."""
+        """FFN of x and the residual that it is added to, both [T, B, D] -> [T, B, D]; the same without a norm."""
+        if self.holds_residual:
+            assert self.fused is not None
+            return self.fused(x_TBD, divisor=self.alpha, diagonal=1.0 if self.beta is None else self.beta)
         if self.beta is not None:
             residual_TBD = self.beta * residual_TBD
         if self.fused is not None:

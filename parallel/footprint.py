@@ -98,9 +98,8 @@ def replicated_elements(work: Workload) -> int:
     """Elements of what every tensor-parallel rank holds but sees only in part: its gradient is summed once a step."""
     if work.grid.tp == 1:
         return 0
-    sequence_parallel = work.parallel.sequence_parallel
-    held = held_parameters(work).items()
-    return sum(size for name, size in held if not _is_split(name, work) and sees_part(name, sequence_parallel))
+    whole = {name: size for name, size in held_parameters(work).items() if not _is_split(name, work)}
+    return sum(size for name, size in whole.items() if sees_part(name, work.model, work.parallel.sequence_parallel))
 
 
 def _is_split(name: str, work: Workload) -> bool:
@@ -147,21 +146,21 @@ def block_bytes(work: Workload, recompute: str) -> int:
     if model.norm == "layernorm":
         widths += 2 * whole  # what the norms give
     ffn = (model.ffn_hidden_size or 4 * model.hidden_size) / model.hidden_size
-    if model.fused_ffn:
-        widths += 0 if work.replicates_fused_ffn else split  # its columns of the input
-    else:
+    if not model.fused_ffn:
         widths += ffn * split  # the first matrix's output
-    divided = 0  # the matrix that alpha divides
-    if model.scaled_ffn and (model.fused_ffn or recompute == "none"):
+    elif not work.replicates_fused_ffn:
+        widths += split - whole  # its columns of what it multiplies, not the whole
+    formed = 0  # the matrix that is multiplied by, where it is not the weight itself
+    if model.ffn_holds_residual or (model.scaled_ffn and (model.fused_ffn or recompute == "none")):
         whole_fused = model.fused_ffn and work.replicates_fused_ffn
         rows = model.hidden_size if model.fused_ffn else ffn * model.hidden_size
-        divided = round(rows * model.hidden_size * ELEMENT_BYTES * (1 if whole_fused else split))
+        formed = round(rows * model.hidden_size * ELEMENT_BYTES * (1 if whole_fused else split))
     statistics = 0
     if recompute == "none":
         widths += (1 + (grid.cp > 1)) * split  # attention's output, exchanged under context parallelism
         widths += ffn * split if model.activation == "gelu" else 0
         statistics = 8 * work.tokens * model.num_attention_heads // grid.tp  # entropy and logarithm of each row's sum
-    return round(widths * work.tokens * model.hidden_size * ELEMENT_BYTES) + divided + statistics
+    return round(widths * work.tokens * model.hidden_size * ELEMENT_BYTES) + formed + statistics
 
 
 def _penalty_bytes(work: Workload) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from model.transformer import scaled_matrix
 from parallel.grid import RankGrid
 
 with warnings.catch_warnings():
@@ -103,11 +104,12 @@ class ColumnParallelLinear(mcore.ColumnParallelLinear):
 class RowParallelLinear(mcore.RowParallelLinear):
     """Y = X W^T with the columns of W split: Y = sum_i X_i W_i^T, summed over ranks."""
 
-    def forward(self, x: Tensor, divisor: Tensor | None = None) -> Tensor:
-        """The divisor of the matrix gets a part of its gradient on each rank."""
+    def forward(self, x: Tensor, divisor: Tensor | None = None, diagonal: Tensor | float | None = None) -> Tensor:
+        """Divisor and diagonal of the whole matrix get a part of their gradients on each rank."""
         if not self.input_is_parallel:
             x = mcore.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
-        y = F.linear(x, self.weight if divisor is None else self.weight / divisor)
+        first_column = self.tp_group.rank() * self.input_size_per_partition
+        y = F.linear(x, scaled_matrix(self.weight, divisor, diagonal, first_column))
         if self.sequence_parallel:
             return mcore.reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
         return mcore.reduce_from_tensor_model_parallel_region(y, group=self.tp_group)

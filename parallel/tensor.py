@@ -12,8 +12,8 @@ A fused FFN is one D x D matrix:
   parts added into positions.
 
 Under sequence parallelism a parameter that every rank holds sees only that rank's positions, and what belongs to a
-column-split matrix as a whole (alpha, the gain of weight normalization) only that rank's columns: its gradient is one
-part of a sum, and a hook on the gradient adds the parts.
+column-split matrix as a whole (alpha, beta where it is on the diagonal, the gain of weight normalization) only that
+rank's columns: its gradient is one part of a sum, and a hook on the gradient adds the parts.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def sum_replicated_gradients(
     if groups.grid.tp == 1:
         return
     for name, parameter in named_parameters(model):
-        if parameter.partition_dim is None and sees_part(name, sequence_parallel):
+        if parameter.partition_dim is None and sees_part(name, model.config, sequence_parallel):
             parameter.register_hook(_SumOncePerStep(groups.tensor, num_micro_batches))
 
 

@@ -2,7 +2,7 @@
 
     python -m train.benchmark attention          attention with entropies beside its peers, over lengths
     python -m train.benchmark step --config configs/ereg.json      a whole training step beside a GPT-2 of equal size
-    python -m train.benchmark learning --config configs/ereg.json  the fused attention against the reference
+    python -m train.benchmark learning --config configs/ereg.json  the fused computation against the paper's
 
 Each says more with --help.
 """

@@ -1,7 +1,8 @@
-"""Does it learn the same? One run with the fused attention, one with the materialized reference, compared.
+"""Does it learn the same? One run of the fused computation, one of the paper's formulas as they stand, compared.
 
-Both start from the same weights and read the same samples; only the rounding of attention differs. Writes
-learning.json, learning.md and learning.png; the runs themselves stay below the output folder.
+The reference materializes attention's matrices, and multiplies and adds outside of the FFN's. Both start from the same
+weights and read the same samples; only rounding differs. Writes learning.json, learning.md and learning.png; the runs
+themselves stay below the output folder.
 """
 
 import argparse
@@ -56,12 +57,13 @@ def train(options: argparse.Namespace) -> int:
 
 
 def use_reference() -> None:
-    """Lets the model attend through materialized matrices."""
+    """Lets the model attend through materialized matrices, and scale and add outside of the FFN's."""
     from torch import Tensor
 
     import model.transformer
     from model.entropy_attention import entropy_attention
     from model.entropy_attention.operators import separate
+    from model.transformer import FeedForward
 
     def attend(
         qkv_TBN3H: Tensor, *, temperature: Tensor | None, document_start: Tensor | None
@@ -75,7 +77,16 @@ def use_reference() -> None:
         assert entropy is not None
         return output.permute(2, 0, 1, 3), entropy
 
+    def feed_forward(self: FeedForward, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
+        if self.fused is not None:
+            out_TBD = self.fused(x_TBD)
+        else:
+            assert self.up is not None and self.down is not None
+            out_TBD = self.down(self.activation(self.up(x_TBD)))
+        return residual_TBD + out_TBD if self.beta is None else self.beta * residual_TBD + out_TBD / self.alpha
+
     model.transformer.joint_entropy_attention = attend  # type: ignore[assignment]
+    FeedForward.forward = feed_forward  # type: ignore[method-assign]
 
 
 def validations(run: Path) -> list[dict[str, Any]]:

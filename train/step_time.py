@@ -40,6 +40,7 @@ class Assumptions:
     memory: float = 0.80  # of the memory bandwidth
     links: float = 0.75  # of the link bandwidth
     block_widths: float = 17  # widths of a token that a block reads and writes outside products and attention
+    residual_widths: float = 8  # of those, the FFN's residual's: 3 forward, 3 + 2 (beta's gradient) backward
     attention_widths: float = 25  # the same inside attention
     logits_passes: float = 3  # times that logits cross the memory
     update_bytes: float = 55  # a parameter, of the optimizer
@@ -52,7 +53,8 @@ class Assumptions:
         return [
             f"matrix products at {self.products:.0%} of the bf16 peak, attention at {self.attention:.0%} or by memory, "
             f"memory at {self.memory:.0%}, links at {self.links:.0%} of the data sheet",
-            f"a block moves {self.block_widths:g} widths of a token through memory outside products, attention "
+            f"a block moves {self.block_widths:g} widths of a token through memory outside products, "
+            f"{self.residual_widths:g} less where the FFN's matrix holds the residual, attention "
             f"{self.attention_widths:g}; logits cross it {self.logits_passes:g} times; the optimizer moves "
             f"{self.update_bytes:g} bytes a parameter",
             f"launches take at least {1e3 * self.block_s:g} ms a block and micro-batch, replayed by CUDA graphs (data "
@@ -96,6 +98,7 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
     scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # of a layer forward, half under the mask
     attention_flops = layers * scores * (3.5 if work.recompute == "none" else 4.5)
     widths = assumed.block_widths + 10 * (model.norm == "layernorm") + 3 * ffn_share(work)
+    widths -= assumed.residual_widths * model.ffn_holds_residual
     memory = layers * widths * width_bytes * passes / 3
     memory += assumed.logits_passes * head / model.hidden_size * tokens * ELEMENT_BYTES
     parameters = sum(held_parameters(work).values())

@@ -58,6 +58,14 @@ INGREDIENTS = {
         dict(fused_ffn=True, weight_norm="QKVO+FFN"),
         Recipe(fused=True, weight_normalized="QKVO+FFN"),
     ),
+    "scaled and normalized fused FFN": (
+        dict(fused_ffn=True, scaled_ffn=True, spectral_norm="FFN"),
+        Recipe(fused=True, scaled=True, spectrally_normalized="FFN"),
+    ),
+    "scaled fused FFN after a norm": (
+        dict(fused_ffn=True, scaled_ffn=True, norm="layernorm"),
+        Recipe(fused=True, scaled=True, layer_norm=True),
+    ),
     "everything": (
         dict(
             norm="layernorm", fused_ffn=True, scaled_ffn=True, temperature="per_head", temperature_form="raw",

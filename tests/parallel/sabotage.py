@@ -162,6 +162,26 @@ def vocabulary_of_a_neighbour() -> Any:
     return head(start=lambda shard: shard.start - (shard.start > 0))
 
 
+def diagonal_of_the_first_columns() -> Any:
+    """Every rank puts beta where the first rank has the matrix's diagonal."""
+    from model.transformer import scaled_matrix
+
+    def everywhere(weight: Any, divisor: Any, diagonal: Any, first_column: int) -> torch.Tensor:
+        return scaled_matrix(weight, divisor, diagonal)
+
+    return mock.patch("parallel.megatron.scaled_matrix", everywhere)
+
+
+def diagonal_taken_for_whole() -> Any:
+    """Each rank keeps the gradient of beta from its own columns."""
+    from parallel.config import sees_part
+
+    def sees(name: str, *args: Any) -> bool:
+        return sees_part(name, *args) and not name.endswith("ffn.beta")
+
+    return mock.patch("parallel.tensor.sees_part", sees)
+
+
 def features_of_other_ranks() -> Any:
     from parallel.exchange import heads_for_positions
 

@@ -86,6 +86,29 @@ def test_a_fused_ffn_split_under_sequence_parallelism(layout: str, dtype: str) -
     assert_layout(parse_layout(layout), dtype, architecture=EREG, fused_ffn="split")
 
 
+FUSED = {
+    "scaled": {},
+    "unscaled": {"scaled_ffn": False},
+    "a norm before": {"norm": "layernorm"},  # the residual is no part of the matrix
+    "weight norm": {"weight_norm": "FFN"},
+    "spectral norm": {"spectral_norm": "FFN"},
+}
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "tp=2:sp=1"])
+@pytest.mark.parametrize("ingredient", FUSED)
+def test_a_fused_ffn_with_its_columns_split(ingredient: str, layout: str) -> None:
+    choices = FUSED[ingredient]
+    assert_layout(parse_layout(layout), "float64", architecture="SM+ScFuFFN", fused_ffn="split", **choices)
+
+
+@pytest.mark.parametrize("ingredient", FUSED)
+def test_a_fused_ffn_replicated_under_sequence_parallelism(ingredient: str) -> None:
+    choices = FUSED[ingredient]
+    layout = parse_layout("tp=2:sp=1")
+    assert_layout(layout, "float64", architecture="SM+ScFuFFN", fused_ffn="replicated", **choices)
+
+
 def test_saturated_attention_over_five_ranks() -> None:
     """Scores of a hundred, of which float32 loses 1e-4 on one process already."""
     sizes = {"num_layers": 2, "num_attention_heads": 15, "hidden_size": 75, "seq_length": 25}

@@ -30,12 +30,18 @@ BUGS = [
     ("every_context_rank_at_position_zero", "cp=2", "float64"),
     ("vocabulary_not_summed", "tp=2", "float64"),
     ("vocabulary_of_a_neighbour", "tp=2", "float64"),
+    ("diagonal_of_the_first_columns", "tp=2", "float64"),
+    ("diagonal_of_the_first_columns", "tp=2:sp=1", "float64"),
+    ("diagonal_taken_for_whole", "tp=2", "float64"),
+    ("diagonal_taken_for_whole", "tp=2:sp=1", "float64"),
     ("features_of_other_ranks", "tp=2:sp=1", "float64"),
     ("micro_batches_before_the_last_but_one_forgotten", "tp=2:sp=1:acc=4", "float64"),
     ("documents_begin_at_zero_on_later_stages", "pp=2", "float32"),
 ]
 CHOICES: dict[str, dict[str, Any]] = {
     "mean_entropy_not_reduced": {"granularity": "per_head"},
+    "diagonal_of_the_first_columns": {"fused_ffn": "split"},
+    "diagonal_taken_for_whole": {"fused_ffn": "split"},
     "features_of_other_ranks": {"fused_ffn": "split"},
     "documents_begin_at_zero_on_later_stages": {"within_documents": True},
 }

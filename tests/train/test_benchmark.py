@@ -35,13 +35,14 @@ def test_attention_beside_its_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("within_documents", [False, True])
-def test_the_reference_that_learning_is_compared_with_attends_alike(
-    monkeypatch: pytest.MonkeyPatch, within_documents: bool
+@pytest.mark.parametrize("architecture", [tiny.EREG, "SM+G", "SM+ScFFN"])
+def test_the_reference_that_learning_is_compared_with_computes_alike(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, within_documents: bool
 ) -> None:
     from model import transformer
     from train.benchmark_learning import use_reference
 
-    config = tiny.tiny_config().model
+    config = tiny.tiny_config(architecture=architecture).model
     whole = transformer.Transformer(config, tiny.VOCAB_SIZE).double()
     with torch.no_grad():
         for parameter in whole.parameters():
@@ -49,10 +50,12 @@ def test_the_reference_that_learning_is_compared_with_attends_alike(
     tokens_TB = torch.randint(tiny.VOCAB_SIZE, (config.seq_length, 3))
     start = torch.arange(tokens_TB.shape[0]).div(5, rounding_mode="floor").mul(5).expand(3, -1)
     results = []
-    monkeypatch.setattr(transformer, "joint_entropy_attention", transformer.joint_entropy_attention)  # put back after
+    for place, name in ((transformer, "joint_entropy_attention"), (transformer.FeedForward, "forward")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back after
     for _ in range(2):
         logits, entropies = whole(tokens_TB, document_start_BT=start if within_documents else None)
-        results.append([logits, *entropies])
+        gradients = torch.autograd.grad(logits.square().sum(), [*whole.layers["0"].ffn.parameters()])
+        results.append([logits, *entropies, *gradients])
         use_reference()
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference)
