@@ -104,6 +104,30 @@ class CoreAttention(nn.Module):
         return joint_entropy_attention(qkv_TBN3H, temperature=temperature, document_start=document_start_BT)
 
 
+class _GradientOfBiases(torch.autograd.Function):
+    """The identity on products [T, B, N 3 H] that the biases of query and key [N, H] are in; its backward pass gives
+    the biases their gradients.
+
+    A bias b of the keys adds q_i . b to all scores of row i, which the softmax does not see: unless positions rotate
+    the keys, its gradient is 0. Summed over tokens it would come out as the rounding of everything else, on which Adam
+    takes steps as large as on any other gradient; and two thirds of the products' gradients would be read for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, query_bias: Tensor, key_bias: Tensor, key_bias_acts: bool) -> Tensor:
+        ctx.shape, ctx.key_bias_acts = query_bias.shape, key_bias_acts
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        heads, width = ctx.shape
+        grad_TBN3H = grads[0].unflatten(-1, (heads, 3, width))
+        query_NH, key_NH = grad_TBN3H[..., 0, :].sum((0, 1)), grads[0].new_zeros(ctx.shape)
+        if ctx.key_bias_acts:
+            key_NH = grad_TBN3H[..., 1, :].sum((0, 1))
+        return grads[0], query_NH, key_NH, None
+
+
 class Attention(nn.Module):
     """Causal softmax attention, softmax_j(q_i . k_j / (t_i sqrt(H))), with the entropy of every row.
 
@@ -118,6 +142,7 @@ class Attention(nn.Module):
         self.query_key_value = Linear(config.hidden_size, 3 * heads * width)
         self.query_bias = nn.Parameter(torch.empty(heads, width))
         self.key_bias = nn.Parameter(torch.empty(heads, width))
+        self.key_bias_acts = config.positions == "rotary"
         self.output = Linear(heads * width, config.hidden_size)
         self.core = CoreAttention(config)
         self.temperature_form, self.temperature_init = config.temperature_form, config.temperature_init
@@ -139,7 +164,9 @@ class Attention(nn.Module):
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
-        return self.attend(self.query_key_value(x_TBD, bias=bias_N3H.flatten()), document_start_BT)
+        qkv = self.query_key_value(x_TBD, bias=bias_N3H.detach().flatten())
+        qkv = _GradientOfBiases.apply(qkv, self.query_bias, self.key_bias, self.key_bias_acts)
+        return self.attend(qkv, document_start_BT)
 
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""

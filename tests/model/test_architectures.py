@@ -125,6 +125,16 @@ def test_comparison_notices_a_changed_gradient() -> None:
     assert_same(run_model(model, *batch, REGULARIZER), expected)
 
 
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_key_bias_learns_only_where_positions_rotate_it(positions: str) -> None:
+    """The softmax does not see it otherwise: a gradient of rounding errors would still make Adam take whole steps."""
+    sizes = Sizes()
+    model = build(ModelConfig(positions=positions), sizes).float()
+    gradients = run_model(model, *random_batch(sizes, sizes.context), REGULARIZER).gradients
+    learns = [bool(gradient.any()) for name, gradient in gradients.items() if name.endswith("key_bias")]
+    assert learns == [positions == "rotary"] * sizes.layers
+
+
 def test_padded_rows_neither_act_nor_learn() -> None:
     sizes = Sizes(vocabulary=29, padded_vocabulary=128)
     model = build(ModelConfig(), sizes)
