@@ -2,7 +2,8 @@
 
 Every contender is built as training builds it, warmed up, and timed in turn, several times over, so that a drifting
 clock touches all alike; the figures are medians. Memory is what PyTorch has reserved on the device at the peak of a
-step, a CUDA graph's included, beyond what other contenders hold; all are held at once.
+step, a CUDA graph's included, beyond what other contenders hold; all are held at once. The learning rate is 0: the work
+is the same, and no contender diverges, whose steps would be refused and so be spared the optimizer's work.
 With data.path a dataset, samples are read and moved as in training; else tokens are random. Writes step.json, step.md
 and step.png.
 """
@@ -90,7 +91,7 @@ class Contender:
     vocab_size: int
     micro_batch_size: int
     recompute: str
-    step: Callable[[], Any]
+    step: Callable[[], torch.Tensor]  # whether it trained, on the device
     reserved_before: int  # bytes
     step_times_s: list[float] = dataclasses.field(default_factory=list)
     peak_memory_gib: float | None = None
@@ -126,7 +127,7 @@ def build(config: Config, options: argparse.Namespace) -> Iterator[Contender]:
         else:
             engine = build_engine(own, vocab_size, groups)
             groups = engine.groups
-            run = engine_step(engine, own.optimizer.learning_rate)
+            run = engine_step(engine)
         batches = open_batches(own, vocab_size)
         yield Contender(name, own.model, vocab_size, size, recompute, step_of(run, batches), before)
 
@@ -150,15 +151,15 @@ def variant(config: Config, name: str, micro_batch_size: int, recompute: str) ->
 SIZES = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
 
 
-def engine_step(engine: Any, learning_rate: float) -> Callable[..., Any]:
-    return lambda batches: engine.train_step(batches, learning_rate)
+def engine_step(engine: Any) -> Callable[..., Any]:
+    return lambda batches: engine.train_step(batches, learning_rate=0.0)[0].accepted
 
 
 def peer_step(peer: Any) -> Callable[..., Any]:
-    return lambda batches: peer.train_step(*next(batches))
+    return lambda batches: peer.train_step(*next(batches)).isfinite()
 
 
-def step_of(run: Callable[..., Any], batches: Iterator[Any]) -> Callable[[], Any]:
+def step_of(run: Callable[..., torch.Tensor], batches: Iterator[Any]) -> Callable[[], torch.Tensor]:
     return lambda: run(batches)
 
 
@@ -204,6 +205,9 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
     for _ in range(options.rounds):
         for contender in ready:
             contender.step_times_s += timed(contender.step, options.steps)
+    for contender in ready:
+        if not contender.step():
+            raise SystemExit(f"{contender.name}: loss or gradients are not finite; its times are not those of training")
     return ready
 
 

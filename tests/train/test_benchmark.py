@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.config import ModelConfig
 from tests.parallel import tiny
-from train import benchmark_attention
+from train import benchmark_attention, benchmark_step
 
 
 def test_a_step_beside_its_peer(tiny_config: Path, tmp_path: Path) -> None:
@@ -23,6 +24,19 @@ def test_a_step_beside_its_peer(tiny_config: Path, tmp_path: Path) -> None:
         assert result["tokens_per_second"] * result["step_time_s"] == pytest.approx(4 * 32)
     assert report["results"][1]["flops_per_token"] > report["results"][0]["flops_per_token"]  # two matrices, not one
     assert (tmp_path / "step.png").exists() and "| ours | 32 |" in run.stdout
+
+
+def test_times_of_refused_steps_are_not_told() -> None:
+    """A step that changes no weights is spared the optimizer's work."""
+
+    def measure(trained: bool) -> list[benchmark_step.Contender]:
+        options = benchmark_step.parse(["--config", "any", "--steps", "2", "--rounds", "1"])
+        contender = benchmark_step.Contender("ours", ModelConfig(), 10, 1, "none", lambda: torch.tensor(trained), 0)
+        return benchmark_step.measure(iter([contender]), options)
+
+    assert len(measure(trained=True)[0].step_times_s) == 2
+    with pytest.raises(SystemExit, match="ours: loss or gradients are not finite"):
+        measure(trained=False)
 
 
 def test_attention_beside_its_peers(tmp_path: Path) -> None:
