@@ -40,7 +40,7 @@ def scaled_matrix(
     matrix = weight if divisor is None else weight / divisor.to(exact)
     if diagonal is not None:
         row, column = (torch.arange(size, device=weight.device) for size in weight.shape)
-        matrix = matrix + diagonal * (row.unsqueeze(1) == first_column + column).to(exact)
+        matrix = matrix + torch.where(row.unsqueeze(1) == first_column + column, diagonal, 0.0)
     return matrix.to(weight.dtype)
 
 
@@ -131,8 +131,8 @@ class _GradientOfBiases(torch.autograd.Function):
 class Attention(nn.Module):
     """Causal softmax attention, softmax_j(q_i . k_j / (t_i sqrt(H))), with the entropy of every row.
 
-    Query and key have a bias, value and output none. Query, key and value are one matrix, stacked head by head, so that
-    a range of heads is a range of its rows.
+    Query and key have a bias, value and output none; the key's acts, and learns, only where positions rotate the keys.
+    Query, key and value are one matrix, stacked head by head, so that a range of heads is a range of its rows.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -14,23 +14,23 @@ from typing import Any
 
 from train import benchmark_report
 
-ATTENTIONS = ("fused", "reference")
+COMPUTATIONS = ("fused", "reference")
 
 
 def main(argv: list[str]) -> None:
-    """Runs both, or with --attention one of them in this process, and compares what is in the output folder."""
+    """Runs both, or with --only one of them in this process, and compares what is in the output folder."""
     options = parse(argv)
-    if options.attention:
+    if options.only:
         sys.exit(train(options))
     processes = []
-    for attention in ATTENTIONS:
-        command = [sys.executable, "-m", "train.benchmark", "learning", *argv, "--attention", attention]
+    for name in COMPUTATIONS:
+        command = [sys.executable, "-m", "train.benchmark", "learning", *argv, "--only", name]
         processes.append(subprocess.Popen(command))
         if not options.at_once:
             processes[-1].wait()
     if any(process.wait() for process in processes):
         sys.exit("a run failed; see above")
-    rows = {attention: validations(options.output / attention) for attention in ATTENTIONS}
+    rows = {name: validations(options.output / name) for name in COMPUTATIONS}
     report = {"machine": benchmark_report.machine(), "overrides": options.overrides, "validations": rows}
     benchmark_report.write(options.output, "learning", report, as_table(report))
     plot(options.output)
@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.benchmark learning", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, as for train/main.py")
-    parser.add_argument("--attention", choices=ATTENTIONS, help="train with this one only")
+    parser.add_argument("--only", choices=COMPUTATIONS, help="train with this one only")
     parser.add_argument("--at-once", action="store_true", help="both runs at the same time, on the same device")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     return parser.parse_intermixed_args(argv)
@@ -50,9 +50,9 @@ def train(options: argparse.Namespace) -> int:
     """One run, in a folder of its own; its exit status."""
     from train.main import main as train_main
 
-    if options.attention == "reference":
+    if options.only == "reference":
         use_reference()
-    folder = options.output / options.attention
+    folder = options.output / options.only
     return train_main(["--config", options.config, *options.overrides, f"run_dir={folder}"])
 
 
@@ -104,7 +104,7 @@ def as_table(report: dict[str, Any]) -> str:
         "| step | fused, nats | reference, nats | difference |",
         "|--:|--:|--:|--:|",
     ]
-    for fused, reference in zip(*(report["validations"][a] for a in ATTENTIONS), strict=True):
+    for fused, reference in zip(*(report["validations"][name] for name in COMPUTATIONS), strict=True):
         ours, theirs = fused["validation_loss"], reference["validation_loss"]
         lines.append(f"| {fused['step']} | {ours:.4f} | {theirs:.4f} | {ours / theirs - 1:+.3%} |")
     return "\n".join(lines) + "\n"
@@ -118,10 +118,10 @@ def plot(folder: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for attention in ATTENTIONS:
-        rows = [json.loads(line) for line in (folder / attention / "metrics.jsonl").read_text().splitlines()]
+    for name in COMPUTATIONS:
+        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if "ce_loss" in row]
-        axes.plot([row["step"] for row in steps], [row["ce_loss"] for row in steps], linewidth=0.7, label=attention)
+        axes.plot([row["step"] for row in steps], [row["ce_loss"] for row in steps], linewidth=0.7, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats a token")
     axes.legend()

@@ -58,7 +58,7 @@ class PeerModel(nn.Module):
 
 
 class Peer:
-    """The model with its optimizer, which works without moving the weights."""
+    """The model with its optimizer, at a rate of 0."""
 
     def __init__(self, config: Config, padded_vocab_size: int, device: torch.device) -> None:
         torch.manual_seed(config.training.seed)
@@ -71,7 +71,7 @@ class Peer:
         vectors = [p for p in self.model.parameters() if p.dim() != 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-            lr=0.0,  # as the other contenders of the benchmark
+            lr=0.0,
             weight_decay=config.optimizer.weight_decay,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
             fused=on_gpu,

@@ -91,7 +91,7 @@ class Contender:
     vocab_size: int
     micro_batch_size: int
     recompute: str
-    step: Callable[[], torch.Tensor]  # whether it trained, on the device
+    step: Callable[[], torch.Tensor]  # whether it was accepted, on the device
     reserved_before: int  # bytes
     step_times_s: list[float] = dataclasses.field(default_factory=list)
     peak_memory_gib: float | None = None
@@ -194,7 +194,11 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
     ready = []
     for contender in contenders:
         for _ in range(WARM_UP_STEPS):
-            contender.step()
+            accepted = contender.step()
+        if not accepted:
+            raise SystemExit(
+                f"{contender.name}: loss or gradients are not finite; it cannot be timed as a training step"
+            )
         measure_memory(contender)
         contender.device_waits = count_device_waits(contender.step)
         contender.host_time_s = host_time(contender.step)
@@ -205,9 +209,6 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
     for _ in range(options.rounds):
         for contender in ready:
             contender.step_times_s += timed(contender.step, options.steps)
-    for contender in ready:
-        if not contender.step():
-            raise SystemExit(f"{contender.name}: loss or gradients are not finite; its times are not those of training")
     return ready
 
 

@@ -33,13 +33,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Rates as shares of what data sheets promise; set so that one H200's measured steps are met."""
+    """Rates as shares of what data sheets promise; set so that one H100's measured steps are met."""
 
-    products: float = 0.74  # of the bf16 peak, large matrix products
-    attention: float = 0.32  # of the bf16 peak, fused attention on long sequences
+    products: float = 0.71  # of the bf16 peak, large matrix products
+    attention: float = 0.31  # of the bf16 peak, fused attention on long sequences
     memory: float = 0.80  # of the memory bandwidth
     links: float = 0.75  # of the link bandwidth
-    block_widths: float = 17  # widths of a token that a block reads and writes outside products and attention
+    block_widths: float = 15  # widths of a token that a block reads and writes outside products and attention
     residual_widths: float = 8  # of those, the FFN's residual's: 3 forward, 3 + 2 (beta's gradient) backward
     attention_widths: float = 25  # the same inside attention
     logits_passes: float = 3  # times that logits cross the memory

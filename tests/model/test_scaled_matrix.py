@@ -1,8 +1,11 @@
 """The one matrix of a linear FFN sub-block: shards of it, its precision, and what its product keeps."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.transformer import FeedForward, scaled_matrix
@@ -58,12 +61,35 @@ def test_wider_types_stay_as_they_are(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["SM+ScFuFFN", "SM"])
-def test_a_linear_sub_block_keeps_its_input_alone(architecture: str) -> None:
-    """Of what is as large as the activations; the rest is matrices and scalars."""
+def test_a_linear_sub_block_is_one_product_of_its_tokens(architecture: str) -> None:
+    """Nothing else reads or writes a tensor as large as the activations, forward or backward."""
     config = ModelConfig(architecture=architecture, hidden_size=8, fused_ffn=True).resolved()
     ffn = FeedForward(config)
     x_TBD = torch.randn(50, 3, 8, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ffn(x_TBD, x_TBD)
-    assert {tensor.data_ptr() for tensor in kept if tensor.numel() >= x_TBD.numel()} == {x_TBD.data_ptr()}
+    with Large(x_TBD.numel()) as forward:
+        y_TBD = ffn(x_TBD, x_TBD)
+    grad_TBD = torch.ones_like(y_TBD)
+    with Large(x_TBD.numel()) as backward:
+        y_TBD.backward(grad_TBD)
+    assert (forward.products, forward.others) == (1, [])
+    assert (backward.products, backward.others) == (2, [])
+
+
+class Large(TorchDispatchMode):
+    """Counts matrix products of tensors of at least so many elements, and lists what else is done to such."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.products = elements, 0
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in args if isinstance(x, Tensor)]
+        if not isinstance(result, Tensor) or max(x.numel() for x in (*given, result)) < self.elements:
+            return result
+        if func is torch.ops.aten.mm.default:
+            self.products += 1
+        elif result.data_ptr() not in [x.data_ptr() for x in given]:  # a view costs nothing
+            self.others.append(str(func))
+        return result

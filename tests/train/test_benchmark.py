@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 from model.config import ModelConfig
 from tests.parallel import tiny
 from train import benchmark_attention, benchmark_step
+from train.benchmark_peer import Peer
+from train.config import load_config
 
 
 def test_a_step_beside_its_peer(tiny_config: Path, tmp_path: Path) -> None:
@@ -37,6 +41,26 @@ def test_times_of_refused_steps_are_not_told() -> None:
     assert len(measure(trained=True)[0].step_times_s) == 2
     with pytest.raises(SystemExit, match="ours: loss or gradients are not finite"):
         measure(trained=False)
+
+
+class Refusing:
+    """An engine whose gradients are not finite."""
+
+    def train_step(self, batches: Any, learning_rate: float) -> tuple[Any, None]:
+        self.learning_rate = learning_rate
+        return SimpleNamespace(accepted=torch.tensor(False)), None
+
+
+def test_contenders_are_timed_at_a_rate_of_zero(tiny_config: Path) -> None:
+    """At any other they may diverge, and the optimizer's work would be missing from their times."""
+    engine = Refusing()
+    assert not benchmark_step.engine_step(engine)(iter([])) and engine.learning_rate == 0
+    peer = Peer(load_config(tiny_config), 128, torch.device("cpu"))
+    before = [parameter.clone() for parameter in peer.model.parameters()]
+    tokens_TB = torch.randint(100, (33, 4))
+    assert benchmark_step.peer_step(peer)(iter([(tokens_TB[:-1], tokens_TB[1:])]))
+    assert all(torch.equal(*pair) for pair in zip(before, peer.model.parameters(), strict=True))
+    assert all(state["exp_avg"].any() for state in peer.optimizer.state.values())
 
 
 def test_attention_beside_its_peers(tmp_path: Path) -> None:
