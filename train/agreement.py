@@ -6,14 +6,15 @@ from typing import Any
 import torch.distributed as dist
 
 
-def on_rank_zero(function: Callable[[], Any]) -> None:
-    """Runs a function on rank 0; what it raises is raised on every rank."""
-    outcome: list[Any] = [None]
+def on_rank_zero(function: Callable[[], Any]) -> Any:
+    """Runs a function on rank 0; what it returns is returned, and what it raises raised, on every rank."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            function()
+            outcome[0] = function()
         except Exception as error:
-            outcome = [error]
+            outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -119,13 +119,19 @@ def git_commit() -> str | None:
         return None
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines, each of some step, without what a crash cut off; none where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
 class JsonLines:
     """A file of one JSON object a line, cut back to the resumed step so that no step appears twice."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            rows = [row for row in read_rows(path) if row["step"] <= last_step]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -149,9 +155,9 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _step(line: str) -> float:
-    """The step of a row; a damaged line (a row cut off by a crash) sorts last and so is dropped."""
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        return float(json.loads(line)["step"])
+        row: dict[str, Any] = json.loads(line)
+        return {**row, "step": int(row["step"])}
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return None

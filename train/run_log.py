@@ -1,6 +1,5 @@
 """Everything rank 0 writes while training: JSON lines, the journal, TensorBoard, the terminal."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from train.goodput import Goodput
 from train.journal import Journal
 from train.progress import ProgressDisplay
 from train.rank_times import slow_words
-from train.run_dir import JsonLines
+from train.run_dir import JsonLines, read_rows
 from train.tensorboard import TensorBoardLog
 from train.trouble import TroubleReport
 from train.validation import Validation
@@ -168,11 +167,11 @@ class RunLog:
 
 def seconds_after(folder: Path, step: int) -> float:
     """Time of the steps in metrics.jsonl that come after `step`: work to be done again."""
-    path, total_s = folder / "metrics.jsonl", 0.0
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            total_s += row["step_time_s"] if row["step"] > step else 0.0
-        except (ValueError, KeyError, TypeError):
-            continue
-    return total_s
+    rows = read_rows(folder / "metrics.jsonl")
+    return sum(row["step_time_s"] for row in rows if row["step"] > step and "step_time_s" in row)
+
+
+def is_validated(folder: Path, step: int, tokens: int) -> bool:
+    """Whether metrics.jsonl has a validation over `tokens` tokens at `step`."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return any(row["step"] == step and row.get("validation_tokens") == tokens for row in rows)

@@ -23,7 +23,7 @@ from train.health import Health
 from train.metrics import StepMetrics
 from train.rank_times import RankTimes
 from train.run_dir import RunDirectory
-from train.run_log import RunLog, seconds_after
+from train.run_log import RunLog, is_validated, seconds_after
 from train.schedule import learning_rate
 from train.setup import build_engine, dataset_identity, micro_batches, open_stream
 from train.signals import StopRequest
@@ -121,7 +121,7 @@ class Trainer:
         """Trains to the last step and returns the validation over the whole split; None where the run was complete
         before, or was asked to stop before its end.
         """
-        if self.step >= self.config.train_steps:
+        if self._is_complete():
             return None
         self.metrics.start()
         while self.step < self.config.train_steps and not self.is_stopping:
@@ -149,6 +149,14 @@ class Trainer:
             with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):  # a full disk, say
                 self.log.end(self.step, self.stop.received, error, self.goodput, self.metrics.mfu_words)
                 self.log.close()
+
+    def _is_complete(self) -> bool:
+        """Whether nothing is left to do: a run killed while it validated at its end has that left."""
+        if self.step != self.config.train_steps:
+            return self.step > self.config.train_steps
+        seq_length = self.config.model.seq_length
+        tokens = self.manifest.num_samples("validation", seq_length) * seq_length
+        return bool(on_rank_zero(lambda: is_validated(self.folder, self.step, tokens)))
 
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import TINY
+from train.run_dir import read_rows
 from train.scaling.__main__ import main as scaling
 from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.results import Group, records
-from train.study.runner import branch_off, forked, prepare, read_lines, read_state
+from train.study.runner import branch_off, forked, prepare, read_state
 from train.study.suite import SuiteError, load_suite, merged
 from train.study.table import gap_text, relative
 
@@ -81,8 +82,8 @@ def test_a_branch_is_the_run_its_own_schedule_would_have_been(finished: Path, tm
     }
     file = write_suite(tmp_path, [{"name": "whole", "config": sections}], dataset)
     assert main(["run", str(file)]) == 0
-    whole = read_lines(tmp_path / "runs" / "whole" / "seed1" / "metrics.jsonl")
-    mine = read_lines(Path(branch.run_dir) / "metrics.jsonl")
+    whole = read_rows(tmp_path / "runs" / "whole" / "seed1" / "metrics.jsonl")
+    mine = read_rows(Path(branch.run_dir) / "metrics.jsonl")
     times = {"step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"}
     kept = [{key: value for key, value in row.items() if key not in times} for row in mine if "loss" in row]
     expected = [{key: value for key, value in row.items() if key not in times} for row in whole if "loss" in row]
@@ -95,9 +96,9 @@ def test_the_trunk_goes_on_from_where_the_first_branch_left_it(finished: Path) -
     assert [(stage.folder.name, stage.config.train_steps, stage.is_result) for stage in stages] == [
         ("trunk", 8, False), ("tokens2560", 10, True), ("trunk", 16, False), ("tokens5120", 20, True),
     ]  # fmt: skip
-    rates = [row["learning_rate"] for row in read_lines(stages[2].folder / "metrics.jsonl") if "loss" in row]
+    rates = [row["learning_rate"] for row in read_rows(stages[2].folder / "metrics.jsonl") if "loss" in row]
     assert len(rates) == 16 and len(set(rates[1:])) == 1, "the trunk's rate stays at the peak"
-    long = [row["step"] for row in read_lines(stages[3].folder / "metrics.jsonl") if "loss" in row]
+    long = [row["step"] for row in read_rows(stages[3].folder / "metrics.jsonl") if "loss" in row]
     assert long == list(range(1, 21))
 
 

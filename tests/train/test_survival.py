@@ -91,6 +91,41 @@ def _with_slow_step(arguments: list[str], log: str) -> None:
     with_output_to_file(arguments, log)
 
 
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_a_run_killed_while_it_validates_at_its_end_does_so_when_started_again(
+    tiny_config: Path, tmp_path: Path, layout: str
+) -> None:
+    run, options = tmp_path / "run", [f"parallel.{layout}_parallel_size=2"]
+    arguments = ["--config", str(tiny_config), *options]
+    processes = start_ranks(_that_hangs_in_its_last_validation, 2, str(tmp_path), arguments, str(tmp_path / "log"))
+    until(lambda: (tmp_path / "validates").exists())
+    for process in processes:
+        process.kill()
+    wait(processes)
+    again = run_main(2, tiny_config, *options)
+    assert again.statuses == [0, 0] and "done: validation perplexity" in again.stdout
+    assert run_main(2, tiny_config, *options, f"run_dir={tmp_path}/straight").statuses == [0, 0]
+    assert without_times(run) == without_times(tmp_path / "straight")
+    complete = run_main(2, tiny_config, *options)
+    assert complete.statuses == [0, 0] and "is complete" in complete.stdout
+    assert without_times(run) == without_times(tmp_path / "straight")
+
+
+def _that_hangs_in_its_last_validation(arguments: list[str], log: str) -> None:
+    from train import trainer
+
+    validate = trainer.validate
+
+    def hanging(stage: Any, groups: Any, config: Any, limit_samples: int | None, evaluate: Any) -> Any:
+        if limit_samples is None:
+            Path(log).with_name("validates").touch()
+            time.sleep(60)
+        return validate(stage, groups, config, limit_samples, evaluate)
+
+    trainer.validate = hanging
+    with_output_to_file(arguments, log)
+
+
 def test_kills_at_random_moments_leave_one_curve(tiny_config: Path, tmp_path: Path) -> None:
     kill_at_random(tiny_config, tmp_path, kills=3, steps=60)
 

@@ -22,9 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from train.run_dir import write_atomically
+from train.run_dir import read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]
@@ -55,7 +54,7 @@ class State:
 
 def read_state(stage: Stage) -> State:
     """Reads a stage's folder."""
-    rows = read_lines(stage.folder / "metrics.jsonl")
+    rows = read_rows(stage.folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     last = int(steps[-1]["step"]) if steps else 0
     if is_locked(stage.folder):
@@ -79,7 +78,7 @@ def read_state(stage: Stage) -> State:
 
 def divergence(folder: Path, step: int, words: str) -> str:
     """Where a run was lost, how many heads of which layers were NaN, and what had collapsed before."""
-    heads = read_lines(folder / "entropy.jsonl")
+    heads = read_rows(folder / "entropy.jsonl")
     counts = nan_heads(heads[-1]["entropy_nats"]) if heads else []
     layers = [str(layer) for layer, count in enumerate(counts) if count]
     gave_up = GAVE_UP.search(words)
@@ -98,18 +97,6 @@ def divergence(folder: Path, step: int, words: str) -> str:
 def nan_heads(entropy_nats: list[list[float | None]]) -> list[int]:
     """NaN heads of each layer; null stands for what is not finite."""
     return [sum(value is None for value in layer) for layer in entropy_nats]
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file of one JSON object a line, without a last one that is still being written; none if absent."""
-    rows = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
 
 
 def is_locked(folder: Path) -> bool:
