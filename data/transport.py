@@ -122,6 +122,10 @@ def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[byte
             f"{address}: cannot be read here ({error}); name a folder, http(s)://, pipe: or a store that fsspec knows, "
             "and install its package"
         ) from error
+    except (FetchError, OSError):
+        raise
+    except Exception as error:  # stores raise kinds of their own: no credentials, no connection
+        raise FetchError(f"{type(error).__name__}: {error}") from error
 
 
 def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:

@@ -30,8 +30,19 @@ class DamagedFileError(RuntimeError):
     """A file of a checkpoint is missing or not what was written; names it."""
 
 
+@contextmanager
+def _errors_as_os_errors() -> Iterator[None]:
+    """Errors of a store's library, which derives them from Exception itself, as what those of a disk are."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 class Folder:
-    """A folder of files, local or in a store."""
+    """A folder of files, local or in a store; what fails is an OSError, whatever the store."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -43,6 +54,7 @@ class Folder:
     def describe(self, name: str) -> str:
         return f"{self.address}/{name}"
 
+    @_errors_as_os_errors()
     def names(self) -> list[str]:
         """What lies in it; empty where there is no such folder."""
         self.fs.invalidate_cache()
@@ -51,18 +63,19 @@ class Folder:
         except FileNotFoundError:
             return []
 
+    @_errors_as_os_errors()
     def exists(self, name: str) -> bool:
         return bool(self.fs.exists(f"{self.path}/{name}"))
 
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
-        with self.fs.open(f"{self.path}/{name}", "rb") as file:
+        with _errors_as_os_errors(), self.fs.open(f"{self.path}/{name}", "rb") as file:
             yield file
 
     @contextmanager
     def writing(self, name: str) -> Iterator["HashedFile"]:
         """A new file, on disk (where it is a disk) when this returns."""
-        with self.fs.open(f"{self.path}/{name}", "wb") as file:
+        with _errors_as_os_errors(), self.fs.open(f"{self.path}/{name}", "wb") as file:
             hashed = HashedFile(file)
             yield hashed
             file.flush()
@@ -73,11 +86,14 @@ class Folder:
         """A file that is there whole or not at all."""
         with self.writing(name + ".tmp") as file:
             file.write(content)
-        self.fs.mv(f"{self.path}/{name}.tmp", f"{self.path}/{name}")
+        with _errors_as_os_errors():
+            self.fs.mv(f"{self.path}/{name}.tmp", f"{self.path}/{name}")
 
+    @_errors_as_os_errors()
     def make(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
 
+    @_errors_as_os_errors()
     def remove(self) -> None:
         """Deletes the folder, its marker first, so that no half-deleted checkpoint looks complete."""
         if self.exists(MARKER):

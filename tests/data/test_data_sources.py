@@ -10,9 +10,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import data.transport
 from data.cache import Cache
@@ -250,6 +252,24 @@ def test_an_object_store_gives_what_the_folder_gives(made: Path, tmp_path: Path)
     assert read_epoch("memory://bucket/set", options(tmp_path)) == read_epoch(made, options(tmp_path))
     with pytest.raises(DataError, match="cannot be read"):
         load_manifest("memory://bucket/absent", options(tmp_path))
+
+
+def test_a_store_that_raises_errors_of_its_own_is_asked_again_and_given_up(tmp_path: Path) -> None:
+    class NoCredentialsError(Exception):
+        pass
+
+    class Refusing(MemoryFileSystem):
+        protocol = "refusing"
+        asked = 0
+
+        def _open(self, *arguments: Any, **more: Any) -> Any:
+            Refusing.asked += 1
+            raise NoCredentialsError("unable to locate credentials")
+
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    with pytest.raises(DataError, match=r"in 2 attempts \(NoCredentialsError: unable to locate credentials\); check"):
+        load_manifest("refusing://bucket/set", options(tmp_path, fetch_attempts=2))
+    assert Refusing.asked == 2
 
 
 HANGING_STORE = """

@@ -8,12 +8,13 @@ import random
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from parallel.local_ranks import run_ranks
-from tests.train.runs import journal, rows, run_main, without_times
+from tests.train.runs import Output, journal, main_output, rows, run_main, without_times
 
 LAYOUTS: list[tuple[int, list[str]]] = [
     (2, ["parallel.tensor_parallel_size=2"]),
@@ -221,6 +222,49 @@ def _through_memory() -> bool:
     columns = [Chunk("w", (6, 5), (0, 0), found[:, :2]), Chunk("w", (6, 5), (0, 2), found[:, 2:])]
     dcp.load({}, storage_reader=Reader(folder), planner=ChunkLoadPlanner(columns))
     return torch.equal(found, whole)
+
+
+def test_a_store_that_is_gone_for_a_while_costs_one_save_and_for_good_ends_the_run(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    """Its library raises errors of its own, which are no OSError."""
+    options = ["--config", str(tiny_config), "checkpoint.path=failing://run", "checkpoint.interval=2"]
+    ((status, _, err),) = run_ranks(_into_failing_store, 1, options, ["step_00000004"])
+    assert status == 0 and err.count("trying again at the next save") == 1, err
+    events = [(row["event"], row.get("step")) for row in journal(tmp_path / "run")]
+    assert ("save failed", 4) in events and ("saved", 6) in events and ("saved", 12) in events
+    options.append(f"run_dir={tmp_path}/second")
+    ((status, _, err),) = run_ranks(_into_failing_store, 1, options, ["step_00000004", "step_00000006"])
+    assert status == 1 and "Traceback" not in err
+    assert "error: failing://run/step_00000006: could not be saved (rank 0: StoreError: no connection)" in err
+    assert "complete before it are intact" in err
+
+
+def _into_failing_store(arguments: list[str], failing: list[str]) -> Output:
+    """A run whose store knows nothing of the folders `failing`."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class StoreError(Exception):
+        pass
+
+    class Failing(MemoryFileSystem):
+        protocol = "failing"
+
+        def _open(self, path: str, *arguments: Any, **more: Any) -> Any:
+            self._reach(path)
+            return super()._open(path, *arguments, **more)
+
+        def exists(self, path: str, **more: Any) -> bool:
+            self._reach(path)
+            return super().exists(path, **more)
+
+        def _reach(self, path: str) -> None:
+            if any(name in path for name in failing):
+                raise StoreError("no connection")
+
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    return main_output(arguments)
 
 
 def test_a_checkpoint_of_another_model_is_named(two_checkpoints: Path, tiny_config: Path) -> None:
