@@ -1,8 +1,11 @@
 """Runs of train.main in which something goes wrong on purpose; each function runs on every rank."""
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +82,49 @@ def with_output_to_file(arguments: list[str], file: str) -> int:
         os.dup2(log.fileno(), 2)
         status = main(arguments)
         os._exit(status)
+
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+def killed_before_change(arguments: list[str], log: str, number: int) -> None:
+    """kill -9 by itself before the change `number` (from 1) to a file or folder of its run, or right after a row."""
+    import train.main
+    from train.journal import Journal
+    from train.run_dir import JsonLines
+
+    folder = next(word for word in arguments if word.startswith("run_dir=")).removeprefix("run_dir=")
+    seen, run_main = 0, train.main.main
+
+    def change() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        writes = event in CHANGES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and str(args[0]).startswith(folder):
+            change()
+
+    def counted(write: Callable[..., None]) -> Callable[..., None]:
+        def writing(*args: Any, **fields: Any) -> None:
+            change()
+            write(*args, **fields)
+            change()
+
+        return writing
+
+    def counting(arguments: list[str]) -> int:
+        status = run_main(arguments)
+        Path(log).with_name("changes").write_text(str(seen))
+        return status
+
+    JsonLines.write = counted(JsonLines.write)  # type: ignore[method-assign]
+    Journal.write = counted(Journal.write)  # type: ignore[method-assign]
+    train.main.main = counting  # type: ignore[assignment]
+    sys.addaudithook(watch)
+    with_output_to_file(arguments, log)
 
 
 def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:

@@ -52,5 +52,5 @@ def journal(run: Path) -> list[dict]:
     return rows(run, "journal.jsonl")
 
 
-def without_times(run: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run)]
+def without_times(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run, name)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from parallel.local_ranks import start_ranks
-from tests.train.faulty import until, with_output_to_file, with_slow_rank, with_too_little_memory
+from tests.train.faulty import killed_before_change, until, with_output_to_file, with_slow_rank, with_too_little_memory
 from tests.train.runs import journal, rows, run_faulty, run_main, without_times
 
 LONG = [
@@ -162,6 +162,34 @@ def kill_at_random(config: Path, folder: Path, kills: int, steps: int) -> None:
     assert answer.statuses == [0, 0]
     assert without_times(run) == without_times(folder / "straight")
     assert not [row for row in journal(run) if row["event"] == "damaged checkpoint"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_kill_before_any_change_on_disk_leaves_one_curve(tiny_config: Path, tmp_path: Path) -> None:
+    """Every moment at which what a crash leaves behind can differ."""
+    options = ["--config", str(tiny_config), "training.train_steps=9", "training.evaluation_interval=5"]
+    options += ["checkpoint.interval=4", "checkpoint.keep=1", "checkpoint.keep_best=true", "logging.interval=3"]
+
+    def run_killed_before(change: int, run: Path) -> int | None:
+        arguments = [*options, f"run_dir={run}"]
+        processes = start_ranks(killed_before_change, 1, str(tmp_path), arguments, str(tmp_path / "log"), change)
+        return wait(processes)[0]
+
+    straight = tmp_path / "straight"
+    assert run_killed_before(0, straight) == 0
+    changes = int((tmp_path / "changes").read_text())
+    assert changes > 50
+    for change in range(1, changes + 1):
+        run = tmp_path / f"killed_{change}"
+        assert run_killed_before(change, run) == -signal.SIGKILL
+        assert run_killed_before(0, run) == 0, (change, (tmp_path / "log.0").read_text())
+        assert without_times(run) == without_times(straight), change
+        assert without_times(run, "entropy.jsonl") == without_times(straight, "entropy.jsonl"), change
+        assert [row["step"] for row in rows(run, "ranks.jsonl")] == [
+            row["step"] for row in rows(straight, "ranks.jsonl")
+        ]
+        assert not [row for row in journal(run) if row["event"] == "damaged checkpoint"], change
 
 
 def test_a_rank_that_dies_ends_the_others_with_one_line(tiny_config: Path, tmp_path: Path) -> None:
