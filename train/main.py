@@ -20,6 +20,7 @@ from data.errors import DataError  # noqa: E402
 from train.config import Config, ConfigError, load_config  # noqa: E402
 from train.preflight import preflight  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
+from train.schedule import fast_start  # noqa: E402
 from train.signals import StopRequest  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             from train.dry_run import print_plan
 
             print_plan(config, options.world_size)
+            warn(fast_start(config))
             return 0
         stop = StopRequest()  # before the libraries, which take a while to load
         status = train(config, stop)
@@ -74,6 +76,7 @@ def train(config: Config, stop: StopRequest) -> int:
     from parallel.launch import LaunchError, choose_accelerator, world_size
 
     manifest = preflight(config, world_size())
+    warn(fast_start(config))
     choose_accelerator()
     from parallel.cuda_graph import CaptureError
     from parallel.deepspeed_section import DeepSpeedSectionError
@@ -131,6 +134,11 @@ def report(error: Exception, status: int, from_any_rank: bool = False) -> int:
         for line in str(error).splitlines():
             print(f"error: {who}{line}", file=sys.stderr, flush=True)
     return status
+
+
+def warn(text: str | None) -> None:
+    if text is not None and is_rank_zero():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def is_rank_zero() -> bool:

@@ -1,9 +1,13 @@
 """The learning rate at every kind of step, worked out by hand."""
 
+from typing import Any
+
 import pytest
 
-from train.config_sections import OptimizerConfig
-from train.schedule import learning_rate, warmup_steps
+from model.config import ModelConfig
+from train.config import Config
+from train.config_sections import OptimizerConfig, TrainingConfig
+from train.schedule import fast_start, learning_rate, warmup_steps
 
 
 def rates(config: OptimizerConfig, train_steps: int) -> list[float]:
@@ -61,3 +65,28 @@ def test_warm_up_as_a_share_or_in_steps() -> None:
 def test_a_run_of_one_step_is_trained_at_the_peak() -> None:
     for schedule in ("linear", "cosine", "wsd"):
         assert rates(OptimizerConfig(learning_rate=1.0, schedule=schedule), 1) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({"train_steps": 300}, True),  # 15 steps of warm-up to 1e-3 at 12 x 768: NaN
+        ({"train_steps": 2000}, False),  # 100 steps: trained
+        ({"train_steps": 300, "warmup_steps": 100}, False),
+        ({"train_steps": 300, "learning_rate": 5e-4}, False),
+        ({"train_steps": 300, "architecture": "SM+LN+G"}, False),
+        ({"train_steps": 300, "learning_rate": 5e-4, "num_layers": 48}, True),
+    ],
+)
+def test_a_start_too_fast_for_a_network_without_norms_is_told(changes: dict[str, Any], warns: bool) -> None:
+    model = {key: value for key, value in changes.items() if key in ("architecture", "num_layers")}
+    optimizer = {key: value for key, value in changes.items() if key in ("warmup_steps", "learning_rate")}
+    config = Config(
+        model=ModelConfig(**model).resolved(),
+        optimizer=OptimizerConfig(**optimizer),
+        training=TrainingConfig(train_steps=changes["train_steps"]),
+    )
+    text = fast_start(config)
+    assert (text is not None) == warns
+    if text is not None:
+        assert "in 15 steps" in text and "optimizer.warmup_steps = 100" in text
