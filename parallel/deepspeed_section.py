@@ -4,6 +4,7 @@ errors for those below: both become one line here.
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,13 +49,12 @@ def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[st
         own: the user's part of it.
 
     Raises:
-        DeepSpeedSectionError: at the end, if DeepSpeed refused something or has not asked for some of the user's keys.
+        DeepSpeedSectionError: at the start, if DeepSpeed refuses something; at the end, if it has not asked for some of
+            the user's keys.
     """
+    _check_values(config, own)
     watched = _WatchedDict(config, set())
-    try:
-        yield watched
-    except pydantic.ValidationError as error:
-        raise DeepSpeedSectionError("\n".join(_line(error.title, fault) for fault in error.errors())) from None
+    yield watched
     unknown = sorted(own.keys() - watched.asked)
     if unknown:
         raise DeepSpeedSectionError(
@@ -63,6 +63,29 @@ def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[st
                 for key in unknown
             )
         )
+
+
+def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
+    """Has DeepSpeed read the configuration; it takes some values of the wrong type, which its engine fails on later."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        read = DeepSpeedConfig(copy.deepcopy(config))
+    except pydantic.ValidationError as error:
+        raise DeepSpeedSectionError("\n".join(_line(error.title, fault) for fault in error.errors())) from None
+    except Exception as error:
+        if not own:
+            raise
+        text = f"deepspeed: of {json.dumps(own)} DeepSpeed says '{error}'; mend or remove what it names"
+        raise DeepSpeedSectionError(text) from None
+    defaults = DeepSpeedConfig({key: value for key, value in config.items() if key not in own})
+    switches = [key for key in own if isinstance(getattr(defaults, key, None), bool)]
+    faults = [(key, "true or false") for key in switches if not isinstance(getattr(read, key), bool)]
+    if not isinstance(read.steps_per_print, int) or read.steps_per_print < 1:
+        faults.append(("steps_per_print", "a whole number from 1"))
+    if faults:
+        lines = (f"deepspeed.{key} = {json.dumps(own[key])} must be {wanted}" for key, wanted in faults)
+        raise DeepSpeedSectionError("\n".join(lines))
 
 
 def _line(model: str, fault: Any) -> str:

@@ -377,6 +377,13 @@ def test_what_deepspeed_does_not_take_is_one_line_and_the_run_can_start_after(ti
     assert answer.statuses == [2]
     (line,) = answer.stderr.splitlines()
     assert "reduce_bucket_size = -5 of DeepSpeedZeroConfig" in line and "greater than 0" in line
+    for setting, wanted in (
+        ("steps_per_print=often", 'deepspeed.steps_per_print = "often" must be a whole number from 1'),
+        ("dump_state=often", 'deepspeed.dump_state = "often" must be true or false'),
+        ("communication_data_type=half", "Supported data types: ['fp16', 'bf16', 'fp32']. Got: half'; mend or remove"),
+    ):
+        answer = run_main(1, tiny_config, f"deepspeed.{setting}")
+        assert answer.statuses == [2] and wanted in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
     known = [
         "deepspeed.comms_logger.enabled=false",
         "deepspeed.aio.block_size=1048576",
