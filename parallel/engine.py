@@ -205,8 +205,8 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     }
     if config.bf16:
         derived["bf16"] = {"enabled": True}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}  # else ZeRO 2 and 3 sum micro-batches in bf16
     if uses_bf16_optimizer(config):
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["gradient_clipping"] = 0.0  # see parallel.clipping
     defaults = {
         "steps_per_print": 2**31,

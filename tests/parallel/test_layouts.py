@@ -7,6 +7,7 @@ in float64. The default run takes a part of the grid in which every axis meets e
 import itertools
 
 import pytest
+import torch
 
 from parallel.comparison import compare
 from parallel.layout import Layout, parse_layout
@@ -51,6 +52,16 @@ def test_the_engine_in_bf16(layout: str) -> None:
     result = compare(measured(config, parsed, "bf16"), plain(config, parsed.acc or 2))
     assert result.gradient < 0.15 and result.gradient_norm < 5e-3, result
     assert result.loss < 1e-3 and result.entropy_nats < 1e-2, result
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_gradients_of_many_micro_batches_are_summed_in_float32(zero_stage: int) -> None:
+    """Summed in bf16 they are 1.25% off after 64 micro-batches; in float32 their errors average out: 0.56%."""
+    config, layout = tiny_config(global_batch_size=256), parse_layout(f"dp=2:zero={zero_stage}:acc=64")
+    found, expected = measured(config, layout, "bf16").gradients[0], plain(config, 64).gradients[0]
+    error = torch.cat([(found[name].double() - gradient).flatten() for name, gradient in expected.items()])
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert error.norm() < 0.008 * whole.norm()
 
 
 @pytest.mark.parametrize("layout", EXACT)
