@@ -89,8 +89,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
+        return _scaled(grad_hidden, grads[0]), _scaled(grad_weight, grads[0]), None, None, None
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient * scale [], rounded once: beside bf16 a tensor without dimensions would itself be rounded first."""
+    return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient))
 
 
 def _chunks(tokens: int, weight: Tensor) -> list[slice]:

@@ -98,8 +98,9 @@ class Engine:
     ) -> tuple[PendingReport, StageStatistics]:
         """Runs `num_micro_batches` and, if what they measured lies within `limits`, one optimizer step.
 
-        That is decided on the device: nothing here waits for it. Set `stop_requested` to tell all ranks through the
-        report that this one was asked to stop.
+        That is decided on the device: with ZeRO-1 in bf16 nothing here waits for it (DeepSpeed's other optimizers read
+        the norm of the gradients). Set `stop_requested` to tell all ranks through the report that this one was asked to
+        stop.
         """
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:

@@ -9,6 +9,7 @@ checkpoints over a gloo group of their own, so that the training's collectives a
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -17,9 +18,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.chunks import Chunk, ChunkLoadPlanner
+from train.agreement import on_rank_zero
 from train.checkpoint_folder import MARKER, DamagedFileError, Folder, read_marker, verify_file
 from train.checkpoint_tensors import Reader
 from train.config import Config
+from train.journal import read_journal
 
 VERIFYING_THREADS = 4
 
@@ -74,10 +77,9 @@ def newest_sound(
         folder = root.child(folder_name(step))
         marker, fault = _verified_marker(folder, group)
         if fault is None:
-            try:
-                return SavedCheckpoint(folder, marker, group), faults
-            except DamagedFileError as error:  # intact, but no table of tensors: every rank reads the same
-                fault = str(error)
+            saved, fault = _opened(folder, marker, group)
+        if fault is None:
+            return saved, faults
         faults.append(fault)
     return None, faults
 
@@ -88,7 +90,8 @@ def newest_to_resume(
     """The newest sound checkpoint (None for a new run), and what is wrong with newer ones; all ranks call.
 
     Raises:
-        CheckpointError: there are checkpoints but none is sound, or it is of another model or dataset.
+        CheckpointError: there are checkpoints but none is sound, or it is of another model, dataset or batch size, or
+            the run has saved checkpoints that are not there.
     """
     saved, faults = newest_sound(root, group)
     if saved is None and faults:
@@ -96,8 +99,11 @@ def newest_to_resume(
             f"{root.address}: no checkpoint is intact: {'; '.join(faults)}; restore one from a copy, or choose another "
             "run_dir to start anew"
         )
-    if saved is not None:
+    if saved is None:
+        on_rank_zero(lambda: check_not_lost(root, Path(config.run_dir)))
+    else:
         check_fits(saved, config, dataset)
+        check_same_batches(saved, config)
     return saved, faults
 
 
@@ -110,11 +116,24 @@ def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any
     marker, fault = _from_rank_zero([marker, fault], group)
     if fault is None:
         names = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
-        found = [_fault_of(folder, names, marker["files"])]
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, found[0], group=group)
-        fault = next((each for each in gathered if each is not None), None)
+        fault = _first_of_all_ranks(_fault_of(folder, names, marker["files"]), group)
     return marker, fault
+
+
+def _opened(folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> tuple["SavedCheckpoint | None", str | None]:
+    """The checkpoint, whose table of tensors every rank reads; the first fault that any of them met."""
+    saved, fault = None, None
+    try:
+        saved = SavedCheckpoint(folder, marker, group)
+    except DamagedFileError as error:
+        fault = str(error)
+    return saved, _first_of_all_ranks(fault, group)
+
+
+def _first_of_all_ranks(fault: str | None, group: ProcessGroup) -> str | None:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, fault, group=group)
+    return next((each for each in gathered if each is not None), None)
 
 
 def _fault_of(folder: Folder, names: list[str], files: dict[str, Any]) -> str | None:
@@ -147,6 +166,40 @@ def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any]) 
             )
 
 
+def check_not_lost(root: Folder, run_dir: Path) -> None:
+    """Raises CheckpointError where a run without checkpoints has saved some: starting anew would cut its curve."""
+    saved = [row["step"] for row in read_journal(run_dir) if row.get("event") == "saved"]
+    if saved:
+        raise CheckpointError(
+            f"{root.address}: holds no checkpoint, but the run in {run_dir} saved one at step {saved[-1]} "
+            "(journal.jsonl); set checkpoint.path to where that is, or choose another run_dir to start anew"
+        )
+
+
+def check_same_batches(saved: SavedCheckpoint, config: Config) -> None:
+    """Raises CheckpointError where steps have another size than those before, on which tokens and rates depend."""
+    there, here = saved.marker["config"]["training"]["global_batch_size"], config.training.global_batch_size
+    if there != here:
+        raise CheckpointError(
+            f"{saved.folder.address}: trained with training.global_batch_size = {there}, but the configuration has "
+            f"{here}; use the same value or another run_dir"
+        )
+
+
+def changed_settings(saved: SavedCheckpoint, config: Config) -> dict[str, list[Any]]:
+    """[old, new] of each setting that is not what the checkpoint was trained with."""
+    there, here = _flat(saved.marker["config"]), _flat(config.as_dict())
+    names = [key for key in here if key != "run_dir" and there.get(key) != here[key]]
+    return {key: [there.get(key), here[key]] for key in names}
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """section.key -> value; of the deepspeed section, each of its own keys."""
+    sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
+    keys = {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+    return {**{name: value for name, value in tree.items() if name not in sections}, **keys}
+
+
 def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
     dist.broadcast_object_list(values, src=0, group=group)
     return values
@@ -154,7 +207,11 @@ def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
 
 def first_failure(error: CheckpointException) -> str:
     rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}"
+    return f"rank {rank}: {first_line(cause)}"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def folder_name(step: int) -> str:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.chunks import Chunk, ChunkSavePlanner
 from parallel.engine import Engine
-from train.checkpoint import CheckpointError, first_failure, folder_name, steps_saved
+from train.checkpoint import CheckpointError, first_failure, first_line, folder_name, steps_saved
 from train.checkpoint_folder import DamagedFileError, Folder, read_marker
 from train.checkpoint_tensors import Writer
 from train.config import Config
@@ -126,7 +126,7 @@ class CheckpointSaver:
             writer = Writer(folder, dist.get_rank(), state)
             dcp.save({}, storage_writer=writer, planner=ChunkSavePlanner(chunks), process_group=self._group)
         except (Exception, CheckpointException) as error:  # a full disk, a store that does not answer, a rank gone
-            cause = first_failure(error) if isinstance(error, CheckpointException) else str(error).splitlines()[0]
+            cause = first_failure(error) if isinstance(error, CheckpointException) else first_line(error)
             message = f"{folder.address}: could not be saved ({cause})"
             if self._told is not None:
                 self._told("save failed", step=state["step"], reason=message)
@@ -135,7 +135,8 @@ class CheckpointSaver:
         if self._told is not None:
             write_s = round(time.perf_counter() - started, 3)
             self._told("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
-            prune(self._root, self._config, state["step"])
+            with contextlib.suppress(OSError):  # of a store that does not list now: deleted after the next save
+                prune(self._root, self._config, state["step"])
 
 
 def prune(root: Folder, config: Config, newest: int) -> None:

@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from data.sources import ReadOptions
 
+RECENT_STEPS = 20
+"""Over so many steps refused ones are counted."""
+
 
 def explained(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -211,7 +214,9 @@ class HealthConfig:
     )
     window: int = explained(128, "Recent steps that spikes are judged by; with fewer than a quarter nothing is one.")
     skip_limit: int = explained(
-        5, "Skipped steps of the last 20 at which the run goes back to its last good checkpoint, past those samples."
+        5,
+        f"Skipped steps of the last {RECENT_STEPS} at which the run goes back to its last good checkpoint, past those "
+        "samples.",
     )
     rollback_limit: int = explained(2, "Times a run goes back for one trouble before it stops.")
     start_limit_s: float = explained(
@@ -228,6 +233,11 @@ class HealthConfig:
         for name in ("window", "skip_limit"):
             if getattr(self, name) < 1:
                 faults.append(f"health.{name} = {getattr(self, name)} must be at least 1 (steps)")
+        if self.skip_limit > RECENT_STEPS:
+            faults.append(
+                f"health.skip_limit = {self.skip_limit} must be at most {RECENT_STEPS}: it counts refused "
+                f"steps among the last {RECENT_STEPS}"
+            )
         if self.rollback_limit < 0:
             faults.append(f"health.rollback_limit = {self.rollback_limit} must not be negative; 0 stops at once")
         for name in ("start_limit_s", "step_limit_s", "save_limit_s", "evaluation_limit_s"):

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from parallel.telemetry import FINITE, StepLimits, StepReport
-from train.config_sections import HealthConfig
+from train.config_sections import RECENT_STEPS, HealthConfig
 
-RECENT_STEPS = 20
 UNSEEN_STEPS = 1  # before the one that limits are made for: still on the device
 LEAST_LOSS_DEVIATION_NATS = 0.05
 LEAST_LOG_NORM_DEVIATION = 0.125

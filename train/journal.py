@@ -22,6 +22,9 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._path, self._lock = folder / NAME, threading.Lock()
+        if self._path.exists() and not (b"\n" + self._path.read_bytes()).endswith(b"\n"):
+            with self._path.open("a") as file:  # after a line that a crash cut off
+                file.write("\n")
 
     def write(self, event: str, **fields: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -11,6 +11,7 @@ mends, so that starting again would not help; 4 a time limit passed.
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         stop = StopRequest()  # before the libraries, which take a while to load
         status = train(config, stop)
-    except (ConfigError, DataError, RunError) as error:
+    except (ConfigError, RunError) as error:
         return report(error, 2)
+    except DataError as error:  # a dataset that one node does not see, say
+        return report(error, 2, from_each_node=True)
     if status == 0:  # else a signal that ends the ranks of a failed one must not hide this one's status
         stop.close()
     return status
@@ -97,7 +100,9 @@ def train(config: Config, stop: StopRequest) -> int:
         return report(error, 2, from_any_rank=True)
     except DeviceMemoryError as error:
         return report(error, 2 if error.at_start else 1, from_any_rank=True)
-    except (LaunchError, SaveError) as error:
+    except LaunchError as error:
+        return report(error, 1, from_each_node=True)
+    except SaveError as error:
         return report(error, 1)
     except (DataError, ReplicaError) as error:  # met by some ranks only, which tell it
         return report(error, 1, from_any_rank=True)
@@ -127,9 +132,9 @@ def last_words(config: Config, step: int, validation: "Validation | None") -> st
     return f"{config.run_dir} is complete at step {step}; raise training.train_steps to go on"
 
 
-def report(error: Exception, status: int, from_any_rank: bool = False) -> int:
-    """Prints one line a fault from rank 0 or, where only some ranks know of it, from each of those."""
-    if is_rank_zero() or from_any_rank:
+def report(error: Exception, status: int, from_any_rank: bool = False, from_each_node: bool = False) -> int:
+    """Prints one line a fault from rank 0 or, where only some ranks or nodes know of it, from each of those."""
+    if is_rank_zero() or from_any_rank or (from_each_node and os.environ.get("LOCAL_RANK", "0") == "0"):
         who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
         for line in str(error).splitlines():
             print(f"error: {who}{line}", file=sys.stderr, flush=True)
@@ -153,7 +158,11 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    status = main()
+    try:
+        status = main()
+    except Exception:  # whose cause nobody foresaw
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

@@ -31,19 +31,24 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece"
 class RunDirectory:
     """An open run folder; only one process of a job opens it for writing.
 
+    What it says of its run is left as it is until `describe` is called, once nothing refuses to start any more.
+
     Raises:
         RunError: another live process trains there, or it holds a run of another model or seed.
     """
 
-    def __init__(self, path: str | Path, config: Config, vocab_size: int) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, config: Config) -> None:
+        self.path, self._config = Path(path), config
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
         except OSError as error:
             raise RunError(f"run_dir {self.path}: cannot be written ({error}); choose another run_dir") from None
         check_same_run(self.path, config)
-        content = {"vocab_size": vocab_size, **description(config)}
+
+    def describe(self, vocab_size: int) -> None:
+        """Writes config.json."""
+        content = {"vocab_size": vocab_size, **description(self._config)}
         write_atomically(self.path / "config.json", json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:

@@ -21,9 +21,16 @@ SLOW_IN_A_ROW = 3
 
 
 class RunLog:
-    """The logs of a run that starts or goes on after `first_step`; what they hold of later steps is cut."""
+    """The logs of a run that starts or goes on after `first_step`; what they hold of later steps is cut.
 
-    def __init__(self, folder: Path, config: Config, first_step: int, faults: list[str]) -> None:
+    Args:
+        faults: of checkpoints newer than the one it goes on from.
+        changed: [old, new] of each setting that is not what that was trained with.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, first_step: int, faults: list[str], changed: dict[str, list[Any]]
+    ) -> None:
         self.folder, self.config = folder, config
         self.journal = Journal(folder)
         self.display = ProgressDisplay(config.train_steps, first_step)
@@ -31,8 +38,12 @@ class RunLog:
         self._slow: list[int] = []
         for fault in faults:
             self.warn("damaged checkpoint", f"{fault}; the one before is used", fault=fault)
-        said = f"resumed {folder} at step {first_step}" if first_step else None
-        self.event("resumed" if first_step else "started", said, step=first_step, world_size=world_size())
+        if first_step:
+            words = "".join(f", {key} = {new!r} (was {old!r})" for key, (old, new) in changed.items())
+            said = f"resumed {folder} at step {first_step}{words}"
+            self.event("resumed", said, step=first_step, world_size=world_size(), changed=changed)
+        else:
+            self.event("started", step=first_step, world_size=world_size())
         self._open(first_step)
 
     def steps(
@@ -172,6 +183,6 @@ def seconds_after(folder: Path, step: int) -> float:
 
 
 def is_validated(folder: Path, step: int, tokens: int) -> bool:
-    """Whether metrics.jsonl has a validation over `tokens` tokens at `step`."""
+    """Whether metrics.jsonl has a validation over at least `tokens` tokens at `step`."""
     rows = read_rows(folder / "metrics.jsonl")
-    return any(row["step"] == step and row.get("validation_tokens") == tokens for row in rows)
+    return any(row["step"] == step and row.get("validation_tokens", 0) >= tokens for row in rows)

@@ -61,7 +61,10 @@ class TimeLimits:
     def _enter(self, section: tuple[str, float, float] | None) -> None:
         self._section = section  # the watcher looks often enough; waking it at every step would cost more
         now = time.monotonic()
-        if section is not None and (section[0] != self._armed[0] or now - self._armed[1] > REARM_S):
+        if section is None:
+            self._armed = ("", 0.0)
+            faulthandler.cancel_dump_traceback_later()
+        elif section[0] != self._armed[0] or now - self._armed[1] > REARM_S:
             self._armed = (section[0], now)
             faulthandler.dump_traceback_later(section[1] + REARM_S + GRACE_S, exit=True, file=sys.__stderr__ or 2)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data.errors import DataError
 from data.manifest import Manifest
 from parallel.launch import initialize_distributed, local_device, rank
 from parallel.replicas import check_replicas
@@ -14,7 +15,7 @@ from parallel.stage import StageStatistics
 from parallel.telemetry import PendingReport, StepLimits, head_snapshot
 from train import checkpoint
 from train.agreement import on_rank_zero
-from train.checkpoint import SavedCheckpoint
+from train.checkpoint import CheckpointError, SavedCheckpoint
 from train.checkpoint_folder import Folder
 from train.checkpoint_saver import CheckpointSaver, Progress, prepare
 from train.config import Config
@@ -99,13 +100,17 @@ class Trainer:
         self.step = 0
         if saved is not None:
             self._restore(saved)
-            self.stream.load_state_dict(saved.marker["data_state"])
+            try:
+                self.stream.load_state_dict(saved.marker["data_state"])
+            except DataError as error:
+                raise CheckpointError(f"{saved.folder.address}: {error}") from None
             if "health_state" in saved.marker:  # of a run begun before that was saved, it is not
                 self.health.load_state_dict(saved.marker["health_state"])
         self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
         is_first = rank() == 0
         self.goodput = Goodput(self.folder, seconds_after(self.folder, self.step)) if is_first else Goodput(None)
-        self.log = RunLog(self.folder, config, self.step, faults) if is_first else None
+        changed = checkpoint.changed_settings(saved, config) if saved is not None else {}
+        self.log = RunLog(self.folder, config, self.step, faults, changed) if is_first else None
         told = None if self.log is None else self.log.saving
         self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
         self.metrics = StepMetrics(config, manifest.vocab_size)
@@ -121,23 +126,31 @@ class Trainer:
         """Trains to the last step and returns the validation over the whole split; None where the run was complete
         before, or was asked to stop before its end.
         """
-        if self._is_complete():
+        end, samples = self.config.train_steps, self.config.training.evaluation_samples
+        if self.step > end or (self.step == end and not self._lacks_validation(None)):
             return None
+        if (
+            0 < self.step < end
+            and self._due(self.config.training.evaluation_interval)
+            and self._lacks_validation(samples)
+        ):
+            self._evaluate(samples)  # which was left out for a stop
         self.metrics.start()
-        while self.step < self.config.train_steps and not self.is_stopping:
-            self._train_step()
-            if self.health.must_go_back:
-                self._go_back()
-                continue
-            if self.is_stopping or self._due(self.config.logging.interval):
-                self._log()
-            if every(self.config.parallel.replica_check_interval, self.step):
-                check_replicas(self.engine.stage, self.engine.groups)
-            if self._due(self.config.training.evaluation_interval) and self.step < self.config.train_steps:
-                self._evaluate(self.config.training.evaluation_samples)
-            self._save_if_due()
+        with self.limits.section("step"):  # what has no section of its own
+            while self.step < end and not self.is_stopping:
+                self._train_step()
+                if self.health.must_go_back:
+                    self._go_back()
+                    continue
+                if self.is_stopping or self._due(self.config.logging.interval):
+                    self._log()
+                if every(self.config.parallel.replica_check_interval, self.step):
+                    check_replicas(self.engine.stage, self.engine.groups)
+                if self._due(self.config.training.evaluation_interval) and self.step < end and not self.is_stopping:
+                    self._evaluate(samples)
+                self._save_if_due()
         self._finish_save()
-        return self._evaluate(None) if self.step == self.config.train_steps else None
+        return self._evaluate(None) if self.step == end else None
 
     def close(self, error: BaseException | None) -> None:
         """Releases everything; after an error nothing here waits for another rank."""
@@ -150,13 +163,12 @@ class Trainer:
                 self.log.end(self.step, self.stop.received, error, self.goodput, self.metrics.mfu_words)
                 self.log.close()
 
-    def _is_complete(self) -> bool:
-        """Whether nothing is left to do: a run killed while it validated at its end has that left."""
-        if self.step != self.config.train_steps:
-            return self.step > self.config.train_steps
+    def _lacks_validation(self, limit_samples: int | None) -> bool:
+        """Whether none over so many samples (all for None) was logged at this step: the run was stopped or killed."""
         seq_length = self.config.model.seq_length
-        tokens = self.manifest.num_samples("validation", seq_length) * seq_length
-        return bool(on_rank_zero(lambda: is_validated(self.folder, self.step, tokens)))
+        samples = self.manifest.num_samples("validation", seq_length)
+        tokens = (samples if limit_samples is None else min(samples, limit_samples)) * seq_length
+        return not on_rank_zero(lambda: is_validated(self.folder, self.step, tokens))
 
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
@@ -212,7 +224,13 @@ class Trainer:
         self.goodput.spent("other")
         self.metrics.start()
 
+    def _write_rows(self) -> None:
+        rows = self.metrics.flush()
+        if self.log is not None:
+            self.log.rows(rows)
+
     def _evaluate(self, limit_samples: int | None) -> Validation:
+        self._write_rows()  # of the steps before it
         with self.limits.section("evaluation"):
             stage, groups = self.engine.stage, self.engine.groups
             validation = validate(stage, groups, self.config, limit_samples, self.engine.evaluate)
@@ -229,9 +247,7 @@ class Trainer:
         self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
         if not self.save_is_due or (self.health.in_trouble and not is_last):
             return
-        rows = self.metrics.flush()
-        if self.log is not None:
-            self.log.rows(rows)  # a resumed run goes on after them, so they are there before the checkpoint is
+        self._write_rows()  # a resumed run goes on after them, so they are there before the checkpoint is
         loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
         with self.limits.section("save"):
             self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
@@ -253,7 +269,8 @@ class Trainer:
         self._settle()
         self._finish_save()
         first_refused = self.health.first_refused(self.step)
-        saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
+        with self.limits.section("start"):
+            saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
         if not self.health.may_go_back(self.step) or saved is None:
             self._log()
             why = "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
@@ -263,7 +280,8 @@ class Trainer:
             )
         from_step, self.save_is_due = self.step, True  # soon, so that a crash does not lead to those samples again
         lost_s = sum(row["step_time_s"] for row in self.metrics.flush() if row["step"] > saved.step)
-        self._restore(saved)
+        with self.limits.section("start"):
+            self._restore(saved)
         self.saver.forget_after(self.step)
         self.health.forget()
         if self.log is not None:
@@ -291,8 +309,9 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
     try:
         with limits.section("start"):
             initialize_distributed(limits.longest_s + 2 * GRACE_S)
-            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config, manifest.vocab_size)))
+            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
             trainer = Trainer(config, manifest, limits, stop)
+            on_rank_zero(lambda: directory[0].describe(manifest.vocab_size))
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:
         error = raised

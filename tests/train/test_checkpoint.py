@@ -94,6 +94,46 @@ def test_damage_met_by_another_rank_is_known_to_all(two_checkpoints: Path, tiny_
     assert "step_00000006/rank_00000_000.bin: has" in answer.stderr
 
 
+def test_a_table_that_one_rank_cannot_read_is_known_to_all(two_checkpoints: Path) -> None:
+    assert run_ranks(_newest_sound, 2, str(two_checkpoints / "checkpoints"), time_limit_s=60) == [6, 6]
+
+
+def _newest_sound(root: str) -> int:
+    """The step found where rank 1 once fails to read the newest table."""
+    from parallel.launch import initialize_distributed
+    from train import checkpoint
+    from train.checkpoint_folder import DamagedFileError, Folder
+
+    initialize_distributed()
+    read, failures = checkpoint.Reader.read_metadata, iter([torch.distributed.get_rank() == 1])
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(failures, False):
+            raise DamagedFileError("tensors.json: cannot be read (stale file handle)")
+        return read(self, *args, **kwargs)
+
+    checkpoint.Reader.read_metadata = failing  # type: ignore[method-assign]
+    saved, faults = checkpoint.newest_sound(Folder(root), checkpoint.checkpoint_group(30.0))
+    assert saved is not None and faults == ["tensors.json: cannot be read (stale file handle)"]
+    return saved.step
+
+
+def test_a_store_that_does_not_list_costs_no_run(tiny_config: Path, tmp_path: Path) -> None:
+    options = ["--config", str(tiny_config), "checkpoint.interval=3"]
+    ((status, _, err),) = run_ranks(_without_pruning, 1, options)
+    assert status == 0 and err == ""
+
+
+def _without_pruning(arguments: list[str]) -> Output:
+    import train.checkpoint_saver
+
+    def failing(*_: Any) -> None:
+        raise OSError("no answer")
+
+    train.checkpoint_saver.prune = failing
+    return main_output(arguments)
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch /tmp/egt-hostile-file-was-run",)

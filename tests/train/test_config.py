@@ -187,6 +187,10 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("checkpoint.keep_every=-1", r"checkpoint\.keep_every = -1 must not be negative; 0 keeps none for good"),
         ("checkpoint.path=", r"checkpoint\.path is empty; name a folder or an fsspec address.*"),
         ("health.spike_factor=-1", r"health\.spike_factor = -1\.0 must not be negative; 0 turns it off"),
+        (
+            "health.skip_limit=21",
+            r"health\.skip_limit = 21 must be at most 20: it counts refused steps among the last 20",
+        ),
         ("health.skip_limit=0", r"health\.skip_limit = 0 must be at least 1 \(steps\)"),
         ("health.step_limit_s=0", r"health\.step_limit_s = 0\.0 must be positive \(seconds\)"),
         ("health.rollback_limit=-1", r"health\.rollback_limit = -1 must not be negative; 0 stops at once"),

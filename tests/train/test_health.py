@@ -63,15 +63,17 @@ def test_limits_are_those_of_an_uninterrupted_run() -> None:
 
 
 def test_a_resumed_run_skips_what_an_uninterrupted_one_does(tiny_config: Path, tmp_path: Path) -> None:
-    """Step 17 comes soon after the resume at step 12, too soon to judge it by steps since then alone."""
+    """Step 17 comes soon after the resume at step 16, or 12 where that was not written in time: too soon to judge it by
+    steps since then alone.
+    """
     options = ["training.train_steps=20", "health.window=40", "checkpoint.interval=4", "training.evaluation_interval=0"]
     spike = 128, 136, 9.0, 0
     straight = run_faulty(with_bad_samples, 1, tiny_config, [*options, f"run_dir={tmp_path}/straight"], *spike)
     assert straight.statuses == [0], straight.stderr
     assert [row["step"] for row in journal(tmp_path / "straight") if row["event"] == "skipped step"] == [17]
-    assert run_faulty(with_too_little_memory, 1, tiny_config, options, 15).statuses == [1]
+    assert run_faulty(with_too_little_memory, 1, tiny_config, options, 17).statuses == [1]
     assert run_faulty(with_bad_samples, 1, tiny_config, options, *spike).statuses == [0]
-    assert next(row for row in journal(tmp_path / "run") if row["event"] == "resumed")["step"] == 12
+    assert next(row for row in journal(tmp_path / "run") if row["event"] == "resumed")["step"] in (12, 16)
     assert without_times(tmp_path / "run") == without_times(tmp_path / "straight")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallel.local_ranks import run_ranks
-from tests.train.runs import rows, run_main, without_times
+from tests.train.runs import journal, main_output, rows, run_main, without_times
 
 
 def interrupted_copy(run: Path, step: int) -> Path:
@@ -98,6 +98,37 @@ def test_a_run_of_another_model_or_seed_is_not_touched(tiny_config: Path, tmp_pa
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ("data.shuffle_window_shards=4", "the saved position in the data has window_shards"),
+        ("training.global_batch_size=16", "trained with training.global_batch_size = 8, but the configuration has 16"),
+        ("checkpoint.path=elsewhere", "elsewhere: holds no checkpoint, but the run in"),
+    ],
+)
+def test_a_resumption_that_cannot_be_leaves_the_run_as_it_is(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, wanted: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(1, tiny_config).statuses == [0]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    change = change.replace("elsewhere", f"{tmp_path}/elsewhere")
+    answer = run_main(2, tiny_config, change, "parallel.tensor_parallel_size=2")
+    assert answer.statuses == [2, 2] and answer.stderr.count("\n") == 1 and wanted in answer.stderr
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    del before[tmp_path / "run" / "run.lock"], after[tmp_path / "run" / "run.lock"]
+    assert after == before
+
+
+def test_settings_changed_at_a_resumption_are_told_and_noted(tiny_config: Path, tmp_path: Path) -> None:
+    assert run_main(1, tiny_config, "training.train_steps=6").statuses == [0]
+    answer = run_main(1, tiny_config, "training.train_steps=7", "regularizer.coefficient=3.0")
+    assert "at step 6, regularizer.coefficient = 3.0 (was " in answer.stdout
+    (resumed,) = (row for row in journal(tmp_path / "run") if row["event"] == "resumed")
+    assert resumed["changed"].keys() == {"training.train_steps", "regularizer.coefficient"}
+    assert resumed["changed"]["training.train_steps"] == [6, 7]
+
+
 def test_a_run_directory_in_use_is_refused(tiny_config: Path, tmp_path: Path) -> None:
     import fcntl
 
@@ -113,6 +144,17 @@ def test_a_run_directory_in_use_is_refused(tiny_config: Path, tmp_path: Path) ->
 def test_a_missing_dataset_is_named(tiny_config: Path, tmp_path: Path) -> None:
     answer = run_main(1, tiny_config, f"data.path={tmp_path}/nowhere")
     assert answer.statuses == [2] and "nowhere" in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_a_dataset_that_one_node_does_not_see_is_named_there(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    status, _, err = main_output(["--config", str(tiny_config), f"data.path={tmp_path}/nowhere"])
+    assert status == 2 and err.startswith("error: rank 9: ") and "nowhere" in err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main_output(["--config", str(tiny_config), f"data.path={tmp_path}/nowhere"]) == (2, "", "")
 
 
 def test_an_unknown_kind_of_checkpoint_store_is_named(tiny_config: Path) -> None:

@@ -1,6 +1,7 @@
 """Signals, kills, hangs and slow ranks."""
 
 import contextlib
+import faulthandler
 import os
 import random
 import signal
@@ -14,6 +15,9 @@ import pytest
 from parallel.local_ranks import start_ranks
 from tests.train.faulty import killed_before_change, until, with_output_to_file, with_slow_rank, with_too_little_memory
 from tests.train.runs import journal, rows, run_faulty, run_main, without_times
+from train.config import Config
+from train.journal import Journal
+from train.time_limits import TimeLimits
 
 LONG = [
     "training.train_steps=100000",
@@ -49,7 +53,8 @@ def saved_steps(run: Path) -> list[int]:
 def test_a_signal_to_any_rank_saves_on_all_and_the_curve_goes_on(
     tiny_config: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    run, layout = tmp_path / "run", ["parallel.tensor_parallel_size=2"]
+    """Evaluations, which may take long, are due at every step; the one at the last is made up for."""
+    run, layout = tmp_path / "run", ["parallel.tensor_parallel_size=2", "training.evaluation_interval=1"]
     processes = start(2, tiny_config, tmp_path, *LONG, *STEADY, *layout)
     until(lambda: len(saved_steps(run)) > 0)
     os.kill(processes[1].pid, number)
@@ -58,12 +63,34 @@ def test_a_signal_to_any_rank_saves_on_all_and_the_curve_goes_on(
     assert time.monotonic() - asked < 60
     stopped = journal(run)[-1]
     assert stopped["event"] == "asked to stop" and saved_steps(run)[-1] == stopped["step"]
+    assert max(row["step"] for row in rows(run) if "validation_loss" in row) == stopped["step"] - 1
     assert "stopped as asked at step" in (tmp_path / "log.0").read_text()
 
     end = f"training.train_steps={stopped['step'] + 5}"
     assert run_main(2, tiny_config, *LONG, *STEADY, *layout, end).statuses == [0, 0]
     assert run_main(2, tiny_config, *LONG, *STEADY, *layout, end, f"run_dir={tmp_path}/straight").statuses == [0, 0]
     assert without_times(run) == without_times(tmp_path / "straight")
+
+
+def test_outside_a_section_nothing_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: calls.append("armed"))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancelled"))
+    limits = TimeLimits(Config(run_dir=str(tmp_path)), 0)
+    with limits.section("step"):
+        for _ in range(3):
+            with limits.section("step"):
+                pass
+    assert calls == ["armed", "cancelled"]
+    limits.close()
+
+
+def test_a_line_of_the_journal_that_a_crash_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
+    Journal(tmp_path).write("started")
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"time": "2026-01-31T12:00:0')
+    Journal(tmp_path).write("resumed")
+    assert [row["event"] for row in Journal(tmp_path).rows()] == ["started", "resumed"]
 
 
 def test_a_second_signal_ends_at_once(tiny_config: Path, tmp_path: Path) -> None:
@@ -245,11 +272,11 @@ def test_the_slow_rank_is_named(tiny_config: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_one_line_with_the_remedy_and_what_was_saved_stays(
     tiny_config: Path, tmp_path: Path
 ) -> None:
-    answer = run_faulty(with_too_little_memory, 1, tiny_config, ["checkpoint.interval=4"], 6)
+    answer = run_faulty(with_too_little_memory, 1, tiny_config, ["checkpoint.interval=2"], 6)
     assert answer.statuses == [1]
     assert answer.stderr.startswith("error: the device's memory does not hold training.micro_batch_size = 4 (CUDA out")
     assert "Tried to allocate 9.50 GiB" in answer.stderr and len(answer.stderr.splitlines()) == 1
-    assert saved_steps(tmp_path / "run") == [4]
+    assert saved_steps(tmp_path / "run")[0] == 2, "complete before the next began"
     assert run_faulty(with_too_little_memory, 1, tiny_config, [], 1).statuses == [2], "it will never fit"
     assert run_main(1, tiny_config).statuses == [0]
 
