@@ -99,9 +99,10 @@ class SampleReader:
 
     def _replacement(self, shard: int, samples: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
         """Step from damaged shards to the next until a sound one; the way there does not depend on what was read."""
-        if len(self._damaged) == len(self._shards):
-            raise DataError(f"{self._manifest.source.describe('')}: every shard is damaged; copy the dataset again")
         while shard in self._damaged:
+            if len(self._damaged) == len(self._shards):
+                where = self._manifest.source.describe("")
+                raise DataError(f"{where}: every shard is damaged or shorter than a sample; copy the dataset again")
             shard = (shard + 1) % len(self._shards)
             num_samples = self._shards[shard].num_samples(self._seq_length)
             if num_samples:

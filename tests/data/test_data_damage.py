@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,24 @@ def test_skipping_gives_up_when_nothing_is_left(made: Path) -> None:
         flip(made / f"train-{number:06d}.tar", 800)
     with pytest.raises(DataError, match="every shard is damaged"):
         read_epoch(made, on_damage="skip")
+
+
+def test_skipping_gives_up_when_only_shards_without_a_sample_are_left(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path, [10, 0])
+    flip(path / "train-000000.tar", 800)
+    stream = TokenStream(path, "train", SEQ_LENGTH, 1, options=ReadOptions(on_damage="skip"))
+    raised: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            next(stream)
+        except DataError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert len(raised) == 1 and "every shard is damaged" in str(raised[0])
 
 
 def test_verify_names_every_damaged_shard(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
