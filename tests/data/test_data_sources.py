@@ -339,6 +339,49 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(tmp_pa
         cache.fill(digests["e"], 4000, [contents["e"]], "e")
 
 
+KILLED_WHILE_FETCHING = """
+import sys, time
+from pathlib import Path
+from data.cache import Cache
+def pieces():
+    print("fetching", flush=True)
+    time.sleep(1000)
+    yield b""
+Cache(Path(sys.argv[1]), 1000).fill(sys.argv[2], 900, pieces(), "killed")
+"""
+
+
+def test_what_a_killed_process_had_begun_to_fetch_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    digest = {size: hashlib.sha256(b"x" * size).hexdigest() for size in (100, 300, 400, 900)}
+    cache.fill(digest[100], 100, [b"x" * 100], "used")
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WHILE_FETCHING, str(tmp_path), digest[900]], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "fetching\n"
+    process.kill()
+    process.wait()
+
+    def pieces() -> Iterator[bytes]:
+        assert cache.fill(digest[300], 300, [b"x" * 300], "meanwhile").stat().st_size == 300
+        yield b"x" * 400
+
+    cache.fill(digest[400], 400, pieces(), "fetched while another is")
+    assert all(cache.find(digest[size], size) for size in (100, 300, 400))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 800
+
+
+def test_what_a_killed_process_left_of_the_same_file_is_counted_once(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    digest = {size: hashlib.sha256(b"x" * size).hexdigest() for size in (100, 900)}
+    cache.fill(digest[100], 100, [b"x" * 100], "used")
+    left = tmp_path / digest[900][:2] / f"{digest[900]}.partial"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(bytes(900))
+    cache.fill(digest[900], 900, [b"x" * 900], "again")
+    assert cache.find(digest[100], 100)
+
+
 @pytest.mark.parametrize("pieces", [[b"x" * 999], [b"x" * 1001], [b"y" * 1000], [b"x" * 500] * 10**6])
 def test_what_is_not_as_announced_does_not_enter_the_cache(tmp_path: Path, pieces: list[bytes]) -> None:
     digest = hashlib.sha256(b"x" * 1000).hexdigest()
