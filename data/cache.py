@@ -5,6 +5,8 @@ processes.
     cache/ab/abcdef....partial  one being fetched, already at its full size so that its space is accounted for
     cache/lock, ab/*.lock       locks; the system releases those of a process that was killed
 
+Locks are waited for in one order: a file's, then cache/lock.
+
 The least recently used files make room. A file that some process has open stays readable after it was removed.
 """
 
@@ -61,6 +63,7 @@ class Cache:
             if found is not None:
                 return found
             partial = path.with_suffix(".partial")
+            partial.unlink(missing_ok=True)  # of a process that was killed: not to be counted besides this one
             self._reserve(partial, num_bytes)
             try:
                 _store(partial, pieces, sha256, num_bytes)
@@ -83,6 +86,8 @@ class Cache:
     def _reserve(self, partial: Path, num_bytes: int) -> None:
         """Create the partial file at its full size, removing the files used longest ago to make room for it."""
         with _lock(self._root / "lock"):
+            for other in self._root.glob("??/*.partial"):
+                _remove_if_left_by_a_kill(other)
             entries = sorted((status.st_mtime_ns, status.st_size, path) for path, status in self._files())
             excess = sum(size for _, size, _ in entries) + num_bytes - self._limit_bytes
             for _, size, path in entries:
@@ -101,6 +106,12 @@ class Cache:
                     yield path, path.stat()
 
 
+def _remove_if_left_by_a_kill(partial: Path) -> None:
+    """Remove a partial file whose lock nobody holds; who wants to fetch the same file waits for the lock meanwhile."""
+    with contextlib.suppress(BlockingIOError), _lock(partial.with_suffix(".lock"), fcntl.LOCK_NB):
+        partial.unlink(missing_ok=True)
+
+
 def _store(partial: Path, pieces: Iterable[bytes], sha256: str, num_bytes: int) -> None:
     digest, received = hashlib.sha256(), 0
     with partial.open("r+b") as file:
@@ -117,7 +128,7 @@ def _store(partial: Path, pieces: Iterable[bytes], sha256: str, num_bytes: int) 
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, how: int = 0) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | how)
         yield

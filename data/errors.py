@@ -23,6 +23,10 @@ class DamagedShardError(DataError):
     """A shard is not what its manifest says."""
 
 
+class DamagedFileError(DamagedShardError):
+    """A shard's file is not what its manifest says: the original, or a copy in a cache that can be fetched again."""
+
+
 def printable(text: str, keep: str = "") -> str:
     """`text` with its control characters, but for those in `keep`, spelled as Python does."""
     return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)

@@ -4,7 +4,8 @@ Damage. A damaged copy in the cache is fetched again. Damage in the original sto
 out the whole shard ("skip"): then every shard is checked in full before its first sample is used, so that all ranks
 come to the same decision by themselves, and sample s of a damaged shard is replaced by sample s mod n of the next sound
 shard of n samples in the manifest. Counts and positions stay as they were, so ranks stay in step and a resumed run sees
-the same.
+the same. Trouble that one rank may have alone (its network, its disk, its limits) is never damage: it is tried again,
+and stops the run if it lasts.
 """
 
 import logging
@@ -13,7 +14,7 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DamagedShardError, DataError
+from data.errors import DamagedFileError, DamagedShardError, DataError
 from data.manifest import Manifest, ShardInfo
 from data.order import SampleOrder
 from data.shard_fetcher import ShardFetcher
@@ -99,9 +100,10 @@ class SampleReader:
 
     def _replacement(self, shard: int, samples: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
         """Step from damaged shards to the next until a sound one; the way there does not depend on what was read."""
-        if len(self._damaged) == len(self._shards):
-            raise DataError(f"{self._manifest.source.describe('')}: every shard is damaged; copy the dataset again")
         while shard in self._damaged:
+            if len(self._damaged) == len(self._shards):
+                where = self._manifest.source.describe("")
+                raise DataError(f"{where}: every shard is damaged or shorter than a sample; copy the dataset again")
             shard = (shard + 1) % len(self._shards)
             num_samples = self._shards[shard].num_samples(self._seq_length)
             if num_samples:
@@ -111,13 +113,22 @@ class SampleReader:
         return shard, samples
 
     def _sound_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
+        """Raises DamagedShardError only for the original: ranks have caches of their own, or clear the same one."""
+        source, info = self._manifest.shard_source, self._shards[shard]
         try:
             return self._read_rows(shard, samples)
-        except DamagedShardError:
+        except DamagedFileError:
             self._let_go(shard)
-            if not self._manifest.shard_source.forget(self._shards[shard].sha256):
+            if not source.is_remote:
                 raise
-        return self._read_rows(shard, samples)
+            source.forget(info.sha256)
+        try:
+            return self._read_rows(shard, samples)
+        except DamagedFileError as error:
+            raise DataError(
+                f"{source.describe(info.name)}: its copy in {self._options.cache_dir} is damaged or gone as soon as it "
+                f"is fetched ({error}); check that disk, or raise cache_gigabytes if other runs use it too"
+            ) from error
 
     def _read_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
         """Raises DataError, whatever the policy, for a token that no embedding has: the dataset contradicts itself."""

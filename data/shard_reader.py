@@ -6,10 +6,12 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from data.errors import DamagedShardError
 from data.manifest import Manifest, ShardInfo
 from data.tar_layout import BLOCK_TOKENS, DTYPES, HEADER_BYTES, digests_bytes
+from data.transport import WrongContentError, with_retries
 from data.verified_file import VerifiedFile
+
+_SIDECAR_ATTEMPTS = 2
 
 
 class TokenShard:
@@ -55,10 +57,13 @@ class TokenShard:
 
 
 def read_sidecar(manifest: Manifest, shard: ShardInfo, max_bytes: int) -> bytes:
-    """The digest list beside a shard, checked against the manifest."""
-    content = manifest.source.read(shard.digests_name, max_bytes)
-    found = hashlib.sha256(content).hexdigest()
-    if found != shard.digests_sha256:
-        where = manifest.source.describe(shard.digests_name)
-        raise DamagedShardError(f"{where}: sha256 {found}, expected {shard.digests_sha256}; copy or prepare it again")
-    return content
+    """The digest list beside a shard, checked against the manifest; raises DamagedShardError if it is another."""
+
+    def attempt() -> bytes:
+        content = manifest.source.read(shard.digests_name, max_bytes)
+        found = hashlib.sha256(content).hexdigest()
+        if found != shard.digests_sha256:
+            raise WrongContentError(f"sha256 {found}, expected {shard.digests_sha256}")
+        return content
+
+    return with_retries(attempt, _SIDECAR_ATTEMPTS, manifest.source.describe(shard.digests_name))

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,15 @@ class TokenStream:
         self._prefetch, self._window_shards = prefetch, window_shards
         num_samples = self.manifest.num_samples(split, seq_length)
         self._num_samples = None if split == "train" else min(num_samples, limit_samples or num_samples)
-        self._reader = open_reader(self.manifest, split, seq_length, seed, window_shards, options)
+        self._open_reader = partial(open_reader, self.manifest, split, seq_length, seed, window_shards, options)
+        self._reader = self._open_reader()
         self.samples_consumed = samples_consumed
         self.valid_rows = micro_batch_size
         self.document_starts: NDArray[np.int32] | None = None
         self._within_documents = within_documents
         self.wait_s = 0.0
         self._producer: _Producer | None = None
+        self._is_closed = False
 
     @property
     def num_batches(self) -> int | None:
@@ -114,6 +117,8 @@ class TokenStream:
         return self
 
     def __next__(self) -> NDArray[np.int64]:
+        if self._is_closed:
+            raise ValueError("this stream is closed; open another")
         if self._num_samples is not None and self.samples_consumed >= self._num_samples:
             raise StopIteration
         if self._producer is None:
@@ -150,11 +155,17 @@ class TokenStream:
                     f"the saved position in the data has {key} {state.get(key)!r}, but this run has {own[key]!r}; "
                     "resume with the dataset and settings it was saved with, or start a new run"
                 )
-        self.close()
+        if self._producer is not None:
+            self._stop()
+            self._reader = self._open_reader()  # a thread that still waits for a network has the other
         self.samples_consumed = int(state["samples_consumed"])
 
     def close(self) -> None:
-        """Stop reading ahead and let go of the files; a later `next` starts again."""
+        """Stop reading ahead and let go of the files, for good."""
+        self._is_closed = True
+        self._stop()
+
+    def _stop(self) -> None:
         if self._producer is not None:
             self._producer.stop()
             self._producer = None
@@ -237,9 +248,8 @@ class _Producer:
         while not self._queue.empty():
             self._queue.get_nowait()
         if self._thread is not threading.current_thread():
-            self._thread.join(
-                _LONGEST_STOP_S
-            )  # it may be waiting for a network; it does nothing more once it is through
+            # It may be waiting for a network; it does nothing more once it is through.
+            self._thread.join(_LONGEST_STOP_S)
 
 
 def _produce(

@@ -33,10 +33,16 @@ class WrongContentError(FetchError):
     """What came is not what was to come."""
 
 
-def with_retries(attempt: Callable[[], T], attempts: int, where: str) -> T:
+def with_retries(
+    attempt: Callable[[], T],
+    attempts: int,
+    where: str,
+    failure: str = "could not be fetched",
+    remedy: str = "check the address and the network",
+) -> T:
     """The result of `attempt`; after a FetchError it is repeated, with pauses that double.
 
-    Raises DamagedShardError if the wrong content came to the last, DataError if nothing did.
+    Raises DamagedShardError if the wrong content came to the last, DataError with `failure` and `remedy` if none did.
     """
     pause_s = _FIRST_PAUSE_S
     for left in reversed(range(attempts)):
@@ -50,9 +56,7 @@ def with_retries(attempt: Callable[[], T], attempts: int, where: str) -> T:
                 ) from error
         except FetchError as error:
             if not left:
-                raise DataError(
-                    f"{where}: could not be fetched in {attempts} attempts ({error}); check the address and the network"
-                ) from error
+                raise DataError(f"{where}: {failure} in {attempts} attempts ({error}); {remedy}") from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     raise AssertionError("attempts is at least 1")

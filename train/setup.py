@@ -89,7 +89,9 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
 
 
 load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
-"""`load_manifest`, but once a process: what is put in a dataset's place meanwhile is not what a run began with."""
+"""`load_manifest`, but once for all streams of a process: what is put in a dataset's place while a run trains is not
+what its streams began with. train.preflight has read the manifest itself before; that the two are one is not checked.
+"""
 
 
 def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:

@@ -1,17 +1,21 @@
 """Shards and manifests damaged in every way that other readers pass over in silence."""
 
+import errno
 import gzip
 import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data.transport
 from data.errors import DataError
 from data.inspect import main as inspect
 from data.manifest import _fingerprint, load_manifest
@@ -166,6 +170,63 @@ def test_skipping_gives_up_when_nothing_is_left(made: Path) -> None:
         flip(made / f"train-{number:06d}.tar", 800)
     with pytest.raises(DataError, match="every shard is damaged"):
         read_epoch(made, on_damage="skip")
+
+
+def test_skipping_gives_up_when_only_shards_without_a_sample_are_left(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path, [10, 0])
+    flip(path / "train-000000.tar", 800)
+    stream = TokenStream(path, "train", SEQ_LENGTH, 1, options=ReadOptions(on_damage="skip"))
+    raised: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            next(stream)
+        except DataError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert len(raised) == 1 and "every shard is damaged" in str(raised[0])
+
+
+def trouble(monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int, times: int) -> None:
+    """Let `os.open` or `os.fstat` of the file `name` fail some times."""
+    real, left = getattr(os, call), [times]
+
+    def fail(file: Any, *arguments: Any) -> Any:
+        path = file if call == "open" else os.readlink(f"/proc/self/fd/{file}")
+        if str(path).endswith(name) and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return real(file, *arguments)
+
+    monkeypatch.setattr(data.transport, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(f"data.verified_file.os.{call}", fail)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("call", ["open", "fstat"])
+def test_trouble_that_passes_is_no_damage(made: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    """Only one rank has it, and would else read other samples than the rest."""
+    undisturbed = read_epoch(made, on_damage="skip")
+    trouble(monkeypatch, call, SHARD, number, times=2)
+    assert read_epoch(made, on_damage="skip") == undisturbed
+
+
+@pytest.mark.parametrize("call", ["open", "fstat"])
+def test_trouble_that_lasts_stops_the_run_whatever_the_policy(
+    made: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    trouble(monkeypatch, call, SHARD, errno.ESTALE, times=1000)
+    with pytest.raises(DataError, match=rf"{SHARD}: could not be read in 5 attempts \(Stale file handle\); check the"):
+        read_epoch(made, on_damage="skip")
+
+
+@pytest.mark.parametrize("kept", [None, 512])
+def test_skipping_leaves_out_a_shard_that_is_absent_or_cut(made: Path, kept: int | None) -> None:
+    (made / SHARD).unlink() if kept is None else os.truncate(made / SHARD, kept)
+    assert set(read_epoch(made, on_damage="skip")) == first_tokens(SIZES) - set(range(161, 322))
 
 
 def test_verify_names_every_damaged_shard(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,56 @@ def test_a_server_that_is_down_does_not_pass_for_damage(server: Server, tmp_path
         read_epoch(server.address, options(tmp_path, fetch_attempts=2, on_damage="skip"))
 
 
+def test_a_cached_copy_that_others_remove_or_mend_does_not_pass_for_damage(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gone when it is opened, and gone when it is to be removed: another process was faster both times."""
+    skipping = options(tmp_path, on_damage="skip")
+    expected = read_epoch(server.address, skipping)
+    monkeypatch.setattr("data.samples.SampleReader._fetch_ahead", lambda reader, position: None)
+    real, num_opened = os.open, []
+
+    def remove_first(path: Any, *arguments: Any) -> int:
+        num_opened.append(path)
+        if len(num_opened) == 1:
+            os.unlink(path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr("data.verified_file.os.open", remove_first)
+    assert read_epoch(server.address, skipping) == expected
+    assert len(num_opened) == 5
+
+
+def test_a_disk_that_damages_what_is_cached_stops_the_run_whatever_the_policy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the ranks of one machine have it."""
+    rename = Path.rename
+
+    def damage(path: Path, target: Path) -> Path:
+        path.write_bytes(bytes(path.stat().st_size))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", damage)
+    with pytest.raises(
+        DataError, match=r"its copy in .*cache is damaged or gone as soon as it is fetched .*check that"
+    ):
+        read_epoch(server.address, options(tmp_path, on_damage="skip"))
+
+
+def test_a_digest_list_that_is_damaged_on_the_way_is_fetched_again(made: Path, server: Server, tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def once(number: int, name: str) -> str | None:
+        is_first = name.endswith(".digests") and name not in seen
+        seen.add(name)
+        return "flip" if is_first else None
+
+    server.fail = once  # type: ignore[assignment]
+    assert read_epoch(server.address, options(tmp_path, on_damage="skip")) == read_epoch(made, options(tmp_path))
+    assert len([name for name in server.requests if name.endswith(".tar")]) == len(SIZES)
+
+
 def test_a_cache_that_cannot_be_written_is_told(server: Server, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"cache .*: cannot be written \(Not a directory\); free space"):
@@ -337,6 +387,49 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(tmp_pa
     assert kept == {"a", "c", "d"}
     with pytest.raises(DataError, match="raise its limit"):
         cache.fill(digests["e"], 4000, [contents["e"]], "e")
+
+
+KILLED_WHILE_FETCHING = """
+import sys, time
+from pathlib import Path
+from data.cache import Cache
+def pieces():
+    print("fetching", flush=True)
+    time.sleep(1000)
+    yield b""
+Cache(Path(sys.argv[1]), 1000).fill(sys.argv[2], 900, pieces(), "killed")
+"""
+
+
+def test_what_a_killed_process_had_begun_to_fetch_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    digest = {size: hashlib.sha256(b"x" * size).hexdigest() for size in (100, 300, 400, 900)}
+    cache.fill(digest[100], 100, [b"x" * 100], "used")
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WHILE_FETCHING, str(tmp_path), digest[900]], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "fetching\n"
+    process.kill()
+    process.wait()
+
+    def pieces() -> Iterator[bytes]:
+        assert cache.fill(digest[300], 300, [b"x" * 300], "meanwhile").stat().st_size == 300
+        yield b"x" * 400
+
+    cache.fill(digest[400], 400, pieces(), "fetched while another is")
+    assert all(cache.find(digest[size], size) for size in (100, 300, 400))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 800
+
+
+def test_what_a_killed_process_left_of_the_same_file_is_counted_once(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    digest = {size: hashlib.sha256(b"x" * size).hexdigest() for size in (100, 900)}
+    cache.fill(digest[100], 100, [b"x" * 100], "used")
+    left = tmp_path / digest[900][:2] / f"{digest[900]}.partial"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(bytes(900))
+    cache.fill(digest[900], 900, [b"x" * 900], "again")
+    assert cache.find(digest[100], 100)
 
 
 @pytest.mark.parametrize("pieces", [[b"x" * 999], [b"x" * 1001], [b"y" * 1000], [b"x" * 500] * 10**6])

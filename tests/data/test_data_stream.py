@@ -1,5 +1,6 @@
 """Streams on any number of ranks, stopped and resumed anywhere, against the list of samples that one rank reads."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -227,21 +229,53 @@ def test_the_time_spent_waiting_is_told(made: Path, monkeypatch: pytest.MonkeyPa
 
 def test_closing_does_not_wait_for_a_network(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.stream._LONGEST_STOP_S", 0.1)
-    stream, released = TokenStream(made, "train", SEQ_LENGTH, 1), threading.Event()
-    next(stream)
-    monkeypatch.setattr(stream._reader, "read", lambda positions: released.wait(30))
-    for _ in range(30):
-        if stream._producer is not None and stream._producer._queue.empty():
-            break
-        next(stream)
-    stream.close()
-    released.set()
+    stream = TokenStream(made, "train", SEQ_LENGTH, 1)
+    with hanging_after_the_first_read(stream, monkeypatch):
+        started = time.monotonic()
+        stream.close()
+        assert time.monotonic() - started < 15
 
 
-def test_closing_stops_the_thread_and_next_starts_it_again(made: Path) -> None:
+def test_loading_a_position_leaves_a_thread_that_waits_for_a_network_its_own_files(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.stream._LONGEST_STOP_S", 0.1)
     stream = TokenStream(made, "train", SEQ_LENGTH, 1, seed=5, window_shards=2)
-    rows = [int(next(stream)[0, 0]) for _ in range(3)]
+    with hanging_after_the_first_read(stream, monkeypatch):
+        started = time.monotonic()
+        stream.load_state_dict({**stream.state_dict(), "samples_consumed": 3})
+        rows = ids([next(stream) for _ in range(3)])
+        assert time.monotonic() - started < 15
     stream.close()
-    rows += [int(next(stream)[0, 0]) for _ in range(3)]
+    assert rows == ids(take(made, 3, 1, consumed=3))
+
+
+@contextlib.contextmanager
+def hanging_after_the_first_read(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take a batch and wait until the thread hangs in its second read; it is released afterwards."""
+    read, is_in_read, released = stream._reader.read, [threading.Event(), threading.Event()], threading.Event()
+
+    def hang(positions: np.ndarray) -> np.ndarray:
+        if is_in_read[0].is_set():
+            is_in_read[1].set()
+            released.wait(30)
+        is_in_read[0].set()
+        return read(positions)
+
+    monkeypatch.setattr(stream._reader, "read", hang)
+    next(stream)
+    assert is_in_read[1].wait(30)
+    try:
+        yield
+    finally:
+        released.set()
+
+
+def test_a_closed_stream_stops_its_thread_and_refuses_to_go_on(made: Path) -> None:
+    stream = TokenStream(made, "train", SEQ_LENGTH, 1)
+    next(stream)
+    thread = stream._producer._thread  # type: ignore[union-attr]
     stream.close()
-    assert rows == ids(take(made, 6, 1))
+    assert not thread.is_alive()
+    with pytest.raises(ValueError, match="this stream is closed"):
+        next(stream)
