@@ -17,6 +17,7 @@ A manifest is data from elsewhere: names cannot leave the dataset's folder, size
 other, and its own `fingerprint` covers every field that the order or the content of samples depends on.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -126,6 +127,10 @@ def load_manifest(path: str | Path, options: ReadOptions | None = None, shards_a
         raise DataError(f"{where}: damaged, not JSON ({error}); prepare or copy the dataset again") from error
     shard_source = source if shards_address is None else open_source(shards_address, options)
     return _parse(fields, source, shard_source, where)
+
+
+load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
+"""`load_manifest`, but once a process: what is put in a dataset's place meanwhile is not what a run began with."""
 
 
 def manifest_json(

@@ -1,13 +1,12 @@
 """From a configuration to the parts of a run: groups, model, engine, data."""
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.manifest import Manifest, load_manifest
+from data.manifest import Manifest, load_dataset
 from data.stream import TokenStream
 from parallel.engine import Engine, EngineConfig
 from parallel.grid import RankGrid
@@ -86,12 +85,6 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
         seq_length=config.model.seq_length,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
     )
-
-
-load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
-"""`load_manifest`, but once for all streams of a process: what is put in a dataset's place while a run trains is not
-what its streams began with. train.preflight has read the manifest itself before; that the two are one is not checked.
-"""
 
 
 def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
