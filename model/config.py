@@ -169,6 +169,11 @@ class ModelConfig:
             )
         if self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")
+        if not 0 <= self.threshold_init <= 1:
+            faults.append(
+                f"model.threshold_init = {self.threshold_init} must lie in [0, 1]: it is a fraction of ln T, the "
+                "largest entropy that a head can have"
+            )
         if self.init_std <= 0:
             faults.append(f"model.init_std = {self.init_std} must be positive")
         return faults
