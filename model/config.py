@@ -45,7 +45,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def _explained(default: Any, text: str) -> Any:
+def explained(default: Any, text: str) -> Any:
+    """A field of a configuration: its default, and what it means."""
     return field(default=default, metadata={"help": text})
 
 
@@ -53,62 +54,62 @@ def _explained(default: Any, text: str) -> Any:
 class ModelConfig:
     """Sizes and ingredients of one model; `None` in an ingredient means "as the architecture's name says"."""
 
-    architecture: str = _explained(
+    architecture: str = explained(
         "EReg(SM(t)+ScFuFFN)", "Published name that fixes every ingredient below that is left at null."
     )
-    num_layers: int = _explained(12, "Transformer blocks; the paper uses 12 and 18.")
-    hidden_size: int = _explained(768, "Model width D in features.")
-    num_attention_heads: int = _explained(12, "Attention heads N a layer; the head width is hidden_size / N.")
-    seq_length: int = _explained(128, "Context T in tokens; fixes learned positions and per-position temperatures.")
-    ffn_hidden_size: int | None = _explained(
+    num_layers: int = explained(12, "Transformer blocks; the paper uses 12 and 18.")
+    hidden_size: int = explained(768, "Model width D in features.")
+    num_attention_heads: int = explained(12, "Attention heads N a layer; the head width is hidden_size / N.")
+    seq_length: int = explained(128, "Context T in tokens; fixes learned positions and per-position temperatures.")
+    ffn_hidden_size: int | None = explained(
         None, "Width between the two FFN matrices in features; null means 4 * hidden_size; unused by a fused FFN."
     )
-    norm: Literal["layernorm", "none"] | None = _explained(
+    norm: Literal["layernorm", "none"] | None = explained(
         None,
         "Normalization before attention and before the FFN (LN1, LN2); 'none' saves the costliest step of private "
         "inference.",
     )
-    activation: Literal["gelu", "relu", "identity"] | None = _explained(
+    activation: Literal["gelu", "relu", "identity"] | None = explained(
         None, "FFN activation; 'identity' makes the FFN linear."
     )
-    fused_ffn: bool | None = _explained(
+    fused_ffn: bool | None = explained(
         None, "One D x D matrix instead of two, possible since a linear FFN is one linear map; 8 times fewer FLOPs."
     )
-    scaled_ffn: bool | None = _explained(
+    scaled_ffn: bool | None = explained(
         None,
         "Learnable beta on the residual and 1/alpha on the FFN (paper Eq. 8), which keeps norm-free nets trainable.",
     )
-    temperature: Literal["none", "per_head", "per_position"] | None = _explained(
+    temperature: Literal["none", "per_head", "per_position"] | None = explained(
         None, "Learnable softmax temperature: none, one a head, or one a head and query position (the paper's H x T)."
     )
-    temperature_form: Literal["exp", "raw"] = _explained(
+    temperature_form: Literal["exp", "raw"] = explained(
         "exp",
         "'exp' trains ln(t / temperature_init) and so keeps t positive, and finely resolved in bf16; 'raw' trains t "
         "itself as in the paper, where it can cross zero.",
     )
-    temperature_init: float = _explained(
+    temperature_init: float = explained(
         0.01,
         "Initial t (unitless divisor of the logits): 0.01 on CodeParrot, 0.1 on Languini; lifts tiny norm-free logits.",
     )
-    weight_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = _explained(
+    weight_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
         None, "Linears whose weight is g V/||V|| per output row."
     )
-    spectral_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = _explained(
+    spectral_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
         None, "Linears whose weight is divided by its largest singular value."
     )
-    regularized: bool | None = _explained(None, "Whether heads carry learnable entropy thresholds for the regularizer.")
-    threshold_init: float = _explained(
+    regularized: bool | None = explained(None, "Whether heads carry learnable entropy thresholds for the regularizer.")
+    threshold_init: float = explained(
         0.5, "Initial threshold theta as a fraction of ln T; trained values in the paper lie between 0.20 and 0.52."
     )
-    final_norm: bool = _explained(
+    final_norm: bool = explained(
         True, "LayerNorm after the last block, which the authors keep; false makes the network strictly softmax-only."
     )
-    tied_head: bool = _explained(True, "Share the word embedding with the output head, as GPT-2 does.")
-    positions: Literal["learned", "rotary"] = _explained(
+    tied_head: bool = explained(True, "Share the word embedding with the output head, as GPT-2 does.")
+    positions: Literal["learned", "rotary"] = explained(
         "learned", "Learned absolute positions (the paper) or rotary ones."
     )
-    init_std: float = _explained(0.02, "Standard deviation of the normal initialization of every matrix.")
-    initialization: Literal["scaled", "paper"] = _explained(
+    init_std: float = explained(0.02, "Standard deviation of the normal initialization of every matrix.")
+    initialization: Literal["scaled", "paper"] = explained(
         "scaled",
         "'paper' draws every matrix with init_std and starts alpha at 1; 'scaled' is the same up to 12 layers of width "
         "768, and beyond keeps a norm-free residual from growing faster (see model/initialize.py).",
@@ -169,6 +170,11 @@ class ModelConfig:
             )
         if self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")
+        if not 0 <= self.threshold_init <= 1:
+            faults.append(
+                f"model.threshold_init = {self.threshold_init} must lie in [0, 1]: it is a fraction of ln T, the "
+                "largest entropy that a head can have"
+            )
         if self.init_std <= 0:
             faults.append(f"model.init_std = {self.init_std} must be positive")
         return faults

@@ -18,36 +18,30 @@ runs.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from model.config import explained
 
 
 @dataclass(frozen=True)
 class RegularizerConfig:
     """Strength and shape of the entropy penalty; it acts where the architecture is regularized."""
 
-    coefficient: float = field(
-        default=0.164,
-        metadata={
-            "help": "Weight of the penalty in the loss, per token (1/nat^2): the paper's lambda * micro-batch * T."
-        },
+    coefficient: float = explained(
+        0.164, "Weight of the penalty in the loss, per token (1/nat^2): the paper's lambda * micro-batch * T."
     )
-    margin: float = field(
-        default=0.20,
-        metadata={
-            "help": "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper "
-            "0 to 0.30."
-        },
+    margin: float = explained(
+        0.20,
+        "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper 0 to 0.30.",
     )
-    granularity: Literal["per_query", "per_head"] = field(
-        default="per_query",
-        metadata={
-            "help": "'per_query' penalizes each query's entropy (published code); 'per_head' the head's mean entropy "
-            "over one micro-batch of all data-parallel ranks (published algorithm)."
-        },
+    granularity: Literal["per_query", "per_head"] = explained(
+        "per_query",
+        "'per_query' penalizes each query's entropy (published code); 'per_head' the head's mean entropy over one "
+        "micro-batch of all data-parallel ranks (published algorithm).",
     )
 
     def faults(self) -> list[str]:

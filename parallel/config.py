@@ -1,9 +1,9 @@
 """How a model is laid out over ranks."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from model.config import ModelConfig
+from model.config import ModelConfig, explained
 
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
@@ -29,36 +29,32 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def _explained(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the parallel axes; the data-parallel size is what remains of the world."""
 
-    tensor_parallel_size: int = _explained(1, "Ranks that share each layer, split by heads; keep it within one node.")
-    pipeline_parallel_size: int = _explained(1, "Stages that share the layers; each holds a contiguous range of them.")
-    context_parallel_size: int = _explained(
+    tensor_parallel_size: int = explained(1, "Ranks that share each layer, split by heads; keep it within one node.")
+    pipeline_parallel_size: int = explained(1, "Stages that share the layers; each holds a contiguous range of them.")
+    context_parallel_size: int = explained(
         1,
         "Ranks that share each sequence by positions, for long contexts: attention exchanges positions for heads "
         "(Ulysses), so tp * cp must divide the heads.",
     )
-    sequence_parallel: bool = _explained(
+    sequence_parallel: bool = explained(
         False, "Split activations between the tensor-parallel regions by position: 1/tp of their memory, same traffic."
     )
-    zero_stage: Literal[1, 2, 3] = _explained(
+    zero_stage: Literal[1, 2, 3] = explained(
         1,
         "What ZeRO shards over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too (2 and 3 "
         "need pp=1).",
     )
 
-    fused_ffn: Literal["auto", "replicated", "split"] = _explained(
+    fused_ffn: Literal["auto", "replicated", "split"] = explained(
         "auto",
         "Under sequence parallelism a fused FFN is 'replicated' (no activation traffic, tp times the memory) or "
         "'split' over tensor-parallel ranks; 'auto' takes what moves fewer bytes. Without it, always split.",
     )
-    replica_check_interval: int = _explained(
+    replica_check_interval: int = explained(
         0,
         "Steps between checks that copies of a parameter on several ranks are still identical to the last bit; 0 for "
         "none.",

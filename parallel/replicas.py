@@ -21,6 +21,7 @@ from parallel.megatron import Groups
 from parallel.stage import Stage
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 1 << 20  # elements summed at once, some 24 bytes each: memory may be full when a check comes
 
 
 class ReplicaError(RuntimeError):
@@ -84,11 +85,19 @@ def _differing(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, kind:
 
 
 @torch.no_grad()
-def fingerprint(values: Tensor) -> Tensor:
-    """Two sums over the bits of a tensor, [2] int64; equal for equal bits, and all but surely only then."""
-    bits = values.detach().contiguous().view(INTEGERS[values.element_size()]).flatten().to(torch.int64)
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
-    return torch.stack([bits.sum(), (bits * weights).sum()])
+def fingerprint(values: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Two sums over the bits of a tensor, [2] int64; equal for equal bits, and all but surely only then.
+
+    Sums wrap around at 64 bits, so that they are the same whatever the chunks.
+    """
+    bits = values.detach().contiguous().view(INTEGERS[values.element_size()]).flatten()
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), chunk):
+        part = bits[start : start + chunk].to(torch.int64)
+        positions = torch.arange(start + 1, start + 1 + part.numel(), device=bits.device, dtype=torch.int64)
+        sums[0] += part.sum()
+        sums[1] += positions.mul_(part).sum()
+    return sums
 
 
 def _listed(ranks: list[int]) -> str:

@@ -30,11 +30,14 @@ TINY = {
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset of this project's own sources, vocabulary 400."""
+    return prepare_sources(tmp_path_factory.mktemp("dataset"), 400)
+
+
+def prepare_sources(folder: Path, vocab_size: int) -> Path:
     from data.prepare import main
 
-    folder = tmp_path_factory.mktemp("dataset")
     sources = Path(__file__).parents[1] / "model"
-    main(["--input", str(sources), "--output", str(folder), "--vocab-size", "400"])
+    main(["--input", str(sources), "--output", str(folder), "--vocab-size", str(vocab_size)])
     return folder
 
 

@@ -96,7 +96,10 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
     head = model.hidden_size * work.padded_vocab_size / grid.tp if grid.is_last_stage else 0
     products = 2 * tokens * (passes * layers * block_products(work) + 3 * head)
     scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # of a layer forward, half under the mask
-    attention_flops = layers * scores * (3.5 if work.recompute == "none" else 4.5)
+    runs = 3.5 if work.recompute == "none" else 4.5  # of attention, forward; its backward pass is worth 2.5
+    attention = max(
+        scores / (assumed.attention * gpu.peak_flops), assumed.attention_widths / 3.5 * width_bytes / memory_rate
+    )
     widths = assumed.block_widths + 10 * (model.norm == "layernorm") + 3 * ffn_share(work)
     widths -= assumed.residual_widths * model.ffn_holds_residual
     memory = layers * widths * width_bytes * passes / 3
@@ -105,10 +108,7 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
     sent = volume(work, ELEMENT_BYTES, GRADIENT_BYTES)
     busy = {
         "products": products / (assumed.products * gpu.peak_flops),
-        "attention": max(
-            attention_flops / (assumed.attention * gpu.peak_flops),
-            layers * assumed.attention_widths * width_bytes / memory_rate,
-        ),
+        "attention": layers * runs * attention,
         "memory": memory / memory_rate,
         **_communication(work, gpu, assumed, sent),
     }

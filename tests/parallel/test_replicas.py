@@ -1,17 +1,20 @@
 """The guard finds a copy of a parameter that differs from the others, names it, and stops every rank."""
 
+import itertools
+
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from parallel.compare import apply_layout
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
+from parallel.replicas import CHUNK, fingerprint
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config
 
 
 def _check(layout: Layout, odd_rank: int, name: str | None) -> str | None:
     """What the check says on this rank after one bit of a parameter was flipped on `odd_rank`."""
-    import torch
-
     from model.initialize import named_parameters
     from parallel.replicas import ReplicaError, check_replicas
     from train.setup import build_engine
@@ -53,3 +56,38 @@ def test_one_flipped_bit_is_found(layout: str, odd_rank: int, name: str, where: 
     named = [line for line in said if line and "another rank" not in line]
     assert named and all(re.search(where, line) for line in named), said
     assert all((name if name != "head.weight" else "embedding") in line for line in named)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_fingerprint_is_that_of_the_whole_whatever_the_chunks(dtype: torch.dtype) -> None:
+    values = torch.randn(37, 11, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).flatten().tolist()
+    wrapped = [
+        (total + 2**63) % 2**64 - 2**63 for total in (sum(bits), sum(i * b for i, b in enumerate(bits, start=1)))
+    ]
+    assert [fingerprint(values, chunk).tolist() for chunk in (1, 7, 11, 406, 407, 408, CHUNK)] == [wrapped] * 7
+    assert fingerprint(values.T.contiguous().T, 7).tolist() == wrapped, "how a copy lies in memory is not compared"
+
+
+@pytest.mark.parametrize("chunk", [4, CHUNK])
+def test_a_fingerprint_tells_any_bit_and_any_order(chunk: int) -> None:
+    values = torch.randn(12, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    found = [fingerprint(values, chunk)]
+    for index, bit in itertools.product(range(12), range(16)):
+        other = values.clone()
+        other.view(torch.int16)[index] ^= (1 << bit) - (1 << 16) * (bit == 15)
+        found.append(fingerprint(other, chunk))
+    for first, second in itertools.combinations(range(12), 2):  # in one chunk and over two
+        order = list(range(12))
+        order[first], order[second] = second, first
+        found.append(fingerprint(values[order], chunk))
+    assert len({tuple(sums.tolist()) for sums in found}) == len(found)
+
+
+def test_a_fingerprint_needs_little_memory_however_large_the_parameter() -> None:
+    values = torch.zeros(4 * CHUNK + 1, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        fingerprint(values)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    taken = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    assert 0 < max(taken) < 32 * CHUNK, "bytes"

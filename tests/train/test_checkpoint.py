@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.config import padded_vocab_size
 from parallel.local_ranks import run_ranks
+from tests.conftest import prepare_sources
 from tests.train.runs import Output, journal, main_output, rows, run_main, without_times
 
 LAYOUTS: list[tuple[int, list[str]]] = [
@@ -24,10 +26,18 @@ LAYOUTS: list[tuple[int, list[str]]] = [
     (4, ["parallel.context_parallel_size=2", "training.micro_batch_size=2", "parallel.zero_stage=2"]),
     (1, []),
 ]
+VOCAB_SIZE = 360
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose vocabulary is padded to more rows on several tensor-parallel ranks than on one."""
+    return prepare_sources(tmp_path_factory.mktemp("dataset"), VOCAB_SIZE)
 
 
 def test_layouts_changed_at_each_restart_train_one_curve(tiny_config: Path, tmp_path: Path) -> None:
-    """Vocabulary padding grows and shrinks on the way: 400 tokens are 512 rows on one and two ranks, 512 on four."""
+    """Vocabulary padding shrinks and grows on the way: 360 tokens are 384 rows on one rank, 512 on two and on four."""
+    assert [padded_vocab_size(VOCAB_SIZE, tp) for tp in (1, 2, 4)] == [384, 512, 512]
     assert run_main(1, tiny_config).statuses == [0]
     chain = f"run_dir={tmp_path}/chain"
     for number, (world_size, layout) in enumerate(LAYOUTS, start=1):
@@ -46,6 +56,7 @@ def test_layouts_changed_at_each_restart_train_one_curve(tiny_config: Path, tmp_
 
 def test_padding_that_grows_and_shrinks_leaves_no_trace(tiny_config: Path, tmp_path: Path) -> None:
     """The table holds the model as it is, without padding, whatever the layout that saved it."""
+    assert padded_vocab_size(VOCAB_SIZE, 1) < padded_vocab_size(VOCAB_SIZE, 4)
     shapes = []
     for world_size, layout in ((1, []), (4, ["parallel.tensor_parallel_size=4"])):
         run = tmp_path / f"on{world_size}"
@@ -53,7 +64,7 @@ def test_padding_that_grows_and_shrinks_leaves_no_trace(tiny_config: Path, tmp_p
         assert answer.statuses == [0] * world_size, answer.stderr
         table = json.loads((run / "checkpoints/step_00000001/tensors.json").read_text())
         shapes.append({name: entry["shape"] for name, entry in table.items()})
-    assert shapes[0] == shapes[1] and shapes[0]["model.embedding.word.weight"] == [400, 32]
+    assert shapes[0] == shapes[1] and shapes[0]["model.embedding.word.weight"] == [VOCAB_SIZE, 32]
 
 
 @pytest.fixture

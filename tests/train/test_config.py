@@ -167,6 +167,8 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("model.ffn_hidden_size=-4", r"model\.ffn_hidden_size = -4 must be at least 1.*"),
         ("model.activation=gelu", r"model\.fused_ffn = true needs model\.activation = 'identity', not 'gelu'.*"),
         ("model.temperature_init=0", r"model\.temperature_init = 0\.0 must be positive.*"),
+        ("model.threshold_init=7", r"model\.threshold_init = 7\.0 must lie in \[0, 1\]: it is a fraction of ln T.*"),
+        ("model.threshold_init=-0.1", r"model\.threshold_init = -0\.1 must lie in \[0, 1\].*"),
         ("model.init_std=-1", r"model\.init_std = -1\.0 must be positive"),
         ("regularizer.coefficient=-1", r"regularizer\.coefficient = -1\.0 must not be negative; 0 turns .* off"),
         ("regularizer.margin=1", r"regularizer\.margin = 1\.0 must lie in \[0, 1\).*"),

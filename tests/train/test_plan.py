@@ -53,6 +53,20 @@ def test_splitting_divides_what_is_split(capsys: pytest.CaptureFixture[str]) -> 
     assert all(layout["fits"] for layout in whole["layouts"]) and len(whole["layouts"]) > 10
 
 
+@pytest.mark.parametrize("seq_length", [128, 2048], ids=["attention by memory", "attention by arithmetic"])
+def test_attention_that_is_computed_again_costs_time(capsys: pytest.CaptureFixture[str], seq_length: int) -> None:
+    arguments = ["--config", str(ROOT / "configs/ereg.json"), "--gpus", "1", "--gpu", "h100"]
+    arguments += [f"model.seq_length={seq_length}", f"training.micro_batch_size={65_536 // seq_length}"]
+    times = {}
+    for how in ("none", "selective", "full"):
+        _, printed = planned(capsys, *arguments, f"training.activation_recompute={how}")
+        times[how] = printed["plan"]["step_time_s"]
+    again = times["none"]["attention"] / 3.5  # one forward pass more
+    assert times["selective"]["attention"] == times["full"]["attention"]
+    assert times["selective"]["total"] - times["none"]["total"] == pytest.approx(again)
+    assert times["full"]["total"] > times["selective"]["total"]
+
+
 def test_a_job_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(ROOT / "configs/ereg_1b.json"), "--gpus", "1", "--gpu", "a100"]
     status = main([*arguments, "training.micro_batch_size=64"])
