@@ -14,7 +14,7 @@ from typing import Any
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest
 from data.stream import open_reader
-from model.config import ModelConfig
+from model.config import ModelConfig, explained
 from model.regularizer import RegularizerConfig
 from parallel.config import ParallelConfig
 from parallel.grid import RankGrid
@@ -25,7 +25,6 @@ from train.config_sections import (
     LoggingConfig,
     OptimizerConfig,
     TrainingConfig,
-    explained,
 )
 from train.config_tree import ConfigError, apply_override, build, read_json
 

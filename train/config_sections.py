@@ -1,16 +1,13 @@
 """The sections of a configuration: every key with its default, its meaning, and what it must fulfil by itself."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from data.sources import ReadOptions
+from model.config import explained
 
 RECENT_STEPS = 20
 """Over so many steps refused ones are counted."""
-
-
-def explained(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
