@@ -17,7 +17,7 @@ from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
-from train.study.results import Group, records
+from train.study.results import Group, description, records, vocabulary
 from train.study.runner import branch_off, forked, prepare, read_state
 from train.study.suite import SuiteError, load_suite, merged
 from train.study.table import gap_text, relative
@@ -70,6 +70,30 @@ def test_what_is_done_is_not_done_again(finished: Path, capsys: pytest.CaptureFi
     assert main(["run", str(finished), "--only", "lost"]) == 0
     assert "diverged" in capsys.readouterr().out and (folder / "log.txt").stat().st_mtime_ns == before
     assert main(["run", str(finished), "--only", "nobody"]) == 2
+
+
+def test_another_configurations_results_are_not_the_suites(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wider = [str(finished), "optimizer.learning_rate=0.5"]
+    assert main(["run", *wider]) == main(["slurm", *wider]) == 2
+    out, errors = capsys.readouterr()
+    assert not out and errors.count("\n") == 2 and errors.count("; give the suite another folder: output=DIR") == 2
+    for override, there, here in (
+        ("model.num_layers=3", "model.num_layers is 2 in ", " and 3 here"),
+        ("data.path=nowhere", "data.path is '", " and 'nowhere' here"),
+        ("training.train_steps=6", "training.train_steps is at least 12 in ", " and 6 here"),
+    ):
+        assert main(["status", str(finished), "--json", override]) == 0
+        row = json.loads(capsys.readouterr().out.splitlines()[0])
+        assert (row["state"], row["validation_loss"], row["tokens"]) == ("other", None, 0)
+        assert there in row["detail"] and here in row["detail"]
+    assert main(["report", "--output", str(tmp_path), str(finished), "model.num_layers=3"]) == 0
+    assert "(10 other)" in (tmp_path / "report.md").read_text() and not list((tmp_path / "pictures").iterdir())
+    series = load_series(finished, "total", overrides=["model.num_layers=3"])
+    assert all(not len(one.points) and ": other" in one.left_out[0] for one in series)
+    longer = load_suite(finished, ["training.train_steps=20", "logging.interval=1", "health.window=9"])
+    assert read_state(longer.runs[0].stages[0]).word == "partial"
 
 
 def test_a_branch_is_the_run_its_own_schedule_would_have_been(finished: Path, tmp_path: Path, dataset: Path) -> None:
@@ -136,9 +160,8 @@ def test_points_for_scaling_laws_come_from_what_finished(
     assert sorted(set(ereg.points.tokens)) == [8 * 32 * 10, 8 * 32 * 12, 8 * 32 * 20]
     assert len(series["SM"].points) == 0 and "diverged" in series["SM"].left_out[0]
     assert ereg.communication_gb is not None and ereg.communication_gb(np.array([1e6])) > 0
-    elsewhere = load_series(finished, "total", overrides=["data.path=nowhere", "data.planned_vocab_size=7"])
-    sizes = {one.points.name: list(one.points.parameters) for one in elsewhere}
-    assert sizes == {name: list(one.points.parameters) for name, one in series.items()}, "a run notes its vocabulary"
+    stage = load_suite(finished, ["data.path=nowhere", "data.planned_vocab_size=7"]).runs[0].stages[0]
+    assert vocabulary(description(stage.folder), stage.config) == 400, "a run notes its vocabulary"
     not_begun = ["data.path=nowhere", "data.planned_vocab_size=null", f"output={tmp_path}"]
     assert scaling(["fit", str(finished), "--resamples", "5", *not_begun]) == 2
     assert "its parameters cannot be counted" in capsys.readouterr().err

@@ -93,14 +93,14 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     best: dict[tuple[int, int], Record] = {}
     lost = []
     for record in members:
-        if record.state.word in ("diverged", "failed"):
+        if record.state.word in ("diverged", "failed", "other"):
             lost.append(f"{record.label}, {record.planned_tokens / 1e6:.3g}M tokens: {record.state.word}")
         if record.loss is None:
             continue
         key = (size(record), record.tokens)
         if key not in best or record.loss < (best[key].loss or np.inf):  # of a swept rate the best counts
             best[key] = record
-    if unreached := sum(not record.state.is_final and record.state.word != "failed" for record in members):
+    if unreached := sum(record.state.word in ("new", "running", "partial") for record in members):
         lost.append(f"{unreached} results not reached yet")
     rows = [(n, d, record.loss or np.nan, record.flops) for (n, d), record in best.items()]
     models = {size(record): record for record in members}

@@ -80,6 +80,8 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         names = ", ".join(run.name for run in suite.runs)
         print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
         return 2
+    if holds_others(suite, options.only):
+        return 2
     runner = Runner(
         suite,
         launcher=shlex.split(options.launcher),
@@ -97,6 +99,18 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         words = "the same command goes on; python -m train.study status says where each stands"
         print(f"error: {failed} run(s) are not finished; {words}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def holds_others(suite: Suite, only: str | None = None) -> bool:
+    """Whether a folder of the suite has a run of another configuration, which training would mix with this one."""
+    from train.study.runner import read_state
+
+    for planned in suite.runs:
+        for stage in planned.stages if only in (None, planned.name, planned.label) else ():
+            if (state := read_state(stage)).word == "other":
+                print(f"error: {planned.name}: {state.detail}", file=sys.stderr)
+                return True
+    return False
 
 
 def status(suite: Suite, options: argparse.Namespace) -> int:
@@ -129,6 +143,8 @@ def report(suite: Suite, options: argparse.Namespace) -> int:
 def slurm(suite: Suite, options: argparse.Namespace) -> int:
     from train.study.runner import next_stage, prepare
 
+    if holds_others(suite):
+        return 2
     files = [str(prepare(stage)) for run in suite.runs if (stage := next_stage(run)) is not None]
     if not files:
         print("nothing to submit: every run is at its end or being trained")

@@ -38,7 +38,8 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     if file.exists():
         machine = json.loads(file.read_text(encoding="utf-8"))
         lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
-    commits = {str(commit) for record in found if (commit := description(record.folder).get("git_commit"))}
+    begun = [description(record.folder) for record in found if record.state.word != "other"]
+    commits = {str(commit) for noted in begun if (commit := noted.get("git_commit"))}
     if commits:
         lines.append(f"Commit {', '.join(sorted(commits))}.")
     shapes = {(model.num_layers, model.hidden_size, model.num_attention_heads, model.seq_length)
@@ -56,7 +57,7 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
 
 
 def _divergences(document: Document, found: list[Record]) -> None:
-    lost = [record for record in found if record.state.word in ("diverged", "failed")]
+    lost = [record for record in found if record.state.word in ("diverged", "failed", "other")]
     if not lost:
         return
     document.heading("Runs that did not finish")
@@ -182,6 +183,8 @@ def _last_budget(drawn: list[tuple[Group, Run]]) -> list[tuple[Group, Run]]:
 
 
 def _loaded(record: Record) -> Run | None:
+    if record.state.word == "other":
+        return None
     try:
         return load_run(record.folder)
     except FigureError:

@@ -69,15 +69,16 @@ def _of_run(run: PlannedRun) -> Iterable[Record]:
     lost: State | None = None
     for stage in run.stages:
         state = read_state(stage) if lost is None else lost
-        if state.word == "diverged" and lost is None and not stage.is_result:
-            lost = state  # a trunk that diverged has no further branches
+        if state.word in ("diverged", "other") and lost is None and not stage.is_result:
+            lost = state  # such a trunk has no further branches
         if stage.is_result:
             yield _record(run, stage, state)
 
 
 def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     config = stage.config
-    vocab_size = vocabulary(stage.folder, config)
+    noted = {} if state.word == "other" else description(stage.folder)
+    vocab_size = vocabulary(noted, config)
     total, body = count_parameters(config.model, vocab_size)
     tokens = state.step * config.tokens_per_step
     return Record(
@@ -96,11 +97,11 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     )
 
 
-def vocabulary(folder: Path, config: Config) -> int:
+def vocabulary(noted: dict[str, Any], config: Config) -> int:
     """Tokens as the run noted them, else of the dataset, else as planned; 0 where none of them is known."""
-    noted = description(folder).get("vocab_size")  # not by runs that have not begun, nor by earlier versions
-    if isinstance(noted, int):
-        return noted
+    size = noted.get("vocab_size")  # not by runs that have not begun, nor by earlier versions
+    if isinstance(size, int):
+        return size
     try:
         return int(load_manifest(config.data.path).vocab_size)
     except DataError:

@@ -23,11 +23,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from train.run_dir import read_rows, write_atomically
+from train.run_dir import RunError, read_config, read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]
 GAVE_UP = re.compile(r"error: (step \d+: [^;]*)")  # how the trainer ends a run that has diverged
+RESULT_KEYS = ("model", "regularizer", "optimizer", "training.seed", "training.global_batch_size",
+               "training.micro_batch_size", "data.path")  # fmt: skip
+"""Sections and keys that fix a result; length, layout and logging may change while a run goes on."""
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
@@ -36,10 +39,10 @@ class State:
     """Where a stage stands.
 
     Attributes:
-        word: new, running, partial, done, diverged or failed.
+        word: new, running, partial, done, diverged or failed; other where the folder holds another configuration's run.
         step: last step with a row.
         loss: of the final evaluation in nats a token, for a stage that is done.
-        detail: of a run that diverged or failed, one line.
+        detail: of a run that diverged, failed or is another, one line.
     """
 
     word: str
@@ -54,12 +57,38 @@ class State:
 
 def read_state(stage: Stage) -> State:
     """Reads a stage's folder."""
+    try:
+        if difference := difference_from(stage):
+            return State("other", detail=f"{difference}; give the suite another folder: output=DIR")
+    except RunError as error:
+        return State("failed", detail=str(error))
+    return _reached(stage)
+
+
+def difference_from(stage: Stage) -> str:
+    """The first key in which the run in a stage's folder is another than the stage's, with both values; '' if none."""
+    there, here = read_config(stage.folder) or {}, stage.config.as_dict()
+    for place in RESULT_KEYS:
+        section, _, only = place.partition(".")
+        theirs = there.get(section, {})
+        if not isinstance(theirs, dict):
+            raise RunError(f"{stage.folder}/config.json: {section} is {theirs!r}, expected an object; restore the file")
+        for key in [only] if only else here[section]:
+            if key in theirs and theirs[key] != here[section][key]:  # earlier versions noted fewer keys
+                return f"{section}.{key} is {theirs[key]!r} in {stage.folder} and {here[section][key]!r} here"
+    return ""
+
+
+def _reached(stage: Stage) -> State:
     rows = read_rows(stage.folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     last = int(steps[-1]["step"]) if steps else 0
     if is_locked(stage.folder):
         return State("running", last)
     target = stage.config.train_steps
+    if stage.is_result and last > target:
+        words = f"training.train_steps is at least {last} in {stage.folder} and {target} here"
+        return State("other", detail=f"{words}; give the suite another folder: output=DIR")
     final = [row for row in rows if "validation_loss" in row and row["step"] >= target]
     if final or (not stage.is_result and has_checkpoint(stage.folder, target)):
         loss = final[-1]["validation_loss"] if final else None
@@ -167,6 +196,9 @@ class Runner:
             if state.word == "running":
                 self.say(f"{where}: another process trains it")
                 return True
+            if state.word == "other":
+                self.say(f"{where}: other ({state.detail})")
+                return False
             if not state.is_final:
                 self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
                 self._start(stage, ends_at)
@@ -201,11 +233,11 @@ def prepare(stage: Stage) -> Path:
 
 
 def next_stage(run: PlannedRun) -> Stage | None:
-    """The first stage that is still to be trained; None where the run is at its end, diverged or being trained."""
+    """The first stage that is still to be trained; None where none is or one that others rest on is being trained."""
     for stage in run.stages:
         state = read_state(stage)
         if state.word != "done":
-            return None if state.word in ("diverged", "running") else stage
+            return None if state.word in ("diverged", "running", "other") else stage
     return None
 
 
