@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.results import Group, description, records, vocabulary
-from train.study.runner import branch_off, forked, prepare, read_state
+from train.study.runner import branch_off, complete_steps, forked, next_stage, prepare, read_state
 from train.study.suite import SuiteError, load_suite, merged
 from train.study.table import gap_text, relative
 
@@ -131,6 +132,44 @@ def test_a_stopped_branch_is_neither_copied_over_nor_lost(finished: Path, tmp_pa
     before = sorted(path.name for path in (stage.folder / "checkpoints").iterdir())
     branch_off(stage)
     assert sorted(path.name for path in (stage.folder / "checkpoints").iterdir()) == before
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path, dataset: Path) -> Path:
+    """A suite of the branched run's first seed alone, with a budget added between the two that are done."""
+    source = load_suite(finished).runs[-2].stages[0].folder.parent
+    shutil.copytree(source, tmp_path / "runs" / "branched" / "seed1")
+    return write_suite(tmp_path, [{"name": "branched", "budgets_tokens": [2560, 3840, 5120]}], dataset)
+
+
+def test_a_budget_between_and_a_branch_begun_anew_find_the_trunks_checkpoints(copied: Path) -> None:
+    trunk, first = load_suite(copied).runs[0].stages[:2]
+    assert trunk.config.checkpoint.keep == 3
+    lost = first.folder / "metrics.jsonl"
+    before = read_state(first).loss
+    lost.write_text('{"step": 9, "loss": null}\n')
+    shutil.rmtree(trunk.folder / "checkpoints" / "step_00000008", ignore_errors=True)
+    assert main(["run", str(copied), "--retry"]) == 0
+    assert read_state(first).loss == before, "with or without the trunk's checkpoint it is the same run"
+    assert [record.state.word for record in records(load_suite(copied))] == ["done"] * 3
+
+
+def test_a_branch_that_diverged_does_not_end_the_trunk(copied: Path) -> None:
+    (run,) = load_suite(copied).runs
+    (run.stages[1].folder / "metrics.jsonl").write_text('{"step": 9, "loss": null}\n')
+    assert read_state(run.stages[1]).word == "diverged" and next_stage(run) == run.stages[3]
+    assert main(["run", str(copied)]) == 0
+    assert read_state(run.stages[3]).word == "done"
+
+
+def test_a_kill_while_branching_off_loses_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load_suite(copied).runs[0].stages[3]
+    stage.folder.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copyfile", Mock(side_effect=KeyboardInterrupt))
+        branch_off(stage)
+    branch_off(stage)
+    assert complete_steps(stage.folder) == [12] and read_rows(stage.folder / "entropy.jsonl")
 
 
 def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ class State:
     def is_final(self) -> bool:
         return self.word in ("done", "diverged")
 
+    @property
+    def can_train(self) -> bool:
+        return self.word in ("new", "partial", "failed")
+
 
 def read_state(stage: Stage) -> State:
     """Reads a stage's folder."""
@@ -90,7 +94,7 @@ def _reached(stage: Stage) -> State:
         words = f"training.train_steps is at least {last} in {stage.folder} and {target} here"
         return State("other", detail=f"{words}; give the suite another folder: output=DIR")
     final = [row for row in rows if "validation_loss" in row and row["step"] >= target]
-    if final or (not stage.is_result and has_checkpoint(stage.folder, target)):
+    if final or (not stage.is_result and target in complete_steps(stage.folder)):
         loss = final[-1]["validation_loss"] if final else None
         if final and loss is None:
             return State("diverged", target, None, f"the validation loss at step {target} is not finite")
@@ -140,10 +144,6 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def has_checkpoint(folder: Path, step: int) -> bool:
-    return (folder / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").exists()
-
-
 @dataclass(frozen=True)
 class Runner:
     """Runs a suite's stages.
@@ -185,6 +185,8 @@ class Runner:
                 raise
 
     def _run(self, number: int, total: int, run: PlannedRun, stop: threading.Event, ends_at: float) -> bool:
+        """Trains the stages of a run; whether all reached their end. Only a trunk that is lost stops what follows."""
+        finished = True
         for stage in run.stages:
             if stop.is_set() or time.monotonic() > ends_at:
                 return False
@@ -193,21 +195,17 @@ class Runner:
             if state.word == "diverged" and self.retry:
                 shutil.rmtree(stage.folder)
                 state = read_state(stage)
-            if state.word == "running":
-                self.say(f"{where}: another process trains it")
-                return True
-            if state.word == "other":
-                self.say(f"{where}: other ({state.detail})")
-                return False
-            if not state.is_final:
+            if state.can_train:
                 self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
                 self._start(stage, ends_at)
                 state = read_state(stage)
             loss = f", validation loss {state.loss:.4f}" if state.loss is not None else ""
-            self.say(f"{where}: {state.word}{loss}" + (f" ({state.detail})" if state.detail else ""))
-            if state.word != "done":
-                return state.word == "diverged"
-        return True
+            detail = "another process trains it" if state.word == "running" else state.detail
+            self.say(f"{where}: {state.word}{loss}" + (f" ({detail})" if detail else ""))
+            finished = finished and state.is_final
+            if state.word != "done" and not stage.is_result:
+                break
+        return finished
 
     def _start(self, stage: Stage, ends_at: float) -> None:
         """Trains one stage; a process that fails leaves its last words in failure.txt."""
@@ -236,8 +234,10 @@ def next_stage(run: PlannedRun) -> Stage | None:
     """The first stage that is still to be trained; None where none is or one that others rest on is being trained."""
     for stage in run.stages:
         state = read_state(stage)
-        if state.word != "done":
-            return None if state.word in ("diverged", "running", "other") else stage
+        if state.can_train:
+            return stage
+        if state.word != "done" and not stage.is_result:
+            return None
     return None
 
 
@@ -290,17 +290,29 @@ def _train(config_file: Path, log: Path) -> None:
 
 
 def branch_off(stage: Stage) -> None:
-    """Gives a branch the trunk's checkpoint and history up to the step where it begins; a branch begun stays."""
+    """Gives a branch the trunk's history and newest checkpoint up to the step where it begins; a branch begun stays.
+
+    Until that step both have the same rate, so that a branch may begin earlier, or at 0 where the trunk keeps no
+    checkpoint, and be the same run.
+    """
     assert stage.copied_from is not None
-    name = f"step_{stage.copied_step:08d}"
-    if list((stage.folder / "checkpoints").glob("step_*[0-9]/checkpoint.json")):
+    earlier = [step for step in complete_steps(stage.copied_from) if step <= stage.copied_step]
+    if complete_steps(stage.folder) or not earlier:
         return
+    for file in ("metrics.jsonl", "entropy.jsonl"):  # before the checkpoint, which says that a branch has begun
+        shutil.copyfile(stage.copied_from / file, stage.folder / f"{file}.tmp")
+        os.replace(stage.folder / f"{file}.tmp", stage.folder / file)  # resuming cuts it back to the checkpoint's step
+    name = f"step_{max(earlier):08d}"
     unfinished = stage.folder / "checkpoints" / f"{name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(stage.copied_from / "checkpoints" / name, unfinished, copy_function=_link_or_copy)
     os.replace(unfinished, unfinished.with_name(name))
-    for file in ("metrics.jsonl", "entropy.jsonl"):
-        shutil.copyfile(stage.copied_from / file, stage.folder / file)  # resuming cuts it back to the checkpoint's step
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of a run's complete checkpoints."""
+    markers = (folder / "checkpoints").glob("step_*[0-9]/checkpoint.json")
+    return [int(marker.parent.name.removeprefix("step_")) for marker in markers]
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -192,11 +192,16 @@ def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:
     optimizer = dataclasses.replace(optimizer, warmup_steps=warmup)
     steady = dataclasses.replace(optimizer, decay_fraction=0.0)
     folder = Path(config.run_dir)
+    budgets = sorted(set(budgets_tokens))
+    kept = dataclasses.replace(
+        config.checkpoint, keep=max(config.checkpoint.keep, len(budgets))
+    )  # a branch may go anew
     stages = []
-    for budget in sorted(set(budgets_tokens)):
+    for budget in budgets:
         steps = max(1, round(budget / config.tokens_per_step))
         branch_step = max(1, min(round((1 - optimizer.decay_fraction) * steps), steps - 1)) if steps > 1 else 1
         trunk = _with(config, steady, branch_step, folder / "trunk", final_evaluation_only=True)
+        trunk = dataclasses.replace(trunk, checkpoint=kept)
         branch = _with(config, optimizer, steps, folder / f"tokens{steps * config.tokens_per_step}")
         stages += [Stage(trunk, is_result=False), Stage(branch, folder / "trunk", branch_step)]
     return tuple(stages)
