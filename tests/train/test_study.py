@@ -1,10 +1,13 @@
 """A study runs its suite, goes on where it was stopped, records what diverged, and reports it."""
 
+import fcntl
 import json
-import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -263,6 +266,30 @@ def test_a_time_limit_ends_what_runs(tmp_path: Path, dataset: Path) -> None:
     shutil.rmtree(stage.folder)
 
 
+def test_a_study_asked_to_end_has_its_training_save_and_end(tmp_path: Path, dataset: Path) -> None:
+    file = write_suite(tmp_path, [{"name": "long", "config": {"training": {"train_steps": 10**6}}}], dataset)
+    stage = load_suite(file).runs[0].stages[0]
+    study = subprocess.Popen([sys.executable, "-m", "train.study", "run", str(file)], stderr=subprocess.PIPE, text=True)
+    while study.poll() is None and read_state(stage).step < 8:
+        time.sleep(0.1)
+    os.kill(study.pid, signal.SIGTERM)  # it alone
+    errors = study.communicate(timeout=60)[1]
+    state = read_state(stage)
+    assert study.returncode == 1 and errors.startswith("stopped; the same command goes on")
+    assert state.word == "partial" and state.step in complete_steps(stage.folder)
+
+
+def test_a_run_that_another_process_trains_is_not_finished(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_suite(tmp_path, [{"name": "a"}], dataset)
+    (folder := tmp_path / "runs" / "a" / "seed1").mkdir(parents=True)
+    with (folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["run", str(file)]) == 1
+    assert "running (another process trains it)" in capsys.readouterr().out
+
+
 def test_an_array_job_trains_the_next_stage_of_every_run(
     tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,7 +300,7 @@ def test_an_array_job_trains_the_next_stage_of_every_run(
     assert capsys.readouterr().out.strip() == expected
     assert main(["run", str(file), "--only", "a"]) == 0
     for stage in load_suite(file).runs[1].stages[:1]:
-        assert forked(prepare(stage), stage.folder / "log.txt", math.inf) == 0
+        assert forked(prepare(stage), stage.folder / "log.txt", lambda: False) == 0
     capsys.readouterr()
     assert main(["slurm", str(file)]) == 0
     assert capsys.readouterr().out.strip() == f"sbatch --array=0-0 slurm/sweep.sh {b}/tokens2560/stage.json"

@@ -12,6 +12,7 @@ submits an array job of the next stage of every run; a suite with budgets wants 
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,11 +91,14 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         time_limit_s=options.time_limit,
         say=lambda text: print(text, flush=True),
     )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the trainings with it
     try:
         failed = runner.run(options.only)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where the checkpoints are", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failed:
         words = "the same command goes on; python -m train.study status says where each stands"
         print(f"error: {failed} run(s) are not finished; {words}", file=sys.stderr)

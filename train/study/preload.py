@@ -3,8 +3,14 @@
 Nothing here may touch a GPU: a process that has done so cannot be forked.
 """
 
-from parallel.launch import choose_accelerator
+import signal
+
+at_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study, not this server, says what Ctrl-C does
+
+from parallel.launch import choose_accelerator  # noqa: E402
 
 choose_accelerator()
 
 import train.trainer  # noqa: E402,F401
+
+signal.signal(signal.SIGINT, at_interrupt)

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +28,8 @@ from train.run_dir import RunError, read_config, read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]
+MustEnd = Callable[[], bool]
+POLL_S = 0.1
 GAVE_UP = re.compile(r"error: (step \d+: [^;]*)")  # how the trainer ends a run that has diverged
 RESULT_KEYS = ("model", "regularizer", "optimizer", "training.seed", "training.global_batch_size",
                "training.micro_batch_size", "data.path")  # fmt: skip
@@ -174,21 +177,22 @@ class Runner:
         write_environment(self.suite.output)
         stop = threading.Event()
         ends_at = time.monotonic() + self.time_limit_s if self.time_limit_s else math.inf
+
+        def must_end() -> bool:
+            return stop.is_set() or time.monotonic() > ends_at
+
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [
-                pool.submit(self._run, number, len(runs), run, stop, ends_at) for number, run in enumerate(runs, 1)
-            ]
+            futures = [pool.submit(self._run, number, len(runs), run, must_end) for number, run in enumerate(runs, 1)]
             try:
                 return sum(not future.result() for future in futures)
-            except KeyboardInterrupt:
-                stop.set()  # the processes got the interrupt too; what they saved is kept
-                raise
+            finally:
+                stop.set()  # after an interrupt the trainings save and end, and the pool waits for them
 
-    def _run(self, number: int, total: int, run: PlannedRun, stop: threading.Event, ends_at: float) -> bool:
+    def _run(self, number: int, total: int, run: PlannedRun, must_end: MustEnd) -> bool:
         """Trains the stages of a run; whether all reached their end. Only a trunk that is lost stops what follows."""
         finished = True
         for stage in run.stages:
-            if stop.is_set() or time.monotonic() > ends_at:
+            if must_end():
                 return False
             state = read_state(stage)
             where = f"[{number}/{total}] {run.name}" + (f" {stage.folder.name}" if len(run.stages) > 1 else "")
@@ -197,7 +201,7 @@ class Runner:
                 state = read_state(stage)
             if state.can_train:
                 self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
-                self._start(stage, ends_at)
+                self._start(stage, must_end)
                 state = read_state(stage)
             loss = f", validation loss {state.loss:.4f}" if state.loss is not None else ""
             detail = "another process trains it" if state.word == "running" else state.detail
@@ -207,12 +211,12 @@ class Runner:
                 break
         return finished
 
-    def _start(self, stage: Stage, ends_at: float) -> None:
+    def _start(self, stage: Stage, must_end: MustEnd) -> None:
         """Trains one stage; a process that fails leaves its last words in failure.txt."""
         config_file = prepare(stage)
         start = partial(launched, self.launcher) if self.launcher else forked
-        status = start(config_file, stage.folder / "log.txt", ends_at)
-        if status > 0:
+        status = start(config_file, stage.folder / "log.txt", must_end)
+        if status > 0 and not must_end():
             lines = (stage.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
             last_words = errors[-1] if errors else "no output"
@@ -241,19 +245,20 @@ def next_stage(run: PlannedRun) -> Stage | None:
     return None
 
 
-def launched(launcher: Sequence[str], config_file: Path, log: Path, ends_at: float) -> int:
-    """Trains under a launcher; returns its exit status, negative where it was ended for lack of time."""
+def launched(launcher: Sequence[str], config_file: Path, log: Path, must_end: MustEnd) -> int:
+    """Trains under a launcher until its end or `must_end`, when it saves; returns its exit status, then negative."""
     command = [*launcher, str(MAIN), "--config", str(config_file)]
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
-        try:
-            return process.wait(seconds_until(ends_at))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            return min(-1, process.wait())
+        while process.poll() is None:
+            if must_end():
+                process.terminate()
+                return min(-1, process.wait())
+            time.sleep(POLL_S)
+        return process.returncode
 
 
-def forked(config_file: Path, log: Path, ends_at: float) -> int:
+def forked(config_file: Path, log: Path, must_end: MustEnd) -> int:
     """Trains in a process of its own, forked from a server with everything imported; otherwise as `launched`."""
     os.environ.update(environment())
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then leaves the server forkable
@@ -261,20 +266,17 @@ def forked(config_file: Path, log: Path, ends_at: float) -> int:
     context.set_forkserver_preload(["train.study.preload"])
     process = context.Process(target=_train, args=(config_file, log))
     process.start()
-    process.join(seconds_until(ends_at))
-    if process.is_alive():
-        process.terminate()
-        process.join()
-        return -1
+    while process.is_alive():
+        if must_end():
+            process.terminate()
+            process.join()
+            return -1
+        process.join(POLL_S)
     return process.exitcode or 0
 
 
-def seconds_until(moment: float) -> float | None:
-    """For waiting; None where there is no limit."""
-    return None if moment == math.inf else max(0.0, moment - time.monotonic())
-
-
 def _train(config_file: Path, log: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the study then has its trainings save and end
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
