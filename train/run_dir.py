@@ -126,7 +126,7 @@ def git_commit() -> str | None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines, each of some step, without what a crash cut off; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return [row for row in map(_row, lines) if row is not None]
 
 
@@ -164,5 +164,5 @@ def _row(line: str) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = json.loads(line)
         return {**row, "step": int(row["step"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,47 @@ def test_a_kill_while_branching_off_loses_nothing(copied: Path, monkeypatch: pyt
         branch_off(stage)
     branch_off(stage)
     assert complete_steps(stage.folder) == [12] and read_rows(stage.folder / "entropy.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word", "detail"),
+    [
+        ("metrics.jsonl", b"\xff\xfe", "failed", "metrics.jsonl: no line of it is a row"),
+        ("metrics.jsonl", b'{"step": 1e400, "loss": 3.0}', "failed", "metrics.jsonl: no line of it is a row"),
+        ("metrics.jsonl", b'{"step": 20, "validation_loss": NaN}', "diverged", "not finite"),
+        ("metrics.jsonl", b'{"step": 20, "validation_loss": "low"}', "failed", 'metrics.jsonl: step 20: valid.* "low"'),
+        ("metrics.jsonl", b'{"step": 2, "loss": [1]}', "failed", r"metrics.jsonl: step 2: loss is \[1\], expected"),
+        ("metrics.jsonl", None, "failed", "metrics.jsonl"),
+        ("run.lock", None, "failed", "run.lock"),
+        ("config.json", b"{", "failed", "config.json: damaged"),
+        ("config.json", b'{"vocab_size": true, "config": {"model": 3}}', "failed", "config.json: model is 3, expected"),
+        ("failure.txt", b"error: step 3: \xff", "diverged", "step 3"),
+        ("entropy.jsonl", b'{"step": 1}\n{"step": 2, "entropy_nats": [3]}', "diverged", "step 3"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_fails_its_run_alone(
+    copied: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, word: str, detail: str
+) -> None:
+    """None: a folder lies where the file belongs."""
+    folder = load_suite(copied).runs[0].stages[-1].folder
+    if word == "diverged":
+        (folder / "metrics.jsonl").write_text('{"step": 3, "loss": null}\n')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
+    assert main(["status", str(copied), "--json"]) == 0
+    states = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert states[0]["state"] == "done"
+    assert states[-1]["state"] == word and re.search(detail, states[-1]["detail"])
+
+
+def test_a_report_lacks_what_is_damaged(copied: Path, tmp_path: Path) -> None:
+    folder = load_suite(copied).runs[0].stages[-1].folder
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "tokens": 5120, "ce_loss": "low", "entropy_loss": 0}\n')
+    (tmp_path / "runs" / "environment.json").write_text("{}")
+    assert main(["report", str(copied)]) == 0
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "1 new" in text and "Trained on" not in text
 
 
 def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) -> None:

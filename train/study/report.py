@@ -1,5 +1,6 @@
 """The report of a suite: its table beside the paper's numbers, and its pictures."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from train.study.runner import nan_heads
 from train.study.suite import Suite
 from train.study.table import at_published_size, title_of, write_table
 
+DRAWN = ("step", "tokens", "ce_loss", "grad_norm", "tokens_per_second")
 MOST_PANELS = 12  # pictures stay readable; the report says what it leaves out
 
 
@@ -34,9 +36,8 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     tokens = sum(record.tokens for record in found)
     lines = [f"{len(found)} results ({counts}); {tokens / 1e6:,.1f} million tokens seen by them in all."]
-    file = suite.output / "environment.json"
-    if file.exists():
-        machine = json.loads(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged: the report lacks it
+        machine = json.loads((suite.output / "environment.json").read_text(encoding="utf-8"))
         lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
     begun = [description(record.folder) for record in found if record.state.word != "other"]
     commits = {str(commit) for noted in begun if (commit := noted.get("git_commit"))}
@@ -186,9 +187,12 @@ def _loaded(record: Record) -> Run | None:
     if record.state.word == "other":
         return None
     try:
-        return load_run(record.folder)
-    except FigureError:
+        run = load_run(record.folder)
+        as_array([[row[key] for key in DRAWN] for row in run.training_rows])
+        as_array([row["validation_loss"] for row in run.validation_rows])
+    except (FigureError, KeyError):
         return None
+    return run
 
 
 def _last_heads(run: Run) -> Any:

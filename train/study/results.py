@@ -100,7 +100,7 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
 def vocabulary(noted: dict[str, Any], config: Config) -> int:
     """Tokens as the run noted them, else of the dataset, else as planned; 0 where none of them is known."""
     size = noted.get("vocab_size")  # not by runs that have not begun, nor by earlier versions
-    if isinstance(size, int):
+    if type(size) is int and 0 < size < 2**31:
         return size
     try:
         return int(load_manifest(config.data.path).vocab_size)

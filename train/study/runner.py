@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from data.errors import printable
 from train.run_dir import RunError, read_config, read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
@@ -67,9 +69,9 @@ def read_state(stage: Stage) -> State:
     try:
         if difference := difference_from(stage):
             return State("other", detail=f"{difference}; give the suite another folder: output=DIR")
-    except RunError as error:
-        return State("failed", detail=str(error))
-    return _reached(stage)
+        return _reached(stage)
+    except (RunError, OSError) as error:
+        return State("failed", detail=printable(str(error)))
 
 
 def difference_from(stage: Stage) -> str:
@@ -87,34 +89,48 @@ def difference_from(stage: Stage) -> str:
 
 
 def _reached(stage: Stage) -> State:
-    rows = read_rows(stage.folder / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
-    last = int(steps[-1]["step"]) if steps else 0
+    file = stage.folder / "metrics.jsonl"
+    rows = read_rows(file)
+    steps = [(int(row["step"]), number(file, row, "loss")) for row in rows if "loss" in row]
+    last = steps[-1][0] if steps else 0
     if is_locked(stage.folder):
         return State("running", last)
+    if not rows and file.exists() and file.stat().st_size:
+        raise RunError(f"{file}: no line of it is a row of a step; restore it, or delete the folder to begin anew")
     target = stage.config.train_steps
     if stage.is_result and last > target:
         words = f"training.train_steps is at least {last} in {stage.folder} and {target} here"
         return State("other", detail=f"{words}; give the suite another folder: output=DIR")
     final = [row for row in rows if "validation_loss" in row and row["step"] >= target]
     if final or (not stage.is_result and target in complete_steps(stage.folder)):
-        loss = final[-1]["validation_loss"] if final else None
+        loss = number(file, final[-1], "validation_loss") if final else None
         if final and loss is None:
             return State("diverged", target, None, f"the validation loss at step {target} is not finite")
         return State("done", last, loss)
     failure = stage.folder / "failure.txt"
-    words = failure.read_text(encoding="utf-8").strip() if failure.exists() else ""
-    if GAVE_UP.search(words) or (steps and steps[-1]["loss"] is None):
-        step = next((int(row["step"]) for row in steps if row["loss"] is None), last)
+    words = printable(failure.read_text(encoding="utf-8", errors="replace").strip()) if failure.exists() else ""
+    if GAVE_UP.search(words) or (steps and steps[-1][1] is None):
+        step = next((step for step, loss in steps if loss is None), last)
         return State("diverged", step, None, divergence(stage.folder, step, words))
     if words:
         return State("failed", last, None, words)
     return State("partial" if steps else "new", last)
 
 
+def number(file: Path, row: dict[str, Any], key: str) -> float | None:
+    """A number of a row; None where it is not finite, for which the trainer writes null."""
+    value = row[key]
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = f"step {row['step']}: {key} is {json.dumps(value)[:40]}"
+        raise RunError(f"{file}: {found}, expected a number; remove that line or restore the file")
+    return float(value) if abs(value) <= sys.float_info.max else None
+
+
 def divergence(folder: Path, step: int, words: str) -> str:
     """Where a run was lost, how many heads of which layers were NaN, and what had collapsed before."""
-    heads = read_rows(folder / "entropy.jsonl")
+    heads = [row for row in read_rows(folder / "entropy.jsonl") if is_head_map(row.get("entropy_nats"))]
     counts = nan_heads(heads[-1]["entropy_nats"]) if heads else []
     layers = [str(layer) for layer, count in enumerate(counts) if count]
     gave_up = GAVE_UP.search(words)
@@ -128,6 +144,14 @@ def divergence(folder: Path, step: int, words: str) -> str:
         if collapsed:
             parts.append(f"entropy below 0.05 nats from layer {collapsed[0]} at step {finite[-1]['step']}")
     return "; ".join(parts)
+
+
+def is_head_map(value: Any) -> bool:
+    """Whether each layer has a number or null for each of its heads; what a damaged row holds has not."""
+    return isinstance(value, list) and all(
+        isinstance(layer, list) and layer and all(head is None or isinstance(head, int | float) for head in layer)
+        for layer in value
+    )
 
 
 def nan_heads(entropy_nats: list[list[float | None]]) -> list[int]:
@@ -201,8 +225,11 @@ class Runner:
                 state = read_state(stage)
             if state.can_train:
                 self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")
-                self._start(stage, must_end)
-                state = read_state(stage)
+                try:
+                    self._start(stage, must_end)
+                    state = read_state(stage)
+                except OSError as error:  # a full disk, a folder where a file belongs: of this run, not of the others
+                    state = State("failed", state.step, detail=str(error))
             loss = f", validation loss {state.loss:.4f}" if state.loss is not None else ""
             detail = "another process trains it" if state.word == "running" else state.detail
             self.say(f"{where}: {state.word}{loss}" + (f" ({detail})" if detail else ""))
