@@ -356,6 +356,22 @@ def test_overrides_stand_anywhere_on_the_command_line() -> None:
         parse(["run", "suite.json", "--job", "3", "--again"])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--launcher", "deepspeed 'x", "No closing quotation; expected a command"),
+        ("--launcher", "no-such-launcher --x 1", "no command 'no-such-launcher' is found here"),
+        ("--time-limit", "nan", "'nan': expected a number from 0"),
+        ("--time-limit", "-5", "'-5': expected a number from 0"),
+        ("--jobs", "0", "'0': expected a whole number from 1"),
+    ],
+)
+def test_faulty_options_are_told(option: str, value: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "suite.json", option, value])
+    assert ended.value.code == 2 and f"argument {option}: " in (told := capsys.readouterr().err) and words in told
+
+
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:
     """`true` reads nothing and is gone before the first line."""
     command = f"{sys.executable} -m train.study status configs/suites/paper.json | true; echo ${{PIPESTATUS[0]}}"

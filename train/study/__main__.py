@@ -12,11 +12,13 @@ submits an array job of the next stage of every run; a suite with budgets wants 
 import argparse
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from data.arguments import real_number, whole_number
 from data.errors import run_command
 from train.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
@@ -42,15 +44,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train everything unfinished, here")
     run.add_argument("--only", metavar="RUN", help="one run, by its name or by its label for all seeds")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    run.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
         "--launcher",
-        default="",
+        type=command_words,
+        default=[],
         metavar="COMMAND",
         help="before train/main.py, say 'deepspeed --num_gpus 8' (default: one process a run)",
     )
     run.add_argument(
-        "--time-limit", type=float, default=0, metavar="S", help="seconds after which running processes are ended"
+        "--time-limit",
+        type=real_number(0),
+        default=0,
+        metavar="S",
+        help="seconds after which running processes are ended",
     )
     run.add_argument("--retry", action="store_true", help="begin runs anew that diverged")
     status = commands.add_parser("status", help="print where every run stands")
@@ -71,12 +78,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parse_with_overrides(parser, arguments)
 
 
+def command_words(text: str) -> list[str]:
+    """An argparse type: the words of a command that is there."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; expected a command as a shell would read it") from None
+    if words and shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: no command {words[0]!r} is found here; install it or give its path"
+        )
+    return words
+
+
 def run(suite: Suite, options: argparse.Namespace) -> int:
     from train.study.runner import Runner
 
-    if options.jobs < 1:
-        print(f"error: --jobs {options.jobs} must be at least 1", file=sys.stderr)
-        return 2
     if options.only and not any(options.only in (run.name, run.label) for run in suite.runs):
         names = ", ".join(run.name for run in suite.runs)
         print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
@@ -85,7 +102,7 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         return 2
     runner = Runner(
         suite,
-        launcher=shlex.split(options.launcher),
+        launcher=options.launcher,
         jobs=options.jobs,
         retry=options.retry,
         time_limit_s=options.time_limit,
