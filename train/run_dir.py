@@ -14,10 +14,14 @@ import math
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from train.config import Config
+
+LOOK_S = 1.0
+"""Longer than a look at whether a folder is in use holds its lock."""
 
 
 class RunError(ValueError):
@@ -56,18 +60,26 @@ class RunDirectory:
 
     def _locked(self) -> IO[str]:
         lock = (self.path / "run.lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        ends_at = time.monotonic() + LOOK_S
+        while not _taken(lock):
+            if time.monotonic() < ends_at:
+                time.sleep(LOOK_S / 20)
+                continue
             lock.seek(0)
             holder = lock.read().strip() or "another process"
-            raise RunError(
-                f"run_dir {self.path}: {holder} is training there; wait for it or choose another run_dir"
-            ) from None
+            raise RunError(f"run_dir {self.path}: {holder} is training there; wait for it or choose another run_dir")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         return lock
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def check_same_run(path: Path, config: Config) -> None:

@@ -9,23 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from tests.conftest import TINY
-from train.run_dir import read_rows
+from train.config import Config
+from train.run_dir import RunDirectory, read_rows
 from train.scaling.__main__ import main as scaling
 from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.results import Group, description, records, vocabulary
-from train.study.runner import branch_off, complete_steps, forked, next_stage, prepare, read_state
+from train.study.runner import branch_off, complete_steps, forked, is_locked, next_stage, prepare, read_state
 from train.study.suite import SuiteError, load_suite, merged
-from train.study.table import gap_text, relative
+from train.study.table import _baseline, gap_text, relative
 
 SECTIONS = {key: dict(TINY[key]) for key in ("model", "regularizer", "checkpoint", "logging")}
 
@@ -263,6 +266,10 @@ def test_intervals_over_seeds_are_students(finished: Path) -> None:
     first, second = (mine / theirs - 1 for mine, theirs in zip(values, baseline.perplexities, strict=True))
     half = 12.706 * abs(first - second) / 2
     assert gap_text(group, baseline) == f"{(first + second) / 2:+.1%} ± {half:.1%}" and gap_text(group, None) == "-"
+    assert _baseline(group, [group, baseline], "SM+LN+G") is baseline
+    for change in ({"data": "elsewhere"}, {"vocab_size": 401}):
+        other = Group(tuple(replace(record, **change) for record in baseline.records))
+        assert _baseline(group, [group, other], "SM+LN+G") is None, "losses on other tokens are not compared"
     assert relative(3.21, 2.69) == "+19.3%" and relative(None, 2.69) == "-"
 
 
@@ -319,6 +326,16 @@ def test_a_study_asked_to_end_has_its_training_save_and_end(tmp_path: Path, data
     state = read_state(stage)
     assert study.returncode == 1 and errors.startswith("stopped; the same command goes on")
     assert state.word == "partial" and state.step in complete_steps(stage.folder)
+
+
+def test_a_look_at_a_run_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    with (tmp_path / "run.lock").open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert not is_locked(tmp_path)
+        Timer(0.2, look.close).start()
+        directory = RunDirectory(tmp_path, Config())
+    assert is_locked(tmp_path)
+    directory.close()
 
 
 def test_a_run_that_another_process_trains_is_not_finished(

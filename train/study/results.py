@@ -29,6 +29,7 @@ class Record:
         label: of the suite's run; records that differ in seed alone share it and `tokens`.
         planned_tokens: of the whole run.
         tokens: that it has seen.
+        data: address of its dataset; losses on different ones are not comparable.
         parameters, body_parameters: all, and without word and position embeddings and the head.
         flops: of training as far as it got.
     """
@@ -41,6 +42,7 @@ class Record:
     state: State
     planned_tokens: int
     tokens: int
+    data: str
     vocab_size: int
     parameters: int
     body_parameters: int
@@ -90,6 +92,7 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
         state=state,
         planned_tokens=config.train_steps * config.tokens_per_step,
         tokens=tokens,
+        data=config.data.path,
         vocab_size=vocab_size,
         parameters=total,
         body_parameters=body,

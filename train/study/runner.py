@@ -163,7 +163,7 @@ def is_locked(folder: Path) -> bool:
     """Whether a process trains there now."""
     try:
         with (folder / "run.lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: who else looks is not taken for a training
     except FileNotFoundError:
         return False
     except BlockingIOError:

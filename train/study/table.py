@@ -23,9 +23,9 @@ def write_table(document: Document, groups: list[Group]) -> None:
     )
     document.text(
         "±: 95% interval over seeds (Student's t); that of a gap is over the gaps between runs of one seed, which read "
-        "the same data in the same order. vs published: at the published size alone. FFN and attention: FLOPs of a "
-        "forward pass over one sequence, as arXiv 2501.03489 counts them. GB and min: predicted by "
-        "`python -m train.private_inference`. NaN: seeds diverged."
+        "the same data in the same order; models of different data are not compared. vs published: at the published "
+        "size alone. FFN and attention: FLOPs of a forward pass over one sequence, as arXiv 2501.03489 counts them. GB "
+        "and min: predicted by `python -m train.private_inference`. NaN: seeds diverged."
     )
 
 
@@ -83,18 +83,16 @@ def _flops_cell(flops: float, printed: str) -> str:
 
 
 def _baseline(group: Group, groups: list[Group], architecture: str) -> Group | None:
-    """The model of that architecture of the same size and length."""
-    mine = group.first
-    for other in groups:
-        theirs = other.first
-        same_size = (theirs.model.num_layers, theirs.model.hidden_size, theirs.model.seq_length) == (
-            mine.model.num_layers,
-            mine.model.hidden_size,
-            mine.model.seq_length,
-        )
-        if theirs.model.architecture == architecture and same_size and theirs.planned_tokens == mine.planned_tokens:
-            return other
-    return None
+    """The model of that architecture of the same size and length, on the same data."""
+
+    def setting(record: Record) -> tuple[object, ...]:
+        model = record.model
+        size = (model.num_layers, model.hidden_size, model.seq_length)
+        return (*size, record.planned_tokens, record.data, record.vocab_size)
+
+    mine = setting(group.first)
+    same = (other for other in groups if setting(other.first) == mine)
+    return next((other for other in same if other.first.model.architecture == architecture), None)
 
 
 def relative(value: float | None, reference: float | None) -> str:
