@@ -276,7 +276,18 @@ def test_intervals_over_seeds_are_students(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"runs": []}, "runs is empty"),
+        ({"runs": []}, r"runs = \[\] must be a list of objects with at least one"),
+        ({"runs": [3]}, "runs = .3. must be a list of objects"),
+        *(({"base": base}, "base = .* must be an object of sections") for base in ([], None, "x", {"training": 5})),
+        *(({"output": output}, "output = .* must be a folder") for output in (3, [], None, "")),
+        *(({"name": name}, "name = .* must be a word") for name in (3, None, "../x")),
+        *(({"runs": [{"name": "a", "config": tree}]}, r"runs\[0\]: config = .* an object") for tree in ([], None)),
+        *(({"runs": [{"name": n}]}, r"runs\[0\]: name = .* a word") for n in ("", "/abs", "../../x", "b/seed1/trunk")),
+        *(
+            ({"runs": [{"name": "a", "budgets_tokens": [budget]}]}, r"runs\[0\]: budgets_tokens = .* token counts")
+            for budget in (float("inf"), True, float("nan"), "1")
+        ),
+        *(({"runs": [{"rows": rows}]}, r"runs\[0\]: rows = .* a name or a list") for rows in ([], [3], None)),
         ({"runs": [{"rows": "Table 99"}]}, "'Table 99' is unknown"),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, "two runs are called a/seed1"),
         (
@@ -285,7 +296,8 @@ def test_intervals_over_seeds_are_students(finished: Path) -> None:
         ),
         ({"runs": [{"name": "a", "rows": "SM"}]}, "set either rows"),
         ({"runs": [{"name": "a", "budgets_tokens": [0]}]}, "must be a list of token counts"),
-        ({"seeds": "1"}, "seeds = '1'"),
+        ({"seeds": "1"}, 'seeds = "1" must be a list of whole numbers'),
+        ({"seeds": [True]}, "seeds = .true. must be a list of whole numbers"),
         ({"extra": 1}, "'extra' is no known key"),
     ],
 )
@@ -295,6 +307,29 @@ def test_faults_of_a_suite_are_told(tmp_path: Path, change: dict, words: str) ->
     with pytest.raises(SuiteError, match=words):
         load_suite(file)
     assert main(["status", str(file)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"name": "a", "name": "b"}', "name is given twice"),
+        ("[" * 100_000, "too deep in each other"),
+        ("[]", "expected a JSON object"),
+        ("{}", "name is missing; expected a word"),
+        (None, "Is a directory"),
+    ],
+)
+def test_what_is_no_suite_is_told(tmp_path: Path, text: str | None, words: str) -> None:
+    file = tmp_path / "suite.json"
+    file.mkdir() if text is None else file.write_text(text)
+    with pytest.raises(SuiteError, match=words):
+        load_suite(file)
+
+
+@pytest.mark.parametrize("override", ["output=5", "output=", "training=5", "run_dir=runs/x", "seeds"])
+def test_faulty_overrides_of_a_suite_are_told(tmp_path: Path, override: str) -> None:
+    with pytest.raises(SuiteError, match=r"must be a folder|must be an object of sections|not of the form"):
+        load_suite(write_suite(tmp_path, [{"name": "a"}]), [override])
 
 
 def test_a_run_that_cannot_start_says_why_and_the_others_go_on(

@@ -14,17 +14,60 @@ for each budget: one run serves them all.
 
 import dataclasses
 import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.config import Config, ConfigError, config_from_dict
-from train.config_tree import apply_override
+from train.config_tree import apply_override, read_json
 from train.paper import Row, places, rows_at
 
 Tree = dict[str, Any]
-KEYS = {"name", "output", "seeds", "base", "runs"}
-RUN_KEYS = {"rows", "name", "config", "budgets_tokens"}
+Shape = tuple[Callable[[Any], bool], str]
+MOST_TOKENS = 10**15
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and value.isprintable()
+
+
+def _is_folder_name(value: Any) -> bool:
+    """Of one folder in another: no path that leads elsewhere, or into a run."""
+    return _is_text(value) and "/" not in value and value not in (".", "..") and len(value) <= 200
+
+
+def _is_sections(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
+
+
+def _is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and value != [] and all(map(fits, value))
+
+
+def _is_rows(value: Any) -> bool:
+    return _is_text(value) or _is_list_of(_is_text)(value)
+
+
+def _is_tokens(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MOST_TOKENS
+
+
+FOLDER_NAME: Shape = (_is_folder_name, "a word, which names a folder: no '/', at most 200 characters")
+SECTIONS: Shape = (_is_sections, 'an object of sections, say {"model": {"num_layers": 6}}')
+KEYS: dict[str, Shape] = {
+    "name": FOLDER_NAME,
+    "output": (_is_text, "a folder, say runs/mine"),
+    "seeds": (_is_list_of(lambda value: type(value) is int), "a list of whole numbers"),
+    "base": SECTIONS,
+    "runs": (_is_list_of(lambda value: isinstance(value, dict)), "a list of objects with at least one"),
+}
+RUN_KEYS: dict[str, Shape] = {
+    "rows": (_is_rows, "a name or a list of names (python -m train.paper list)"),
+    "name": FOLDER_NAME,
+    "config": SECTIONS,
+    "budgets_tokens": (_is_list_of(_is_tokens), f"a list of token counts up to {MOST_TOKENS:g}"),
+}
 
 
 class SuiteError(ValueError):
@@ -81,18 +124,23 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
         SuiteError: every fault of the file and of the configurations it makes.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SuiteError(f"{path}: no such suite file; shipped ones are configs/suites/*.json") from None
-    except (OSError, ValueError) as error:
-        raise SuiteError(f"{path}: not JSON ({error})") from None
-    faults = _shape_faults(tree)
-    if faults:
-        raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
+        tree = read_json(path)
+    except ConfigError as error:
+        raise SuiteError(str(error)) from None
+    except RecursionError:
+        raise SuiteError(
+            f"{path}: objects lie too deep in each other; expected those of train/study/suite.py"
+        ) from None
+    faults: list[str] = []
     changed: Tree = {}
     for override in overrides or []:
         apply_override(changed, override, faults)
-    output = Path(changed.pop("output", None) or tree.get("output", f"runs/{tree['name']}"))
+    if "output" in changed:
+        tree["output"] = changed.pop("output")
+    faults += _misfits({"overrides": changed}, {"overrides": SECTIONS}, "") + _shape_faults(tree)
+    if faults:
+        raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
+    output = Path(tree.get("output", f"runs/{tree['name']}"))
     runs: list[PlannedRun] = []
     for number, entry in enumerate(tree["runs"]):
         for label, row, config_tree in _entries(entry, tree.get("base", {})):
@@ -110,33 +158,32 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     return Suite(tree["name"], output, tuple(runs))
 
 
-def _shape_faults(tree: Any) -> list[str]:
-    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str) or not isinstance(tree.get("runs"), list):
-        return ['expected an object with "name" (a word) and "runs" (a list); see train/study/suite.py']
-    faults = [f"{key!r} is no known key; known keys: {', '.join(sorted(KEYS))}" for key in set(tree) - KEYS]
-    if not tree["runs"]:
-        faults.append("runs is empty; name at least one")
-    seeds = tree.get("seeds", [1])
-    if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
-        faults.append(f"seeds = {seeds!r} must be a list of whole numbers")
-    for number, entry in enumerate(tree["runs"]):
-        if not isinstance(entry, dict):
-            faults.append(f"runs[{number}] must be an object")
-            continue
-        unknown = ", ".join(sorted(set(entry) - RUN_KEYS))
-        if unknown:
-            faults.append(f"runs[{number}]: unknown {unknown}; known keys: {', '.join(sorted(RUN_KEYS))}")
-        if ("rows" in entry) == ("name" in entry):
-            faults.append(f"runs[{number}]: set either rows (of the paper) or name (of a run of your own)")
-        for name in _row_names(entry):
+def _shape_faults(tree: Tree) -> list[str]:
+    faults = _misfits(tree, KEYS, "", {"name", "runs"})
+    for number, entry in enumerate(tree["runs"] if not faults else []):
+        where = f"runs[{number}]"
+        misfits = _misfits(entry, RUN_KEYS, f"{where}: ")
+        if not misfits and ("rows" in entry) == ("name" in entry):
+            misfits.append(f"{where}: set either rows (of the paper) or name (of a run of your own)")
+        for name in _row_names(entry) if not misfits else []:
             if not rows_at(name):
-                faults.append(
-                    f"runs[{number}]: rows = {name!r} is unknown; choose among all, {', '.join(places())}, or a row's "
+                misfits.append(
+                    f"{where}: rows = {name!r} is unknown; choose among all, {', '.join(places())}, or a row's "
                     "name (python -m train.paper list)"
                 )
-        budgets = entry.get("budgets_tokens", [1])
-        if not (isinstance(budgets, list) and budgets and all(isinstance(b, int | float) and b > 0 for b in budgets)):
-            faults.append(f"runs[{number}]: budgets_tokens = {budgets!r} must be a list of token counts")
+        faults += misfits
+    return faults
+
+
+def _misfits(tree: Tree, shapes: dict[str, Shape], where: str, needed: Collection[str] = ()) -> list[str]:
+    """Keys that are unknown or missing, and values that have not the shape of their key."""
+    known = f"known keys: {', '.join(sorted(shapes))}"
+    faults = [f"{where}{key!r} is no known key; {known}" for key in sorted(tree.keys() - shapes)]
+    faults += [f"{where}{key} is missing; expected {shapes[key][1]}" for key in sorted(set(needed) - tree.keys())]
+    for key in sorted(tree.keys() & shapes):
+        fits, expected = shapes[key]
+        if not fits(tree[key]):
+            faults.append(f"{where}{key} = {json.dumps(tree[key])[:100]} must be {expected}")
     return faults
 
 
@@ -151,7 +198,7 @@ def _entries(entry: Tree, base: Tree) -> list[tuple[str, Row | None, Tree]]:
 
 def _row_names(entry: Tree) -> list[str]:
     rows = entry.get("rows", [])
-    return [str(name) for name in (rows if isinstance(rows, list) else [rows])]
+    return list(rows) if isinstance(rows, list) else [rows]
 
 
 def merged(*trees: Tree) -> Tree:
