@@ -16,6 +16,7 @@ from train.scaling.ladder import learning_rate, plan
 from train.scaling.law import DELTA, FitError, LossLaw, bootstrap, fit, interval
 from train.scaling.outliers import outliers
 from train.scaling.points import Points, PointsError, points_of, read_csv, write_csv
+from train.scaling.source import load_series
 from train.study.suite import load_suite
 
 CHINCHILLA = LossLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # arXiv 2203.15556
@@ -294,6 +295,26 @@ def trunk_steps(stages: tuple) -> list[int]:
         if stage.copied_from is None:
             done = stage.config.train_steps
     return before
+
+
+def test_a_suite_averages_seeds_and_takes_the_best_of_swept_rates(tmp_path: Path) -> None:
+    model = {"architecture": "SM", "num_layers": 1, "hidden_size": 16, "num_attention_heads": 1, "seq_length": 8}
+    tree = {
+        "model": model, "data": {"path": "nowhere", "planned_vocab_size": 64},
+        "training": {"train_steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
+    }  # fmt: skip
+    file = tmp_path / "suite.json"
+    runs = [{"name": name, "config": tree} for name in ("SM", "SM-rate2")]
+    file.write_text(json.dumps({"name": "made", "output": str(tmp_path), "seeds": [1, 2, 3], "runs": runs}))
+    for label, losses in (("SM", (3.0, 3.2, 3.4)), ("SM-rate2", (2.9, 3.6, 3.7))):
+        for seed, loss in enumerate(losses, start=1):
+            folder = tmp_path / label / f"seed{seed}"
+            folder.mkdir(parents=True)
+            rows = [{"step": 2, "loss": 3.0}, {"step": 2, "validation_loss": loss}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (series,) = load_series(file, "total")
+    assert series.points.losses == pytest.approx([3.2]), "not 2.9, the luckiest seed of the worse rate"
+    assert series.points.remarks == ("losses are means over up to 3 seeds",)
 
 
 def test_the_learning_rate_falls_with_width_and_depth() -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from train.scaling.compare import Curve, along_ladder
 from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval
 from train.scaling.outliers import FAR, Outliers, outliers
 from train.scaling.points import Points, PointsError, points_of, read_csv
-from train.study.results import Record, records
+from train.study.results import Record, grouped, records
 from train.study.suite import SuiteError, load_suite
 
 Array = NDArray[np.float64]
@@ -90,24 +91,30 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     def size(record: Record) -> int:
         return record.parameters if counted == "total" else record.body_parameters
 
-    best: dict[tuple[int, int], Record] = {}
-    lost = []
-    for record in members:
-        if record.state.word in ("diverged", "failed"):
-            lost.append(f"{record.label}, {record.planned_tokens / 1e6:.3g}M tokens: {record.state.word}")
-        if record.loss is None:
+    lost = [
+        f"{record.label}, {record.planned_tokens / 1e6:.3g}M tokens: {record.state.word}"
+        for record in members
+        if record.state.word in ("diverged", "failed")
+    ]
+    best: dict[tuple[int, int], tuple[float, float]] = {}  # (N, D) -> loss and FLOPs
+    seeds = 1
+    for group in grouped(members):
+        losses = [record.loss for record in group.records if record.loss is not None]
+        if not losses:
             continue
-        key = (size(record), record.tokens)
-        if key not in best or record.loss < (best[key].loss or np.inf):  # of a swept rate the best counts
-            best[key] = record
+        seeds = max(seeds, len(losses))
+        key = (size(group.first), group.first.tokens)
+        found = (mean(losses), group.first.flops)  # over seeds: the least of them would be biased low
+        best[key] = min(best.get(key, found), found)  # of swept rates the best counts
     if unreached := sum(not record.state.is_final and record.state.word != "failed" for record in members):
         lost.append(f"{unreached} results not reached yet")
-    rows = [(n, d, record.loss or np.nan, record.flops) for (n, d), record in best.items()]
+    rows = [(n, d, loss, flops) for (n, d), (loss, flops) in best.items()]
+    remarks = (f"losses are means over up to {seeds} seeds",) if seeds > 1 else ()
     models = {size(record): record for record in members}
     sizes = np.array(sorted(models), dtype=float)
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
     gigabytes = [private_inference_cost(models[n].model, models[n].vocab_size).communication_gb for n in sorted(models)]
-    points = points_of(name, rows) if rows else Points(name, NONE, NONE, NONE, NONE)
+    points = points_of(name, rows, remarks) if rows else Points(name, NONE, NONE, NONE, NONE)
     return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
 
 
