@@ -250,6 +250,10 @@ def test_csv_as_people_publish_it(tmp_path: Path, text: str, names: list[str], r
         ("N,loss\n1e9,3\n", "no column for D"),
         ("a,b\n1,2\n", "no column for N, loss, D"),
         ("N,D,loss\n", "no rows"),
+        ("", "no rows"),
+        ("N,D,loss\n1e7,5e8,3.5\n\n10000000,5e7,3,45\n", "line 4 has 4 cells and the header 3"),
+        ("N,D,loss\n1e7,5e8\n", "line 2 has 2 cells and the header 3"),
+        ("N,N,D,loss\n1e7,2e7,5e8,3.5\n", "2 columns are called 'N'"),
     ],
 )
 def test_a_bad_csv_gets_one_line(tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

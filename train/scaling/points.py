@@ -89,15 +89,24 @@ def _rows(path: Path) -> list[tuple[int, Row]]:
     """(line, header's word -> text) of each row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
+            first = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(DELIMITERS, key=header.count))
-            rows = [(reader.line_num, row) for row in reader]
+            reader = csv.reader(file, delimiter=max(DELIMITERS, key=first.count))
+            header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(1, [])]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PointsError(f"{path}: cannot be read as CSV ({error})") from None
-    if not rows:
+    names = header[1]
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise PointsError(f"{path}: {names.count(repeated)} columns are called {repeated!r}; rename all but one")
+    if not lines:
         raise PointsError(f"{path}: holds no rows under its header; expected columns N, D and loss")
-    return rows
+    for line, cells in lines:
+        if len(cells) != len(names):
+            raise PointsError(
+                f"{path}: line {line} has {len(cells)} cells and the header {len(names)}; write decimals with a point, "
+                "quote cells that hold the delimiter, and leave empty cells for missing values"
+            )
+    return [(line, dict(zip(names, cells, strict=True))) for line, cells in lines]
 
 
 def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[float] | None:
