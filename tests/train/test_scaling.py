@@ -215,9 +215,28 @@ def test_csv_is_read_under_the_names_people_use(tmp_path: Path) -> None:
     write_csv(file, [points, made_points(OTHER, 0.0, 5, name="other")])
     first, second = read_csv(file)
     assert list(first.tokens) == pytest.approx([1e10, 1e9]) and (first.name, len(second)) == ("points", 5)
-    file.write_text("size_b,tok,ppl\n1e9,1e10,3\n")
-    (points,) = read_csv(file, {"N": "size_b", "D": "tok", "loss": "ppl"})
-    assert list(points.flops) == [6e19]
+    file.write_text("size_b,tok,log ppl\n1e9,1e10,3\n")
+    (points,) = read_csv(file, {"N": "size_b", "D": "tok", "loss": "log ppl"})
+    assert list(points.flops) == [6e19] and (points.unit, first.unit) == ("log ppl", "nats a token")
+
+
+def test_losses_are_told_in_the_unit_of_their_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, laws = tmp_path / "made.csv", tmp_path / "laws.json"
+    write_csv(file, [made_points(CHINCHILLA, 0.003, 20)])
+    file.write_text(file.read_text().replace("loss", "bits per byte"))
+    given = [str(file), "--columns", "loss=bits per byte", "--resamples", "5", "--output"]
+    assert main(["fit", *given, str(laws)]) == 0 and main(["report", *given, str(tmp_path / "report")]) == 0
+    assert main(["predict", str(laws), "--parameters", "1e9", "--tokens", "2e10"]) == 0
+    out = capsys.readouterr().out + (tmp_path / "report" / "report.md").read_text()
+    assert "(bits per byte) [" in out and out.count("losses in bits per byte") == 2 and "nats" not in out
+    tree = json.loads(laws.read_text())
+    del tree["architectures"]["made"]["loss_unit"]  # as earlier versions wrote it
+    laws.write_text(json.dumps(tree))
+    assert main(["predict", str(laws), "--parameters", "1e9", "--tokens", "2e10"]) == 0
+    assert "(nats a token) [" in capsys.readouterr().out
+    file.write_text(file.read_text().replace("bits per byte", "Perplexity"))
+    assert main(["fit", str(file), "--columns", "loss=Perplexity"]) == 2
+    assert "column 'Perplexity' holds perplexities" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

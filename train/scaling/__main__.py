@@ -20,7 +20,7 @@ from model.config import ARCHITECTURES
 from train.overrides import parse_with_overrides
 from train.scaling.ladder import LadderError, plan, suite_tree
 from train.scaling.law import FitError
-from train.scaling.points import PointsError
+from train.scaling.points import NATS, PointsError
 from train.study.suite import SuiteError
 
 if TYPE_CHECKING:
@@ -205,7 +205,8 @@ def make_prediction(options: argparse.Namespace) -> int:
             and row["range_tokens"][0] <= tokens <= row["range_tokens"][1]
         )
         loss = float(law.loss(parameters, tokens))
-        print(f"{name}: {loss:.4f} nats a token [{low:.4f}, {high:.4f}] at {parameters:.3g} "
+        unit = row.get("loss_unit", NATS)  # files of earlier versions have none
+        print(f"{name}: {loss:.4f} ({unit}) [{low:.4f}, {high:.4f}] at {parameters:.3g} "
               f"parameters and {tokens:.3g} tokens{' (extrapolated)' if outside else ''}")  # fmt: skip
     return 0
 

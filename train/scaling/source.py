@@ -198,6 +198,7 @@ def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) 
             "intervals": one.intervals(),
             "objective": one.fit.objective,
             "points": len(points),
+            "loss_unit": points.unit,
             "left_out": one.series.left_out,
             "range_parameters": [points.parameters.min(), points.parameters.max()],
             "range_tokens": [points.tokens.min(), points.tokens.max()],

@@ -18,7 +18,7 @@ def series_text(series: Series, counted: str) -> str:
         return ". ".join(["no points", *notes, *points.remarks]) + "."
     ranges = (
         f"{len(points)} points, {points.parameters.min():.3g} to {points.parameters.max():.3g} parameters{counted}, "
-        f"{points.tokens.min():.3g} to {points.tokens.max():.3g} tokens"
+        f"{points.tokens.min():.3g} to {points.tokens.max():.3g} tokens, losses in {points.unit}"
     )
     return ". ".join([ranges, *notes, *(remark[0].upper() + remark[1:] for remark in points.remarks)]) + "."
 
