@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from model.config import ARCHITECTURES
 from train.accounting import training_flops_per_token
 from train.scaling.__main__ import main
 from train.scaling.analysis import compute_optimal, exponents, held_out, isoflops, power_law
@@ -308,6 +309,61 @@ def test_a_ladder_keeps_to_its_budget_and_its_suite_loads(tmp_path: Path) -> Non
     with pytest.raises(SystemExit):
         main(["plan", "--flops", "1e15"])
     assert main(["plan", "--flops", "1e9", *arguments, "--output", str(file)]) == 2
+
+
+def test_a_planned_suite_has_whole_steps_and_names_that_differ(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "suite.json"
+    given = ["plan", "--sizes", "1", "--vocab-size", "4096", "--data", "nowhere", "--output", str(file)]
+    given += ["--architectures", *ARCHITECTURES, "--seq-length", "100", "--micro-batch-tokens", "5000"]
+    assert main([*given, "--flops", "1e20"]) == 0
+    suite = load_suite(file)
+    assert len({run.label for run in suite.runs}) == len(ARCHITECTURES)
+    assert {"EReg-", "SM-", "SMt+ScFuFFN-"} <= {run.label.partition("-")[0] + "-" for run in suite.runs}
+    for entry, run in zip(json.loads(file.read_text())["runs"], suite.runs, strict=True):
+        config = run.stages[0].config
+        assert config.training.global_batch_size % config.training.micro_batch_size == 0
+        assert config.training.micro_batch_size == min(32, config.training.global_batch_size)
+        assert not any(tokens % config.tokens_per_step for tokens in entry["budgets_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--architectures", "SM", "SM"], "--architectures names SM twice"),
+        (["--rates", "1", "1.0"], "--rates names 1.0 twice"),
+        (["--rates", "2", "2.0000001"], "two runs are called SM-3x192-rate2/seed1"),
+        (["--rates", "-1"], "--rates: '-1': expected a number from 0.001 to 1000"),
+        (["--rates", "nan"], "--rates: 'nan'"),
+        (["--flops", "inf"], "--flops: 'inf': expected a number from 1 to 1e+30"),
+        (["--vocab-size", "0"], "--vocab-size: '0'"),
+        (["--micro-batch-tokens", "0"], "--micro-batch-tokens: '0'"),
+        (["--levels", "-1"], "--levels: '-1'"),
+        (["--sizes", "-2"], "--sizes: '-2': expected a whole number from 1 to 14"),
+        (["--ratios", "0"], "--ratios: '0'"),
+        (["--seq-length", "-5"], "--seq-length: '-5'"),
+        (["--name", ""], "--name: ''"),
+        (["--name", "../x"], "--name: '../x': expected a folder's name"),
+        (["--output", "."], "--output .: is a folder"),
+    ],
+)
+def test_a_plan_of_what_cannot_run_is_refused(
+    wrong: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "suite.json"
+    given = ["plan", "--architectures", "SM", "--sizes", "1", "--flops", "1e15", "--vocab-size", "64", "--data", "no"]
+    try:
+        status = main([*given, "--output", str(file), *wrong])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    assert status == 2 and words in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_run_takes_what_the_study_program_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--jobs", "2", str(tmp_path / "none.json")]) == 2
+    assert "no such suite file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--help"])
+    assert caught.value.code == 0 and "--jobs" in capsys.readouterr().out
 
 
 def trunk_steps(stages: tuple) -> list[int]:

@@ -11,28 +11,34 @@
 
 import argparse
 import json
+import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from data.arguments import real_number, whole_number
 from data.errors import run_command
 from model.config import ARCHITECTURES
 from train.overrides import parse_with_overrides
-from train.scaling.ladder import LadderError, plan, suite_tree
+from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree
 from train.scaling.law import FitError
 from train.scaling.points import NATS, PointsError
-from train.study.suite import SuiteError
+from train.study.suite import SuiteError, load_suite
 
 if TYPE_CHECKING:
     from train.scaling.source import Series
 
+MOST_FLOPS = 1e30
+
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    if options.command == "run":
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["run"]:
         from train.study.__main__ import main as study
 
-        return study(["run", *options.arguments])
+        return study(arguments)
+    options = parse(arguments)
     try:
         return int(COMMANDS[options.command](options))
     except (LadderError, FitError, PointsError, SuiteError) as error:
@@ -41,14 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.scaling", description="Scaling laws of an architecture.")
     commands = parser.add_subparsers(dest="command", required=True)
     _plan_options(
         commands.add_parser("plan", help="write a suite: a ladder of sizes and token budgets for a compute budget")
     )
-    run = commands.add_parser("run", help="train it: the same as python -m train.study run", add_help=False)
-    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    commands.add_parser("run", help="train it: the same as python -m train.study run")
     for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("source", type=Path, help="suite file (.json) or CSV file")
@@ -77,34 +82,49 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--flops", type=float, required=True, metavar="C", help="training FLOPs of all runs together")
+    command.add_argument("--flops", type=real_number(1, MOST_FLOPS), required=True, metavar="C",
+                         help="training FLOPs of all runs together")  # fmt: skip
     command.add_argument("--architectures", nargs="+", default=["EReg(SM(t)+ScFuFFN)", "SM+LN+G"],
                          choices=list(ARCHITECTURES),
                          metavar="NAME", help="paper's names (default: EReg and SM+LN+G)")  # fmt: skip
-    command.add_argument("--sizes", type=int, default=5, metavar="N", help="of each architecture (default: 5)")
-    command.add_argument("--ratios", type=float, nargs="+", default=[5, 10, 20], metavar="R",
+    command.add_argument("--sizes", type=whole_number(1, len(DEPTHS)), default=5, metavar="N",
+                         help="of each architecture (default: 5)")  # fmt: skip
+    command.add_argument("--ratios", type=real_number(1e-3, 1e6), nargs="+", default=[5, 10, 20], metavar="R",
                          help="budgets in tokens a parameter (default: 5 10 20)")  # fmt: skip
-    command.add_argument("--levels", type=int, default=0, metavar="K",
+    command.add_argument("--levels", type=whole_number(0, 100), default=0, metavar="K",
                          help="evaluate all sizes at K common levels of compute, within --ratios")  # fmt: skip
     command.add_argument(
         "--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to"
     )
-    command.add_argument("--seq-length", type=int, default=128, metavar="T", help="context in tokens (default: 128)")
+    command.add_argument("--seq-length", type=whole_number(1, 1 << 20), default=128, metavar="T",
+                         help="context in tokens (default: 128)")  # fmt: skip
     command.add_argument("--data", required=True, metavar="DIR", help="prepared dataset; its vocabulary is counted")
-    command.add_argument("--vocab-size", type=int, metavar="V", help="where the dataset is not prepared yet")
-    command.add_argument("--rates", type=float, nargs="+", default=[1.0], metavar="F",
+    command.add_argument("--vocab-size", type=whole_number(1, 10**7), metavar="V",
+                         help="where the dataset is not prepared yet")  # fmt: skip
+    command.add_argument("--rates", type=real_number(1e-3, 1e3), nargs="+", default=[1.0], metavar="F",
                          help="factors of the learning rate swept at the smallest size (default: 1)")  # fmt: skip
-    command.add_argument(
-        "--micro-batch-tokens", type=int, default=65536, metavar="N", help="largest micro-batch in tokens"
-    )
-    command.add_argument("--name", default="ladder", help="of the suite (default: ladder)")
+    command.add_argument("--micro-batch-tokens", type=whole_number(1), default=65536, metavar="N",
+                         help="largest micro-batch in tokens (default: 65536)")  # fmt: skip
+    command.add_argument("--name", type=_folder_name, default="ladder", help="of the suite (default: ladder)")
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file")
+
+
+def _folder_name(text: str) -> str:
+    """An argparse type: the suite trains in runs/NAME."""
+    if not re.fullmatch(r"\w[\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a folder's name of letters, digits and . + - _")
+    return text
 
 
 def make_plan(options: argparse.Namespace) -> int:
     from data.errors import DataError
     from data.manifest import load_manifest
 
+    for option in ("architectures", "rates"):
+        given = getattr(options, option)
+        if twice := next((value for value in given if given.count(value) > 1), None):
+            raise LadderError(f"--{option} names {twice} twice; name it once")
+    _check_output_file(options.output)
     vocab_size = options.vocab_size
     if vocab_size is None:
         try:
@@ -122,8 +142,7 @@ def make_plan(options: argparse.Namespace) -> int:
         options.levels,
     )
     tree = suite_tree(options.name, rungs, options.data, options.micro_batch_tokens, options.rates)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    _write_suite(options.output, tree)
     print(f"{'size':22} {'parameters':>11} {'body':>11} {'rate':>8} {'tokens a step':>13}  budgets (M tokens)")
     for one in rungs:
         budgets = " ".join(f"{tokens / 1e6:.3g}" for tokens in one.budgets_tokens)
@@ -131,6 +150,30 @@ def make_plan(options: argparse.Namespace) -> int:
               f"{one.global_batch_size * one.model.seq_length:13,}  {budgets}")  # fmt: skip
     print(f"{sum(one.flops for one in rungs):.3g} FLOPs without sweeps; written: {options.output}")
     return 0
+
+
+def _check_output_file(path: Path) -> None:
+    """Makes its folder; raises PointsError where no file can be written there, before work is done for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PointsError(f"--output {path}: its folder cannot be made ({error}); name another") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        what = "is a folder" if path.is_dir() else "its folder is not writable"
+        raise PointsError(f"--output {path}: {what}; name a file to write")
+
+
+def _write_suite(path: Path, tree: dict[str, Any]) -> None:
+    """Writes what `run` will load; a tree that does not load leaves the file as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    try:
+        load_suite(temporary)
+        temporary.replace(path)
+    except SuiteError as error:
+        raise LadderError(str(error).replace(str(temporary), str(path))) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_fit(options: argparse.Namespace) -> int:
