@@ -240,6 +240,60 @@ def test_losses_are_told_in_the_unit_of_their_column(tmp_path: Path, capsys: pyt
     assert "column 'Perplexity' holds perplexities" in capsys.readouterr().err
 
 
+LAW = {**CHINCHILLA.as_row(), "resamples": [[1.69, 406, 0.34, 410, 0.28]], "range_parameters": [1e7, 1e9],
+       "range_tokens": [1e9, 1e11]}  # fmt: skip
+SIZE = ["--parameters", "1e8", "--tokens", "1e10"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "given", "words"),
+    [
+        (None, SIZE, "no such file"),
+        ([], SIZE, "has no architectures"),
+        ({"architectures": []}, SIZE, "has no architectures"),
+        ({"architectures": {}}, SIZE, "has no architectures"),
+        ({"architectures": {"A": 3}}, SIZE, "A: expected an object"),
+        ({"architectures": {"A": {**LAW, "resamples": []}}}, SIZE, "A: resamples: expected a list"),
+        ({"architectures": {"A": {**LAW, "resamples": "abcde"}}}, SIZE, "A: resamples: expected a list"),
+        ({"architectures": {"A": {**LAW, "alpha": "0.3"}}}, SIZE, "A: E, A, alpha, B, beta: expected 5 finite"),
+        ({"architectures": {"A": {**LAW, "E": math.nan}}}, SIZE, "A: E, A, alpha, B, beta: expected 5 finite"),
+        ({"architectures": {"A": {**LAW, "range_tokens": None}}}, SIZE, "A: range_tokens: expected 2 finite"),
+        ({"architectures": {"A": LAW}}, ["--flops", "1e20", "--parameters", "1e8"], "either --flops alone"),
+        ({"architectures": {"A": LAW}}, ["--parameters", "1e8"], "either --flops alone"),
+        ({"architectures": {"A": LAW}}, ["--flops", "nan"], "--flops: 'nan': expected a number from 1 to 1e+30"),
+        ({"architectures": {"A": LAW}}, ["--flops", "inf"], "--flops: 'inf'"),
+        ({"architectures": {"A": LAW}}, ["--flops", "0"], "--flops: '0'"),
+        ({"architectures": {"A": LAW}}, ["--parameters", "0"], "--parameters: '0'"),
+    ],
+)
+def test_a_prediction_of_nothing_is_refused(
+    tree: object, given: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "laws.json"
+    if tree is not None:
+        file.write_text(json.dumps(tree))
+    assert status_of(["predict", str(file), *given]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_prediction_says_where_it_has_no_ground(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "laws.json"
+    file.write_text(json.dumps({"architectures": {"A": LAW}}))
+    notes = []
+    for given in (SIZE, ["--flops", "1e24"], ["--flops", "1"]):
+        assert main(["predict", str(file), *given]) == 0
+        notes.append(capsys.readouterr().out.partition(" tokens")[2].strip())
+    assert notes == ["", "(extrapolated)", "(no optimum among the 10000 to 1e+14 parameters searched)"]
+
+
+def status_of(arguments: list[str]) -> int:
+    """The exit status, also where argparse decides it."""
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
 @pytest.mark.parametrize(
     ("text", "names", "remarks"),
     [
@@ -351,10 +405,7 @@ def test_a_plan_of_what_cannot_run_is_refused(
 ) -> None:
     file = tmp_path / "suite.json"
     given = ["plan", "--architectures", "SM", "--sizes", "1", "--flops", "1e15", "--vocab-size", "64", "--data", "no"]
-    try:
-        status = main([*given, "--output", str(file), *wrong])
-    except SystemExit as error:
-        status = int(error.code or 0)
+    status = status_of([*given, "--output", str(file), *wrong])
     assert status == 2 and words in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
 
 

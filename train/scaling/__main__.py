@@ -75,9 +75,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
     predict = commands.add_parser("predict", help="loss of a size and length, or the best ones for a compute budget")
     predict.add_argument("fits", type=Path, metavar="FILE", help="written by fit --output")
-    predict.add_argument("--parameters", type=float, metavar="N")
-    predict.add_argument("--tokens", type=float, metavar="D")
-    predict.add_argument("--flops", type=float, metavar="C", help="training FLOPs, at 6 N D")
+    predict.add_argument("--parameters", type=real_number(1), metavar="N")
+    predict.add_argument("--tokens", type=real_number(1, 1e18), metavar="D")
+    predict.add_argument("--flops", type=real_number(1, MOST_FLOPS), metavar="C", help="training FLOPs, at 6 N D")
     return parse_with_overrides(parser, arguments)
 
 
@@ -226,31 +226,30 @@ def _series(options: argparse.Namespace) -> list["Series"]:
 
 
 def make_prediction(options: argparse.Namespace) -> int:
-    from train.scaling.analysis import compute_optimal
+    from train.scaling.analysis import SEARCHED, compute_optimal
     from train.scaling.law import interval
     from train.scaling.source import read_fits
 
-    if (options.flops is None) == (options.parameters is None or options.tokens is None):
-        raise PointsError("say either --flops, or both --parameters and --tokens")
-    try:
-        fits = read_fits(options.fits)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PointsError(f"{options.fits}: not a file that fit --output writes ({error})") from None
-    for name, (law, resamples, row) in fits.items():
+    given = [key for key in ("flops", "parameters", "tokens") if getattr(options, key) is not None]
+    if given not in (["flops"], ["parameters", "tokens"]):
+        raise PointsError("say either --flops alone, or both --parameters and --tokens")
+    for name, (law, resamples, row) in read_fits(options.fits).items():
+        note = ""
         if options.flops is not None:
             best = compute_optimal(law, options.flops)
             parameters, tokens = float(best.parameters[0]), float(best.tokens[0])
+            if not 1.05 * SEARCHED[0] < parameters < SEARCHED[1] / 1.05:
+                note = f" (no optimum among the {SEARCHED[0]:g} to {SEARCHED[1]:g} parameters searched)"
         else:
             parameters, tokens = options.parameters, options.tokens
         low, high = interval([float(other.loss(parameters, tokens)) for other in resamples])
-        outside = not (
-            row["range_parameters"][0] <= parameters <= row["range_parameters"][1]
-            and row["range_tokens"][0] <= tokens <= row["range_tokens"][1]
-        )
+        for value, key in ((parameters, "range_parameters"), (tokens, "range_tokens")):
+            if not row[key][0] <= value <= row[key][1]:
+                note = note or " (extrapolated)"
         loss = float(law.loss(parameters, tokens))
         unit = row.get("loss_unit", NATS)  # files of earlier versions have none
         print(f"{name}: {loss:.4f} ({unit}) [{low:.4f}, {high:.4f}] at {parameters:.3g} "
-              f"parameters and {tokens:.3g} tokens{' (extrapolated)' if outside else ''}")  # fmt: skip
+              f"parameters and {tokens:.3g} tokens{note}")  # fmt: skip
     return 0
 
 

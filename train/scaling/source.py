@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,10 +209,43 @@ def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) 
 
 
 def read_fits(path: Path) -> dict[str, tuple[LossLaw, list[LossLaw], dict[str, Any]]]:
-    """Architecture -> law, resamples and the rest; raises OSError, ValueError or KeyError where it is no such file."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    found = {}
-    for name, row in tree["architectures"].items():
-        law = LossLaw(**{key: row[key] for key in COEFFICIENTS})
-        found[name] = (law, [LossLaw(*values) for values in row["resamples"]], row)
-    return found
+    """Architecture -> law, resamples and the rest.
+
+    Raises:
+        PointsError: it is no file that `save_fits` writes; says where.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
+    except FileNotFoundError:
+        raise PointsError(f"{path}: no such file; fit --output {path} writes one") from None
+    except (OSError, ValueError) as error:
+        raise PointsError(f"{path}: cannot be read as JSON ({error}); expected what fit --output writes") from None
+    rows = tree.get("architectures") if isinstance(tree, dict) else None
+    if not isinstance(rows, dict) or not rows:
+        raise PointsError(f"{path}: has no architectures, a name and a law each; expected what fit --output writes")
+    return {name: _read_law(f"{path}: {name}", row) for name, row in rows.items()}
+
+
+def _read_law(where: str, row: Any) -> tuple[LossLaw, list[LossLaw], dict[str, Any]]:
+    if not isinstance(row, dict):
+        raise PointsError(f"{where}: expected an object of coefficients; write the file anew with fit --output")
+    resamples = row.get("resamples")
+    checked = [
+        (", ".join(COEFFICIENTS), "5 finite numbers", _are_numbers([row.get(key) for key in COEFFICIENTS], 5)),
+        ("range_parameters", "2 finite numbers", _are_numbers(row.get("range_parameters"), 2)),
+        ("range_tokens", "2 finite numbers", _are_numbers(row.get("range_tokens"), 2)),
+        ("loss_unit", "words", isinstance(row.get("loss_unit", ""), str)),
+        ("resamples", "a list of at least one law, 5 numbers each", isinstance(resamples, list) and resamples
+         and all(_are_numbers(law, 5, finite=False) for law in resamples)),
+    ]  # fmt: skip
+    for key, expected, is_right in checked:
+        if not is_right:
+            raise PointsError(f"{where}: {key}: expected {expected}; write the file anew with fit --output")
+    law = LossLaw(**{key: row[key] for key in COEFFICIENTS})
+    return law, [LossLaw(*values) for values in row["resamples"]], row
+
+
+def _are_numbers(values: Any, count: int, finite: bool = True) -> bool:
+    """Whether it is a list of so many floats; a resample may hold infinities."""
+    is_list = isinstance(values, list) and len(values) == count and all(isinstance(value, float) for value in values)
+    return is_list and (not finite or all(map(math.isfinite, values)))
