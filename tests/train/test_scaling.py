@@ -240,6 +240,52 @@ def test_losses_are_told_in_the_unit_of_their_column(tmp_path: Path, capsys: pyt
     assert "column 'Perplexity' holds perplexities" in capsys.readouterr().err
 
 
+def test_a_law_that_means_nothing_is_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    n, d = (values.ravel() for values in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
+    file, folder = tmp_path / "made.csv", tmp_path / "report"
+    for losses, words in (
+        (np.full(16, 3.0), "all losses lie within 0.1%"),
+        (2 + 410 * d**-0.28 + 1e-4 * n**-0.3, "alpha ="),
+        (2 + n**0.03 + 410 * d**-0.28, "losses do not fall with parameters"),
+        (406 * n**-0.34 + 410 * d**-0.28, "E = "),
+    ):
+        write_csv(file, [Points("made", n, d, losses, 6 * n * d)])
+        assert main(["fit", str(file), "--resamples", "5"]) == 0
+        assert words in capsys.readouterr().out.partition("warning: made: ")[2]
+        assert main(["report", str(file), "--resamples", "5", "--output", str(folder)]) == 0
+        assert words in (folder / "report.md").read_text().partition("**Warning**: made: ")[2]
+    write_csv(file, [made_points(CHINCHILLA, 0.003, 20)])
+    capsys.readouterr()
+    assert main(["fit", str(file), "--resamples", "5"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "words"),
+    [
+        ("fit", ["--resamples", "0"], "--resamples: '0': expected a whole number from 1"),
+        ("report", ["--resamples", "-3"], "--resamples: '-3': expected a whole number from 1"),
+        ("fit", ["--least-ratio", "nan"], "--least-ratio: 'nan'"),
+        ("fit", ["--output", "."], "--output .: is a folder; name a file"),
+        ("fit", ["--output", "few.csv/x"], "--output few.csv/x: few.csv is no folder"),
+        ("report", ["--output", "few.csv"], "--output few.csv: is a file; name a folder"),
+        ("report", [], "few: no law: 1 points"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_refused(
+    command: str,
+    given: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("few.csv"), [points_of("few", [(1e8, 1e9, 3.0, 6e17)])])
+    assert status_of([command, "few.csv", *given]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 LAW = {**CHINCHILLA.as_row(), "resamples": [[1.69, 406, 0.34, 410, 0.28]], "range_parameters": [1e7, 1e9],
        "range_tokens": [1e9, 1e11]}  # fmt: skip
 SIZE = ["--parameters", "1e8", "--tokens", "1e10"]
@@ -321,6 +367,9 @@ def test_csv_as_people_publish_it(tmp_path: Path, text: str, names: list[str], r
         ("N;D;loss\n1e9;1e10;3,5\n", "line 2, column loss: '3,5'"),
         ("N,D,loss\n1e9,,3\n", "not one row has a value"),
         ("N,D,loss\n70,1e9,3\n", "line 2, column N: comes to 70"),
+        ("N,D,loss\n1e9,1e308,3\n", "line 2, column D: comes to 1e\\+308"),
+        ("N,D,loss\n1e9,1e10,1e308\n", "line 2, column loss: 1e\\+308 is no loss"),
+        ("N,D,C,loss\n1e9,1e10,1e308,3\n", "line 2, column C: 1e\\+308 is no count"),
         ("N,loss\n1e9,3\n", "no column for D"),
         ("a,b\n1,2\n", "no column for N, loss, D"),
         ("N,D,loss\n", "no rows"),
@@ -456,7 +505,7 @@ def test_the_learning_rate_falls_with_width_and_depth() -> None:
 
 
 def test_fit_predict_and_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, laws = tmp_path / "two.csv", tmp_path / "laws.json"
+    file, laws = tmp_path / "two.csv", tmp_path / "new" / "laws.json"
     series = [
         made_points(law, 0.003, 40, seed, name) for seed, (law, name) in enumerate(((OTHER, "A"), (CHINCHILLA, "B")))
     ]

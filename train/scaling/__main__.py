@@ -63,13 +63,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                              help="N of a suite: all, or without embeddings and head (default: total)")  # fmt: skip
         command.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN",
                              help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
-        command.add_argument("--least-ratio", type=float, default=0.0, metavar="R",
+        command.add_argument("--least-ratio", type=real_number(0), default=0.0, metavar="R",
                              help="leave out points with fewer tokens a parameter (default: none)")  # fmt: skip
         command.add_argument("--without-outliers", action="store_true",
                              help="leave out points far off the law of the others; listed anyway")  # fmt: skip
-        command.add_argument(
-            "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)"
-        )
+        command.add_argument("--resamples", type=whole_number(1, 100_000), default=1000, metavar="N",
+                             help="of the bootstrap (default: 1000)")  # fmt: skip
         command.add_argument("--output", type=Path, metavar="PATH",
                              help="fit: file for predict; report: folder (default: report/ beside it)")  # fmt: skip
         command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
@@ -124,7 +123,7 @@ def make_plan(options: argparse.Namespace) -> int:
         given = getattr(options, option)
         if twice := next((value for value in given if given.count(value) > 1), None):
             raise LadderError(f"--{option} names {twice} twice; name it once")
-    _check_output_file(options.output)
+    _check_output(options.output)
     vocab_size = options.vocab_size
     if vocab_size is None:
         try:
@@ -152,19 +151,20 @@ def make_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_output_file(path: Path) -> None:
-    """Makes its folder; raises PointsError where no file can be written there, before work is done for it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PointsError(f"--output {path}: its folder cannot be made ({error}); name another") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        what = "is a folder" if path.is_dir() else "its folder is not writable"
-        raise PointsError(f"--output {path}: {what}; name a file to write")
+def _check_output(path: Path, is_folder: bool = False) -> None:
+    """Raises PointsError where nothing can be written there, before work is done for it."""
+    wanted = "a folder" if is_folder else "a file"
+    if path.exists() and path.is_dir() != is_folder:
+        raise PointsError(f"--output {path}: is {'a folder' if path.is_dir() else 'a file'}; name {wanted} to write")
+    folder = path if is_folder else path.parent
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PointsError(f"--output {path}: {there} is no folder that can be written to; name {wanted} elsewhere")
 
 
 def _write_suite(path: Path, tree: dict[str, Any]) -> None:
     """Writes what `run` will load; a tree that does not load leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     try:
@@ -180,6 +180,8 @@ def make_fit(options: argparse.Namespace) -> int:
     from train.scaling import summary
     from train.scaling.source import analyse_all, save_fits
 
+    if options.output is not None:
+        _check_output(options.output)
     analyses, failures = analyse_all(_series(options), options.resamples, options.without_outliers)
     if not analyses:
         raise FitError("\n".join(failures))
@@ -188,9 +190,12 @@ def make_fit(options: argparse.Namespace) -> int:
         if text := summary.outliers_text(one):
             print("", text, *summary.lines_of(summary.outlier_table(one)), sep="\n")
         print("", *summary.lines_of(summary.coefficient_table([one]), turned=True), "", sep="\n")
+        for line in summary.doubts(one):
+            print(f"warning: {one.name}: {line}")
     for line in failures:
         print(line)
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         save_fits(options.output, options.source, options.parameters, analyses)
         print(f"written: {options.output}")
     return 0
@@ -201,10 +206,13 @@ def make_report(options: argparse.Namespace) -> int:
     from train.scaling.source import analyse_all
 
     folder = options.output or options.source.parent / "report"
+    _check_output(folder, is_folder=True)
     series = _series(options)
     analyses, failures = analyse_all(series, options.resamples, options.without_outliers)
     for file in write_report(folder, options.source, _counted(options), series, analyses, failures, options.note):
         print(file)
+    if not analyses:
+        raise FitError("\n".join(failures))
     return 0
 
 

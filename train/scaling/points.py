@@ -60,6 +60,8 @@ UNIT = re.compile(r"[(\[](k|m|b|g|t|thousand|million|billion|trillion)s?[)\]]\s*
 THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 MISSING = {"", "-", "nan", "na", "n/a", "none", "null", "inf"}
 FEWEST = 1000  # parameters or tokens; smaller numbers are counts of millions or billions
+MOST = 1e20
+LARGEST_LOSS = 1e4
 DELIMITERS = ",;\t"
 
 
@@ -125,12 +127,19 @@ def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[floa
         assert c is not None
         d = c / (6 * n)
     for count, column in ((n, found["N"]), (d, found.get("D", found.get("C")))):
-        if count < FEWEST:
+        if not FEWEST <= count <= MOST:
             raise PointsError(
-                f"{path}: line {line}, column {column}: comes to {count:g} parameters or tokens; counts are wanted, "
-                "say 70M or 7e7, or a header such as 'params (M)'"
+                f"{path}: line {line}, column {column}: comes to {count:g} parameters or tokens; counts from "
+                f"{FEWEST:,} to {MOST:g} are wanted, say 70M or 7e7, or a header such as 'params (M)'"
             )
-    return [n, d, loss, c if c is not None else 6 * n * d]
+    c = c if c is not None else 6 * n * d
+    if not FEWEST <= c <= 6 * MOST**2:
+        raise PointsError(f"{path}: line {line}, column {found['C']}: {c:g} is no count of training FLOPs; "
+                          "correct it, or name other columns with --columns")  # fmt: skip
+    if loss > LARGEST_LOSS:
+        raise PointsError(f"{path}: line {line}, column {found['loss']}: {loss:g} is no loss of a model; correct it, "
+                          "or leave it empty if that run diverged")  # fmt: skip
+    return [n, d, loss, c]
 
 
 def _tells_apart(names: Sequence[str], sizes: Sequence[float]) -> bool:

@@ -10,7 +10,7 @@ from train.scaling.compare import Crossing, compare
 from train.scaling.law import interval
 from train.scaling.points import Points
 from train.scaling.source import Analysis, Series
-from train.scaling.summary import coefficient_table, outlier_table, outliers_text, series_text
+from train.scaling.summary import coefficient_table, doubts, outlier_table, outliers_text, series_text
 from train.study.document import Document
 
 DECADES_BEYOND = 3  # of compute, that allocations and crossings look ahead
@@ -52,6 +52,8 @@ def write_report(
         "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with most compute, predicted from the rest."
     )
     for one in analyses:
+        for line in doubts(one):
+            document.text(f"**Warning**: {one.name}: {line}.")
         _outliers(document, one)
     _single_pictures(document, analyses)
     _allocation(document, analyses)
