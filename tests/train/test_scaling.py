@@ -240,6 +240,7 @@ def test_losses_are_told_in_the_unit_of_their_column(tmp_path: Path, capsys: pyt
     assert "column 'Perplexity' holds perplexities" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_law_that_means_nothing_is_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     n, d = (values.ravel() for values in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
     file, folder = tmp_path / "made.csv", tmp_path / "report"
@@ -268,6 +269,7 @@ def test_a_law_that_means_nothing_is_said_to(tmp_path: Path, capsys: pytest.Capt
         ("fit", ["--least-ratio", "nan"], "--least-ratio: 'nan'"),
         ("fit", ["--output", "."], "--output .: is a folder; name a file"),
         ("fit", ["--output", "few.csv/x"], "--output few.csv/x: few.csv is no folder"),
+        ("fit", ["--output", "few.csv"], "--output few.csv: is the file that is read"),
         ("report", ["--output", "few.csv"], "--output few.csv: is a file; name a folder"),
         ("report", [], "few: no law: 1 points"),
     ],

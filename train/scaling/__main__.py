@@ -182,6 +182,8 @@ def make_fit(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         _check_output(options.output)
+        if options.output.resolve() == options.source.resolve():
+            raise PointsError(f"--output {options.output}: is the file that is read; name another")
     analyses, failures = analyse_all(_series(options), options.resamples, options.without_outliers)
     if not analyses:
         raise FitError("\n".join(failures))

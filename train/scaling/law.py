@@ -135,8 +135,8 @@ def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> tup
 
 
 def _theta(law: LossLaw) -> Array:
-    entropy = max(law.E, np.finfo(float).tiny)  # a fit may leave no room for it
-    return np.array([np.log(law.A), np.log(law.B), np.log(entropy), law.alpha, law.beta])
+    terms = np.maximum([law.A, law.B, law.E], np.finfo(float).tiny)  # a fit may leave no room for one
+    return np.array([*np.log(terms), law.alpha, law.beta])
 
 
 def _law(theta: Array) -> LossLaw:
