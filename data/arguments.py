@@ -24,4 +24,8 @@ def _bounded(text: str, kind: Callable[[str], N], name: str, least: N, most: N) 
     with contextlib.suppress(ValueError):
         if least <= (value := kind(text)) <= most:
             return value
-    raise argparse.ArgumentTypeError(f"{text!r}: expected {name} from {least:,} to {most:,}")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected {name} from {_text(least)} to {_text(most)}")
+
+
+def _text(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
