@@ -54,7 +54,7 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     tree = read_config(run)
     if tree is None:
         raise RunError(f"{run}: holds no run (no config.json)")
-    config = single_process(config_from_dict(tree))
+    config = dataclasses.replace(single_process(config_from_dict(tree)), run_dir=str(run))  # it may have been moved
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     initialize_distributed()

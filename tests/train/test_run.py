@@ -64,6 +64,7 @@ def test_one_process_evaluates_what_four_trained(tiny_config: Path, tmp_path: Pa
     layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
     assert run_main(4, tiny_config, *layout).statuses == [0] * 4
     run = tmp_path / "run"
+    run = run.rename(tmp_path / "moved")
     assert run_ranks(_evaluate, 1, str(run)) == [0]
     evaluation = json.loads((run / "evaluation.json").read_text())
     last = next(row for row in reversed(rows(run)) if "validation_loss" in row)
