@@ -1,4 +1,4 @@
-"""Numbers on the command line that no size or count can be: nan, infinite, out of range, no number at all."""
+"""What options refuse: numbers that no size or count can be (nan, infinite, out of range), files without a folder."""
 
 import argparse
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 from data import benchmark, index, inspect, prepare
 from data.arguments import real_number, whole_number
 from parallel import compare
+from train import evaluate
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400", "-0.1", "2.1", "", "x", "9" * 5000])
@@ -57,6 +58,10 @@ COMPARE = ["--config", "x", "--layouts", "tp=2"]
         (compare.main, COMPARE, "--tolerance", "nan"),
         (compare.main, COMPARE, "--tolerance", "-1"),
         (compare.main, COMPARE, "--batches", "0"),
+        (compare.main, COMPARE, "--json", "no/folder/lines.jsonl"),
+        (compare.main, COMPARE, "--json", "."),
+        (evaluate.main, ["--run", "x"], "--samples", "0"),
+        (evaluate.main, ["--run", "x"], "--samples", "-5"),
     ],
 )
 def test_every_command_refuses_such_an_option(

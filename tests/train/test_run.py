@@ -78,6 +78,17 @@ def _evaluate(run: str) -> int:
     return main(["--run", run])
 
 
+def test_a_result_that_could_not_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.evaluate import main
+
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"training": {"train_steps": 1}}}))
+    (tmp_path / "evaluation.json").mkdir()
+    assert main(["--run", str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'evaluation.json'}: cannot be written; remove" in capsys.readouterr().err
+
+
 def test_world_size_and_batch_must_fit(tiny_config: Path) -> None:
     answer = run_main(2, tiny_config, "parallel.tensor_parallel_size=4")
     assert answer.statuses == [2, 2]
