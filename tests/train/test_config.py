@@ -63,6 +63,7 @@ def test_the_last_override_of_a_key_wins(tmp_path: Path) -> None:
         ("data.path=some/where", "data", "path", "some/where"),
         ('data.path="quoted name"', "data", "path", "quoted name"),
         ("data.path=a=b", "data", "path", "a=b"),
+        ("data.path=" + "[" * 100_000, "data", "path", "[" * 100_000),
         ("model.architecture=SM+LN+G", "model", "architecture", "SM+LN+G"),
         ("parallel.zero_stage=2", "parallel", "zero_stage", 2),
     ],
@@ -291,6 +292,8 @@ def test_other_deepspeed_keys_pass_through(tmp_path: Path) -> None:
         ('{"model": {"num_layers": 2},}', r"line 1, column \d+: not JSON"),
         ('{\n  "model": {\n    num_layers: 2}}', r"line 3, column 5: not JSON"),
         ("[1, 2]", r"expected a JSON object with sections, found list"),
+        ("[" * 100_000, r"expected a JSON object with sections \(maximum recursion depth"),
+        ('{"run_dir": ' + "9" * 5000, r"expected a JSON object with sections \(Exceeds the limit"),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, wanted: str) -> None:
