@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         if not options.at_once and processes[-1].wait():
             break
     if failed := [status for process in processes if (status := process.wait())]:
-        return failed[0]  # which the run has explained
+        return failed[0] if failed[0] > 0 else 1  # the run has said why, unless a signal ended it
     rows = {name: validations(options.output / name) for name in COMPUTATIONS}
     report = {"machine": benchmark_report.machine(), "overrides": options.overrides, "validations": rows}
     benchmark_report.write(options.output, "learning", report, as_table(report))

@@ -41,7 +41,7 @@ class Run:
     folder: Path
     model: dict[str, Any]
     data_path: str
-    vocab_size: int | None
+    vocab_size: str
     training_rows: list[Row]
     validation_rows: list[Row]
     head_rows: list[Row]
@@ -230,7 +230,7 @@ def load_run(folder: Path) -> Run:
         evaluation = read_object(folder / "evaluation.json")
         check_head_row(folder / "evaluation.json", evaluation, shape)
     validations = [row for row in rows if "validation_loss" in row]
-    return Run(folder, model, data_path, config.get("vocab_size"), training, validations, heads, evaluation)
+    return Run(folder, model, data_path, str(config.get("vocab_size")), training, validations, heads, evaluation)
 
 
 def read_object(file: Path) -> Row:
