@@ -1,8 +1,10 @@
-"""Numbers on the command line: types for argparse that refuse what is out of range, not a number or infinite."""
+"""Types for argparse: numbers within a range, neither nan nor infinite, and files that can be written."""
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 N = TypeVar("N", int, float)
@@ -18,6 +20,17 @@ def whole_number(least: int, most: int = _LARGEST_WHOLE_NUMBER) -> Callable[[str
 def real_number(least: float, most: float = _LARGEST_NUMBER) -> Callable[[str], float]:
     """An argparse type: a number from `least` to `most`, hence neither nan nor infinite."""
     return lambda text: _bounded(text, float, "a number", least, most)
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file to be written at the end, refused before the work where it could not be."""
+    if not can_write(Path(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file in a folder that exists and can be written")
+    return Path(text)
+
+
+def can_write(file: Path) -> bool:
+    return file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()
 
 
 def _bounded(text: str, kind: Callable[[str], N], name: str, least: N, most: N) -> N:
