@@ -44,6 +44,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+LARGEST_SIZES = {
+    "num_layers": 10_000,
+    "hidden_size": 10**6,
+    "num_attention_heads": 10**6,
+    "seq_length": 10**9,
+    "ffn_hidden_size": 10**8,
+}
+"""Beyond these counting parameters takes minutes, or a tensor has more bytes than 64 bits can say."""
+
 
 def explained(default: Any, text: str) -> Any:
     """A field of a configuration: its default, and what it means."""
@@ -138,15 +147,12 @@ class ModelConfig:
             names = ", ".join(ARCHITECTURES)
             return [f"model.architecture = {self.architecture!r} is unknown; choose one of: {names}"]
         faults = []
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-            if getattr(self, name) < 1:
-                faults.append(f"model.{name} = {getattr(self, name)} must be at least 1")
+        for name, most in LARGEST_SIZES.items():
+            value, null = getattr(self, name), ", or null for 4 * hidden_size" if name == "ffn_hidden_size" else ""
+            if value is not None and not 1 <= value <= most:
+                faults.append(f"model.{name} = {value} must be at least 1 and at most {most:,}{null}")
         if faults:
             return faults
-        if self.ffn_hidden_size is not None and self.ffn_hidden_size < 1:
-            faults.append(
-                f"model.ffn_hidden_size = {self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size"
-            )
         if self.hidden_size % self.num_attention_heads:
             faults.append(
                 f"model.hidden_size = {self.hidden_size} is not a multiple of model.num_attention_heads = "

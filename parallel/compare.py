@@ -21,16 +21,14 @@ Exit status: 0 all within the tolerance, 1 beyond it, 2 not comparable as asked.
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.arguments import real_number, whole_number
+from data.arguments import output_file, real_number, whole_number
 from data.errors import run_command
 from parallel.comparison import ROUNDING_FACTOR, TOLERANCE, Comparison, compare
 from parallel.launch import choose_accelerator
@@ -51,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
         reference = reference_layout(config, layouts)
         configs = [apply_layout(config, layout, reference) for layout in layouts]
         check_devices(layouts)
-        check_output(options.json)
         vocab_size, batches = global_batches(config, options.batches)
     except ValueError as error:
         for line in str(error).splitlines():
@@ -155,7 +152,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="X",
         help="largest error (default 1e-10 in float64; in float32 1e-5 or rounding)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write a JSON line for each layout")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a JSON line for each layout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
     return parser.parse_intermixed_args(arguments)
 
@@ -171,12 +168,6 @@ def check_devices(layouts: list[Layout]) -> None:
     ]
     if faults:
         raise ConfigError(faults)
-
-
-def check_output(file: Path | None) -> None:
-    """Raises ConfigError where the lines could not be written once all is measured."""
-    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()):
-        raise ConfigError([f"--json {file}: cannot be written there; name a file in a folder that exists"])
 
 
 def reference_layout(config: Config, layouts: list[Layout]) -> Layout:

@@ -13,6 +13,8 @@ from datetime import timedelta
 
 import torch
 
+from data.errors import DataError
+
 PORTS = (15_000, 32_000)
 
 
@@ -35,18 +37,26 @@ def choose_accelerator() -> None:
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _launched_with("WORLD_SIZE", "1")
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _launched_with("RANK", "0")
+
+
+def _launched_with(name: str, default: str) -> int:
+    """A number that the launcher has set in the environment; raises DataError where it is none."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise DataError(f"{name} = {text!r} in the environment: expected a whole number; unset it or mend the launcher")
+    return int(text)
 
 
 def local_device() -> torch.device:
     """This process's device; CUDA devices are taken by local rank."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", _launched_with("LOCAL_RANK", "0"))
 
 
 def initialize_distributed(timeout_s: float = 600.0) -> None:

@@ -10,7 +10,9 @@ Each says more with --help.
 import sys
 
 from data.errors import run_command
+from parallel.deepspeed_section import DeepSpeedSectionError
 from train import benchmark_attention, benchmark_learning, benchmark_step
+from train.config import ConfigError
 
 BENCHMARKS = {
     "attention": benchmark_attention.main,
@@ -20,12 +22,16 @@ BENCHMARKS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 if the benchmark is not named."""
+    """Exit status: 0 done, 1 failed while running, 2 cannot run as asked."""
     if not arguments or arguments[0] not in BENCHMARKS:
         print(__doc__)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    BENCHMARKS[arguments[0]](arguments[1:])
-    return 0
+    try:
+        return BENCHMARKS[arguments[0]](arguments[1:])
+    except (ConfigError, DeepSpeedSectionError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

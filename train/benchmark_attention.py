@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.arguments import whole_number
 from model.entropy_attention import entropy_attention
 from train import benchmark_report
 
@@ -27,9 +28,10 @@ OVERWRITES = 16  # of 256 MiB, about a millisecond
 CPU_SHAPES = "128,16,4,32 2048,1,4,32"
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the benchmark as the command line says and prints the table."""
     arguments = parse(argv)
+    benchmark_report.make_folder(arguments.output)
     torch.manual_seed(0)
     results = []
     for shape in arguments.shapes:
@@ -37,6 +39,7 @@ def main(argv: list[str]) -> None:
     report = {"machine": benchmark_report.machine(), "arguments": printable(arguments), "results": results}
     benchmark_report.write(arguments.output, "attention", report, as_table(report))
     plot(results, arguments.output / "attention.png")
+    return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens-first", action="store_true", help="memory order [T, B, N, H], as the model has it")
     parser.add_argument("--temperature", choices=["none", "per_head", "per_position"], default="none")
     parser.add_argument("--only", nargs="+", choices=sorted(contenders("none", 1, 1)), help="contenders to run; all")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each contender gets its turn")
+    parser.add_argument("--rounds", type=whole_number(1), default=5, help="times that each contender gets its turn")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     arguments = parser.parse_args(argv)
     arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32"))
@@ -64,9 +67,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def shape_of(text: str) -> tuple[int, int, int, int]:
     try:
-        tokens, batch, heads, width = (int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected four integers T,B,N,H, such as 128,512,12,64") from None
+        tokens, batch, heads, width = map(whole_number(1), text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected four whole numbers T,B,N,H from 1, such as 128,512,12,64"
+        ) from None
     return tokens, batch, heads, width
 
 

@@ -13,27 +13,32 @@ from pathlib import Path
 from typing import Any
 
 from train import benchmark_report
+from train.config import load_config
+from train.preflight import preflight
 
 COMPUTATIONS = ("fused", "reference")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs both, or with --only one of them in this process, and compares what is in the output folder."""
     options = parse(argv)
     if options.only:
-        sys.exit(train(options))
+        return train(options)
+    preflight(load_config(options.config, options.overrides), 1)  # else both runs would tell the faults
+    benchmark_report.make_folder(options.output)
     processes = []
     for name in COMPUTATIONS:
         command = [sys.executable, "-m", "train.benchmark", "learning", *argv, "--only", name]
         processes.append(subprocess.Popen(command))
-        if not options.at_once:
-            processes[-1].wait()
-    if any(process.wait() for process in processes):
-        sys.exit("a run failed; see above")
+        if not options.at_once and processes[-1].wait():
+            break
+    if failed := [status for process in processes if (status := process.wait())]:
+        return failed[0] if failed[0] > 0 else 1  # the run has said why, unless a signal ended it
     rows = {name: validations(options.output / name) for name in COMPUTATIONS}
     report = {"machine": benchmark_report.machine(), "overrides": options.overrides, "validations": rows}
     benchmark_report.write(options.output, "learning", report, as_table(report))
     plot(options.output)
+    return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

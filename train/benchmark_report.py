@@ -4,11 +4,14 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from train.config import ConfigError
 
 
 def machine() -> dict[str, str]:
@@ -34,9 +37,17 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def make_folder(folder: Path) -> None:
+    """Raises ConfigError where no file can be put there, before anything is timed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError([f"--output {folder}: cannot be written ({error.strerror}); choose another folder"]) from None
+
+
 def write(folder: Path, name: str, report: dict[str, Any], table: str) -> None:
     """NAME.json and NAME.md below `folder`, and the table on the terminal."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
     (folder / f"{name}.md").write_text(table)
     print(table)

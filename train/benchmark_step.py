@@ -4,8 +4,8 @@ Every contender is built as training builds it, warmed up, and timed in turn, se
 clock touches all alike; the figures are medians. Memory is what PyTorch has reserved on the device at the peak of a
 step, a CUDA graph's included, beyond what other contenders hold; all are held at once. The learning rate is 0: the work
 is the same, and no contender diverges, whose steps would be refused and so be spared the optimizer's work.
-With data.path a dataset, samples are read and moved as in training; else tokens are random. Writes step.json, step.md
-and step.png.
+With data.path a dataset, samples are read and moved as in training; else tokens are random, which is said. Writes
+step.json, step.md and step.png.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from data.arguments import whole_number
+from data.errors import DataError
+from data.manifest import Manifest, load_dataset
 from model.config import ModelConfig
 from train import benchmark_report
 from train.accounting import mfu, training_flops_per_token
@@ -30,7 +33,7 @@ from train.benchmark_timing import (
     reserved_bytes,
     timed,
 )
-from train.config import Config, config_from_dict, load_config
+from train.config import Config, ConfigError, config_from_dict, dataset_faults, load_config, world_faults
 
 CONTENDERS = {
     "ours": "the configuration's model through this project's engine",
@@ -41,7 +44,7 @@ CONTENDERS = {
 WARM_UP_STEPS = 4
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the benchmark as the command line says and prints the table."""
     options = parse(argv)
     from parallel.launch import choose_accelerator
@@ -49,8 +52,15 @@ def main(argv: list[str]) -> None:
     choose_accelerator()
     torch._dynamo.config.automatic_dynamic_shapes = False  # each micro-batch size is compiled for itself
     config = load_config(options.config, options.overrides)
+    manifest = dataset(config)
+    contenders = variants(config, options)
+    faults = world_faults(contenders[0][1], 1) if contenders else ["nothing to time: GPT-2 does not recompute"]
+    faults += [] if manifest is None else dataset_faults(config, manifest)
+    if faults:
+        raise ConfigError(faults)
+    benchmark_report.make_folder(options.output)
     rate, sustained = matmul_tflops() if torch.cuda.is_available() else (None, None)
-    results = [described(contender, rate) for contender in measure(build(config, options), options)]
+    results = [described(contender, rate) for contender in measure(build(contenders, manifest), options)]
     report = {
         "machine": benchmark_report.machine(),
         "config": config.as_dict(),
@@ -64,6 +74,7 @@ def main(argv: list[str]) -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -71,15 +82,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="configuration, for instance configs/ereg.json")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, as for train/main.py")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--micro-batch-sizes", nargs="+", type=int, metavar="B", help="one step each; the file's")
+    parser.add_argument(
+        "--micro-batch-sizes", nargs="+", type=whole_number(1), metavar="B", help="one step each; the file's"
+    )
     parser.add_argument(
         "--recompute", nargs="+", choices=["none", "selective", "full"], help="activation recompute; the file's"
     )
-    parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--steps", type=whole_number(1), default=10, help="timed steps a turn")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="turns of each contender")
     parser.add_argument("--profile", action="store_true", help="also write each contender's time by kernel (GPU)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
-    return parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    if options.profile and not torch.cuda.is_available():
+        parser.error("--profile needs a GPU, and there is none; leave it out")
+    return options
 
 
 @dataclasses.dataclass
@@ -104,22 +120,17 @@ class Contender:
         return self.micro_batch_size * self.model.seq_length
 
 
-def build(config: Config, options: argparse.Namespace) -> Iterator[Contender]:
+def build(contenders: list[tuple[str, Config]], manifest: Manifest | None) -> Iterator[Contender]:
     """Contenders one after the other; each is warmed up before the next is built."""
     from parallel.config import padded_vocab_size
     from parallel.launch import local_device
     from train.setup import build_engine
 
-    vocab_size = dataset_vocab_size(config)
-    sizes = options.micro_batch_sizes or [config.training.micro_batch_size]
-    recomputes = options.recompute or [config.training.activation_recompute]
     groups = None
-    for name, recompute, size in product(options.contenders, recomputes, sizes):
-        own = variant(config, name, size, recompute)
+    for name, own in contenders:
+        vocab_size = own.data.planned_vocab_size or 32000 if manifest is None else manifest.vocab_size
         before = reserved_bytes()
         if name == "GPT-2":
-            if recompute != "none":
-                continue
             from train.benchmark_peer import Peer
 
             peer = Peer(own, padded_vocab_size(vocab_size, 1), local_device())
@@ -128,8 +139,20 @@ def build(config: Config, options: argparse.Namespace) -> Iterator[Contender]:
             engine = build_engine(own, vocab_size, groups)
             groups = engine.groups
             run = engine_step(engine)
-        batches = open_batches(own, vocab_size)
+        batches = open_batches(own, vocab_size, from_dataset=manifest is not None)
+        size, recompute = own.training.micro_batch_size, own.training.activation_recompute
         yield Contender(name, own.model, vocab_size, size, recompute, step_of(run, batches), before)
+
+
+def variants(config: Config, options: argparse.Namespace) -> list[tuple[str, Config]]:
+    """Name and configuration of each contender; GPT-2 does not recompute."""
+    sizes = options.micro_batch_sizes or [config.training.micro_batch_size]
+    recomputes = options.recompute or [config.training.activation_recompute]
+    return [
+        (name, variant(config, name, size, recompute))
+        for name, recompute, size in product(options.contenders, recomputes, sizes)
+        if name != "GPT-2" or recompute == "none"
+    ]
 
 
 def variant(config: Config, name: str, micro_batch_size: int, recompute: str) -> Config:
@@ -163,25 +186,22 @@ def step_of(run: Callable[..., torch.Tensor], batches: Iterator[Any]) -> Callabl
     return lambda: run(batches)
 
 
-def dataset_vocab_size(config: Config) -> int:
-    from data.manifest import load_manifest
-
-    if has_dataset(config):
-        return load_manifest(config.data.path).vocab_size
-    return config.data.planned_vocab_size or 32000
-
-
-def has_dataset(config: Config) -> bool:
-    return (Path(config.data.path) / "manifest.json").exists()
+def dataset(config: Config) -> Manifest | None:
+    """The dataset, or None where there is none that can be read, which is said."""
+    try:
+        return load_dataset(config.data.path, config.data.read_options())
+    except DataError as error:
+        print(f"random tokens: no dataset at data.path = {config.data.path} ({error})")
+        return None
 
 
-def open_batches(config: Config, vocab_size: int) -> Iterator[Any]:
-    """Micro-batches on the device without end: of the dataset where there is one, else random tokens."""
+def open_batches(config: Config, vocab_size: int, from_dataset: bool) -> Iterator[Any]:
+    """Micro-batches on the device without end: of the dataset, or random tokens."""
     from parallel.launch import local_device
     from train.setup import micro_batches, open_stream, to_device
 
     grid = config.grid(1)
-    if has_dataset(config):
+    if from_dataset:
         yield from micro_batches(open_stream(config, grid, "train"), grid, local_device())
     while True:
         tokens_TB = torch.randint(vocab_size, (config.model.seq_length + 1, config.training.micro_batch_size))

@@ -8,6 +8,7 @@ from model.config import explained
 
 RECENT_STEPS = 20
 """Over so many steps refused ones are counted."""
+LARGEST_VOCABULARY = 10**9
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class DataConfig:
 
     def faults(self) -> list[str]:
         faults = []
-        if self.planned_vocab_size is not None and self.planned_vocab_size < 1:
-            faults.append(f"data.planned_vocab_size = {self.planned_vocab_size} must be at least 1 (tokens), or null")
+        if self.planned_vocab_size is not None and not 1 <= self.planned_vocab_size <= LARGEST_VOCABULARY:
+            faults.append(
+                f"data.planned_vocab_size = {self.planned_vocab_size} must be at least 1 and at most "
+                f"{LARGEST_VOCABULARY:,} (tokens), or null"
+            )
         for name in ("shuffle_window_shards", "prefetch_micro_batches", "fetch_attempts"):
             if getattr(self, name) < 1:
                 faults.append(f"data.{name} = {getattr(self, name)} must be at least 1")

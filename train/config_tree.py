@@ -29,6 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: cannot be read ({error})"]) from None
     except json.JSONDecodeError as error:
         raise ConfigError([f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"]) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        raise ConfigError([f"{path}: expected a JSON object with sections ({error})"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: expected a JSON object with sections, found {type(tree).__name__}"])
     return tree
@@ -51,7 +53,7 @@ def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> No
         return
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *sections, last = key.split(".")
     for section in sections:

@@ -1,5 +1,6 @@
 """Prints every configuration key with its default and meaning: python -m train.describe"""
 
+import argparse
 import dataclasses
 import json
 import textwrap
@@ -10,7 +11,8 @@ from train.config import Config
 from train.config_tree import describe_type
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m train.describe", description=__doc__).parse_args(arguments)
     types = typing.get_type_hints(Config)
     for section in dataclasses.fields(Config):
         if not dataclasses.is_dataclass(types[section.name]):

@@ -22,8 +22,10 @@ from typing import Any
 if not __package__:  # run as a file: the packages lie beside train/, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from data.arguments import output_file
 from data.errors import DataError, run_command
 from train.config import Config, ConfigError, load_config, world_faults
+from train.preflight import checkpoint_faults
 
 OUTLIER = 0.8
 """A rank whose speed is below this share of the median is named."""
@@ -71,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        faults = world_faults(config, int(os.environ.get("WORLD_SIZE", "1")))
+        from parallel.launch import world_size
+
+        faults = world_faults(config, world_size()) + checkpoint_faults(config)
         if faults:
             raise ConfigError(faults)
         rows, hosts = examine(config, options.all_shards)
@@ -93,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of the job to come")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
     parser.add_argument("--all-shards", action="store_true", help="hash every shard of the dataset, not a sample")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON lines")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table as JSON lines")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     return parser.parse_intermixed_args(arguments)
 
@@ -107,10 +111,11 @@ def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
     choose_accelerator()
     import torch.distributed as dist
 
-    initialize_distributed()
     from train import doctor_checks as checks
     from train.setup import build_groups
 
+    absent = checks.absent_folders(config)  # before any rank makes them
+    initialize_distributed()
     groups = build_groups(config)
     findings = [
         checks.matmul(),
@@ -125,6 +130,7 @@ def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
     mine = (findings, checks.version_table(config), platform.node())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
+    checks.remove_empty(absent)
     dist.destroy_process_group()
     hosts = [host for _, _, host in everyone]
     rows = [_row([found[number] for found, _, _ in everyone]) for number in range(len(findings))]

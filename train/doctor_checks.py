@@ -2,6 +2,7 @@
 numbers.
 """
 
+import contextlib
 import os
 import platform
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -131,6 +133,21 @@ def disk(config: Config) -> list[Finding]:
         except Exception as error:
             write.faults.append(f"{_here()}: {folder.address} cannot be deleted ({error})")
     return [write, read]
+
+
+def absent_folders(config: Config) -> list[Path]:
+    """The folders on this machine's disks that `disk` is going to make, innermost first."""
+    folder = Folder(config.checkpoint_folder)
+    path = Path(folder.path)
+    local = isinstance(folder.fs, LocalFileSystem)
+    return [each for each in (path, *path.parents) if local and not os.path.exists(each)]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Takes back what `disk` has made; another rank may have done so, or something else use them by now."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def free_space(config: Config, vocab_size: int) -> Finding:

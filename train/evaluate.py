@@ -14,17 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.arguments import can_write, whole_number
 from data.errors import DataError, run_command
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
 from train.run_dir import RunError, read_config, write_atomically
+
+EVALUATION = "evaluation.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a run that has a checkpoint")
     parser.add_argument("--data", metavar="DIR", help="another prepared dataset with the same tokenizer")
-    parser.add_argument("--samples", type=int, metavar="N", help="only the first N validation sequences (default: all)")
+    parser.add_argument(
+        "--samples", type=whole_number(1), metavar="N", help="only the first N validation sequences (default: all)"
+    )
     options = parser.parse_args(arguments)
     choose_accelerator()
     from train.checkpoint import CheckpointError
@@ -35,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
-    write_atomically(options.run / "evaluation.json", json.dumps(row, indent=1) + "\n")
+    write_atomically(options.run / EVALUATION, json.dumps(row, indent=1) + "\n")
     print(summary(row, options.run))
     return 0
 
@@ -54,7 +59,9 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     tree = read_config(run)
     if tree is None:
         raise RunError(f"{run}: holds no run (no config.json)")
-    config = single_process(config_from_dict(tree))
+    if not can_write(run / EVALUATION):
+        raise RunError(f"{run / EVALUATION}: cannot be written; remove what is in its place, or copy the run")
+    config = dataclasses.replace(single_process(config_from_dict(tree)), run_dir=str(run))  # it may have been moved
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     initialize_distributed()

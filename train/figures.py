@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import run_command
+from model.config import LARGEST_SIZES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
 Row = dict[str, Any]
+LARGEST_NUMBER = 3.5e38  # runs compute in float32
 
 
 class FigureError(ValueError):
@@ -38,6 +40,8 @@ class Run:
 
     folder: Path
     model: dict[str, Any]
+    data_path: str
+    vocab_size: str
     training_rows: list[Row]
     validation_rows: list[Row]
     head_rows: list[Row]
@@ -126,6 +130,10 @@ def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
     from train import map_plots, plots
 
     names = distinct_names(runs)
+    if len({(run.data_path, run.vocab_size) for run in runs}) > 1:
+        told = "; ".join(f"{run.folder}: {run.data_path}, vocabulary {run.vocab_size}" for run in runs)
+        print(f"warning: losses a token do not compare, since the runs' datasets differ ({told})", file=sys.stderr)
+        names = [f"{name} on {Path(run.data_path).name}" for name, run in zip(names, runs, strict=True)]
     curves = {name: validation_curve(run, "tokens") for name, run in zip(names, runs, strict=True)}
     found = {name: curve for name, curve in curves.items() if curve is not None}
     if found:
@@ -203,27 +211,33 @@ def load_run(folder: Path) -> Run:
     config = read_object(folder / "config.json")
     try:
         model = dict(config["config"]["model"])
-        shape = (int(model["num_layers"]), int(model["num_attention_heads"]))
-        int(model["seq_length"]), str(model["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
+        sizes = {key: model[key] for key in ("num_layers", "num_attention_heads", "seq_length")}
+        if not all(type(size) is int and 1 <= size <= LARGEST_SIZES[key] for key, size in sizes.items()):
+            raise ValueError(f"its sizes are {sizes}")
+        str(model["architecture"])
+        data_path = str(config["config"].get("data", {}).get("path", "unknown data"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FigureError(f"{folder}/config.json: lacks a usable model section ({error!r}); restore the file") from None
+    shape = (sizes["num_layers"], sizes["num_attention_heads"])
     rows = read_rows(folder / "metrics.jsonl", ("step", "tokens"))
     training = [row for row in rows if "ce_loss" in row and "entropy_loss" in row]
     heads = read_rows(folder / "entropy.jsonl", ("step", "entropy_nats"))
     for row in heads:
         check_head_row(folder / "entropy.jsonl", row, shape)
+        check_as_complete(folder / "entropy.jsonl", row, heads[-1])
     evaluation = None
     if (folder / "evaluation.json").exists():
         evaluation = read_object(folder / "evaluation.json")
         check_head_row(folder / "evaluation.json", evaluation, shape)
-    return Run(folder, model, training, [row for row in rows if "validation_loss" in row], heads, evaluation)
+    validations = [row for row in rows if "validation_loss" in row]
+    return Run(folder, model, data_path, str(config.get("vocab_size")), training, validations, heads, evaluation)
 
 
 def read_object(file: Path) -> Row:
     """One JSON object from a file; raises FigureError."""
     try:
         value = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FigureError(
             f"{file}: damaged, not JSON ({error}); restore it or run the command that writes it again"
         ) from None
@@ -236,7 +250,8 @@ def read_rows(file: Path, keys: tuple[str, ...]) -> list[Row]:
     """The rows of a file of one JSON object a line; a last line cut short, still being written, is left out.
 
     Raises:
-        FigureError: the file is missing, or a finished line is not an object with all of `keys`.
+        FigureError: the file is missing, or a finished line is not an object with all of `keys`, or holds something
+            other than numbers.
     """
     *finished, last = read_text(file).split("\n")
     rows = []
@@ -244,8 +259,8 @@ def read_rows(file: Path, keys: tuple[str, ...]) -> list[Row]:
         row = row_of(line, keys)
         if row is None:
             raise FigureError(
-                f"{file}: line {number}: expected a JSON object with {' and '.join(keys)}, found {line[:40]!r}; "
-                "remove that line"
+                f"{file}: line {number}: expected a JSON object with {' and '.join(keys)} and numbers in it, found "
+                f"{line[:40]!r}; remove that line"
             )
         rows.append(row)
     row = row_of(last, keys)
@@ -253,12 +268,25 @@ def read_rows(file: Path, keys: tuple[str, ...]) -> list[Row]:
 
 
 def row_of(line: str, keys: tuple[str, ...]) -> Row | None:
-    """The object a line holds, or None where it holds none or lacks a key."""
+    """The object a line holds, or None where it holds none, lacks a key or has something other than numbers."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and all(row.get(key) is not None for key in keys) else None
+    sound = isinstance(row, dict) and all(row.get(key) is not None for key in keys) and holds_numbers(row)
+    return row if sound else None
+
+
+def holds_numbers(row: Row) -> bool:
+    """Whether what stands for one number is one: counts, which every row has, and losses, null where not finite."""
+    counts = [row[key] for key in ("step", "tokens") if key in row]
+    losses = [row[key] for key in ("ce_loss", "entropy_loss", "validation_loss") if row.get(key) is not None]
+    numbers = all(type(value) in (int, float) for value in counts + losses)
+    return (
+        numbers
+        and all(0 <= count <= LARGEST_NUMBER for count in counts)
+        and all(abs(loss) <= LARGEST_NUMBER for loss in losses)
+    )
 
 
 def read_text(file: Path) -> str:
@@ -280,14 +308,15 @@ HEAD_FIELDS, LAYER_FIELDS = (
 
 def check_head_row(file: Path, row: Row, shape: tuple[int, int]) -> None:
     """Raises FigureError unless every array of a row has the model's layers and heads."""
-    if "step" not in row or "entropy_nats" not in row:
-        raise FigureError(f"{file}: lacks step or entropy_nats; run the command that writes it again")
+    if "step" not in row or row.get("entropy_nats") is None or not holds_numbers(row):
+        raise FigureError(f"{file}: lacks step or entropy_nats as numbers; run the command that writes it again")
     expected = {**dict.fromkeys(HEAD_FIELDS, shape), **dict.fromkeys(LAYER_FIELDS, shape[:1])}
     for key, wanted in expected.items():
         if row.get(key) is None:
             continue
         try:
-            found: Any = as_array(row[key]).shape
+            array = as_array(row[key])
+            found: Any = "too large a number" if (np.abs(array) > LARGEST_NUMBER).any() else array.shape
         except FigureError:
             found = "no array of numbers"
         if found != wanted:
@@ -297,11 +326,21 @@ def check_head_row(file: Path, row: Row, shape: tuple[int, int]) -> None:
             )
 
 
+def check_as_complete(file: Path, row: Row, last: Row) -> None:
+    """Raises FigureError where a row lacks what is drawn of the last one."""
+    drawn = [key for key in (*HEAD_FIELDS, *LAYER_FIELDS) if last.get(key) is not None]
+    if "temperature" in drawn:
+        drawn += ["temperature_min", "temperature_max"]
+    missing = [key for key in drawn if row.get(key) is None]
+    if missing:
+        raise FigureError(f"{file}: step {row['step']}: lacks {missing[0]}; the row is damaged, remove it")
+
+
 def as_array(values: Any) -> Array:
     """Numbers as float64; null, which stands for what is not finite, as NaN. Raises FigureError for anything else."""
     try:
         return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise FigureError(f"a row holds something other than numbers ({error}); remove that row") from None
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
-from data.errors import DataError  # noqa: E402
+from data.errors import DataError, run_command  # noqa: E402
 from train.config import Config, ConfigError, load_config  # noqa: E402
 from train.preflight import preflight  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
@@ -158,6 +158,8 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
+    if parse(None).dry_run:  # whose output may be cut off (`| head`), and which has no other ranks to think of
+        run_command(main)
     try:
         status = main()
     except Exception:  # whose cause nobody foresaw

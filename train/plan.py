@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data.arguments import whole_number
 from data.errors import run_command
 from parallel.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
 from parallel.volume import Volume, volume
@@ -86,7 +87,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="which GPU (default h100)")
-    parser.add_argument("--layouts", type=int, default=10, metavar="N", help="layouts that fit to list (default 10)")
+    parser.add_argument(
+        "--layouts", type=whole_number(1), default=10, metavar="N", help="layouts that fit to list (default 10)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
     return parser.parse_intermixed_args(arguments)

@@ -18,6 +18,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from data.arguments import whole_number
 from data.errors import run_command
 from model.config import ModelConfig
 from train.accounting import ffn_width, nonlinear_operations
@@ -138,16 +139,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m train.private_inference", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--config", metavar="FILE", help="cost of this configuration's model")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens (default: data.planned_vocab_size)")
+    parser.add_argument(
+        "--vocab-size", type=whole_number(1), metavar="N", help="tokens (default: data.planned_vocab_size)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, applied over the file")
     options = parser.parse_intermixed_args(arguments)
+    if options.config is None and (options.overrides or options.vocab_size is not None):
+        parser.error("overrides and --vocab-size need --config, the model that they are of")
     if options.config is None:
         print(calibration_table())
         return 0
     try:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
         return 2
     vocab_size = options.vocab_size or config.data.planned_vocab_size
     if vocab_size is None:

@@ -129,11 +129,7 @@ class Trainer:
         end, samples = self.config.train_steps, self.config.training.evaluation_samples
         if self.step > end or (self.step == end and not self._lacks_validation(None)):
             return None
-        if (
-            0 < self.step < end
-            and self._due(self.config.training.evaluation_interval)
-            and self._lacks_validation(samples)
-        ):
+        if self._evaluation_is_due() and self._lacks_validation(samples):
             self._evaluate(samples)  # which was left out for a stop
         self.metrics.start()
         with self.limits.section("step"):  # what has no section of its own
@@ -146,7 +142,7 @@ class Trainer:
                     self._log()
                 if every(self.config.parallel.replica_check_interval, self.step):
                     check_replicas(self.engine.stage, self.engine.groups)
-                if self._due(self.config.training.evaluation_interval) and self.step < end and not self.is_stopping:
+                if self._evaluation_is_due() and not self.is_stopping:
                     self._evaluate(samples)
                 self._save_if_due()
         self._finish_save()
@@ -173,6 +169,10 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
         return self.step == self.config.train_steps or every(interval, self.step)
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether one on a part of the split is; that on the whole comes after the last step."""
+        return 0 < self.step < self.config.train_steps and every(self.config.training.evaluation_interval, self.step)
 
     def _something_is_due(self) -> bool:
         """Whether this step is followed by anything but the next."""

@@ -1,4 +1,4 @@
-"""Numbers on the command line that no size or count can be: nan, infinite, out of range, no number at all."""
+"""What options refuse: numbers that no size or count can be (nan, infinite, out of range), files without a folder."""
 
 import argparse
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 from data import benchmark, index, inspect, prepare
 from data.arguments import real_number, whole_number
 from parallel import compare
+from train import describe, doctor, evaluate, plan, private_inference
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400", "-0.1", "2.1", "", "x", "9" * 5000])
@@ -57,6 +58,14 @@ COMPARE = ["--config", "x", "--layouts", "tp=2"]
         (compare.main, COMPARE, "--tolerance", "nan"),
         (compare.main, COMPARE, "--tolerance", "-1"),
         (compare.main, COMPARE, "--batches", "0"),
+        (compare.main, COMPARE, "--json", "no/folder/lines.jsonl"),
+        (compare.main, COMPARE, "--json", "."),
+        (evaluate.main, ["--run", "x"], "--samples", "0"),
+        (evaluate.main, ["--run", "x"], "--samples", "-5"),
+        (doctor.main, ["--config", "x"], "--json", "no/folder/lines.jsonl"),
+        (private_inference.main, ["--config", "x"], "--vocab-size", "0"),
+        (private_inference.main, ["--config", "x"], "--vocab-size", "-5"),
+        (plan.main, ["--config", "x"], "--layouts", "-3"),
     ],
 )
 def test_every_command_refuses_such_an_option(
@@ -67,3 +76,19 @@ def test_every_command_refuses_such_an_option(
     assert caught.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {option}: {value!r}: expected a" in said
+
+
+@pytest.mark.parametrize(
+    ("main", "given", "words"),
+    [
+        (describe.main, ["--nonsense"], "unrecognized arguments: --nonsense"),
+        (private_inference.main, ["--vocab-size", "9"], "overrides and --vocab-size need --config"),
+        (private_inference.main, ["model.num_layers=6"], "overrides and --vocab-size need --config"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    main: Callable[[list[str]], object], given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(given)
+    assert caught.value.code == 2 and words in capsys.readouterr().err

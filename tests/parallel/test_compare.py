@@ -94,7 +94,6 @@ def test_rounding_excuses_five_times_itself_and_at_most_a_percent() -> None:
     [
         (["--layouts", "tq=2"], "'tq=2' is no key=value of a layout; the keys are tp (tensor-parallel ranks)"),
         (["--layouts", "tp=2:tp=4"], "tp is given twice"),
-        (["--layouts", "tp=2", "--json", "no/folder/lines.jsonl"], "--json no/folder/lines.jsonl: cannot be written"),
         (["--layouts", "zero=4"], "zero=4 must be one of 1, 2, 3"),
         (["--layouts", "tp=3"], "model.num_attention_heads = 8 is not a multiple of"),
         (["--layouts", "tp=4:cp=4"], "tensor_parallel_size(4) * parallel.context_parallel_size(4) = 16"),

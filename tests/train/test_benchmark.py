@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from data.errors import DataError
 from model.config import ModelConfig
 from tests.parallel import tiny
-from train import benchmark_attention, benchmark_step
+from train import benchmark, benchmark_attention, benchmark_step
 from train.benchmark_peer import Peer
 from train.config import load_config
 
@@ -28,6 +29,48 @@ def test_a_step_beside_its_peer(tiny_config: Path, tmp_path: Path) -> None:
         assert result["tokens_per_second"] * result["step_time_s"] == pytest.approx(4 * 32)
     assert report["results"][1]["flops_per_token"] > report["results"][0]["flops_per_token"]  # two matrices, not one
     assert (tmp_path / "step.png").exists() and "| ours | 32 |" in run.stdout
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["step", "model.num_layrs=2"], "did you mean model.num_layers?"),
+        (["step", "parallel.tensor_parallel_size=2"], "the world size 1 is not a multiple of tensor_parallel_size(2)"),
+        (["step", "model.seq_length=1000000"], "the train split holds"),
+        (["step", "--contenders", "GPT-2", "--recompute", "full"], "nothing to time"),
+        (["step", "--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
+        (["step", "--micro-batch-sizes", "0"], "--micro-batch-sizes: '0': expected a whole number"),
+        (["step", "--steps", "0"], "--steps: '0': expected a whole number"),
+        (["step", "--rounds", "0"], "--rounds: '0': expected a whole number"),
+        pytest.param(["step", "--profile"], "--profile needs a GPU", marks=NO_GPU),
+        (["attention", "--rounds", "0"], "--rounds: '0': expected a whole number"),
+        (["attention", "--shapes", "0,1,1,1"], "expected four whole numbers"),
+        (["attention", "--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
+        (["learning", "model.num_layrs=2"], "did you mean model.num_layers?"),
+        (["learning", "data.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_cannot_be_timed_is_told_in_a_line_before_anything_is(
+    tiny_config: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    name, *options = arguments
+    config = [] if name == "attention" else ["--config", str(tiny_config)]
+    with pytest.raises((SystemExit, DataError)) as caught:
+        sys.exit(benchmark.main([name, *config, *options]))
+    if caught.type is SystemExit:
+        assert caught.value.code == 2
+    said = capfd.readouterr().err + str(caught.value)
+    assert said.count(words) == 1 and "Traceback" not in said
+
+
+def test_random_tokens_are_told(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_step.dataset(load_config(tiny_config)) is not None
+    assert capsys.readouterr().out == ""
+    assert benchmark_step.dataset(load_config(tiny_config, ["data.path=/nowhere"])) is None
+    assert "random tokens: no dataset at data.path = /nowhere" in capsys.readouterr().out
 
 
 def test_times_of_refused_steps_are_not_told() -> None:

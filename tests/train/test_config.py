@@ -63,6 +63,7 @@ def test_the_last_override_of_a_key_wins(tmp_path: Path) -> None:
         ("data.path=some/where", "data", "path", "some/where"),
         ('data.path="quoted name"', "data", "path", "quoted name"),
         ("data.path=a=b", "data", "path", "a=b"),
+        pytest.param("data.path=" + "[" * 100_000, "data", "path", "[" * 100_000, id="brackets"),
         ("model.architecture=SM+LN+G", "model", "architecture", "SM+LN+G"),
         ("parallel.zero_stage=2", "parallel", "zero_stage", 2),
     ],
@@ -162,7 +163,10 @@ def test_override_below_a_value(tmp_path: Path) -> None:
     ("override", "wanted"),
     [
         ("model.architecture=GPT", r"model\.architecture = 'GPT' is unknown; choose one of: SM\+LN\+G, .*"),
-        ("model.num_layers=0", r"model\.num_layers = 0 must be at least 1"),
+        ("model.num_layers=0", r"model\.num_layers = 0 must be at least 1 and at most 10,000"),
+        ("model.num_layers=100000", r"model\.num_layers = 100000 must be at least 1 and at most 10,000"),
+        ("model.hidden_size=1e12", r"model\.hidden_size = 1000000000000 must be at least 1 and at most 1,000,000"),
+        ("data.planned_vocab_size=1e18", r"data\.planned_vocab_size = 10+ must be .* at most 1,000,000,000 .*"),
         ("model.num_attention_heads=7", r"model\.hidden_size = 768 is not a multiple of .*num_attention_heads = 7.*"),
         ("model.ffn_hidden_size=-4", r"model\.ffn_hidden_size = -4 must be at least 1.*"),
         ("model.activation=gelu", r"model\.fused_ffn = true needs model\.activation = 'identity', not 'gelu'.*"),
@@ -172,7 +176,10 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("model.init_std=-1", r"model\.init_std = -1\.0 must be positive"),
         ("regularizer.coefficient=-1", r"regularizer\.coefficient = -1\.0 must not be negative; 0 turns .* off"),
         ("regularizer.margin=1", r"regularizer\.margin = 1\.0 must lie in \[0, 1\).*"),
-        ("data.planned_vocab_size=0", r"data\.planned_vocab_size = 0 must be at least 1 \(tokens\), or null"),
+        (
+            "data.planned_vocab_size=0",
+            r"data\.planned_vocab_size = 0 must be at least 1 and at most .* \(tokens\), or null",
+        ),
         ("optimizer.learning_rate=0", r"optimizer\.learning_rate = 0\.0 must be positive"),
         ("optimizer.min_learning_rate=1", r"optimizer\.min_learning_rate = 1\.0 must lie between 0 and .*0\.001"),
         ("optimizer.warmup_fraction=5", r"optimizer\.warmup_fraction = 5\.0 must lie in \[0, 1\].*"),
@@ -291,6 +298,8 @@ def test_other_deepspeed_keys_pass_through(tmp_path: Path) -> None:
         ('{"model": {"num_layers": 2},}', r"line 1, column \d+: not JSON"),
         ('{\n  "model": {\n    num_layers: 2}}', r"line 3, column 5: not JSON"),
         ("[1, 2]", r"expected a JSON object with sections, found list"),
+        pytest.param("[" * 100_000, r"expected a JSON object with sections \(maximum recursion", id="brackets"),
+        pytest.param('{"run_dir": ' + "9" * 5000, r"with sections \(Exceeds the limit", id="digits"),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, wanted: str) -> None:

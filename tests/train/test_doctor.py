@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from parallel.local_ranks import run_ranks
+from train import doctor
 from train.doctor import Row
 
 
@@ -41,7 +42,7 @@ def test_all_is_well(tiny_config: Path, tmp_path: Path) -> None:
     for check in ("matmul", "memory", "all-reduce tensor", "checkpoint write", "free space", "data", "clock skew"):
         assert len(rows[check]["values"]) == 2 and all(value is not None for value in rows[check]["values"]), check
     assert rows["versions"]["faults"] == []
-    assert not list((tmp_path / "run/checkpoints").iterdir()), "nothing is left behind"
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
 def test_trouble_is_named(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
@@ -68,6 +69,27 @@ def _wrong_clock_and_version() -> None:
         now = time.time
         time.time = lambda: now() + 5.0  # type: ignore[method-assign,assignment]
         platform.python_version = lambda: "2.7"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("override", "size", "words"),
+    [
+        ("checkpoint.path=zzz://a/b", "1", "checkpoint.path = 'zzz://a/b' cannot be used"),
+        ("training.seed=1", "abc", "WORLD_SIZE = 'abc' in the environment: expected a whole number"),
+    ],
+)
+def test_what_is_set_wrong_is_told_in_a_line(
+    tiny_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    size: str,
+    words: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert doctor.main(["--config", str(tiny_config), override]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {words}") and said.count("\n") == 1
 
 
 def test_what_cannot_start_is_told(tiny_config: Path) -> None:

@@ -1,6 +1,7 @@
 """--dry-run: every shipped configuration, parameters against hand formulas, exit statuses of the command."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,12 @@ def test_command_tells_every_fault_in_a_line_and_exits_with_2() -> None:
 
 def test_command_without_a_file() -> None:
     assert_told(command("--config", "configs/no.json", "--dry-run"), "configs/no.json: no such configuration file")
+
+
+def test_a_reader_who_has_seen_enough_ends_the_plan_quietly() -> None:
+    script = f"set -o pipefail; {sys.executable} train/main.py --config configs/ereg.json --dry-run | true"
+    result = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_training_without_a_dataset_is_refused_before_anything_starts() -> None:

@@ -5,13 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from train.figures import load_run, main, run_figures
+from train.figures import comparison_figures, load_run, main, run_figures
 from train.map_plots import entropy_ceiling_nats, head_map_figure, head_maps_figure, threshold_map_figure
 from train.plots import bins_figure, head_shares, layer_entropy_figure, scales_figure
 
@@ -175,6 +176,21 @@ def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.split() == [str(output / "validation_loss.svg"), str(output / "head_maps.svg")]
 
 
+def test_losses_on_different_datasets_are_not_compared_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    for run, vocab_size in zip(runs, (400, 500), strict=True):
+        config = json.loads((run / "config.json").read_text())
+        config["config"]["data"] = {"path": f"datasets/of_{vocab_size}"}
+        (run / "config.json").write_text(json.dumps({"vocab_size": vocab_size, **config}))
+    figures = dict(comparison_figures([load_run(run) for run in runs]))
+    labels = [line.get_label() for line in figures["validation_loss"].axes[0].lines]
+    assert "on of_400" in labels[0] and "on of_500" in labels[1]
+    assert capsys.readouterr().err.startswith("warning: losses a token do not compare")
+    assert list(comparison_figures([load_run(runs[0])] * 2)) and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("step", "expected"), [(6, "validation, step 6"), (3, "step 6")])
 def test_the_evaluation_is_shown_unless_training_went_on(tmp_path: Path, step: int, expected: str) -> None:
     folder = write_run(tmp_path / "run")
@@ -234,6 +250,27 @@ def break_number(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", [row])
 
 
+def change(name: str, key: str, value: Any) -> Callable[[Path], None]:
+    """A damage: another value in the first row of a file."""
+
+    def damage(folder: Path) -> None:
+        lines = (
+            (folder / name).read_text().splitlines() if (folder / name).exists() else [json.dumps(head_row(6, True))]
+        )
+        first = {**json.loads(lines[0]), key: value}
+        (folder / name).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+
+    return damage
+
+
+def change_size(value: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace(f'"seq_length": {SEQ_LENGTH}', f'"seq_length": {value}'))
+
+    return damage
+
+
 def remove_rows(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("")
     (folder / "entropy.jsonl").write_text("")
@@ -251,7 +288,19 @@ def remove_rows(folder: Path) -> None:
         (lambda folder: (folder / "evaluation.json").write_text("{}"), ["evaluation.json", "entropy_nats"]),
         (break_middle_line, ["metrics.jsonl", "line 2", "{broken"]),
         (break_shape, ["entropy.jsonl", "step 9", "(2, 4)", "[3, 4]"]),
-        (break_number, ["other than numbers", "remove"]),
+        (break_number, ["metrics.jsonl", "line 1", "numbers", "remove"]),
+        (change("metrics.jsonl", "step", "one"), ["metrics.jsonl", "line 1", "numbers"]),
+        (change("metrics.jsonl", "tokens", 10**400), ["metrics.jsonl", "line 1", "numbers"]),
+        (change("entropy.jsonl", "step", [1]), ["entropy.jsonl", "line 1", "numbers"]),
+        (change("entropy.jsonl", "temperature", None), ["entropy.jsonl", "step 3", "lacks temperature"]),
+        (change("entropy.jsonl", "temperature_min", None), ["entropy.jsonl", "step 3", "lacks temperature_min"]),
+        (change("entropy.jsonl", "threshold", [[1e99] * HEADS] * LAYERS), ["entropy.jsonl", "step 3", "too large"]),
+        (change("evaluation.json", "step", "six"), ["evaluation.json", "step", "numbers"]),
+        (change("evaluation.json", "entropy_nats", None), ["evaluation.json", "entropy_nats"]),
+        (change("evaluation.json", "temperature", "x"), ["evaluation.json", "temperature is no array"]),
+        (change_size("0"), ["config.json", "seq_length"]),
+        (change_size("1e400"), ["config.json", "seq_length"]),
+        (change_size('"128"'), ["config.json", "seq_length"]),
         (remove_rows, ["nothing to draw"]),
         (lambda folder: (folder / "figures").write_text("a file in the way"), ["figures", "--output"]),
     ],
@@ -265,6 +314,7 @@ def test_a_damaged_run_is_one_line_and_status_2(
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert all(word in message for word in words), message
+    assert not list(folder.glob("figures/*")), "nothing is drawn before all is read"
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,3 +60,5 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert private_inference.main(["--config", "configs/ereg.json"]) == 0
     assert "6.4" in capsys.readouterr().out
     assert private_inference.main(["--config", "configs/nowhere.json"]) == 2
+    assert private_inference.main(["--config", "configs/ereg.json", "training.seed=-1", "logging.interval=0"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3

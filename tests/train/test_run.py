@@ -64,6 +64,7 @@ def test_one_process_evaluates_what_four_trained(tiny_config: Path, tmp_path: Pa
     layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
     assert run_main(4, tiny_config, *layout).statuses == [0] * 4
     run = tmp_path / "run"
+    run = run.rename(tmp_path / "moved")
     assert run_ranks(_evaluate, 1, str(run)) == [0]
     evaluation = json.loads((run / "evaluation.json").read_text())
     last = next(row for row in reversed(rows(run)) if "validation_loss" in row)
@@ -75,6 +76,17 @@ def _evaluate(run: str) -> int:
     from train.evaluate import main
 
     return main(["--run", run])
+
+
+def test_a_result_that_could_not_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.evaluate import main
+
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"training": {"train_steps": 1}}}))
+    (tmp_path / "evaluation.json").mkdir()
+    assert main(["--run", str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'evaluation.json'}: cannot be written; remove" in capsys.readouterr().err
 
 
 def test_world_size_and_batch_must_fit(tiny_config: Path) -> None:

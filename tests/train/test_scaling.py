@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from model.config import ARCHITECTURES
 from train.accounting import training_flops_per_token
 from train.scaling.__main__ import main
 from train.scaling.analysis import compute_optimal, exponents, held_out, isoflops, power_law
@@ -16,6 +17,7 @@ from train.scaling.ladder import learning_rate, plan
 from train.scaling.law import DELTA, FitError, LossLaw, bootstrap, fit, interval
 from train.scaling.outliers import outliers
 from train.scaling.points import Points, PointsError, points_of, read_csv, write_csv
+from train.scaling.source import load_series
 from train.study.suite import load_suite
 
 CHINCHILLA = LossLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # arXiv 2203.15556
@@ -214,9 +216,130 @@ def test_csv_is_read_under_the_names_people_use(tmp_path: Path) -> None:
     write_csv(file, [points, made_points(OTHER, 0.0, 5, name="other")])
     first, second = read_csv(file)
     assert list(first.tokens) == pytest.approx([1e10, 1e9]) and (first.name, len(second)) == ("points", 5)
-    file.write_text("size_b,tok,ppl\n1e9,1e10,3\n")
-    (points,) = read_csv(file, {"N": "size_b", "D": "tok", "loss": "ppl"})
-    assert list(points.flops) == [6e19]
+    file.write_text("size_b,tok,log ppl\n1e9,1e10,3\n")
+    (points,) = read_csv(file, {"N": "size_b", "D": "tok", "loss": "log ppl"})
+    assert list(points.flops) == [6e19] and (points.unit, first.unit) == ("log ppl", "nats a token")
+
+
+def test_losses_are_told_in_the_unit_of_their_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, laws = tmp_path / "made.csv", tmp_path / "laws.json"
+    write_csv(file, [made_points(CHINCHILLA, 0.003, 20)])
+    file.write_text(file.read_text().replace("loss", "bits per byte"))
+    given = [str(file), "--columns", "loss=bits per byte", "--resamples", "5", "--output"]
+    assert main(["fit", *given, str(laws)]) == 0 and main(["report", *given, str(tmp_path / "report")]) == 0
+    assert main(["predict", str(laws), "--parameters", "1e9", "--tokens", "2e10"]) == 0
+    out = capsys.readouterr().out + (tmp_path / "report" / "report.md").read_text()
+    assert "(bits per byte) [" in out and out.count("losses in bits per byte") == 2 and "nats" not in out
+    tree = json.loads(laws.read_text())
+    del tree["architectures"]["made"]["loss_unit"]  # as earlier versions wrote it
+    laws.write_text(json.dumps(tree))
+    assert main(["predict", str(laws), "--parameters", "1e9", "--tokens", "2e10"]) == 0
+    assert "(nats a token) [" in capsys.readouterr().out
+    file.write_text(file.read_text().replace("bits per byte", "Perplexity"))
+    assert main(["fit", str(file), "--columns", "loss=Perplexity"]) == 2
+    assert "column 'Perplexity' holds perplexities" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_law_that_means_nothing_is_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    n, d = (values.ravel() for values in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
+    file, folder = tmp_path / "made.csv", tmp_path / "report"
+    for losses, words in (
+        (np.full(16, 3.0), "all losses lie within 0.1%"),
+        (2 + 410 * d**-0.28 + 1e-4 * n**-0.3, "alpha ="),
+        (2 + n**0.03 + 410 * d**-0.28, "losses do not fall with parameters"),
+        (406 * n**-0.34 + 410 * d**-0.28, "E = "),
+    ):
+        write_csv(file, [Points("made", n, d, losses, 6 * n * d)])
+        assert main(["fit", str(file), "--resamples", "5"]) == 0
+        assert words in capsys.readouterr().out.partition("warning: made: ")[2]
+        assert main(["report", str(file), "--resamples", "5", "--output", str(folder)]) == 0
+        assert words in (folder / "report.md").read_text().partition("**Warning**: made: ")[2]
+    write_csv(file, [made_points(CHINCHILLA, 0.003, 20)])
+    capsys.readouterr()
+    assert main(["fit", str(file), "--resamples", "5"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "words"),
+    [
+        ("fit", ["--resamples", "0"], "--resamples: '0': expected a whole number from 1"),
+        ("report", ["--resamples", "-3"], "--resamples: '-3': expected a whole number from 1"),
+        ("fit", ["--least-ratio", "nan"], "--least-ratio: 'nan'"),
+        ("fit", ["--output", "."], "--output .: is a folder; name a file"),
+        ("fit", ["--output", "few.csv/x"], "--output few.csv/x: few.csv is no folder"),
+        ("fit", ["--output", "few.csv"], "--output few.csv: is the file that is read"),
+        ("report", ["--output", "few.csv"], "--output few.csv: is a file; name a folder"),
+        ("report", [], "few: no law: 1 points"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_refused(
+    command: str,
+    given: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("few.csv"), [points_of("few", [(1e8, 1e9, 3.0, 6e17)])])
+    assert status_of([command, "few.csv", *given]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+LAW = {**CHINCHILLA.as_row(), "resamples": [[1.69, 406, 0.34, 410, 0.28]], "range_parameters": [1e7, 1e9],
+       "range_tokens": [1e9, 1e11]}  # fmt: skip
+SIZE = ["--parameters", "1e8", "--tokens", "1e10"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "given", "words"),
+    [
+        (None, SIZE, "no such file"),
+        ([], SIZE, "has no architectures"),
+        ({"architectures": []}, SIZE, "has no architectures"),
+        ({"architectures": {}}, SIZE, "has no architectures"),
+        ({"architectures": {"A": 3}}, SIZE, "A: expected an object"),
+        ({"architectures": {"A": {**LAW, "resamples": []}}}, SIZE, "A: resamples: expected a list"),
+        ({"architectures": {"A": {**LAW, "resamples": "abcde"}}}, SIZE, "A: resamples: expected a list"),
+        ({"architectures": {"A": {**LAW, "alpha": "0.3"}}}, SIZE, "A: E, A, alpha, B, beta: expected 5 finite"),
+        ({"architectures": {"A": {**LAW, "E": math.nan}}}, SIZE, "A: E, A, alpha, B, beta: expected 5 finite"),
+        ({"architectures": {"A": {**LAW, "range_tokens": None}}}, SIZE, "A: range_tokens: expected 2 finite"),
+        ({"architectures": {"A": LAW}}, ["--flops", "1e20", "--parameters", "1e8"], "either --flops alone"),
+        ({"architectures": {"A": LAW}}, ["--parameters", "1e8"], "either --flops alone"),
+        ({"architectures": {"A": LAW}}, ["--flops", "nan"], "--flops: 'nan': expected a number from 1 to 1e+30"),
+        ({"architectures": {"A": LAW}}, ["--flops", "inf"], "--flops: 'inf'"),
+        ({"architectures": {"A": LAW}}, ["--flops", "0"], "--flops: '0'"),
+        ({"architectures": {"A": LAW}}, ["--parameters", "0"], "--parameters: '0'"),
+    ],
+)
+def test_a_prediction_of_nothing_is_refused(
+    tree: object, given: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "laws.json"
+    if tree is not None:
+        file.write_text(json.dumps(tree))
+    assert status_of(["predict", str(file), *given]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_prediction_says_where_it_has_no_ground(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "laws.json"
+    file.write_text(json.dumps({"architectures": {"A": LAW}}))
+    notes = []
+    for given in (SIZE, ["--flops", "1e24"], ["--flops", "1"]):
+        assert main(["predict", str(file), *given]) == 0
+        notes.append(capsys.readouterr().out.partition(" tokens")[2].strip())
+    assert notes == ["", "(extrapolated)", "(no optimum among the 10000 to 1e+14 parameters searched)"]
+
+
+def status_of(arguments: list[str]) -> int:
+    """The exit status, also where argparse decides it."""
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +369,16 @@ def test_csv_as_people_publish_it(tmp_path: Path, text: str, names: list[str], r
         ("N;D;loss\n1e9;1e10;3,5\n", "line 2, column loss: '3,5'"),
         ("N,D,loss\n1e9,,3\n", "not one row has a value"),
         ("N,D,loss\n70,1e9,3\n", "line 2, column N: comes to 70"),
+        ("N,D,loss\n1e9,1e308,3\n", "line 2, column D: comes to 1e\\+308"),
+        ("N,D,loss\n1e9,1e10,1e308\n", "line 2, column loss: 1e\\+308 is no loss"),
+        ("N,D,C,loss\n1e9,1e10,1e308,3\n", "line 2, column C: 1e\\+308 is no count"),
         ("N,loss\n1e9,3\n", "no column for D"),
         ("a,b\n1,2\n", "no column for N, loss, D"),
         ("N,D,loss\n", "no rows"),
+        ("", "no rows"),
+        ("N,D,loss\n1e7,5e8,3.5\n\n10000000,5e7,3,45\n", "line 4 has 4 cells and the header 3"),
+        ("N,D,loss\n1e7,5e8\n", "line 2 has 2 cells and the header 3"),
+        ("N,N,D,loss\n1e7,2e7,5e8,3.5\n", "2 columns are called 'N'"),
     ],
 )
 def test_a_bad_csv_gets_one_line(tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,6 +416,58 @@ def test_a_ladder_keeps_to_its_budget_and_its_suite_loads(tmp_path: Path) -> Non
     assert main(["plan", "--flops", "1e9", *arguments, "--output", str(file)]) == 2
 
 
+def test_a_planned_suite_has_whole_steps_and_names_that_differ(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "suite.json"
+    given = ["plan", "--sizes", "1", "--vocab-size", "4096", "--data", "nowhere", "--output", str(file)]
+    given += ["--architectures", *ARCHITECTURES, "--seq-length", "100", "--micro-batch-tokens", "5000"]
+    assert main([*given, "--flops", "1e20"]) == 0
+    suite = load_suite(file)
+    assert len({run.label for run in suite.runs}) == len(ARCHITECTURES)
+    assert {"EReg-", "SM-", "SMt+ScFuFFN-"} <= {run.label.partition("-")[0] + "-" for run in suite.runs}
+    for entry, run in zip(json.loads(file.read_text())["runs"], suite.runs, strict=True):
+        config = run.stages[0].config
+        assert config.training.global_batch_size % config.training.micro_batch_size == 0
+        assert config.training.micro_batch_size == min(32, config.training.global_batch_size)
+        assert not any(tokens % config.tokens_per_step for tokens in entry["budgets_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--architectures", "SM", "SM"], "--architectures names SM twice"),
+        (["--rates", "1", "1.0"], "--rates names 1.0 twice"),
+        (["--rates", "2", "2.0000001"], "two runs are called SM-3x192-rate2/seed1"),
+        (["--rates", "-1"], "--rates: '-1': expected a number from 0.001 to 1000"),
+        (["--rates", "nan"], "--rates: 'nan'"),
+        (["--flops", "inf"], "--flops: 'inf': expected a number from 1 to 1e+30"),
+        (["--vocab-size", "0"], "--vocab-size: '0'"),
+        (["--micro-batch-tokens", "0"], "--micro-batch-tokens: '0'"),
+        (["--levels", "-1"], "--levels: '-1'"),
+        (["--sizes", "-2"], "--sizes: '-2': expected a whole number from 1 to 14"),
+        (["--ratios", "0"], "--ratios: '0'"),
+        (["--seq-length", "-5"], "--seq-length: '-5'"),
+        (["--name", ""], "--name: ''"),
+        (["--name", "../x"], "--name: '../x': expected a folder's name"),
+        (["--output", "."], "--output .: is a folder"),
+    ],
+)
+def test_a_plan_of_what_cannot_run_is_refused(
+    wrong: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "suite.json"
+    given = ["plan", "--architectures", "SM", "--sizes", "1", "--flops", "1e15", "--vocab-size", "64", "--data", "no"]
+    status = status_of([*given, "--output", str(file), *wrong])
+    assert status == 2 and words in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_run_takes_what_the_study_program_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--jobs", "2", str(tmp_path / "none.json")]) == 2
+    assert "no such suite file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--help"])
+    assert caught.value.code == 0 and "--jobs" in capsys.readouterr().out
+
+
 def trunk_steps(stages: tuple) -> list[int]:
     """Steps that a trunk stage finds done."""
     done, before = 0, []
@@ -294,6 +476,26 @@ def trunk_steps(stages: tuple) -> list[int]:
         if stage.copied_from is None:
             done = stage.config.train_steps
     return before
+
+
+def test_a_suite_averages_seeds_and_takes_the_best_of_swept_rates(tmp_path: Path) -> None:
+    model = {"architecture": "SM", "num_layers": 1, "hidden_size": 16, "num_attention_heads": 1, "seq_length": 8}
+    tree = {
+        "model": model, "data": {"path": "nowhere", "planned_vocab_size": 64},
+        "training": {"train_steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
+    }  # fmt: skip
+    file = tmp_path / "suite.json"
+    runs = [{"name": name, "config": tree} for name in ("SM", "SM-rate2")]
+    file.write_text(json.dumps({"name": "made", "output": str(tmp_path), "seeds": [1, 2, 3], "runs": runs}))
+    for label, losses in (("SM", (3.0, 3.2, 3.4)), ("SM-rate2", (2.9, 3.6, 3.7))):
+        for seed, loss in enumerate(losses, start=1):
+            folder = tmp_path / label / f"seed{seed}"
+            folder.mkdir(parents=True)
+            rows = [{"step": 2, "loss": 3.0}, {"step": 2, "validation_loss": loss}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (series,) = load_series(file, "total")
+    assert series.points.losses == pytest.approx([3.2]), "not 2.9, the luckiest seed of the worse rate"
+    assert series.points.remarks == ("losses are means over up to 3 seeds",)
 
 
 def test_the_learning_rate_falls_with_width_and_depth() -> None:
@@ -305,7 +507,7 @@ def test_the_learning_rate_falls_with_width_and_depth() -> None:
 
 
 def test_fit_predict_and_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, laws = tmp_path / "two.csv", tmp_path / "laws.json"
+    file, laws = tmp_path / "two.csv", tmp_path / "new" / "laws.json"
     series = [
         made_points(law, 0.003, 40, seed, name) for seed, (law, name) in enumerate(((OTHER, "A"), (CHINCHILLA, "B")))
     ]

@@ -313,7 +313,7 @@ def test_faults_of_a_suite_are_told(tmp_path: Path, change: dict, words: str) ->
     ("text", "words"),
     [
         ('{"name": "a", "name": "b"}', "name is given twice"),
-        ("[" * 100_000, "too deep in each other"),
+        ("[" * 100_000, "expected a JSON object"),
         ("[]", "expected a JSON object"),
         ("{}", "name is missing; expected a word"),
         (None, "Is a directory"),

@@ -11,28 +11,34 @@
 
 import argparse
 import json
+import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from data.arguments import real_number, whole_number
 from data.errors import run_command
 from model.config import ARCHITECTURES
 from train.overrides import parse_with_overrides
-from train.scaling.ladder import LadderError, plan, suite_tree
+from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree
 from train.scaling.law import FitError
-from train.scaling.points import PointsError
-from train.study.suite import SuiteError
+from train.scaling.points import NATS, PointsError
+from train.study.suite import SuiteError, load_suite
 
 if TYPE_CHECKING:
     from train.scaling.source import Series
 
+MOST_FLOPS = 1e30
+
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    if options.command == "run":
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["run"]:
         from train.study.__main__ import main as study
 
-        return study(["run", *options.arguments])
+        return study(arguments)
+    options = parse(arguments)
     try:
         return int(COMMANDS[options.command](options))
     except (LadderError, FitError, PointsError, SuiteError) as error:
@@ -41,14 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.scaling", description="Scaling laws of an architecture.")
     commands = parser.add_subparsers(dest="command", required=True)
     _plan_options(
         commands.add_parser("plan", help="write a suite: a ladder of sizes and token budgets for a compute budget")
     )
-    run = commands.add_parser("run", help="train it: the same as python -m train.study run", add_help=False)
-    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    commands.add_parser("run", help="train it: the same as python -m train.study run")
     for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("source", type=Path, help="suite file (.json) or CSV file")
@@ -58,53 +63,67 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                              help="N of a suite: all, or without embeddings and head (default: total)")  # fmt: skip
         command.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN",
                              help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
-        command.add_argument("--least-ratio", type=float, default=0.0, metavar="R",
+        command.add_argument("--least-ratio", type=real_number(0), default=0.0, metavar="R",
                              help="leave out points with fewer tokens a parameter (default: none)")  # fmt: skip
         command.add_argument("--without-outliers", action="store_true",
                              help="leave out points far off the law of the others; listed anyway")  # fmt: skip
-        command.add_argument(
-            "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default: 1000)"
-        )
+        command.add_argument("--resamples", type=whole_number(1, 100_000), default=1000, metavar="N",
+                             help="of the bootstrap (default: 1000)")  # fmt: skip
         command.add_argument("--output", type=Path, metavar="PATH",
                              help="fit: file for predict; report: folder (default: report/ beside it)")  # fmt: skip
         command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
     predict = commands.add_parser("predict", help="loss of a size and length, or the best ones for a compute budget")
     predict.add_argument("fits", type=Path, metavar="FILE", help="written by fit --output")
-    predict.add_argument("--parameters", type=float, metavar="N")
-    predict.add_argument("--tokens", type=float, metavar="D")
-    predict.add_argument("--flops", type=float, metavar="C", help="training FLOPs, at 6 N D")
+    predict.add_argument("--parameters", type=real_number(1), metavar="N")
+    predict.add_argument("--tokens", type=real_number(1, 1e18), metavar="D")
+    predict.add_argument("--flops", type=real_number(1, MOST_FLOPS), metavar="C", help="training FLOPs, at 6 N D")
     return parse_with_overrides(parser, arguments)
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--flops", type=float, required=True, metavar="C", help="training FLOPs of all runs together")
+    command.add_argument("--flops", type=real_number(1, MOST_FLOPS), required=True, metavar="C",
+                         help="training FLOPs of all runs together")  # fmt: skip
     command.add_argument("--architectures", nargs="+", default=["EReg(SM(t)+ScFuFFN)", "SM+LN+G"],
                          choices=list(ARCHITECTURES),
                          metavar="NAME", help="paper's names (default: EReg and SM+LN+G)")  # fmt: skip
-    command.add_argument("--sizes", type=int, default=5, metavar="N", help="of each architecture (default: 5)")
-    command.add_argument("--ratios", type=float, nargs="+", default=[5, 10, 20], metavar="R",
+    command.add_argument("--sizes", type=whole_number(1, len(DEPTHS)), default=5, metavar="N",
+                         help="of each architecture (default: 5)")  # fmt: skip
+    command.add_argument("--ratios", type=real_number(1e-3, 1e6), nargs="+", default=[5, 10, 20], metavar="R",
                          help="budgets in tokens a parameter (default: 5 10 20)")  # fmt: skip
-    command.add_argument("--levels", type=int, default=0, metavar="K",
+    command.add_argument("--levels", type=whole_number(0, 100), default=0, metavar="K",
                          help="evaluate all sizes at K common levels of compute, within --ratios")  # fmt: skip
     command.add_argument(
         "--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to"
     )
-    command.add_argument("--seq-length", type=int, default=128, metavar="T", help="context in tokens (default: 128)")
+    command.add_argument("--seq-length", type=whole_number(1, 1 << 20), default=128, metavar="T",
+                         help="context in tokens (default: 128)")  # fmt: skip
     command.add_argument("--data", required=True, metavar="DIR", help="prepared dataset; its vocabulary is counted")
-    command.add_argument("--vocab-size", type=int, metavar="V", help="where the dataset is not prepared yet")
-    command.add_argument("--rates", type=float, nargs="+", default=[1.0], metavar="F",
+    command.add_argument("--vocab-size", type=whole_number(1, 10**7), metavar="V",
+                         help="where the dataset is not prepared yet")  # fmt: skip
+    command.add_argument("--rates", type=real_number(1e-3, 1e3), nargs="+", default=[1.0], metavar="F",
                          help="factors of the learning rate swept at the smallest size (default: 1)")  # fmt: skip
-    command.add_argument(
-        "--micro-batch-tokens", type=int, default=65536, metavar="N", help="largest micro-batch in tokens"
-    )
-    command.add_argument("--name", default="ladder", help="of the suite (default: ladder)")
+    command.add_argument("--micro-batch-tokens", type=whole_number(1), default=65536, metavar="N",
+                         help="largest micro-batch in tokens (default: 65536)")  # fmt: skip
+    command.add_argument("--name", type=_folder_name, default="ladder", help="of the suite (default: ladder)")
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file")
+
+
+def _folder_name(text: str) -> str:
+    """An argparse type: the suite trains in runs/NAME."""
+    if not re.fullmatch(r"\w[\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a folder's name of letters, digits and . + - _")
+    return text
 
 
 def make_plan(options: argparse.Namespace) -> int:
     from data.errors import DataError
     from data.manifest import load_manifest
 
+    for option in ("architectures", "rates"):
+        given = getattr(options, option)
+        if twice := next((value for value in given if given.count(value) > 1), None):
+            raise LadderError(f"--{option} names {twice} twice; name it once")
+    _check_output(options.output)
     vocab_size = options.vocab_size
     if vocab_size is None:
         try:
@@ -122,8 +141,7 @@ def make_plan(options: argparse.Namespace) -> int:
         options.levels,
     )
     tree = suite_tree(options.name, rungs, options.data, options.micro_batch_tokens, options.rates)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    _write_suite(options.output, tree)
     print(f"{'size':22} {'parameters':>11} {'body':>11} {'rate':>8} {'tokens a step':>13}  budgets (M tokens)")
     for one in rungs:
         budgets = " ".join(f"{tokens / 1e6:.3g}" for tokens in one.budgets_tokens)
@@ -133,10 +151,39 @@ def make_plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_output(path: Path, is_folder: bool = False) -> None:
+    """Raises PointsError where nothing can be written there, before work is done for it."""
+    wanted = "a folder" if is_folder else "a file"
+    if path.exists() and path.is_dir() != is_folder:
+        raise PointsError(f"--output {path}: is {'a folder' if path.is_dir() else 'a file'}; name {wanted} to write")
+    folder = path if is_folder else path.parent
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PointsError(f"--output {path}: {there} is no folder that can be written to; name {wanted} elsewhere")
+
+
+def _write_suite(path: Path, tree: dict[str, Any]) -> None:
+    """Writes what `run` will load; a tree that does not load leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    try:
+        load_suite(temporary)
+        temporary.replace(path)
+    except SuiteError as error:
+        raise LadderError(str(error).replace(str(temporary), str(path))) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def make_fit(options: argparse.Namespace) -> int:
     from train.scaling import summary
     from train.scaling.source import analyse_all, save_fits
 
+    if options.output is not None:
+        _check_output(options.output)
+        if options.output.resolve() == options.source.resolve():
+            raise PointsError(f"--output {options.output}: is the file that is read; name another")
     analyses, failures = analyse_all(_series(options), options.resamples, options.without_outliers)
     if not analyses:
         raise FitError("\n".join(failures))
@@ -145,9 +192,12 @@ def make_fit(options: argparse.Namespace) -> int:
         if text := summary.outliers_text(one):
             print("", text, *summary.lines_of(summary.outlier_table(one)), sep="\n")
         print("", *summary.lines_of(summary.coefficient_table([one]), turned=True), "", sep="\n")
+        for line in summary.doubts(one):
+            print(f"warning: {one.name}: {line}")
     for line in failures:
         print(line)
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         save_fits(options.output, options.source, options.parameters, analyses)
         print(f"written: {options.output}")
     return 0
@@ -158,10 +208,13 @@ def make_report(options: argparse.Namespace) -> int:
     from train.scaling.source import analyse_all
 
     folder = options.output or options.source.parent / "report"
+    _check_output(folder, is_folder=True)
     series = _series(options)
     analyses, failures = analyse_all(series, options.resamples, options.without_outliers)
     for file in write_report(folder, options.source, _counted(options), series, analyses, failures, options.note):
         print(file)
+    if not analyses:
+        raise FitError("\n".join(failures))
     return 0
 
 
@@ -183,30 +236,30 @@ def _series(options: argparse.Namespace) -> list["Series"]:
 
 
 def make_prediction(options: argparse.Namespace) -> int:
-    from train.scaling.analysis import compute_optimal
+    from train.scaling.analysis import SEARCHED, compute_optimal
     from train.scaling.law import interval
     from train.scaling.source import read_fits
 
-    if (options.flops is None) == (options.parameters is None or options.tokens is None):
-        raise PointsError("say either --flops, or both --parameters and --tokens")
-    try:
-        fits = read_fits(options.fits)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PointsError(f"{options.fits}: not a file that fit --output writes ({error})") from None
-    for name, (law, resamples, row) in fits.items():
+    given = [key for key in ("flops", "parameters", "tokens") if getattr(options, key) is not None]
+    if given not in (["flops"], ["parameters", "tokens"]):
+        raise PointsError("say either --flops alone, or both --parameters and --tokens")
+    for name, (law, resamples, row) in read_fits(options.fits).items():
+        note = ""
         if options.flops is not None:
             best = compute_optimal(law, options.flops)
             parameters, tokens = float(best.parameters[0]), float(best.tokens[0])
+            if not 1.05 * SEARCHED[0] < parameters < SEARCHED[1] / 1.05:
+                note = f" (no optimum among the {SEARCHED[0]:g} to {SEARCHED[1]:g} parameters searched)"
         else:
             parameters, tokens = options.parameters, options.tokens
         low, high = interval([float(other.loss(parameters, tokens)) for other in resamples])
-        outside = not (
-            row["range_parameters"][0] <= parameters <= row["range_parameters"][1]
-            and row["range_tokens"][0] <= tokens <= row["range_tokens"][1]
-        )
+        for value, key in ((parameters, "range_parameters"), (tokens, "range_tokens")):
+            if not row[key][0] <= value <= row[key][1]:
+                note = note or " (extrapolated)"
         loss = float(law.loss(parameters, tokens))
-        print(f"{name}: {loss:.4f} nats a token [{low:.4f}, {high:.4f}] at {parameters:.3g} "
-              f"parameters and {tokens:.3g} tokens{' (extrapolated)' if outside else ''}")  # fmt: skip
+        unit = row.get("loss_unit", NATS)  # files of earlier versions have none
+        print(f"{name}: {loss:.4f} ({unit}) [{low:.4f}, {high:.4f}] at {parameters:.3g} "
+              f"parameters and {tokens:.3g} tokens{note}")  # fmt: skip
     return 0
 
 

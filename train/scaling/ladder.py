@@ -8,6 +8,7 @@ architecture of a comparison.
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,12 @@ class Rung:
 
     @property
     def name(self) -> str:
-        short = self.model.architecture.partition("(")[0]
-        return f"{short}-{self.model.num_layers}x{self.model.hidden_size}"
+        return f"{short_name(self.model.architecture)}-{self.model.num_layers}x{self.model.hidden_size}"
+
+
+def short_name(architecture: str) -> str:
+    """Without brackets, which shells want quoted: SMt+ScFuFFN; EReg alone where they hold what is regularized."""
+    return re.sub(r"\(SM.*|[()]", "", architecture)
 
 
 def learning_rate(layers: int, width: int) -> float:
@@ -57,15 +62,20 @@ def learning_rate(layers: int, width: int) -> float:
     return float(f"{min(rate, LARGEST_RATE):.2g}")
 
 
-def batch_tokens(tokens: float) -> int:
-    """Tokens a step, a power of two: about 2,000 steps to the end, between 4,096 and 524,288."""
-    return int(2 ** min(19, max(12, round(math.log2(tokens / 2000)))))
+def batch_size(tokens: float, seq_length: int) -> int:
+    """Sequences a step: about 2,000 steps to the end, and about 4,096 to 524,288 tokens a step where sequences allow.
+
+    A power of two, so that micro-batches of a power of two divide it.
+    """
+    step_tokens = 2 ** min(19, max(12, round(math.log2(tokens / 2000))))
+    return int(2 ** max(0, round(math.log2(step_tokens / seq_length))))
 
 
 def rung(model: ModelConfig, vocab_size: int, tokens: Sequence[float]) -> Rung:
     """One model and the token counts it is to be evaluated at."""
     total, body = count_parameters(model, vocab_size)
-    step_tokens = max(batch_tokens(max(tokens)), model.seq_length)
+    sequences = batch_size(max(tokens), model.seq_length)
+    step_tokens = sequences * model.seq_length
     budgets = tuple(sorted({max(10, round(count / step_tokens)) * step_tokens for count in tokens}))
     trained = max(budgets) + DECAY_FRACTION * sum(budgets[:-1])  # the longest branch goes on from the trunk's end
     return Rung(
@@ -73,7 +83,7 @@ def rung(model: ModelConfig, vocab_size: int, tokens: Sequence[float]) -> Rung:
         parameters=total,
         body_parameters=body,
         budgets_tokens=budgets,
-        global_batch_size=step_tokens // model.seq_length,
+        global_batch_size=sequences,
         learning_rate=learning_rate(model.num_layers, model.hidden_size),
         flops=trained * training_flops_per_token(model, vocab_size),
     )
@@ -177,7 +187,8 @@ def _same_architecture(one: Rung, other: Rung) -> bool:
 
 def _run_tree(one: Rung, micro_batch_tokens: int) -> dict[str, Any]:
     model = one.model
-    micro = min(one.global_batch_size, max(1, micro_batch_tokens // model.seq_length))
+    most = max(1, micro_batch_tokens // model.seq_length)
+    micro = min(one.global_batch_size, 2 ** (most.bit_length() - 1))
     sizes = ("architecture", "num_layers", "hidden_size", "num_attention_heads", "seq_length")
     longest = max(one.budgets_tokens) // (one.global_batch_size * model.seq_length)
     return {

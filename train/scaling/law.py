@@ -2,8 +2,7 @@
 
 The fit is that of Hoffmann et al. 2022 (arXiv 2203.15556, approach 3): Huber's loss of the residuals of ln L, from a
 grid of starts, over (ln A, ln B, ln E, alpha, beta). All starts move at once, as one batch of damped Gauss-Newton
-steps on reweighted least squares; the best few are then polished with BFGS. N counts parameters, D tokens; losses are
-in nats a token.
+steps on reweighted least squares; the best few are then polished with BFGS. N counts parameters, D tokens.
 """
 
 import itertools
@@ -38,7 +37,7 @@ class LossLaw:
     beta: float
 
     def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> Array:
-        """Nats a token; shapes broadcast."""
+        """In the unit of the losses fitted; shapes broadcast."""
         n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
         return np.asarray(self.E + self.A * n**-self.alpha + self.B * d**-self.beta)
 
@@ -136,8 +135,8 @@ def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> tup
 
 
 def _theta(law: LossLaw) -> Array:
-    entropy = max(law.E, np.finfo(float).tiny)  # a fit may leave no room for it
-    return np.array([np.log(law.A), np.log(law.B), np.log(entropy), law.alpha, law.beta])
+    terms = np.maximum([law.A, law.B, law.E], np.finfo(float).tiny)  # a fit may leave no room for one
+    return np.array([*np.log(terms), law.alpha, law.beta])
 
 
 def _law(theta: Array) -> LossLaw:

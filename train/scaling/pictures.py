@@ -11,7 +11,7 @@ from train.plot_style import INK, PALETTE, new_figure, tidy
 from train.scaling.analysis import IsoFlop, compute_optimal
 from train.scaling.compare import Curve
 from train.scaling.law import LossLaw
-from train.scaling.points import Array, Points
+from train.scaling.points import NATS, Array, Points
 
 MOST_LINES = 8
 BAND_RESAMPLES = 100
@@ -32,13 +32,13 @@ def fit_figure(points: Points, law: LossLaw) -> Figure:
         colour = colours(0.95 * (np.log(tokens) - logs.min()) / span)
         axes.plot(sizes, law.loss(sizes, tokens), color=colour, linewidth=1.1, label=f"{tokens:.3g} tokens")
     axes.set_xscale("log")
-    axes.set(xlabel="parameters", ylabel="loss (nats a token)")
+    axes.set(xlabel="parameters", ylabel=f"loss ({points.unit})")
     axes.set_title(points.name, fontsize=10, color=INK)
     axes.legend(frameon=False, fontsize=7)
     return figure
 
 
-def isoflop_figure(curves: Sequence[IsoFlop], title: str) -> Figure:
+def isoflop_figure(curves: Sequence[IsoFlop], title: str, unit: str) -> Figure:
     """Loss against parameters at equal compute, with the parabolas and their minima."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
@@ -51,13 +51,13 @@ def isoflop_figure(curves: Sequence[IsoFlop], title: str) -> Figure:
         axes.plot(sizes, line, color=colour, linewidth=1.2, label=f"{curve.flops:.2g} FLOPs")
         axes.plot(curve.best_parameters, curve.best_loss, "*", color=colour, markersize=11, zorder=4)
     axes.set_xscale("log")
-    axes.set(xlabel="parameters", ylabel="loss (nats a token)")
+    axes.set(xlabel="parameters", ylabel=f"loss ({unit})")
     axes.set_title(title, fontsize=10, color=INK)
     axes.legend(frameon=False, fontsize=7, title="compute", title_fontsize=7)
     return figure
 
 
-def frontier_figure(curves: Sequence[Curve], flops: tuple[float, float]) -> Figure:
+def frontier_figure(curves: Sequence[Curve], flops: tuple[float, float], unit: str) -> Figure:
     """Loss at the optimal size against training FLOPs, with 95% bands of the resamples."""
     figure = new_figure(6.8, 4.2)
     axes = figure.subplots()
@@ -66,13 +66,16 @@ def frontier_figure(curves: Sequence[Curve], flops: tuple[float, float]) -> Figu
         laws = [curve.law, *curve.resamples[:BAND_RESAMPLES]]
         lines = np.array([compute_optimal(law, budgets, curve.flops_per_token, 301).losses for law in laws])
         _band(axes, budgets, lines, index, curve.name)
-    axes.set(xlabel="training FLOPs, each spent at the optimal size", ylabel="loss (nats a token)")
+    axes.set(xlabel="training FLOPs, each spent at the optimal size", ylabel=f"loss ({unit})")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 def communication_figure(curves: Sequence[Curve], sizes: tuple[float, float], tokens: float) -> Figure:
-    """Loss against communication of a private inference, along each architecture's sizes at one token count."""
+    """Loss against communication of a private inference, along each architecture's sizes at one token count.
+
+    Only suites know it, whose losses are in nats.
+    """
     figure = new_figure(6.8, 4.2)
     axes = figure.subplots()
     parameters = np.geomspace(*sizes, 60)
@@ -81,7 +84,7 @@ def communication_figure(curves: Sequence[Curve], sizes: tuple[float, float], to
         laws = [curve.law, *curve.resamples[:BAND_RESAMPLES]]
         lines = np.array([law.loss(parameters, tokens) for law in laws])
         _band(axes, curve.communication_gb(parameters), lines, index, curve.name)
-    axes.set(xlabel=f"communication (GB), models trained on {tokens:.3g} tokens", ylabel="loss (nats a token)")
+    axes.set(xlabel=f"communication (GB), models trained on {tokens:.3g} tokens", ylabel=f"loss ({NATS})")
     axes.legend(frameon=False, fontsize=8)
     return figure
 

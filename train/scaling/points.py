@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Row = dict[str, str]
+NATS = "nats a token"
 
 
 class PointsError(ValueError):
@@ -20,9 +21,10 @@ class PointsError(ValueError):
 
 @dataclass(frozen=True)
 class Points:
-    """Runs of one architecture: parameters N, tokens D, training FLOPs C, and the loss in nats a token; each [P].
+    """Runs of one architecture: parameters N, tokens D, training FLOPs C, and the loss; each [P].
 
     Attributes:
+        unit: of the losses.
         remarks: what was noticed when they were read, one sentence without a full stop each.
     """
 
@@ -32,13 +34,14 @@ class Points:
     losses: Array
     flops: Array
     remarks: tuple[str, ...] = ()
+    unit: str = NATS
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def where(self, kept: NDArray[np.bool_]) -> "Points":
         n, d, losses, c = (values[kept] for values in (self.parameters, self.tokens, self.losses, self.flops))
-        return Points(self.name, n, d, losses, c, self.remarks)
+        return Points(self.name, n, d, losses, c, self.remarks, self.unit)
 
 
 # Column names as people write them, lower case without spaces, marks and a unit in brackets.
@@ -50,11 +53,15 @@ ALIASES = {
     "loss": ("loss", "l", "validationloss", "valloss", "finalloss", "testloss", "evalloss", "crossentropy"),
     "architecture": ("architecture", "arch", "series", "family", "experiment", "dataset", "model", "name"),
 }  # fmt: skip
+PERPLEXITY = re.compile(r"perplex|ppl", re.IGNORECASE)
+LOGARITHM = re.compile(r"log|ln", re.IGNORECASE)
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 UNIT = re.compile(r"[(\[](k|m|b|g|t|thousand|million|billion|trillion)s?[)\]]\s*$", re.IGNORECASE)  # "params (M)"
 THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 MISSING = {"", "-", "nan", "na", "n/a", "none", "null", "inf"}
 FEWEST = 1000  # parameters or tokens; smaller numbers are counts of millions or billions
+MOST = 1e20
+LARGEST_LOSS = 1e4
 DELIMITERS = ",;\t"
 
 
@@ -64,7 +71,8 @@ def read_csv(path: Path, columns: dict[str, str] | None = None) -> list[Points]:
     Columns are found by name (see ALIASES) unless `columns` says which is which, say {"N": "Model Size"}. Where D is
     absent it is C / (6 N), where C is absent it is 6 N D. Numbers may end in K, M, B, T, or the header in (M) or
     (billions). Rows without a value are left out, and a remark says so. A column that was not asked for tells
-    architectures apart only where one of its values stands for several sizes: else it names runs or sizes.
+    architectures apart only where one of its values stands for several sizes: else it names runs or sizes. Losses are
+    in nats a token where their column has a name found by itself, else in what its name says.
 
     Raises:
         PointsError: no such file or column, or a value that is no positive number; names line and column.
@@ -82,22 +90,32 @@ def read_csv(path: Path, columns: dict[str, str] | None = None) -> list[Points]:
     series: dict[str, list[list[float]]] = {}
     for name, (_, values) in zip(names, complete, strict=True):
         series.setdefault(name or path.stem, []).append(values)
-    return [points_of(name, members, remarks + _repeats(members)) for name, members in series.items()]
+    unit = NATS if _plain(found["loss"]) in ALIASES["loss"] else found["loss"]
+    return [points_of(name, members, remarks + _repeats(members), unit) for name, members in series.items()]
 
 
 def _rows(path: Path) -> list[tuple[int, Row]]:
     """(line, header's word -> text) of each row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
+            first = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(DELIMITERS, key=header.count))
-            rows = [(reader.line_num, row) for row in reader]
+            reader = csv.reader(file, delimiter=max(DELIMITERS, key=first.count))
+            header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(1, [])]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PointsError(f"{path}: cannot be read as CSV ({error})") from None
-    if not rows:
+    names = header[1]
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise PointsError(f"{path}: {names.count(repeated)} columns are called {repeated!r}; rename all but one")
+    if not lines:
         raise PointsError(f"{path}: holds no rows under its header; expected columns N, D and loss")
-    return rows
+    for line, cells in lines:
+        if len(cells) != len(names):
+            raise PointsError(
+                f"{path}: line {line} has {len(cells)} cells and the header {len(names)}; write decimals with a point, "
+                "quote cells that hold the delimiter, and leave empty cells for missing values"
+            )
+    return [(line, dict(zip(names, cells, strict=True))) for line, cells in lines]
 
 
 def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[float] | None:
@@ -109,12 +127,19 @@ def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[floa
         assert c is not None
         d = c / (6 * n)
     for count, column in ((n, found["N"]), (d, found.get("D", found.get("C")))):
-        if count < FEWEST:
+        if not FEWEST <= count <= MOST:
             raise PointsError(
-                f"{path}: line {line}, column {column}: comes to {count:g} parameters or tokens; counts are wanted, "
-                "say 70M or 7e7, or a header such as 'params (M)'"
+                f"{path}: line {line}, column {column}: comes to {count:g} parameters or tokens; counts from "
+                f"{FEWEST:,} to {MOST:g} are wanted, say 70M or 7e7, or a header such as 'params (M)'"
             )
-    return [n, d, loss, c if c is not None else 6 * n * d]
+    c = c if c is not None else 6 * n * d
+    if not FEWEST <= c <= 6 * MOST**2:
+        raise PointsError(f"{path}: line {line}, column {found['C']}: {c:g} is no count of training FLOPs; "
+                          "correct it, or name other columns with --columns")  # fmt: skip
+    if loss > LARGEST_LOSS:
+        raise PointsError(f"{path}: line {line}, column {found['loss']}: {loss:g} is no loss of a model; correct it, "
+                          "or leave it empty if that run diverged")  # fmt: skip
+    return [n, d, loss, c]
 
 
 def _tells_apart(names: Sequence[str], sizes: Sequence[float]) -> bool:
@@ -133,10 +158,10 @@ def _repeats(points: Sequence[Sequence[float]]) -> tuple[str, ...]:
     return (f"{count} points repeat another to the last digit; each counts",) if count else ()
 
 
-def points_of(name: str, rows: Sequence[Sequence[float]], remarks: tuple[str, ...] = ()) -> Points:
+def points_of(name: str, rows: Sequence[Sequence[float]], remarks: tuple[str, ...] = (), unit: str = NATS) -> Points:
     """Points from rows (N, D, loss, C)."""
     n, d, loss, c = np.array(rows, dtype=float).T
-    return Points(name, n, d, loss, c, remarks)
+    return Points(name, n, d, loss, c, remarks, unit)
 
 
 def write_csv(path: Path, series: Iterable[Points]) -> None:
@@ -152,7 +177,7 @@ def write_csv(path: Path, series: Iterable[Points]) -> None:
 def _columns(path: Path, header: list[str], chosen: dict[str, str]) -> dict[str, str]:
     """N, D, C, loss, architecture -> the header's own word for it."""
     known = [word for word in header if word]
-    plain = {re.sub(r"[^a-z0-9]", "", UNIT.sub("", word).lower()): word for word in known}
+    plain = {_plain(word): word for word in known}
     found = {key: next((plain[word] for word in words if word in plain), "") for key, words in ALIASES.items()}
     for key, word in chosen.items():
         if word not in known:
@@ -165,7 +190,15 @@ def _columns(path: Path, header: list[str], chosen: dict[str, str]) -> dict[str,
             f"{path}: no column for {', '.join(missing)} among {', '.join(known)}; name it with --columns, "
             "say --columns N='Model Size' (losses are the logarithm of perplexities)"
         )
+    if PERPLEXITY.search(found["loss"]) and not LOGARITHM.search(found["loss"]):
+        raise PointsError(f"{path}: column {found['loss']!r} holds perplexities; the law is of their logarithms, the "
+                          "losses: add a column of those, and name it with --columns loss=")  # fmt: skip
     return found
+
+
+def _plain(word: str) -> str:
+    """As in ALIASES."""
+    return re.sub(r"[^a-z0-9]", "", UNIT.sub("", word).lower())
 
 
 def _number(path: Path, line: int, row: Row, column: str) -> float | None:

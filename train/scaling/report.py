@@ -10,7 +10,7 @@ from train.scaling.compare import Crossing, compare
 from train.scaling.law import interval
 from train.scaling.points import Points
 from train.scaling.source import Analysis, Series
-from train.scaling.summary import coefficient_table, outlier_table, outliers_text, series_text
+from train.scaling.summary import coefficient_table, doubts, outlier_table, outliers_text, series_text
 from train.study.document import Document
 
 DECADES_BEYOND = 3  # of compute, that allocations and crossings look ahead
@@ -52,6 +52,8 @@ def write_report(
         "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with most compute, predicted from the rest."
     )
     for one in analyses:
+        for line in doubts(one):
+            document.text(f"**Warning**: {one.name}: {line}.")
         _outliers(document, one)
     _single_pictures(document, analyses)
     _allocation(document, analyses)
@@ -65,7 +67,7 @@ def _losses(document: Document, series: list[Series]) -> None:
     lengths = sorted({float(tokens) for one in series for tokens in one.points.tokens})
     if not lengths or len(lengths) > MOST_COLUMNS:
         return
-    document.heading("Losses in nats a token")
+    document.heading(f"Losses in {series[0].points.unit}")
     rows = []
     for one in series:
         points = one.points
@@ -96,7 +98,7 @@ def _single_pictures(document: Document, analyses: list[Analysis]) -> None:
             continue
         exponent, _ = power_law([curve.flops for curve in curves], [curve.best_parameters for curve in curves])
         caption = f"{points.name}: isoFLOP parabolas; their minima give N_opt ~ C^{exponent:.3f}"
-        document.picture(f"isoflop_{number}", pictures.isoflop_figure(curves, points.name), caption)
+        document.picture(f"isoflop_{number}", pictures.isoflop_figure(curves, points.name, points.unit), caption)
 
 
 def _allocation(document: Document, analyses: list[Analysis]) -> None:
@@ -149,7 +151,8 @@ def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
     )
     pair = f"{both[0].name}_{both[1].name}"
     stem = "".join(character if character.isalnum() else "-" for character in pair)
-    document.picture(f"frontier_{stem}", pictures.frontier_figure([first.curve, second.curve], looked_at[2]), names)
+    figure = pictures.frontier_figure([first.curve, second.curve], looked_at[2], both[0].unit)
+    document.picture(f"frontier_{stem}", figure, names)
     if first.series.communication_gb is not None and second.series.communication_gb is not None:
         figure = pictures.communication_figure([first.curve, second.curve], ranges[0], at_tokens)
         document.picture(f"communication_{stem}", figure, f"{names}: loss against communication")

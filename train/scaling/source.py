@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from train.scaling.compare import Curve, along_ladder
 from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval
 from train.scaling.outliers import FAR, Outliers, outliers
 from train.scaling.points import Points, PointsError, points_of, read_csv
-from train.study.results import Record, records
+from train.study.results import Record, grouped, records
 from train.study.suite import SuiteError, load_suite
 
 Array = NDArray[np.float64]
@@ -90,24 +92,30 @@ def _series(name: str, members: list[Record], counted: str) -> Series:
     def size(record: Record) -> int:
         return record.parameters if counted == "total" else record.body_parameters
 
-    best: dict[tuple[int, int], Record] = {}
-    lost = []
-    for record in members:
-        if record.state.word in ("diverged", "failed", "other"):
-            lost.append(f"{record.label}, {record.planned_tokens / 1e6:.3g}M tokens: {record.state.word}")
-        if record.loss is None:
+    lost = [
+        f"{record.label}, {record.planned_tokens / 1e6:.3g}M tokens: {record.state.word}"
+        for record in members
+        if record.state.word in ("diverged", "failed", "other")
+    ]
+    best: dict[tuple[int, int], tuple[float, float]] = {}  # (N, D) -> loss and FLOPs
+    seeds = 1
+    for group in grouped(members):
+        losses = [record.loss for record in group.records if record.loss is not None]
+        if not losses:
             continue
-        key = (size(record), record.tokens)
-        if key not in best or record.loss < (best[key].loss or np.inf):  # of a swept rate the best counts
-            best[key] = record
+        seeds = max(seeds, len(losses))
+        key = (size(group.first), group.first.tokens)
+        found = (mean(losses), group.first.flops)  # over seeds: the least of them would be biased low
+        best[key] = min(best.get(key, found), found)  # of swept rates the best counts
     if unreached := sum(record.state.word in ("new", "running", "partial") for record in members):
         lost.append(f"{unreached} results not reached yet")
-    rows = [(n, d, record.loss or np.nan, record.flops) for (n, d), record in best.items()]
+    rows = [(n, d, loss, flops) for (n, d), (loss, flops) in best.items()]
+    remarks = (f"losses are means over up to {seeds} seeds",) if seeds > 1 else ()
     models = {size(record): record for record in members}
     sizes = np.array(sorted(models), dtype=float)
     costs = [training_flops_per_token(models[n].model, models[n].vocab_size) for n in sorted(models)]
     gigabytes = [private_inference_cost(models[n].model, models[n].vocab_size).communication_gb for n in sorted(models)]
-    points = points_of(name, rows) if rows else Points(name, NONE, NONE, NONE, NONE)
+    points = points_of(name, rows, remarks) if rows else Points(name, NONE, NONE, NONE, NONE)
     return Series(points, along_ladder(sizes, np.array(costs)), along_ladder(sizes, np.array(gigabytes)), tuple(lost))
 
 
@@ -191,6 +199,7 @@ def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) 
             "intervals": one.intervals(),
             "objective": one.fit.objective,
             "points": len(points),
+            "loss_unit": points.unit,
             "left_out": one.series.left_out,
             "range_parameters": [points.parameters.min(), points.parameters.max()],
             "range_tokens": [points.tokens.min(), points.tokens.max()],
@@ -200,10 +209,43 @@ def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) 
 
 
 def read_fits(path: Path) -> dict[str, tuple[LossLaw, list[LossLaw], dict[str, Any]]]:
-    """Architecture -> law, resamples and the rest; raises OSError, ValueError or KeyError where it is no such file."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    found = {}
-    for name, row in tree["architectures"].items():
-        law = LossLaw(**{key: row[key] for key in COEFFICIENTS})
-        found[name] = (law, [LossLaw(*values) for values in row["resamples"]], row)
-    return found
+    """Architecture -> law, resamples and the rest.
+
+    Raises:
+        PointsError: it is no file that `save_fits` writes; says where.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
+    except FileNotFoundError:
+        raise PointsError(f"{path}: no such file; fit --output {path} writes one") from None
+    except (OSError, ValueError) as error:
+        raise PointsError(f"{path}: cannot be read as JSON ({error}); expected what fit --output writes") from None
+    rows = tree.get("architectures") if isinstance(tree, dict) else None
+    if not isinstance(rows, dict) or not rows:
+        raise PointsError(f"{path}: has no architectures, a name and a law each; expected what fit --output writes")
+    return {name: _read_law(f"{path}: {name}", row) for name, row in rows.items()}
+
+
+def _read_law(where: str, row: Any) -> tuple[LossLaw, list[LossLaw], dict[str, Any]]:
+    if not isinstance(row, dict):
+        raise PointsError(f"{where}: expected an object of coefficients; write the file anew with fit --output")
+    resamples = row.get("resamples")
+    checked = [
+        (", ".join(COEFFICIENTS), "5 finite numbers", _are_numbers([row.get(key) for key in COEFFICIENTS], 5)),
+        ("range_parameters", "2 finite numbers", _are_numbers(row.get("range_parameters"), 2)),
+        ("range_tokens", "2 finite numbers", _are_numbers(row.get("range_tokens"), 2)),
+        ("loss_unit", "words", isinstance(row.get("loss_unit", ""), str)),
+        ("resamples", "a list of at least one law, 5 numbers each", isinstance(resamples, list) and resamples
+         and all(_are_numbers(law, 5, finite=False) for law in resamples)),
+    ]  # fmt: skip
+    for key, expected, is_right in checked:
+        if not is_right:
+            raise PointsError(f"{where}: {key}: expected {expected}; write the file anew with fit --output")
+    law = LossLaw(**{key: row[key] for key in COEFFICIENTS})
+    return law, [LossLaw(*values) for values in row["resamples"]], row
+
+
+def _are_numbers(values: Any, count: int, finite: bool = True) -> bool:
+    """Whether it is a list of so many floats; a resample may hold infinities."""
+    is_list = isinstance(values, list) and len(values) == count and all(isinstance(value, float) for value in values)
+    return is_list and (not finite or all(map(math.isfinite, values)))

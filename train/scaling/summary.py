@@ -3,6 +3,7 @@
 import numpy as np
 
 from train.scaling.analysis import exponents
+from train.scaling.law import DELTA
 from train.scaling.outliers import FAR
 from train.scaling.source import COEFFICIENTS, Analysis, Series
 
@@ -18,7 +19,7 @@ def series_text(series: Series, counted: str) -> str:
         return ". ".join(["no points", *notes, *points.remarks]) + "."
     ranges = (
         f"{len(points)} points, {points.parameters.min():.3g} to {points.parameters.max():.3g} parameters{counted}, "
-        f"{points.tokens.min():.3g} to {points.tokens.max():.3g} tokens"
+        f"{points.tokens.min():.3g} to {points.tokens.max():.3g} tokens, losses in {points.unit}"
     )
     return ". ".join([ranges, *notes, *(remark[0].upper() + remark[1:] for remark in points.remarks)]) + "."
 
@@ -40,6 +41,26 @@ def _cells(one: Analysis) -> list[str]:
     cells = [f"{values[key]:.4g} [{intervals[key][0]:.3g}, {intervals[key][1]:.3g}]" for key in (*COEFFICIENTS, "a")]
     agreeing = f"{one.fit.agreeing} of the best 40 of {one.fit.starts}"
     return [*cells, f"{one.fit.objective:.4g}", agreeing, held_out_text(one)]
+
+
+def doubts(one: Analysis) -> list[str]:
+    """What makes the law meaningless beyond its points, one line each."""
+    law, points = one.fit.law, one.series.points
+    if np.ptp(np.log(points.losses)) < DELTA:
+        return [f"all losses lie within {DELTA:.1%} of each other: no coefficient means anything"]
+    negligible = DELTA * points.losses.min()
+    lines = []
+    for word, counts, name, factor, exponent in (
+        ("parameters", points.parameters, "alpha", law.A, law.alpha),
+        ("tokens", points.tokens, "beta", law.B, law.beta),
+    ):
+        if exponent <= 0:
+            lines.append(f"{name} = {exponent:.3g} is not positive: losses do not fall with {word}; do not extrapolate")
+        elif factor * counts.min() ** -exponent < negligible:
+            lines.append(f"losses hardly depend on {word}: {name} = {exponent:.3g} means nothing")
+    if negligible > law.E:
+        lines.append(f"E = {law.E:.3g} is about 0: the points show no floor of the loss; do not extrapolate")
+    return lines
 
 
 def held_out_text(one: Analysis) -> str:

@@ -5,7 +5,8 @@
     python -m train.study report configs/suites/small.json --output docs/study/small
 
 `run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is
-recorded with its step and layer, and not begun again unless --retry asks for it. On a cluster `slurm`
+recorded with its step and layer, and not begun again unless --retry asks for it. A folder that holds a run of another
+configuration is refused: its results are not the suite's. On a cluster `slurm`
 submits an array job of the next stage of every run; a suite with budgets wants it once for each stage.
 """
 

@@ -123,14 +123,12 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     Raises:
         SuiteError: every fault of the file and of the configurations it makes.
     """
+    if not path.exists():
+        raise SuiteError(f"{path}: no such suite file; shipped ones are configs/suites/*.json")
     try:
         tree = read_json(path)
     except ConfigError as error:
         raise SuiteError(str(error)) from None
-    except RecursionError:
-        raise SuiteError(
-            f"{path}: objects lie too deep in each other; expected those of train/study/suite.py"
-        ) from None
     faults: list[str] = []
     changed: Tree = {}
     for override in overrides or []:
