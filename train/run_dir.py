@@ -1,6 +1,6 @@
 """The folder of a run and the rule that it holds one run of one model and seed, written by one job at a time.
 
-config.json          resolved configuration, the dataset's vocabulary, versions, git commit
+config.json          resolved configuration, the dataset's identity, versions, git commit
 metrics.jsonl        a row for every step and every evaluation
 entropy.jsonl        a row for every logging step: entropies, thresholds, temperatures, alpha, beta
 evaluation.json      written by train.evaluate
@@ -50,9 +50,9 @@ class RunDirectory:
             raise RunError(f"run_dir {self.path}: cannot be written ({error}); choose another run_dir") from None
         check_same_run(self.path, config)
 
-    def describe(self, vocab_size: int) -> None:
-        """Writes config.json."""
-        content = {"vocab_size": vocab_size, **description(self._config)}
+    def describe(self, dataset: dict[str, Any]) -> None:
+        """Writes config.json; `dataset` is its identity (train.setup.dataset_identity)."""
+        content = {"vocab_size": dataset["vocab_size"], "dataset": dataset, **description(self._config)}
         write_atomically(self.path / "config.json", json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
@@ -111,6 +111,14 @@ def read_config(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file}: damaged ({error}); restore it or choose another run_dir") from None
+
+
+def read_fingerprint(path: Path) -> str | None:
+    """Of the dataset that the run in a folder reads; None where there is no run, or one of an earlier version."""
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["dataset"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def description(config: Config) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
             initialize_distributed(limits.longest_s + 2 * GRACE_S)
             on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
             trainer = Trainer(config, manifest, limits, stop)
-            on_rank_zero(lambda: directory[0].describe(manifest.vocab_size))
+            on_rank_zero(lambda: directory[0].describe(dataset_identity(manifest)))
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:
         error = raised

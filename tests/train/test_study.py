@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from tests.conftest import TINY
+from tests.conftest import TINY, prepare_sources
 from train.config import Config
 from train.run_dir import RunDirectory, read_rows
 from train.scaling.__main__ import main as scaling
@@ -25,7 +25,7 @@ from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.pictures import ParetoPoint, largest_rise, undominated
-from train.study.results import Group, description, records, vocabulary
+from train.study.results import Group, records
 from train.study.runner import branch_off, complete_steps, forked, is_locked, next_stage, prepare, read_state
 from train.study.suite import SuiteError, load_suite, merged
 from train.study.table import _baseline, gap_text, relative
@@ -81,15 +81,17 @@ def test_what_is_done_is_not_done_again(finished: Path, capsys: pytest.CaptureFi
 
 
 def test_another_configurations_results_are_not_the_suites(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    prepare_sources(tmp_path / "other", 360)
+    capsys.readouterr()
     wider = [str(finished), "optimizer.learning_rate=0.5"]
     assert main(["run", *wider]) == main(["slurm", *wider]) == 2
     out, errors = capsys.readouterr()
     assert not out and errors.count("\n") == 2 and errors.count("; give the suite another folder: output=DIR") == 2
     for override, there, here in (
         ("model.num_layers=3", "model.num_layers is 2 in ", " and 3 here"),
-        ("data.path=nowhere", "data.path is '", " and 'nowhere' here"),
+        (f"data.path={tmp_path}/other", "data.path is '", "/other', which holds other data, here"),
         ("training.train_steps=6", "training.train_steps is at least 12 in ", " and 6 here"),
     ):
         assert main(["status", str(finished), "--json", override]) == 0
@@ -100,6 +102,9 @@ def test_another_configurations_results_are_not_the_suites(
     assert "(10 other)" in (tmp_path / "report.md").read_text() and not list((tmp_path / "pictures").iterdir())
     series = load_series(finished, "total", overrides=["model.num_layers=3"])
     assert all(not len(one.points) and ": other" in one.left_out[0] for one in series)
+    shutil.copytree(dataset, tmp_path / "moved")
+    for where in (f"{tmp_path}/moved", "nowhere"):
+        assert read_state(load_suite(finished, [f"data.path={where}"]).runs[0].stages[0]).word == "done"
     longer = load_suite(finished, ["training.train_steps=20", "logging.interval=1", "health.window=9"])
     assert read_state(longer.runs[0].stages[0]).word == "partial"
 
@@ -247,8 +252,9 @@ def test_points_for_scaling_laws_come_from_what_finished(
     assert sorted(set(ereg.points.tokens)) == [8 * 32 * 10, 8 * 32 * 12, 8 * 32 * 20]
     assert len(series["SM"].points) == 0 and "diverged" in series["SM"].left_out[0]
     assert ereg.communication_gb is not None and ereg.communication_gb(np.array([1e6])) > 0
-    stage = load_suite(finished, ["data.path=nowhere", "data.planned_vocab_size=7"]).runs[0].stages[0]
-    assert vocabulary(description(stage.folder), stage.config) == 400, "a run notes its vocabulary"
+    elsewhere = load_series(finished, "total", overrides=["data.path=nowhere", "data.planned_vocab_size=7"])
+    sizes = {one.points.name: list(one.points.parameters) for one in elsewhere}
+    assert sizes == {name: list(one.points.parameters) for name, one in series.items()}, "a run notes its vocabulary"
     not_begun = ["data.path=nowhere", "data.planned_vocab_size=null", f"output={tmp_path}"]
     assert scaling(["fit", str(finished), "--resamples", "5", *not_begun]) == 2
     assert "its parameters cannot be counted" in capsys.readouterr().err

@@ -25,8 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.errors import printable
-from train.run_dir import RunError, read_config, read_rows, write_atomically
+from data.errors import DataError, printable
+from data.manifest import load_dataset
+from train.run_dir import RunError, read_config, read_fingerprint, read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]
@@ -34,7 +35,7 @@ MustEnd = Callable[[], bool]
 POLL_S = 0.1
 GAVE_UP = re.compile(r"error: (step \d+: [^;]*)")  # how the trainer ends a run that has diverged
 RESULT_KEYS = ("model", "regularizer", "optimizer", "training.seed", "training.global_batch_size",
-               "training.micro_batch_size", "data.path")  # fmt: skip
+               "training.micro_batch_size")  # fmt: skip
 """Sections and keys that fix a result; length, layout and logging may change while a run goes on."""
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
@@ -85,7 +86,23 @@ def difference_from(stage: Stage) -> str:
         for key in [only] if only else here[section]:
             if key in theirs and theirs[key] != here[section][key]:  # earlier versions noted fewer keys
                 return f"{section}.{key} is {theirs[key]!r} in {stage.folder} and {here[section][key]!r} here"
+    their_path, our_path = there.get("data", {}).get("path", stage.config.data.path), stage.config.data.path
+    if their_path != our_path and is_other_data(stage):
+        return f"data.path is {their_path!r} in {stage.folder} and {our_path!r}, which holds other data, here"
     return ""
+
+
+def is_other_data(stage: Stage) -> bool:
+    """Whether the run in a stage's folder reads other data than the stage.
+
+    A dataset that was moved is the same one, and what cannot be read here is taken for it.
+    """
+    theirs = read_fingerprint(stage.folder)
+    try:
+        ours = load_dataset(stage.config.data.path, stage.config.data.read_options()).fingerprint
+    except DataError:
+        return False
+    return theirs is not None and theirs != ours
 
 
 def _reached(stage: Stage) -> State:
