@@ -81,8 +81,9 @@ def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
     defaults = DeepSpeedConfig({key: value for key, value in config.items() if key not in own})
     switches = [key for key in own if isinstance(getattr(defaults, key, None), bool)]
     faults = [(key, "true or false") for key in switches if not isinstance(getattr(read, key), bool)]
-    if not isinstance(read.steps_per_print, int) or read.steps_per_print < 1:
-        faults.append(("steps_per_print", "a whole number from 1"))
+    often = read.steps_per_print
+    if often is not None and (not isinstance(often, int) or often < 1):
+        faults.append(("steps_per_print", "a whole number from 1, or null"))
     if faults:
         lines = (f"deepspeed.{key} = {json.dumps(own[key])} must be {wanted}" for key, wanted in faults)
         raise DeepSpeedSectionError("\n".join(lines))

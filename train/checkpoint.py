@@ -187,10 +187,10 @@ def check_same_batches(saved: SavedCheckpoint, config: Config) -> None:
 
 
 def changed_settings(saved: SavedCheckpoint, config: Config) -> dict[str, list[Any]]:
-    """[old, new] of each setting that is not what the checkpoint was trained with."""
+    """[old, new] of each setting that is not what the checkpoint was trained with; earlier versions knew fewer keys."""
     there, here = _flat(saved.marker["config"]), _flat(config.as_dict())
-    names = [key for key in here if key != "run_dir" and there.get(key) != here[key]]
-    return {key: [there.get(key), here[key]] for key in names}
+    known = {key for key in here if key in there or key.startswith("deepspeed.")} - {"run_dir"}
+    return {key: [there.get(key), here[key]] for key in sorted(known) if there.get(key) != here[key]}
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 if not __package__:  # run as a file: the packages lie beside train/, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.arguments import output_file
+from data.arguments import can_write
 from data.errors import DataError, run_command
 from train.config import Config, ConfigError, load_config, world_faults
 from train.preflight import checkpoint_faults
@@ -71,7 +71,10 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
+        if options.json is not None and is_first and not can_write(options.json):
+            raise ConfigError([f"--json {options.json}: cannot be written; name a file in a folder that exists"])
         config = load_config(options.config, options.overrides)
         from parallel.launch import world_size
 
@@ -83,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
-    if os.environ.get("RANK", "0") == "0":
+    if is_first:
         print_table(rows, hosts)
         if options.json is not None:
             options.json.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
@@ -97,7 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of the job to come")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
     parser.add_argument("--all-shards", action="store_true", help="hash every shard of the dataset, not a sample")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table as JSON lines")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON lines")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     return parser.parse_intermixed_args(arguments)
 

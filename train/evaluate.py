@@ -61,6 +61,7 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
         raise RunError(f"{run}: holds no run (no config.json)")
     if not can_write(run / EVALUATION):
         raise RunError(f"{run / EVALUATION}: cannot be written; remove what is in its place, or copy the run")
+    tree.pop("health", None)  # has no say here, and earlier versions took values of it that are refused now
     config = dataclasses.replace(single_process(config_from_dict(tree)), run_dir=str(run))  # it may have been moved
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))

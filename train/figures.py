@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from data.errors import run_command
 from model.config import LARGEST_SIZES
+from train.run_dir import read_fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +43,7 @@ class Run:
     model: dict[str, Any]
     data_path: str
     vocab_size: str
+    fingerprint: str | None
     training_rows: list[Row]
     validation_rows: list[Row]
     head_rows: list[Row]
@@ -130,7 +132,8 @@ def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
     from train import map_plots, plots
 
     names = distinct_names(runs)
-    if len({(run.data_path, run.vocab_size) for run in runs}) > 1:
+    noted = {run.fingerprint for run in runs}
+    if len({(run.data_path, run.vocab_size) for run in runs} if None in noted else noted) > 1:
         told = "; ".join(f"{run.folder}: {run.data_path}, vocabulary {run.vocab_size}" for run in runs)
         print(f"warning: losses a token do not compare, since the runs' datasets differ ({told})", file=sys.stderr)
         names = [f"{name} on {Path(run.data_path).name}" for name, run in zip(names, runs, strict=True)]
@@ -230,7 +233,8 @@ def load_run(folder: Path) -> Run:
         evaluation = read_object(folder / "evaluation.json")
         check_head_row(folder / "evaluation.json", evaluation, shape)
     validations = [row for row in rows if "validation_loss" in row]
-    return Run(folder, model, data_path, str(config.get("vocab_size")), training, validations, heads, evaluation)
+    vocab_size, fingerprint = str(config.get("vocab_size")), read_fingerprint(folder)
+    return Run(folder, model, data_path, vocab_size, fingerprint, training, validations, heads, evaluation)
 
 
 def read_object(file: Path) -> Row:

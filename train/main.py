@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             from train.dry_run import print_plan
 
             print_plan(config, options.world_size)
-            warn(fast_start(config))
+            if text := fast_start(config):
+                print(f"warning: {text}", file=sys.stderr)
             return 0
         stop = StopRequest()  # before the libraries, which take a while to load
         status = train(config, stop)
@@ -79,7 +80,6 @@ def train(config: Config, stop: StopRequest) -> int:
     from parallel.launch import LaunchError, choose_accelerator, world_size
 
     manifest = preflight(config, world_size())
-    warn(fast_start(config))
     choose_accelerator()
     from parallel.cuda_graph import CaptureError
     from parallel.deepspeed_section import DeepSpeedSectionError
@@ -139,11 +139,6 @@ def report(error: Exception, status: int, from_any_rank: bool = False, from_each
         for line in str(error).splitlines():
             print(f"error: {who}{line}", file=sys.stderr, flush=True)
     return status
-
-
-def warn(text: str | None) -> None:
-    if text is not None and is_rank_zero():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def is_rank_zero() -> bool:

@@ -114,11 +114,17 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def read_fingerprint(path: Path) -> str | None:
-    """Of the dataset that the run in a folder reads; None where there is no run, or one of an earlier version."""
-    try:
-        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["dataset"]["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """Of the dataset that the run in a folder reads; None where nothing says.
+
+    Earlier versions noted it in checkpoints only.
+    """
+    for file in (path / "config.json", *(path / "checkpoints").glob("step_*/checkpoint.json")):
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            return str(tree.get("checkpoint", tree)["dataset"]["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
 
 
 def description(config: Config) -> dict[str, Any]:

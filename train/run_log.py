@@ -13,6 +13,7 @@ from train.journal import Journal
 from train.progress import ProgressDisplay
 from train.rank_times import slow_words
 from train.run_dir import JsonLines, read_rows
+from train.schedule import fast_start
 from train.tensorboard import TensorBoardLog
 from train.trouble import TroubleReport
 from train.validation import Validation
@@ -44,6 +45,8 @@ class RunLog:
             self.event("resumed", said, step=first_step, world_size=world_size(), changed=changed)
         else:
             self.event("started", step=first_step, world_size=world_size())
+            if text := fast_start(config):
+                self.warn("fast start", text)
         self._open(first_step)
 
     def steps(

@@ -393,7 +393,7 @@ def test_what_deepspeed_does_not_take_is_one_line_and_the_run_can_start_after(ti
     (line,) = answer.stderr.splitlines()
     assert "reduce_bucket_size = -5 of DeepSpeedZeroConfig" in line and "greater than 0" in line
     for setting, wanted in (
-        ("steps_per_print=often", 'deepspeed.steps_per_print = "often" must be a whole number from 1'),
+        ("steps_per_print=often", 'deepspeed.steps_per_print = "often" must be a whole number from 1, or null'),
         ("dump_state=often", 'deepspeed.dump_state = "often" must be true or false'),
         ("communication_data_type=half", "Supported data types: ['fp16', 'bf16', 'fp32']. Got: half'; mend or remove"),
     ):
@@ -404,6 +404,7 @@ def test_what_deepspeed_does_not_take_is_one_line_and_the_run_can_start_after(ti
         "deepspeed.aio.block_size=1048576",
         "deepspeed.wandb.enabled=false",
     ]
+    known += ["deepspeed.steps_per_print=null"]
     known += ["deepspeed.flops_profiler.enabled=false", "deepspeed.zero_optimization.reduce_bucket_size=1000"]
     answer = run_main(2, tiny_config, *known, "parallel.pipeline_parallel_size=2", "training.train_steps=2")
     assert answer.statuses == [0, 0], answer.stderr

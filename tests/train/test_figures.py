@@ -189,6 +189,10 @@ def test_losses_on_different_datasets_are_not_compared_without_a_word(
     assert "on of_400" in labels[0] and "on of_500" in labels[1]
     assert capsys.readouterr().err.startswith("warning: losses a token do not compare")
     assert list(comparison_figures([load_run(runs[0])] * 2)) and capsys.readouterr().err == ""
+    for run in runs:  # of one dataset after all, which was moved in between
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, "dataset": {"fingerprint": "97579c15"}}))
+    assert list(comparison_figures([load_run(run) for run in runs])) and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("step", "expected"), [(6, "validation, step 6"), (3, "step 6")])

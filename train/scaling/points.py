@@ -110,6 +110,8 @@ def _rows(path: Path) -> list[tuple[int, Row]]:
     if not lines:
         raise PointsError(f"{path}: holds no rows under its header; expected columns N, D and loss")
     for line, cells in lines:
+        while len(cells) > len(names) and not cells[-1].strip():
+            cells.pop()
         if len(cells) != len(names):
             raise PointsError(
                 f"{path}: line {line} has {len(cells)} cells and the header {len(names)}; write decimals with a point, "

@@ -293,7 +293,13 @@ def launched(launcher: Sequence[str], config_file: Path, log: Path, must_end: Mu
     """Trains under a launcher until its end or `must_end`, when it saves; returns its exit status, then negative."""
     command = [*launcher, str(MAIN), "--config", str(config_file)]
     with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            process_group=0,  # Ctrl-C goes to the study alone, which has its trainings save and end
+        )
         while process.poll() is None:
             if must_end():
                 process.terminate()
