@@ -8,7 +8,7 @@ import pytest
 from data import benchmark, index, inspect, prepare
 from data.arguments import real_number, whole_number
 from parallel import compare
-from train import describe, doctor, evaluate, plan, private_inference
+from train import describe, evaluate, plan, private_inference
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400", "-0.1", "2.1", "", "x", "9" * 5000])
@@ -62,7 +62,6 @@ COMPARE = ["--config", "x", "--layouts", "tp=2"]
         (compare.main, COMPARE, "--json", "."),
         (evaluate.main, ["--run", "x"], "--samples", "0"),
         (evaluate.main, ["--run", "x"], "--samples", "-5"),
-        (doctor.main, ["--config", "x"], "--json", "no/folder/lines.jsonl"),
         (private_inference.main, ["--config", "x"], "--vocab-size", "0"),
         (private_inference.main, ["--config", "x"], "--vocab-size", "-5"),
         (plan.main, ["--config", "x"], "--layouts", "-3"),

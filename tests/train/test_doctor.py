@@ -45,6 +45,13 @@ def test_all_is_well(tiny_config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_examined(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.main(["--config", str(tiny_config), "--json", "no/folder/lines.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith("error: --json no/folder/lines.jsonl: cannot be written")
+
+
 def test_trouble_is_named(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     import shutil
 
