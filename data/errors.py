@@ -23,13 +23,24 @@ class DamagedShardError(DataError):
     """A shard is not what its manifest says."""
 
 
-class DamagedFileError(DamagedShardError):
+class DamagedShardFileError(DamagedShardError):
     """A shard's file is not what its manifest says: the original, or a copy in a cache that can be fetched again."""
 
 
 def printable(text: str, keep: str = "") -> str:
     """`text` with its control characters, but for those in `keep`, spelled as Python does."""
     return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or of what kind it is where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def print_faults(error: Exception) -> None:
+    """A line on stderr for each fault that an error holds, a line of its text each."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DamagedFileError, DamagedShardError, DataError
+from data.errors import DamagedShardError, DamagedShardFileError, DataError
 from data.manifest import Manifest, ShardInfo
 from data.order import SampleOrder
 from data.shard_fetcher import ShardFetcher
@@ -117,14 +117,14 @@ class SampleReader:
         source, info = self._manifest.shard_source, self._shards[shard]
         try:
             return self._read_rows(shard, samples)
-        except DamagedFileError:
+        except DamagedShardFileError:
             self._let_go(shard)
             if not source.is_remote:
                 raise
             source.forget(info.sha256)
         try:
             return self._read_rows(shard, samples)
-        except DamagedFileError as error:
+        except DamagedShardFileError as error:
             raise DataError(
                 f"{source.describe(info.name)}: its copy in {self._options.cache_dir} is damaged or gone as soon as it "
                 f"is fetched ({error}); check that disk, or raise cache_gigabytes if other runs use it too"

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DamagedFileError
+from data.errors import DamagedShardFileError
 from data.tar_layout import CHUNK_BYTES, DIGEST_BYTES, chunk_digest
 from data.transport import FetchError, with_retries
 
@@ -34,7 +34,7 @@ class VerifiedFile:
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a named pipe would wait for ever
             self._file = self._with_retries(lambda: os.open(path, flags))
         except FileNotFoundError as error:
-            raise DamagedFileError(
+            raise DamagedShardFileError(
                 f"{where}: the manifest names it but it cannot be opened ({error.strerror}); copy it again"
             ) from error
         try:
@@ -45,7 +45,10 @@ class VerifiedFile:
             raise
 
     def verify(self, first_byte: NDArray[np.int64], last_byte: NDArray[np.int64]) -> None:
-        """Check the chunks under the inclusive ranges of bytes; raises DamagedFileError naming offset and digests."""
+        """Check the chunks under the inclusive ranges of bytes.
+
+        Raises DamagedShardFileError, which names offset and digests.
+        """
         self._notice_changes()
         touched = np.zeros(len(self._verified) + 1, dtype=np.int64)
         np.add.at(touched, first_byte // CHUNK_BYTES, 1)
@@ -66,7 +69,7 @@ class VerifiedFile:
         found = chunk_digest(memoryview(self.content)[start : start + CHUNK_BYTES])
         expected = self._digests[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
         if found != expected:
-            raise DamagedFileError(
+            raise DamagedShardFileError(
                 f"{self._where}: damaged between byte {start} and {start + CHUNK_BYTES}: digest {found.hex()}, "
                 f"expected {expected.hex()}; copy or prepare this shard again"
             )
@@ -76,7 +79,7 @@ class VerifiedFile:
         """A file that shrank would kill the process on access; one that was written to has to be checked anew."""
         status = self._with_retries(lambda: os.fstat(self._file))
         if status.st_size != self._num_bytes:
-            raise DamagedFileError(
+            raise DamagedShardFileError(
                 f"{self._where}: has {status.st_size} bytes, expected {self._num_bytes}; copy or prepare it again"
             )
         if status.st_mtime_ns != self._stamp:

@@ -21,7 +21,6 @@ Exit status: 0 all within the tolerance, 1 beyond it, 2 not comparable as asked.
 import argparse
 import dataclasses
 import json
-import sys
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.arguments import output_file, real_number, whole_number
-from data.errors import run_command
+from data.errors import print_faults, run_command
 from parallel.comparison import ROUNDING_FACTOR, TOLERANCE, Comparison, compare
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
@@ -51,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_devices(layouts)
         vocab_size, batches = global_batches(config, options.batches)
     except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_faults(error)
         return 2
     plain = OneProcess(
         apply_layout(config, reference, reference), vocab_size, batches, options.dtype, options.tolerance

@@ -67,6 +67,8 @@ def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[st
 
 def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
     """Has DeepSpeed read the configuration; it takes some values of the wrong type, which its engine fails on later."""
+    if not own:
+        return
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
@@ -74,8 +76,6 @@ def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
     except pydantic.ValidationError as error:
         raise DeepSpeedSectionError("\n".join(_line(error.title, fault) for fault in error.errors())) from None
     except Exception as error:
-        if not own:
-            raise
         text = f"deepspeed: of {json.dumps(own)} DeepSpeed says '{error}'; mend or remove what it names"
         raise DeepSpeedSectionError(text) from None
     defaults = DeepSpeedConfig({key: value for key, value in config.items() if key not in own})

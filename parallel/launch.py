@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 
-from data.errors import DataError
+from data.errors import DataError, first_line
 
 PORTS = (15_000, 32_000)
 
@@ -80,7 +80,7 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
             "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
         )
     except (RuntimeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         raise LaunchError(
             f"rank {rank()} of {world_size()} cannot join the others at {address} ({cause}); if the port is taken, "
             f"choose "

@@ -9,7 +9,7 @@ Each says more with --help.
 
 import sys
 
-from data.errors import run_command
+from data.errors import print_faults, run_command
 from parallel.deepspeed_section import DeepSpeedSectionError
 from train import benchmark_attention, benchmark_learning, benchmark_step
 from train.config import ConfigError
@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
     try:
         return BENCHMARKS[arguments[0]](arguments[1:])
     except (ConfigError, DeepSpeedSectionError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_faults(error)
         return 2
 
 

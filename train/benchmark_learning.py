@@ -6,7 +6,6 @@ themselves stay below the output folder.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from train import benchmark_report
 from train.config import load_config
 from train.preflight import preflight
+from train.run_dir import read_rows
 
 COMPUTATIONS = ("fused", "reference")
 
@@ -96,7 +96,7 @@ def use_reference() -> None:
 
 def validations(run: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics that have a validation loss."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     return [row for row in rows if "validation_loss" in row]
 
 
@@ -124,7 +124,7 @@ def plot(folder: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name in COMPUTATIONS:
-        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(folder / name / "metrics.jsonl")
         steps = [row for row in rows if "ce_loss" in row]
         axes.plot([row["step"] for row in steps], [row["ce_loss"] for row in steps], linewidth=0.7, label=name)
     axes.set_xlabel("step")

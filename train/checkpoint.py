@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data.errors import first_line
 from parallel.chunks import Chunk, ChunkLoadPlanner
 from train.agreement import on_rank_zero
 from train.checkpoint_folder import MARKER, DamagedFileError, Folder, read_marker, verify_file
@@ -208,10 +209,6 @@ def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
 def first_failure(error: CheckpointException) -> str:
     rank, (cause, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {first_line(cause)}"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def folder_name(step: int) -> str:

@@ -16,9 +16,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data.errors import first_line
 from parallel.chunks import Chunk, ChunkSavePlanner
 from parallel.engine import Engine
-from train.checkpoint import CheckpointError, first_failure, first_line, folder_name, steps_saved
+from train.checkpoint import CheckpointError, first_failure, folder_name, steps_saved
 from train.checkpoint_folder import DamagedFileError, Folder, read_marker
 from train.checkpoint_tensors import Writer
 from train.config import Config

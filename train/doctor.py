@@ -23,7 +23,7 @@ if not __package__:  # run as a file: the packages lie beside train/, installed 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.arguments import can_write
-from data.errors import DataError, run_command
+from data.errors import DataError, print_faults, run_command
 from train.config import Config, ConfigError, load_config, world_faults
 from train.preflight import checkpoint_faults
 
@@ -83,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(faults)
         rows, hosts = examine(config, options.all_shards)
     except (ConfigError, DataError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_faults(error)
         return 2
     if is_first:
         print_table(rows, hosts)

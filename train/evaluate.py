@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.arguments import can_write, whole_number
-from data.errors import DataError, run_command
+from data.errors import DataError, print_faults, run_command
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
 from train.run_dir import RunError, read_config, write_atomically
@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         row = evaluate(options.run, options.data, options.samples)
     except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_faults(error)
         return 2
     write_atomically(options.run / EVALUATION, json.dumps(row, indent=1) + "\n")
     print(summary(row, options.run))

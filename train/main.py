@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
-from data.errors import DataError, run_command  # noqa: E402
+from data.errors import DataError, first_line, run_command  # noqa: E402
 from train.config import Config, ConfigError, load_config  # noqa: E402
 from train.preflight import preflight  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
@@ -112,8 +112,7 @@ def train(config: Config, stop: StopRequest) -> int:
     except RuntimeError as error:  # gloo and NCCL have no error class of their own
         if not any(name in str(error) for name in ("gloo", "NCCL", "Connection", "Timed out")):
             raise
-        cause = str(error).splitlines()[0]
-        lost = RuntimeError(f"lost touch with another rank ({cause}); its own message says why")
+        lost = RuntimeError(f"lost touch with another rank ({first_line(error)}); its own message says why")
         return report(lost, 1, from_any_rank=True)
     leave()
     if is_rank_zero():

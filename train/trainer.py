@@ -30,7 +30,7 @@ from train.setup import build_engine, dataset_identity, micro_batches, open_stre
 from train.signals import StopRequest
 from train.time_limits import GRACE_S, TimeLimits
 from train.trouble import TroubleReporter
-from train.validation import Validation, validate
+from train.validation import Validation, validate, validation_tokens
 
 
 class TrainingError(RuntimeError):
@@ -161,9 +161,7 @@ class Trainer:
 
     def _lacks_validation(self, limit_samples: int | None) -> bool:
         """Whether none over so many samples (all for None) was logged at this step: the run was stopped or killed."""
-        seq_length = self.config.model.seq_length
-        samples = self.manifest.num_samples("validation", seq_length)
-        tokens = (samples if limit_samples is None else min(samples, limit_samples)) * seq_length
+        tokens = validation_tokens(self.manifest, self.config, limit_samples)
         return not on_rank_zero(lambda: is_validated(self.folder, self.step, tokens))
 
     def _due(self, interval: int) -> bool:

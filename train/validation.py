@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from data.manifest import Manifest
 from parallel.launch import local_device
 from parallel.megatron import Groups
 from parallel.stage import MicroBatch, Stage, StageStatistics
@@ -41,6 +42,11 @@ def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | 
     heads = head_snapshot(stage, statistics, groups)
     # The parts are means over micro-batches and replicas of sums over tokens.
     summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.replicas
-    samples = stream.manifest.num_samples("validation", config.model.seq_length)
-    tokens = (samples if limit_samples is None else min(samples, limit_samples)) * config.model.seq_length
+    tokens = validation_tokens(stream.manifest, config, limit_samples)
     return Validation(summed.item() / tokens, tokens, heads)
+
+
+def validation_tokens(manifest: Manifest, config: Config, limit_samples: int | None) -> int:
+    """Tokens that `validate` predicts."""
+    samples = manifest.num_samples("validation", config.model.seq_length)
+    return (samples if limit_samples is None else min(samples, limit_samples)) * config.model.seq_length

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.arguments import real_number, whole_number
-from data.errors import run_command
+from data.errors import print_faults, run_command
 from model.config import ARCHITECTURES
 from train.overrides import parse_with_overrides
 from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(COMMANDS[options.command](options))
     except (LadderError, FitError, PointsError, SuiteError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_faults(error)
         return 2
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from data.arguments import real_number, whole_number
-from data.errors import run_command
+from data.errors import print_faults, run_command
 from train.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
 
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         suite = load_suite(options.suite, options.overrides)
     except SuiteError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_faults(error)
         return 2
     return int(COMMANDS[options.command](suite, options))
 
