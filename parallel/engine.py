@@ -13,6 +13,7 @@ import torch
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from model.transformer import Block
 from parallel.accumulation import accumulate_together, scatter_averages
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
@@ -61,6 +62,8 @@ class Engine:
 
         self.stage, self.groups, self.config = stage, groups, config
         self.pipelined = groups.grid.pp > 1
+        if config.parallel.zero_stage == 3:
+            gather_by_block(stage)
         optimizer = torch.optim.AdamW(
             parameter_groups(stage, config.weight_decay),
             lr=0.0,
@@ -182,6 +185,17 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def gather_by_block(stage: Stage) -> None:
+    """Lets ZeRO-3 gather and release the parameters of a block at once, with hooks around the block and none inside.
+
+    The compiler then sees a block's pure computation. Hooks within it would cut it into graphs, between which torch
+    2.11 loses gradients.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(stage, [Block])
+
+
 def uses_bf16_optimizer(config: EngineConfig) -> bool:
     """Whether DeepSpeed's bf16 optimizer runs, which accumulates in float32 and can be kept from waiting; ZeRO-1's."""
     return config.bf16 and config.parallel.zero_stage == 1
@@ -215,7 +229,11 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
         "communication_data_type": "fp32",  # of gradients, which DeepSpeed averages in bf16
     }
     merged = {**defaults, **config.deepspeed, **derived}
-    merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
+    merged["zero_optimization"] = {
+        **config.deepspeed.get("zero_optimization", {}),
+        "stage": config.parallel.zero_stage,
+        "memory_efficient_linear": False,  # a function that replaces F.linear and loses gradients, compiled by torch 2.11
+    }
     return merged
 
 

@@ -185,8 +185,8 @@ def diagonal_taken_for_whole() -> Any:
 def features_of_other_ranks() -> Any:
     from parallel.exchange import heads_for_positions
 
-    def exchange(x_TBD: torch.Tensor, group: Any) -> torch.Tensor:
-        return heads_for_positions(x_TBD.unflatten(-1, (group.size(), -1)).flip(2), group).flatten(2)
+    def exchange(x_TBD: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
+        return heads_for_positions(x_TBD.unflatten(-1, (ranks, -1)).flip(2), group, ranks).flatten(2)
 
     return mock.patch("parallel.tensor.features_for_positions", exchange)
 
