@@ -1,10 +1,10 @@
 """Collectives as operators: to autograd and to the compiler each is one call with a registered gradient.
 
-A collective in a `torch.autograd.Function` cannot be compiled safely. Dynamo of torch 2.11 traces into the function, and
-where its forward changes a new tensor in place (`received = torch.empty_like(x)`, then a collective into it) the result
-no longer requires a gradient: everything before it silently stops learning. torch 2.13 does not do that. The functions
-of megatron-core and most of what people write by hand are of this kind. An operator is never traced into, so blocks
-compile as one graph with the communication inside it (`tests/parallel/test_compiled_functions.py`).
+A collective in a `torch.autograd.Function` cannot be compiled safely. Dynamo of torch 2.11 traces into the function,
+and where its forward changes a new tensor in place (`received = torch.empty_like(x)`, then a collective into it) the
+result no longer requires a gradient: everything before it silently stops learning. torch 2.13 does not do that. The
+functions of megatron-core are of this kind. An operator is never traced into, so blocks compile as one graph with the
+communication inside it (`tests/parallel/test_compiled_functions.py`).
 
     operator            forward                                      gradient
     all_reduce          sum over ranks                               unchanged: every rank already has the whole

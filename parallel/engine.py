@@ -20,6 +20,7 @@ from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
 from parallel.cuda_graph import replay_training_passes
 from parallel.deepspeed_section import handed_over
+from parallel.launch import local_device
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import MicroBatch, Stage, StageStatistics
@@ -147,12 +148,21 @@ class Engine:
 
     def state_chunks(self, vocab_size: int) -> list[Chunk]:
         """Views of this rank's share of the training state, under global names (see parallel.state)."""
-        return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.engine.optimizer.optimizer)
+        return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.optimizer)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, over this rank's float32 masters."""
+        return self.engine.optimizer.optimizer
+
+    @property
+    def device(self) -> torch.device:
+        return local_device()
 
     @property
     def adam_step(self) -> float:
         """Optimizer steps taken, as Adam's bias correction counts them."""
-        return adam_step(self.engine.optimizer.optimizer)
+        return adam_step(self.optimizer)
 
     def load_state(self, saved: SavedState, vocab_size: int) -> None:
         """Restores the training state, whatever layout saved it."""
@@ -232,7 +242,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     merged["zero_optimization"] = {
         **config.deepspeed.get("zero_optimization", {}),
         "stage": config.parallel.zero_stage,
-        "memory_efficient_linear": False,  # a function that replaces F.linear and loses gradients, compiled by torch 2.11
+        "memory_efficient_linear": False,  # replaces F.linear by a function whose gradient compiling can lose
     }
     return merged
 

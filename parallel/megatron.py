@@ -171,4 +171,3 @@ def _layer_config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfi
         perform_initialization=False,
         gradient_accumulation_fusion=False,
     )
-

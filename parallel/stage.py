@@ -3,7 +3,6 @@ way.
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -171,15 +170,3 @@ def recompute_activations(transformer: Transformer, what: Literal["none", "selec
         elif what == "selective":
             block.attention.attend = again(block.attention.attend)
             block.ffn.contract = again(block.ffn.contract)
-
-
-def compile_blocks(transformer: Transformer) -> None:
-    """Compiles each block by itself, as one graph: blocks are alike, so one compilation serves all.
-
-    A graph that breaks is an error (`fullgraph`): where it breaks, gradients may get lost. Communication is in the graph
-    as operators (`parallel.collectives`), ZeRO-3's hooks are outside it (`parallel.engine.gather_by_block`).
-    """
-    # it warns that it cannot try out products whose bias is computed, which nobody asked it to
-    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
-    for block in transformer.layers.values():
-        block.forward = torch.compile(block.forward, fullgraph=True)

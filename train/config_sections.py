@@ -220,6 +220,11 @@ class HealthConfig:
         "samples.",
     )
     rollback_limit: int = explained(2, "Times a run goes back for one trouble before it stops.")
+    verify_first_step: bool = explained(
+        True,
+        "Where blocks are compiled, compare the gradients of each in its first pass with the same block uncompiled; "
+        "about one micro-batch's time at start, and the memory of one block.",
+    )
     start_limit_s: float = explained(
         1800.0, "Seconds from start to the first finished step (loading, compiling); then stacks are dumped, exit 4."
     )

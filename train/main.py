@@ -81,8 +81,10 @@ def train(config: Config, stop: StopRequest) -> int:
 
     manifest = preflight(config, world_size())
     choose_accelerator()
+    from parallel.compiled import BlockCompileError
     from parallel.cuda_graph import CaptureError
     from parallel.deepspeed_section import DeepSpeedSectionError
+    from parallel.first_step import GradientError
     from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError
     from train.checkpoint_saver import SaveError
@@ -94,9 +96,9 @@ def train(config: Config, stop: StopRequest) -> int:
         return report(error, 2)
     except TrainingError as error:
         return report(error, 3)
-    except DeepSpeedSectionError as error:
+    except (DeepSpeedSectionError, GradientError) as error:
         return report(error, 2)
-    except CaptureError as error:
+    except (BlockCompileError, CaptureError) as error:
         return report(error, 2, from_any_rank=True)
     except DeviceMemoryError as error:
         return report(error, 2 if error.at_start else 1, from_any_rank=True)
