@@ -24,6 +24,7 @@ BlockFunction = Callable[..., tuple[Tensor, Tensor]]
 
 LARGEST_ERROR = {torch.bfloat16: 0.1, torch.float32: 1e-2, torch.float64: 1e-6}
 """Relative, of a gradient. Rounding differs by far less; a gradient that is lost or counted twice is off by 1."""
+RECOMPILE_LIMIT = 256
 GRADIENT_FLOOR = 1e-2
 """Of the norm of all of a block's gradients: what is smaller is compared with this."""
 
@@ -107,6 +108,8 @@ def compile_blocks(transformer: Transformer, verify: bool = False) -> None:
     Args:
         verify: whether a block's first training pass is compared with itself uncompiled.
     """
+    # Blocks with normalized weights compile one by one, shapes and modes too; beyond its limit Dynamo would give up.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     # it warns that it cannot try out products whose bias is computed, which nobody asked it to
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     for layer, block in transformer.layers.items():

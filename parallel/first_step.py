@@ -48,6 +48,7 @@ class FirstStepCheck:
         self.is_due = True
         parameters = list(named_parameters(engine.stage.transformer))
         self._names = [name for name, _ in parameters]
+        self._is_recorded = False
         self._squares = torch.zeros(len(parameters), dtype=torch.float64, device=engine.device)
         self._pieces = self._places(parameters)
         self._hook = engine.optimizer.register_step_pre_hook(self._record)
@@ -87,6 +88,7 @@ class FirstStepCheck:
 
     def _record(self, adam: torch.optim.Optimizer, *_: Any) -> None:
         """Adds up the squares of what the optimizer is about to read; DeepSpeed may step one group after the other."""
+        self._is_recorded = True
         for flat in (flat for group in adam.param_groups for flat in group["params"] if flat.grad is not None):
             for index, address, size in self._pieces:
                 start = (address - flat.data_ptr()) // flat.element_size()
@@ -109,6 +111,8 @@ class FirstStepCheck:
         ]
 
     def _not_finite(self) -> list[str]:
+        if not self._is_recorded:  # ZeRO leaves the optimizer out
+            return ["at least one parameter"]
         finite = self._squares.isfinite().tolist()
         return [name for name, is_finite in zip(self._names, finite, strict=True) if not is_finite]
 
@@ -145,6 +149,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(joined[:MOST_NAMES]) + (f" and {more} kinds more" if more > 0 else "")
 
 
-def _by_layer(name: str) -> tuple[str, int]:
+def _by_layer(name: str) -> tuple[str, str, int]:
+    """Sorts by kind and layer, what belongs to no layer first."""
     match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-    return (match[2], int(match[1])) if match else (name, -1)
+    return ("layers", match[2], int(match[1])) if match else ("", name, 0)

@@ -99,8 +99,14 @@ class RunLog:
     def verified(self, worst: BlockError, blocks: list[CompiledBlock]) -> None:
         """The comparison of this rank's compiled blocks with themselves uncompiled, and the time of the latter."""
         seconds = sum(block.uncompiled_s for block in blocks)
-        fields = {"blocks": len(blocks), "largest_error": worst.relative, "of": worst.name}
-        self.event("compiled blocks verified", **fields, allowed=worst.allowed, uncompiled_s=round(seconds, 3))
+        self.event(
+            "compiled blocks verified",
+            blocks=len(blocks),
+            largest_error=worst.relative,
+            of=worst.name,
+            allowed=worst.allowed,
+            uncompiled_s=round(seconds, 3),
+        )
 
     def refused(self, step: int, reason: str, report: TroubleReport, row: dict[str, Any]) -> None:
         """A step that did not change the weights."""
