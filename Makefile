@@ -1,6 +1,7 @@
 # make quickstart   install, prepare text, train on two processes, evaluate, draw
 # make test         install what tests need and run them
 # make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
+# make test-gpu     train every layout that this machine's GPUs hold and compare each with one GPU
 # make check        tests, format, lint, types
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 RUN_DIR := runs/quickstart
 DATASET := datasets/quickstart
 
-.PHONY: install quickstart test test-slurm check clean
+.PHONY: install quickstart test test-slurm test-gpu check clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +42,9 @@ test: $(VENV)/.installed-test
 
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slurm
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m train.layout_test
 
 check: $(VENV)/.installed-check test
 	$(BIN)/ruff format --check .
