@@ -39,7 +39,7 @@ SMALL = [
     "model.num_attention_heads=8",
     "training.micro_batch_size=32",
     "training.global_batch_size=64",
-    "optimizer.warmup_steps=5",
+    "optimizer.warmup_steps=100",
 ]
 """Over configs/ereg.json, unless another configuration is named."""
 VOCAB_SIZE = 4096
