@@ -10,8 +10,6 @@ Each tensor-parallel rank's shard is judged by itself; only of the vocabulary's,
 the sum over ranks is.
 """
 
-import re
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -21,13 +19,13 @@ from torch import Tensor
 from model.initialize import named_parameters
 from parallel.compiled import BlockError, compiled_blocks
 from parallel.engine import Engine
+from parallel.names import by_layer, listed
 from parallel.state import piece_of, source
 from parallel.telemetry import StepReport
 
 LEAST_ENTROPY_NATS = 1e-6
 """Mean entropy of a layer's heads under which every token attends to one position."""
 VOCABULARY = ("embedding.word.weight", "head.weight")
-MOST_NAMES = 12
 
 
 class GradientError(RuntimeError):
@@ -120,7 +118,7 @@ class FirstStepCheck:
         """Raises on every rank if any has a fault, all with the same error message."""
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, faults)
-        named = {kind: sorted({name for rank in found for name in rank[kind]}, key=_by_layer) for kind in faults}
+        named = {kind: sorted({name for rank in found for name in rank[kind]}, key=by_layer) for kind in faults}
         said = {
             "lost": "the gradient is exactly zero of",
             "not finite": "the gradient is not finite of",
@@ -133,23 +131,3 @@ class FirstStepCheck:
                 "Nothing was saved. Set training.compile=off and start again; python -m parallel.compare shows which "
                 "layouts compute what one process does"
             )
-
-
-def listed(names: list[str]) -> str:
-    """Names with layers joined: 'layers.{0,1,2}.ffn.alpha, head.weight (2 parameters more)'."""
-    layers: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-        layers[f"layers.{{}}.{match[2]}" if match else name] += [match[1]] if match else []
-    joined = [
-        kind.replace("{}", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
-        for kind, numbers in layers.items()
-    ]
-    more = len(joined) - MOST_NAMES
-    return ", ".join(joined[:MOST_NAMES]) + (f" and {more} kinds more" if more > 0 else "")
-
-
-def _by_layer(name: str) -> tuple[str, str, int]:
-    """Sorts by kind and layer, what belongs to no layer first."""
-    match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-    return ("layers", match[2], int(match[1])) if match else ("", name, 0)

@@ -156,6 +156,14 @@ class TrainingConfig:
         "reads all.",
     )
 
+    def resolved_precision(self, on_gpu: bool) -> str:
+        """'bf16' or 'fp32', where 'auto' depends on the device."""
+        return ("bf16" if on_gpu else "fp32") if self.precision == "auto" else self.precision
+
+    def compiles(self, on_gpu: bool) -> bool:
+        """Whether blocks are compiled, where 'auto' depends on the device."""
+        return self.compile == "on" or (self.compile == "auto" and on_gpu)
+
     def faults(self) -> list[str]:
         faults = []
         for name in ("micro_batch_size", "global_batch_size", "evaluation_samples"):

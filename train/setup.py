@@ -47,7 +47,7 @@ def build_stage(
         dtype=dtype,
     )
     recompute_activations(transformer, training.activation_recompute)
-    if training.compile == "on" or (training.compile == "auto" and device.type == "cuda"):
+    if training.compiles(on_gpu=device.type == "cuda"):
         compile_blocks(transformer, config.health.verify_first_step)
     return Stage(transformer, build_regularizer(config, groups)), groups
 
@@ -64,7 +64,7 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         parallel=config.parallel,
         micro_batch_size=training.micro_batch_size,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
-        bf16=training.precision == "bf16" or (training.precision == "auto" and local_device().type == "cuda"),
+        bf16=training.resolved_precision(on_gpu=local_device().type == "cuda") == "bf16",
         cuda_graphs=training.cuda_graphs == "auto",
         gradient_clipping=config.optimizer.gradient_clipping,
         weight_decay=config.optimizer.weight_decay,

@@ -224,3 +224,17 @@ def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
         return measurement._measure_on_rank(*args)
     with globals()[bug]():
         return measurement._measure_on_rank(*args)
+
+
+def measure_losing_a_gradient(*args: Any) -> dict[str, Any]:
+    """`parallel.measurement`'s rank; over several ranks temperatures act, and get no gradient."""
+    import os
+
+    from model.transformer import Attention
+    from parallel import measurement
+
+    temperature = Attention.temperature
+    if os.environ["WORLD_SIZE"] == "1":
+        return measurement._measure_on_rank(*args)
+    with mock.patch.object(Attention, "temperature", lambda self: temperature(self).detach()):
+        return measurement._measure_on_rank(*args)

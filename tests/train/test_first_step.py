@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.first_step import listed
+from parallel.names import listed
 from tests.train.faulty import with_bad_samples, with_compiler, with_lost_gradient
 from tests.train.runs import journal, rows, run_faulty, run_main
 
