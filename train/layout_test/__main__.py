@@ -29,7 +29,7 @@ from data.errors import print_faults, run_command
 from parallel.layout import Layout, parse_layout
 from train.benchmark_report import machine
 from train.config import ConfigError, load_config, world_faults
-from train.layout_test.cases import FAMILIES, Case, cases, with_references
+from train.layout_test.cases import ARITHMETICS, FAMILIES, Case, cases, with_references
 from train.layout_test.launch import Job, run_all
 from train.layout_test.results import Trained, judge, read_run
 
@@ -156,26 +156,20 @@ def run(jobs: dict[Case, Job], options: argparse.Namespace, work: Path) -> list[
         os.environ["DS_ACCELERATOR"] = "cpu"
     by_name = {job.name: case for case, job in jobs.items()}
     references: dict[tuple[str, str], Trained | None] = {}
+    layouts: list[tuple[Case, Job, Trained | None]] = []
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
     for done, ended in enumerate(run_all(list(jobs.values()), options.devices, options.at_once, options.time_limit), 1):
-        case = by_name[ended.name]
-        trained = None
-        if ended.status == 0:
-            trained = read_run(ended.log.parent)
+        case, trained = by_name[ended.name], read_run(ended.log.parent) if ended.status == 0 else None
         if case.is_reference:
             references[case.family, case.arithmetic] = trained
         else:
-            rows.append(row(case, ended, trained, references))
-            write(options, rows)
+            layouts.append((case, ended, trained))
+        ready = [each for each in layouts if {(each[0].reference_family, a) for a in ARITHMETICS} <= references.keys()]
+        rows = [row(*each, references) for each in ready]
+        write(options, rows)
         left = (time.monotonic() - began) / done * (len(jobs) - done)
-        said = (
-            "failed: " + ended.last_words
-            if trained is None
-            else "trained"
-            if case.is_reference
-            else rows[-1]["verdict"]
-        )
+        said = "trained" if trained is not None else f"failed: {ended.last_words}"
         print(f"{done}/{len(jobs)}  {case.name}: {said}  ({ended.seconds:.0f} s, {left:.0f} s left)", flush=True)
     return rows
 
@@ -190,7 +184,7 @@ def row(
         "devices": case.layout.world_size,
         "seconds": job.seconds,
     }
-    truth, baseline = (references.get((case.reference_family, each)) for each in ("truth", "trained"))
+    truth, baseline = (references.get((case.reference_family, each)) for each in ARITHMETICS)
     if trained is None:
         return {**named, "passed": False, "verdict": f"FAILED {job.last_words}"}
     if truth is None or baseline is None:

@@ -15,6 +15,9 @@ FAMILIES: dict[str, list[str]] = {
 OWN_REFERENCE = ("EReg", "per_head", "untied", "SM+LN+G")
 """Families that are other models; the others are the first under another layout."""
 
+ARITHMETICS = ("truth", "trained")
+"""Of the references: float32 as written, and what training uses, bf16, compiled, with CUDA graphs."""
+
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"EReg": ["recompute=selective", "recompute=full", "zero=3"]},
     2: {
@@ -82,7 +85,7 @@ class Case:
     """One training run.
 
     Attributes:
-        arithmetic: 'truth' is float32 as written, 'trained' what training uses: bf16, compiled, with CUDA graphs.
+        arithmetic: one of ARITHMETICS.
     """
 
     family: str
@@ -134,5 +137,5 @@ def cases(devices: int) -> list[Case]:
 def with_references(layouts: list[Case]) -> list[Case]:
     """The runs with what they are compared with before them, each once."""
     families = dict.fromkeys(case.reference_family for case in layouts)
-    references = [Case(family, Layout(), arithmetic) for family in families for arithmetic in ("truth", "trained")]
+    references = [Case(family, Layout(), arithmetic) for family in families for arithmetic in ARITHMETICS]
     return references + layouts
