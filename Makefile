@@ -1,5 +1,7 @@
 # make quickstart   install, prepare text, train on two processes, evaluate, draw
 # make test         install what tests need and run them
+# make test-torch   run the tests that depend on torch under another version, in an environment of its own: VERSION=2.11.0
+# make golden       write the golden losses under every tested version of torch
 # make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
 # make test-gpu     train every layout that this machine's GPUs hold and compare each with one GPU
 # make check        tests, format, lint, types
@@ -9,7 +11,11 @@ BIN := $(VENV)/bin
 RUN_DIR := runs/quickstart
 DATASET := datasets/quickstart
 
-.PHONY: install quickstart test test-slurm test-gpu check clean
+OTHER_VERSIONS := $(shell $(PYTHON) -m tests.versions others)
+VERSION := $(firstword $(OTHER_VERSIONS))
+OTHER := .venv-torch-$(VERSION)
+
+.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +46,32 @@ quickstart: install $(DATASET)/manifest.json
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
+other-versions:
+	@echo $(OTHER_VERSIONS)
+
+# Nothing but the download can fail here. pip need not keep several gigabytes twice.
+$(OTHER)/.torch: tests/versions.py pyproject.toml constraints.txt
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(PYTHON) -m tests.versions constraints $(VERSION) > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --no-cache-dir --constraint $(OTHER)/constraints.txt torch numpy
+	touch $@
+
+$(OTHER)/.installed: $(OTHER)/.torch
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt --editable '.[test]'
+	touch $@
+
+get-torch: $(OTHER)/.torch
+
+test-torch: $(OTHER)/.installed
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n 2 $$($(PYTHON) -m tests.versions tests)
+
+golden: $(VENV)/.installed-test
+	$(BIN)/python -m tests.golden.write
+	for version in $(OTHER_VERSIONS); do $(MAKE) golden-torch VERSION=$$version || exit 1; done
+
+golden-torch: $(OTHER)/.installed
+	$(OTHER)/bin/python -m tests.golden.write
+
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slurm
 
@@ -52,4 +84,4 @@ check: $(VENV)/.installed-check test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs datasets
+	rm -rf $(VENV) .venv-torch-* runs datasets

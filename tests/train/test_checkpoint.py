@@ -331,5 +331,6 @@ def test_configuration_versions_and_commit_are_inside(two_checkpoints: Path) -> 
 
     marker = read_marker(Folder(str(two_checkpoints / "checkpoints/step_00000012")))
     assert marker["step"] == 12 and marker["config"]["model"]["num_layers"] == 2
-    assert marker["versions"]["torch"] == torch.__version__ and "git_commit" in marker
+    builds = torch.__version__, torch.__version__.partition("+")[0]  # the packages of some builds leave "+cu130" out
+    assert marker["versions"]["torch"] in builds and "git_commit" in marker
     assert marker["data_state"]["samples_consumed"] == 96 and marker["world_size"] == 1

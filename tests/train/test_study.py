@@ -365,7 +365,8 @@ def test_a_study_asked_to_end_has_its_training_save_and_end(tmp_path: Path, data
     os.kill(study.pid, signal.SIGTERM)  # it alone
     errors = study.communicate(timeout=60)[1]
     state = read_state(stage)
-    assert study.returncode == 1 and errors.startswith("stopped; the same command goes on")
+    last = errors.splitlines()[-1]  # a CUDA build of torch warns of a missing GPU first
+    assert study.returncode == 1 and last.startswith("stopped; the same command goes on")
     assert state.word == "partial" and state.step in complete_steps(stage.folder)
 
 
