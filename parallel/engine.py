@@ -17,6 +17,7 @@ from model.transformer import Block
 from parallel.accumulation import accumulate_together, scatter_averages
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
+from parallel.compiled import compiled_blocks
 from parallel.config import ParallelConfig
 from parallel.cuda_graph import replay_training_passes
 from parallel.deepspeed_section import handed_over
@@ -74,7 +75,8 @@ class Engine:
         )
         # DeepSpeed prints its partitioning; and its flat buffers would keep how they were made from the parameters,
         # whose gradient nodes then live on and remember this stream, with which a graph must have nothing to do.
-        settings = handed_over(deepspeed_config(config, groups), config.deepspeed)
+        is_compiled = bool(compiled_blocks(stage.transformer))
+        settings = handed_over(deepspeed_config(config, groups, is_compiled), config.deepspeed)
         with settings as handed, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             self.engine, *_ = deepspeed.initialize(
                 model=PipelineStage(stage, groups) if self.pipelined else stage,
@@ -218,8 +220,14 @@ def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
     return config.cuda_graphs and local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
 
 
-def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
-    """DeepSpeed's configuration: what is derived from ours, over the user's `deepspeed` section."""
+def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration: what is derived from ours, over the user's `deepspeed` section.
+
+    Args:
+        is_compiled: whether blocks are. If so, ZeRO-3 must not replace `torch.nn.functional.linear` by a function of
+            its own, through which torch 2.11 loses gradients. If not, it must: autograd would keep views of gathered
+            weights, and so the weights, until the backward pass.
+    """
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.num_micro_batches,
@@ -242,7 +250,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
     merged["zero_optimization"] = {
         **config.deepspeed.get("zero_optimization", {}),
         "stage": config.parallel.zero_stage,
-        "memory_efficient_linear": False,  # replaces F.linear by a function whose gradient compiling can lose
+        "memory_efficient_linear": not is_compiled,
     }
     return merged
 
