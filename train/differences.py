@@ -101,7 +101,7 @@ def _line(key: str, sides: list[Side]) -> str:
     values = _values(key, sides)
     shown = [f"{value} on {name_ranks(ranks)}" for value, ranks in list(values.items())[:MAX_VALUES]]
     left = [rank for ranks in list(values.values())[MAX_VALUES:] for rank in ranks]
-    return f"{key} is {', '.join(shown)}" + (f", and others on {name_ranks(left)}" if left else "")
+    return f"{key} is {'; '.join(shown)}" + (f"; others on {name_ranks(left)}" if left else "")
 
 
 def _remedy(key: str) -> str:

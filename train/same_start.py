@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,8 +109,10 @@ def exchange(store: "Store", mine: Side, world_size: int, limit_s: float) -> lis
     if here != 0:
         return _follow(store, mine, limit_s)
     names = [f"digest/{rank}" for rank in range(world_size)]
-    with _limited(lambda: _late(store, world_size, limit_s)):
+    try:
         store.wait(names, timedelta(seconds=limit_s))
+    except RuntimeError:
+        raise LateError(_tell_late(store, world_size, limit_s)) from None
     ranks = defaultdict(list)
     for rank, each in enumerate(store.multi_get(names)):
         ranks[each].append(rank)
@@ -127,7 +129,7 @@ def digest(side: Side) -> str:
 
 def _judge(store: "Store", mine: Side, groups: list[list[int]], world_size: int) -> list[str]:
     """On rank 0: ask one rank of each group for its facts, tell all what differs, and wait until they have read it."""
-    asked, names = [ranks[0] for ranks in groups[1:MAX_SIDES]], [f"read/{rank}" for rank in range(1, world_size)]
+    asked = [ranks[0] for ranks in groups[1:MAX_SIDES]]
     store.set("asked", json.dumps(asked))
     sides = [Side(groups[0], mine.facts, mine.fault, git_commit() or "")]
     with _limited(lambda: f"{name_ranks(asked)} left while the ranks were being compared"):
@@ -138,8 +140,7 @@ def _judge(store: "Store", mine: Side, groups: list[list[int]], world_size: int)
     if left := [rank for ranks in groups[MAX_SIDES:] for rank in ranks]:
         lines.append(f"{name_ranks(left)} differ too, each in its own way")
     store.set("verdict", json.dumps(lines))
-    with contextlib.suppress(RuntimeError):  # a rank that has gone needs no message
-        store.wait(names, timedelta(seconds=VERDICT_LIMIT_S))  # the store ends with this process
+    _wait_until_read(store, range(world_size))
     return lines
 
 
@@ -151,6 +152,9 @@ def _follow(store: "Store", mine: Side, limit_s: float) -> list[str]:
         asked = json.loads(store.get("asked"))
         if not asked:
             return []
+        if "late" in asked:
+            store.set(f"read/{here}", "")
+            raise LateError(asked["late"])
         if here in asked:
             store.set(f"facts/{here}", json.dumps([mine.facts, mine.fault, git_commit() or ""]))
         store.wait(["verdict"], timedelta(seconds=2 * VERDICT_LIMIT_S))
@@ -164,13 +168,26 @@ def _limited(message: Callable[[], str]) -> Iterator[None]:
     """Turn the store's error, which names keys and sockets, into one that says what was awaited."""
     try:
         yield
+    except LateError:
+        raise
     except RuntimeError:
         raise LateError(message()) from None
 
 
-def _late(store: "Store", world_size: int, limit_s: float) -> str:
-    absent = [rank for rank in range(world_size) if not store.check([f"digest/{rank}"])]
-    return (
+def _tell_late(store: "Store", world_size: int, limit_s: float) -> str:
+    """On rank 0: tell the ranks that have arrived which have not, and return the message."""
+    here = [rank for rank in range(world_size) if store.check([f"digest/{rank}"])]
+    absent = set(range(world_size)).difference(here)
+    text = (
         f"{name_ranks(absent)} of {world_size} did not arrive within {limit_s:g} seconds (health.start_limit_s); look "
         "at what the launcher says of them"
     )
+    store.set("asked", json.dumps({"late": text}))
+    _wait_until_read(store, here)
+    return text
+
+
+def _wait_until_read(store: "Store", ranks: Iterable[int]) -> None:
+    """Wait until ranks have read the verdict: the store ends with rank 0's process. A rank that has gone needs none."""
+    with contextlib.suppress(RuntimeError):
+        store.wait([f"read/{rank}" for rank in ranks if rank != 0], timedelta(seconds=VERDICT_LIMIT_S))
