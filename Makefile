@@ -3,6 +3,7 @@
 # make test-torch   run the tests that depend on torch under another version, in an environment of its own: VERSION=2.11.0
 # make golden       write the golden losses under every tested version of torch
 # make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
+# make test-gpu     train every layout that this machine's GPUs hold and compare each with one GPU
 # make check        tests, format, lint, types
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ OTHER_VERSIONS := $(shell $(PYTHON) -m tests.versions others)
 VERSION := $(firstword $(OTHER_VERSIONS))
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm check clean
+.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check clean
 
 install: $(VENV)/.installed
 
@@ -73,6 +74,9 @@ golden-torch: $(OTHER)/.installed
 
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slurm
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m train.layout_test
 
 check: $(VENV)/.installed-check test
 	$(BIN)/ruff format --check .

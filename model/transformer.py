@@ -161,6 +161,23 @@ class Attention(nn.Module):
             return self.temperature_init * self.temperature_parameter.to(exact).exp()
         return self.temperature_parameter
 
+    def may_lack_gradient(self, is_one_hot: bool) -> set[str]:
+        """Names the parameters whose gradient may be exactly zero in a sound step.
+
+        A threshold has none while its heads' entropies lie within the regularizer's margin. A bias of the keys has none
+        unless positions rotate them. What only moves attention from one position to another has none where each token
+        attends to one position.
+
+        Args:
+            is_one_hot: whether a head's mean entropy is zero, as with saturated scores or sequences of one token.
+        """
+        names = {"threshold"}
+        if not self.key_bias_acts:
+            names.add("key_bias")
+        if is_one_hot:
+            names |= {"query_bias", "key_bias", "temperature_parameter"}
+        return names
+
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)

@@ -4,9 +4,15 @@
     python -m parallel.compare --config configs/ereg_1b.json --layouts tp=2:pp=2:dp=2 model.num_layers=4 --dtype float64
 
 Each layout runs on processes of this machine: one GPU each where there are GPUs, else CPU processes. Weights stay at
-their initial values. In float32 the whole training engine runs, and gradients are read from its optimizer (Adam's first
-moment with beta1 = 0); in float64, which DeepSpeed's optimizers refuse, gradients are taken before the optimizer, so
-ZeRO stages are no different there.
+their initial values. What runs is chosen by --dtype:
+
+    configured   the program that trains: engine, precision, compiled blocks, CUDA graphs, recomputation as configured
+    float32      the same engine in float32, not compiled
+    float64      the same stages, not compiled, up to the gradients: DeepSpeed's optimizers refuse float64, so ZeRO
+                 stages are no different there
+
+With GPUs 'configured' is the default, without float32. Gradients are read from the optimizer (Adam's first moment with
+beta1 = 0).
 
 Tokens are drawn at random from the whole vocabulary, so that every shard of the embedding is used and no data need be
 read; of a dataset only its vocabulary is taken. Losses are thus near ln(vocabulary) and say nothing of training. With
@@ -14,8 +20,11 @@ data.attention_within_documents each sequence holds a few documents of random le
 
 Errors are relative (see parallel.comparison). In float32 a layout beyond 1e-5 is not yet wrong: one process is then
 measured in float64 too, and what it itself loses in float32 decides, unless --tolerance was given. A line says so.
+As configured, layouts are compared with one process in float64 (float32 where that does not run), and each parameter
+may be 1.5 times as far from it as one process in the configured arithmetic is, and one rounding. A gradient that is
+exactly zero or missing where there should be one is named, and is a failure whatever its size.
 
-Exit status: 0 all within the tolerance, 1 beyond it, 2 not comparable as asked.
+Exit status: 0 all within what is allowed, 1 beyond it, 2 not comparable as asked.
 """
 
 import argparse
@@ -29,11 +38,12 @@ from torch import Tensor
 
 from data.arguments import output_file, real_number, whole_number
 from data.errors import print_faults, run_command
-from parallel.comparison import ROUNDING_FACTOR, TOLERANCE, Comparison, compare
+from parallel.comparison import ROUNDING_FACTOR, TOLERANCE, Allowance, Comparison, compare, kind_of
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
-from parallel.measurement import END_OF_DOCUMENT, Measured, measure
+from parallel.measurement import CONFIGURED, END_OF_DOCUMENT, Measured, measure
+from parallel.names import listed
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
 
 DOCUMENTS_A_SEQUENCE = 4  # on average
@@ -42,20 +52,27 @@ DOCUMENTS_A_SEQUENCE = 4  # on average
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     choose_accelerator()
+    options.dtype = options.dtype or (CONFIGURED if torch.cuda.is_available() else "float32")
     try:
+        if options.dtype == CONFIGURED and options.tolerance is not None:
+            raise ConfigError(["--tolerance: in the configured arithmetic one process sets it; name a --dtype too"])
         config = load_config(options.config, options.overrides)
         layouts = [parse_layout(text) for text in options.layouts.split(",")]
         reference = reference_layout(config, layouts)
-        configs = [apply_layout(config, layout, reference) for layout in layouts]
+        configured = options.dtype == CONFIGURED
+        configs = [apply_layout(config, layout, reference, configured) for layout in layouts]
         check_devices(layouts)
         vocab_size, batches = global_batches(config, options.batches)
     except ValueError as error:
         print_faults(error)
         return 2
-    plain = OneProcess(
-        apply_layout(config, reference, reference), vocab_size, batches, options.dtype, options.tolerance
-    )
-    print(f"{options.dtype}, global batches of {config.training.global_batch_size} random sequences; one process:")
+    one = apply_layout(config, reference, reference, configured)
+    plain: OneProcess
+    if configured:
+        plain = OneProcessAsTrained(one, apply_layout(config, reference, reference), vocab_size, batches)
+    else:
+        plain = OneProcess(one, vocab_size, batches, options.dtype, options.tolerance)
+    print(f"{plain.words}, global batches of {config.training.global_batch_size} random sequences; one process:")
     for batch, (cross_entropy, entropy_loss, norm) in enumerate(plain.measured.losses.tolist()):
         print(
             f"  batch {batch}: loss {cross_entropy + entropy_loss:.8f}, of which the regularizer {entropy_loss:.3e}; "
@@ -66,12 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     lines: list[dict[str, Any]] = []
     for layout, applied in zip(layouts, configs, strict=True):
         named = {"layout": str(layout), "ranks": layout.world_size, "dtype": options.dtype}
-        lines.append({**named, "tolerance": plain.tolerance, **try_layout(applied, layout, plain)})
+        lines.append({**named, "tolerance": plain.tolerance, **plain.try_layout(applied, layout)})
         print(f"{layout!s:<{width}}  {layout.world_size:5d}  {row(lines[-1])}", flush=True)
     if options.json is not None:
         options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
     failed = sum(not line["passed"] for line in lines)
-    print(f"\n{len(layouts) - failed} of {len(layouts)} layouts equal one process within {plain.tolerance:g}")
+    print(f"\n{len(layouts) - failed} of {len(layouts)} layouts equal one process within {plain.limit_words}")
     if lost := next((line["rounding"] for line in lines if line["passed"] and line["rounding"]), None):
         print(
             f"rounding: within {ROUNDING_FACTOR:g} times what float32 loses on one process against float64, up to "
@@ -92,13 +109,22 @@ class OneProcess:
         self, config: Config, vocab_size: int, batches: Tensor, dtype: str, tolerance: float | None = None
     ) -> None:
         self.config, self.vocab_size, self.batches, self.dtype = config, vocab_size, batches, dtype
-        self.tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+        self.tolerance: float | None = TOLERANCE[dtype] if tolerance is None else tolerance
         self.excused = dtype == "float32" and tolerance is None
         self.measured = self.measure(config, 1, dtype)
 
     def measure(self, config: Config, world_size: int, dtype: str) -> Measured:
         """What a layout finds in the same batches."""
         return measure(config, world_size, self.vocab_size, self.batches, dtype)
+
+    @property
+    def words(self) -> str:
+        """What one process and the layouts run in."""
+        return self.dtype
+
+    @property
+    def limit_words(self) -> str:
+        return f"{self.tolerance:g}"
 
     @cached_property
     def rounding(self) -> Comparison | None:
@@ -108,27 +134,69 @@ class OneProcess:
         except RankError:
             return None
 
+    def try_layout(self, config: Config, layout: Layout) -> dict[str, Any]:
+        """A layout's errors and whether they are within what is allowed, or how it failed to run."""
+        try:
+            found = self.measure(config, layout.world_size, self.dtype)
+        except RankError as error:
+            return {"error": str(error).strip(), "rounding": None, "passed": False}
+        return {**self.judge(found), "sent_bytes": found.sent_bytes}
 
-def try_layout(config: Config, layout: Layout, plain: OneProcess) -> dict[str, Any]:
-    """A layout's errors and whether they are within what is allowed, or how it failed to run."""
-    try:
-        found = plain.measure(config, layout.world_size, plain.dtype)
-    except RankError as error:
-        return {"error": str(error).strip(), "rounding": None, "passed": False}
-    result = compare(found, plain.measured)
-    rounding = None if result.within(plain.tolerance) else plain.rounding
-    passed = result.within(plain.tolerance, rounding)
-    told = {"rounding": rounding and dataclasses.asdict(rounding), "sent_bytes": found.sent_bytes, "passed": passed}
-    return {**dataclasses.asdict(result), **told}
+    def judge(self, found: Measured) -> dict[str, Any]:
+        """Errors and verdict."""
+        assert self.tolerance is not None
+        result = compare(found, self.measured)
+        rounding = None if result.within(self.tolerance) else self.rounding
+        passed = result.within(self.tolerance, rounding)
+        return {**dataclasses.asdict(result), "rounding": rounding and dataclasses.asdict(rounding), "passed": passed}
+
+
+class OneProcessAsTrained(OneProcess):
+    """One process in float64, and what layouts may be off in the arithmetic of training: as much as one process there.
+
+    Args:
+        config: of one process, as it would train.
+        exact: the same, uncompiled and in float32 at least.
+    """
+
+    def __init__(self, config: Config, exact: Config, vocab_size: int, batches: Tensor) -> None:
+        self.config, self.vocab_size, self.batches, self.dtype = config, vocab_size, batches, CONFIGURED
+        self.tolerance, self.excused = None, False
+        self.truth_dtype = "float64"
+        try:
+            self.measured = self.measure(exact, 1, "float64")
+        except RankError:  # too large, for instance
+            self.truth_dtype = "float32"
+            self.measured = self.measure(exact, 1, "float32")
+        self.precision = config.training.resolved_precision(torch.cuda.is_available())
+        self.allowance = Allowance.of(self.measure(config, 1, CONFIGURED), self.measured, self.precision)
+
+    @property
+    def words(self) -> str:
+        compiled = "compiled" if self.config.training.compiles(torch.cuda.is_available()) else "not compiled"
+        return f"layouts in {self.precision}, {compiled}, as they train, against {self.truth_dtype}"
+
+    @property
+    def limit_words(self) -> str:
+        return "its own rounding in that arithmetic"
+
+    def judge(self, found: Measured) -> dict[str, Any]:
+        result = compare(found, self.measured, self.allowance)
+        allowed = self.allowance.gradient[kind_of(result.worst_parameter)]
+        passed = self.allowance.covers(result)
+        return {**dataclasses.asdict(result), "allowed": allowed, "rounding": None, "passed": passed}
 
 
 def row(line: dict[str, Any]) -> str:
     if "error" in line:
         return f"FAILED  {line['error'].splitlines()[-1]}"
     verdict = "  BEYOND" if not line["passed"] else "  rounding" if line["rounding"] else ""
+    if line["lost"]:
+        verdict = f"  LOST: {listed(line['lost'])}"
+    allowed = f" (of {line['allowed']:.1e})" if "allowed" in line else ""
     return (
         f"{line['loss']:7.1e}    {line['gradient_norm']:7.1e}    {line['entropy_nats']:7.1e}    "
-        f"{line['gradient']:7.1e}  {line['worst_parameter']}{verdict}"
+        f"{line['gradient']:7.1e}{allowed}  {line['worst_parameter']}{verdict}"
     )
 
 
@@ -142,13 +210,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
     parser.add_argument("--layouts", required=True, metavar="LIST", help="layouts separated by commas")
-    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32", help="arithmetic (default float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=[CONFIGURED, *TOLERANCE],
+        help="what runs, see above (default: configured where there are GPUs, else float32)",
+    )
     parser.add_argument("--batches", type=whole_number(1), default=2, metavar="N", help="global batches (default 2)")
     parser.add_argument(
         "--tolerance",
         type=real_number(0),
         metavar="X",
-        help="largest error (default 1e-10 in float64; in float32 1e-5 or rounding)",
+        help="largest error (default 1e-10 in float64; in float32 1e-5 or rounding; not with configured)",
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a JSON line for each layout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
@@ -192,8 +264,11 @@ def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
     return Layout(acc=counts[0])
 
 
-def apply_layout(config: Config, layout: Layout, reference: Layout) -> Config:
+def apply_layout(config: Config, layout: Layout, reference: Layout, as_configured: bool = False) -> Config:
     """The run's configuration under a layout: the global batch stays, the micro-batch follows from acc and dp.
+
+    Args:
+        as_configured: whether precision and compiling stay too; else float32, not compiled.
 
     Raises:
         ConfigError: the sizes do not fit together, with every reason.
@@ -219,8 +294,8 @@ def apply_layout(config: Config, layout: Layout, reference: Layout) -> Config:
         config.training,
         micro_batch_size=batch // (acc * layout.dp),
         activation_recompute=layout.recompute,  # type: ignore[arg-type]
-        precision="fp32",
-        compile="off",
+        precision=config.training.precision if as_configured else "fp32",
+        compile=config.training.compile if as_configured else "off",
     )
     applied = dataclasses.replace(config, parallel=parallel, training=training)
     faults = section_faults(applied) + world_faults(applied, layout.world_size)

@@ -14,6 +14,7 @@ rank, so its gradient is a part of a sum, exactly as over data-parallel ranks; t
 from torch import Tensor, nn
 
 from model.transformer import CoreAttention, Transformer
+from parallel.collectives import name_of
 from parallel.exchange import heads_for_positions, positions_for_heads
 from parallel.megatron import Groups
 
@@ -34,16 +35,16 @@ class ContextParallelCore(nn.Module):
 
     def __init__(self, core: CoreAttention, groups: Groups) -> None:
         super().__init__()
-        self.core, self.groups = core, groups
+        self.core, self.group = core, name_of(groups.context)
+        self.ranks, self.rank = groups.grid.cp, groups.grid.cp_rank
 
     def forward(
         self, qkv_TBN3H: Tensor, temperature: Tensor | None, document_start_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Positions of this rank, heads of all cp ranks -> output likewise; entropy [B, N / cp, T] of its own heads."""
-        cp, cp_rank = self.groups.grid.cp, self.groups.grid.cp_rank
         width = qkv_TBN3H.shape[-1]
-        qkv_TBN3H = heads_for_positions(qkv_TBN3H.flatten(3), self.groups.context).unflatten(3, (3, width))
+        qkv_TBN3H = heads_for_positions(qkv_TBN3H.flatten(3), self.group, self.ranks).unflatten(3, (3, width))
         if temperature is not None:
-            temperature = temperature.chunk(cp)[cp_rank]
+            temperature = temperature.chunk(self.ranks)[self.rank]
         out_TBNH, entropy_BNT = self.core(qkv_TBN3H, temperature, document_start_BT)
-        return positions_for_heads(out_TBNH, self.groups.context), entropy_BNT
+        return positions_for_heads(out_TBNH, self.group, self.ranks), entropy_BNT

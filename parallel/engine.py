@@ -13,12 +13,14 @@ import torch
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from model.transformer import Block
 from parallel.accumulation import accumulate_together, scatter_averages
 from parallel.chunks import Chunk
 from parallel.clipping import decide_on_device, leave_norms_on_device
 from parallel.config import ParallelConfig
 from parallel.cuda_graph import replay_training_passes
 from parallel.deepspeed_section import handed_over
+from parallel.launch import local_device
 from parallel.megatron import Groups, ModelParallelUnit
 from parallel.pipeline import PipelineStage, inputs_and_labels
 from parallel.stage import MicroBatch, Stage, StageStatistics
@@ -61,6 +63,8 @@ class Engine:
 
         self.stage, self.groups, self.config = stage, groups, config
         self.pipelined = groups.grid.pp > 1
+        if config.parallel.zero_stage == 3:
+            gather_by_block(stage)
         optimizer = torch.optim.AdamW(
             parameter_groups(stage, config.weight_decay),
             lr=0.0,
@@ -144,12 +148,21 @@ class Engine:
 
     def state_chunks(self, vocab_size: int) -> list[Chunk]:
         """Views of this rank's share of the training state, under global names (see parallel.state)."""
-        return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.engine.optimizer.optimizer)
+        return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.optimizer)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, over this rank's float32 masters."""
+        return self.engine.optimizer.optimizer
+
+    @property
+    def device(self) -> torch.device:
+        return local_device()
 
     @property
     def adam_step(self) -> float:
         """Optimizer steps taken, as Adam's bias correction counts them."""
-        return adam_step(self.engine.optimizer.optimizer)
+        return adam_step(self.optimizer)
 
     def load_state(self, saved: SavedState, vocab_size: int) -> None:
         """Restores the training state, whatever layout saved it."""
@@ -180,6 +193,17 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
         (matrices if name.endswith("weight") and parameter.dim() == 2 else others).append(parameter)
     others.sort(key=lambda parameter: parameter.numel() % ALIGNMENT_ELEMENTS != 0)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def gather_by_block(stage: Stage) -> None:
+    """Lets ZeRO-3 gather and release the parameters of a block at once, with hooks around the block and none inside.
+
+    The compiler then sees a block's pure computation. Hooks within it would cut it into graphs, between which torch
+    2.11 loses gradients.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(stage, [Block])
 
 
 def uses_bf16_optimizer(config: EngineConfig) -> bool:
@@ -215,7 +239,11 @@ def deepspeed_config(config: EngineConfig, groups: Groups) -> dict[str, Any]:
         "communication_data_type": "fp32",  # of gradients, which DeepSpeed averages in bf16
     }
     merged = {**defaults, **config.deepspeed, **derived}
-    merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
+    merged["zero_optimization"] = {
+        **config.deepspeed.get("zero_optimization", {}),
+        "stage": config.parallel.zero_stage,
+        "memory_efficient_linear": False,  # replaces F.linear by a function whose gradient compiling can lose
+    }
     return merged
 
 

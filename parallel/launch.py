@@ -10,12 +10,14 @@ import random
 import socket
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 
 from data.errors import DataError, first_line
 
 PORTS = (15_000, 32_000)
+_met: list[torch.distributed.Store] = []  # the store of `meet`, until the process group takes it over
 
 
 class LaunchError(RuntimeError):
@@ -59,6 +61,33 @@ def local_device() -> torch.device:
     return torch.device("cuda", _launched_with("LOCAL_RANK", "0"))
 
 
+def meet(timeout_s: float) -> torch.distributed.Store:
+    """Connect to the store through which the ranks find each other; touches no device.
+
+    `initialize_distributed` goes on with it. Torchrun's agent hosts the store itself; under any other launcher rank 0
+    does, and unlike torch's own rendezvous it does not wait for the others here, so that its caller can name who is
+    missing.
+
+    Raises:
+        LaunchError: the store cannot be hosted, or does not answer within `timeout_s`.
+    """
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size(),
+            is_master=rank() == 0 and not is_hosted,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=not is_hosted,
+        )
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise _cannot_join(error) from None
+    _met[:] = [store]
+    return store
+
+
 def initialize_distributed(timeout_s: float = 600.0) -> None:
     """Joins the process group: NCCL with GPUs, gloo without; a process that has joined stays as it is.
 
@@ -74,19 +103,35 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    timeout = timedelta(seconds=timeout_s)
     try:
         torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
+            "nccl" if device.type == "cuda" else "gloo", timeout=timeout, **_place(timeout)
         )
     except (RuntimeError, ValueError) as error:
-        cause = first_line(error)
-        raise LaunchError(
-            f"rank {rank()} of {world_size()} cannot join the others at {address} ({cause}); if the port is taken, "
-            f"choose "
-            "another with deepspeed --master_port"
-        ) from None
+        raise _cannot_join(error) from None
     _join_deepspeed()
+
+
+def _place(timeout: timedelta) -> dict[str, Any]:
+    """What the process group needs to go on with the store of `meet`; nothing if the ranks have not met yet."""
+    if not _met:
+        return {}
+    store = _met.pop()
+    store.set_timeout(timeout)
+    return {
+        "store": torch.distributed.PrefixStore("default_pg", store),
+        "rank": rank(),
+        "world_size": world_size(),
+    }
+
+
+def _cannot_join(error: Exception) -> LaunchError:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return LaunchError(
+        f"rank {rank()} of {world_size()} cannot join the others at {address} ({first_line(error)}); if the port is "
+        "taken, choose another with deepspeed --master_port"
+    )
 
 
 def _join_deepspeed() -> None:

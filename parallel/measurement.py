@@ -1,5 +1,6 @@
 """Measures one step of a configuration on processes of this machine: losses, gradients, entropies, traffic."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from parallel.stage import MicroBatch, StageStatistics
 from parallel.state import local_shape, piece_of, source
 from train.config import Config
 
+CONFIGURED = "configured"
 END_OF_DOCUMENT = 0  # the token that ends documents in batches without a dataset
 AGREEMENT = {torch.float32: 1e-6, torch.float64: 1e-13}
 NO_CLIPPING = 1e30  # a limit, since the norm is wanted all the same
@@ -54,7 +56,9 @@ def measure(config: Config, world_size: int, vocab_size: int, batches: Tensor, d
 
     Args:
         config: its parallel sizes fit `world_size` processes.
-        dtype: 'float32' runs the engine; 'float64' the same stages without an optimizer.
+        dtype: 'float32' runs the engine; 'float64' the same stages without an optimizer; 'configured' the engine as
+            training does, in the configuration's precision, compiled and replayed where that says so. Bytes are then
+            not counted: what counts them keeps the compiler away.
 
     Raises:
         RankError: a process failed.
@@ -114,12 +118,14 @@ class Step(Protocol):
 
 
 class EngineStep:
-    """The training engine in float32 at learning rate 0, Adam's first moment without memory: it is the gradient."""
+    """The training engine at learning rate 0, Adam's first moment without memory: it is the gradient."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         from train.setup import add_optimizer, build_stage
 
         optimizer = dataclasses.replace(config.optimizer, beta1=0.0, gradient_clipping=NO_CLIPPING)
+        health = dataclasses.replace(config.health, verify_first_step=True)
+        config = dataclasses.replace(config, health=health)
         self.stage, self.groups = build_stage(config, vocab_size)
         tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
         self.engine = add_optimizer(self.stage, self.groups, dataclasses.replace(config, optimizer=optimizer))
@@ -193,21 +199,40 @@ def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: st
     from parallel.telemetry import head_snapshot
     from parallel.traffic import TrafficCounter
 
-    step: Step = EngineStep(config, vocab_size) if dtype == "float32" else ExactStep(config, vocab_size)
+    step: Step = ExactStep(config, vocab_size) if dtype == "float64" else EngineStep(config, vocab_size)
     losses, gradients, entropies = [], [], []
+    counted: dict[str, int] = {}
     for batch in batches:
-        with TrafficCounter(step.groups) as traffic:
+        with contextlib.nullcontext() if dtype == CONFIGURED else TrafficCounter(step.groups) as traffic:
             statistics = step.run(_micro_batches(config, step.groups.grid, batch))
         losses.append(step.losses(statistics))
         gradients.append(_local_gradients(step))
         heads = head_snapshot(step.stage, statistics, step.groups)
         entropies.append(torch.tensor(heads.entropy_nats, dtype=torch.float64))
+        counted = {} if traffic is None else dict(traffic.bytes)
+    if dtype == CONFIGURED:
+        _check_compiled(step.stage)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "gradients": gradients,
         "entropy_nats": entropies,
-        "sent_bytes": dict(traffic.bytes),
+        "sent_bytes": counted,
     }
+
+
+def _check_compiled(stage: Any) -> None:
+    """Raises RankError if a compiled block ran otherwise, or has other gradients than the same block uncompiled."""
+    from parallel.compiled import compiled_blocks
+
+    for block in compiled_blocks(stage.transformer):
+        errors = block.errors()
+        if not errors:
+            raise RankError(f"layer {block.layer} was to be compiled, and did not run so")
+        wrong = [error for error in errors if not error.relative <= error.allowed]
+        if wrong:
+            raise RankError(
+                f"compiled, {wrong[0].name} has a gradient that is {wrong[0].relative:.1e} off the uncompiled block's"
+            )
 
 
 def _local_gradients(step: Step) -> LocalGradients:

@@ -1,4 +1,8 @@
-"""The one door to megatron-core: process groups, tensor-parallel layers, and what must be lent to it on a CPU."""
+"""The one door to megatron-core: process groups and tensor-parallel layers, which keep its shards and shapes.
+
+What the layers of a block compute, and how they communicate, is `parallel.collectives`' instead of megatron-core's
+autograd functions, through which torch 2.11 loses gradients when a block is compiled.
+"""
 
 import warnings
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.transformer import scaled_matrix
+from parallel.collectives import all_reduce, column_linear, name_of, scatter_sum, take_features
 from parallel.grid import RankGrid
 
 with warnings.catch_warnings():
@@ -38,8 +43,6 @@ class Groups:
 
 def initialize_groups(grid: RankGrid) -> Groups:
     """Creates every process group of the grid; torch.distributed must be initialized."""
-    if not torch.cuda.is_available():
-        _lend_cpu_device()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
@@ -97,7 +100,7 @@ class ColumnParallelLinear(mcore.ColumnParallelLinear):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The bias is that of this rank's part."""
-        y = super().forward(x)[0]
+        y = column_linear(x, self.weight, self.group_name, self.sequence_parallel)
         return y if bias is None else y + bias
 
 
@@ -107,17 +110,14 @@ class RowParallelLinear(mcore.RowParallelLinear):
     def forward(self, x: Tensor, divisor: Tensor | None = None, diagonal: Tensor | float | None = None) -> Tensor:
         """Divisor and diagonal of the whole matrix get a part of their gradients on each rank."""
         if not self.input_is_parallel:
-            x = mcore.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
-        first_column = self.tp_group.rank() * self.input_size_per_partition
-        y = F.linear(x, scaled_matrix(self.weight, divisor, diagonal, first_column))
-        if self.sequence_parallel:
-            return mcore.reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
-        return mcore.reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+            x = take_features(x, self.group_name)
+        y = F.linear(x, scaled_matrix(self.weight, divisor, diagonal, self.first_column))
+        return (scatter_sum if self.sequence_parallel else all_reduce)(y, self.group_name)
 
 
 def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:
     """The column-parallel form of a bias-free linear layer; its weight is uninitialized."""
-    return ColumnParallelLinear(
+    layer = ColumnParallelLinear(
         linear.in_features,
         linear.out_features,
         config=_layer_config(groups, sequence_parallel),
@@ -125,13 +125,15 @@ def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) 
         bias=False,
         tp_group=groups.tensor,
     )
+    layer.group_name = name_of(groups.tensor)
+    return layer
 
 
 def row_parallel(
     linear: nn.Linear, groups: Groups, sequence_parallel: bool, input_is_parallel: bool
 ) -> RowParallelLinear:
     """The row-parallel form of a bias-free linear layer; its weight is uninitialized."""
-    return RowParallelLinear(
+    layer = RowParallelLinear(
         linear.in_features,
         linear.out_features,
         config=_layer_config(groups, sequence_parallel),
@@ -141,6 +143,8 @@ def row_parallel(
         skip_bias_add=False,
         tp_group=groups.tensor,
     )
+    layer.group_name, layer.first_column = name_of(groups.tensor), groups.grid.tp_rank * layer.input_size_per_partition
+    return layer
 
 
 def vocab_parallel_embedding(embedding: nn.Embedding, groups: Groups) -> nn.Module:
@@ -159,22 +163,6 @@ def copy_to_tensor_region(x: Tensor, groups: Groups) -> Tensor:
     return mcore.copy_to_tensor_model_parallel_region(x, group=groups.tensor)
 
 
-def sum_both_ways(x: Tensor, groups: Groups) -> Tensor:
-    """Sum over tensor-parallel ranks, forward and backward: for a total on which every shard's output depends."""
-    total = mcore.reduce_from_tensor_model_parallel_region(x.clone(), group=groups.tensor)
-    return mcore.copy_to_tensor_model_parallel_region(total, group=groups.tensor)
-
-
-def scatter_to_sequence_region(x: Tensor, groups: Groups) -> Tensor:
-    """Keeps this rank's positions of [T, ...]; gathers gradients backward."""
-    return mcore.scatter_to_sequence_parallel_region(x, group=groups.tensor)
-
-
-def gather_from_sequence_region(x: Tensor, groups: Groups) -> Tensor:
-    """Gathers all positions of [T / tp, ...]; sums and scatters gradients backward."""
-    return mcore.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=groups.tensor)
-
-
 def _layer_config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfig:
     return ModelParallelConfig(
         tensor_model_parallel_size=groups.grid.tp,
@@ -183,8 +171,3 @@ def _layer_config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfi
         perform_initialization=False,
         gradient_accumulation_fusion=False,
     )
-
-
-def _lend_cpu_device() -> None:
-    """Lets megatron-core's sequence-parallel mappings allocate on the CPU: they ask CUDA for the current device."""
-    torch.cuda.current_device = lambda: torch.device("cpu")

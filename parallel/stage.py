@@ -3,7 +3,6 @@ way.
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -171,11 +170,3 @@ def recompute_activations(transformer: Transformer, what: Literal["none", "selec
         elif what == "selective":
             block.attention.attend = again(block.attention.attend)
             block.ffn.contract = again(block.ffn.contract)
-
-
-def compile_blocks(transformer: Transformer) -> None:
-    """Compiles each block by itself: blocks are alike, so one compilation serves all."""
-    # it warns that it cannot try out products whose bias is computed, which nobody asked it to
-    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
-    for block in transformer.layers.values():
-        block.forward = torch.compile(block.forward)

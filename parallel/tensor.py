@@ -29,6 +29,7 @@ from model.initialize import named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.transformer import Block, Embedding, Head, Transformer
 from parallel import megatron
+from parallel.collectives import gather_positions, name_of, sum_both_ways, take_positions
 from parallel.config import HEAD_SHARDED, sees_part
 from parallel.exchange import features_for_positions
 from parallel.megatron import Groups
@@ -133,8 +134,9 @@ class VocabularyParallelHead(Head):
             maximum=partial(_all_reduced, group=groups.tensor, op=torch.distributed.ReduceOp.MAX),
             sum=partial(_all_reduced, group=groups.tensor),
         )
-        enter = megatron.gather_from_sequence_region if sequence_parallel else megatron.copy_to_tensor_region
-        self.enter = partial(enter, groups=groups)
+        self.enter: Callable[[Tensor], Tensor] = partial(megatron.copy_to_tensor_region, groups=groups)
+        if sequence_parallel:
+            self.enter = partial(gather_positions, group=name_of(groups.tensor))
 
     def forward(self, x_TBD: Tensor, labels_TB: Tensor | None = None) -> Tensor:
         """The summed cross-entropy, equal on every rank; logits are never whole, so labels are required."""
@@ -146,7 +148,7 @@ class VocabularyParallelHead(Head):
 def _split_embedding(embedding: Embedding, groups: Groups, sequence_parallel: bool) -> None:
     embedding.word = megatron.vocab_parallel_embedding(embedding.word, groups)
     if sequence_parallel:
-        scatter = partial(megatron.scatter_to_sequence_region, groups=groups)
+        scatter = partial(take_positions, group=name_of(groups.tensor))
         embedding.register_forward_hook(lambda module, inputs, x_TBD: scatter(x_TBD))
 
 
@@ -170,7 +172,7 @@ def _split_block(block: Block, groups: Groups, sequence_parallel: bool, replicat
     elif not replicate_fused_ffn:
         replace(ffn, "fused", row(ffn.fused, input_is_parallel=sequence_parallel), 1)
         if sequence_parallel:
-            exchange = partial(features_for_positions, group=groups.tensor)
+            exchange = partial(features_for_positions, group=name_of(groups.tensor), ranks=groups.grid.tp)
             ffn.fused.register_forward_pre_hook(lambda module, inputs: exchange(*inputs))
     for name in HEAD_SHARDED:
         parameter = getattr(attention, name)
@@ -190,9 +192,8 @@ def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups
     before = old.parametrizations["weight"][0]
     rows, columns = new.weight.shape
     shape: dict[str, Any] = {"slots": before.slots, "normalized": before.normalized, "head_width": before.head_width}
-    sums: dict[str, Any] = {
-        "sum_over_row_shards" if dim == 0 else "sum_over_column_shards": partial(megatron.sum_both_ways, groups=groups)
-    }
+    total = partial(sum_both_ways, group=name_of(groups.tensor))
+    sums: dict[str, Any] = {"sum_over_row_shards" if dim == 0 else "sum_over_column_shards": total}
     after: nn.Module
     if isinstance(before, SpectralNormalization):
         after = SpectralNormalization(rows, columns, **shape, **sums)

@@ -153,6 +153,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "prescale_gradients": "how gradients are averaged (parallel/accumulation.py)",
     "gradient_predivide_factor": "how gradients are averaged (parallel/accumulation.py)",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.memory_efficient_linear": "how blocks are compiled (parallel/engine.py)",
     "zero_allow_untested_optimizer": "the section optimizer",
 }
 

@@ -156,6 +156,14 @@ class TrainingConfig:
         "reads all.",
     )
 
+    def resolved_precision(self, on_gpu: bool) -> str:
+        """'bf16' or 'fp32', where 'auto' depends on the device."""
+        return ("bf16" if on_gpu else "fp32") if self.precision == "auto" else self.precision
+
+    def compiles(self, on_gpu: bool) -> bool:
+        """Whether blocks are compiled, where 'auto' depends on the device."""
+        return self.compile == "on" or (self.compile == "auto" and on_gpu)
+
     def faults(self) -> list[str]:
         faults = []
         for name in ("micro_batch_size", "global_batch_size", "evaluation_samples"):
@@ -220,6 +228,11 @@ class HealthConfig:
         "samples.",
     )
     rollback_limit: int = explained(2, "Times a run goes back for one trouble before it stops.")
+    verify_first_step: bool = explained(
+        True,
+        "Where blocks are compiled, compare the gradients of each in its first pass with the same block uncompiled; "
+        "about one micro-batch's time at start, and the memory of one block.",
+    )
     start_limit_s: float = explained(
         1800.0, "Seconds from start to the first finished step (loading, compiling); then stacks are dumped, exit 4."
     )

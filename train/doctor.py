@@ -24,8 +24,11 @@ if not __package__:  # run as a file: the packages lie beside train/, installed 
 
 from data.arguments import can_write
 from data.errors import DataError, print_faults, run_command
+from parallel.launch import LaunchError, choose_accelerator, world_size
 from train.config import Config, ConfigError, load_config, world_faults
+from train.facts import config_facts
 from train.preflight import checkpoint_faults
+from train.same_start import DifferenceError, LateError, compare_ranks
 
 OUTLIER = 0.8
 """A rank whose speed is below this share of the median is named."""
@@ -76,13 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json is not None and is_first and not can_write(options.json):
             raise ConfigError([f"--json {options.json}: cannot be written; name a file in a folder that exists"])
         config = load_config(options.config, options.overrides)
-        from parallel.launch import world_size
-
-        faults = world_faults(config, world_size()) + checkpoint_faults(config)
-        if faults:
-            raise ConfigError(faults)
+        agree(config)
         rows, hosts = examine(config, options.all_shards)
-    except (ConfigError, DataError) as error:
+    except DifferenceError as error:  # the same text on every rank
+        if is_first:
+            print_faults(error)
+        return 2
+    except (ConfigError, DataError, LateError, LaunchError) as error:
         print_faults(error)
         return 2
     if is_first:
@@ -90,6 +93,21 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
     return 1 if any(row.faults for row in rows) else 0
+
+
+def agree(config: Config) -> None:
+    """Check sizes and compare configurations before the ranks wait for each other; versions are a row of the table.
+
+    Raises:
+        ConfigError, DifferenceError, LateError, LaunchError: as in `train.same_start.start_together`.
+    """
+    faults = world_faults(config, world_size()) + checkpoint_faults(config)
+    fault = ConfigError(faults) if faults else None
+    if world_size() > 1:
+        choose_accelerator()
+        compare_ranks(config_facts(config), fault, config.health.start_limit_s)
+    if fault is not None:
+        raise fault
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,7 +125,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
     """Runs every check on every rank; all ranks get all rows, and each rank's host."""
     from data.manifest import load_manifest
-    from parallel.launch import choose_accelerator, initialize_distributed
+    from parallel.launch import initialize_distributed
 
     manifest_vocab = load_manifest(config.data.path, config.data.read_options()).vocab_size
     choose_accelerator()

@@ -19,8 +19,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie besid
 
 from data.errors import DataError, first_line, run_command  # noqa: E402
 from train.config import Config, ConfigError, load_config  # noqa: E402
-from train.preflight import preflight  # noqa: E402
 from train.run_dir import RunError  # noqa: E402
+from train.same_start import DifferenceError, LateError, start_together  # noqa: E402
 from train.schedule import fast_start  # noqa: E402
 from train.signals import StopRequest  # noqa: E402
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        config = load_config(options.config, options.overrides)
         if options.dry_run:
             from train.dry_run import print_plan
 
+            config = load_config(options.config, options.overrides)
             print_plan(config, options.world_size)
             if text := fast_start(config):
                 print(f"warning: {text}", file=sys.stderr)
             return 0
         stop = StopRequest()  # before the libraries, which take a while to load
-        status = train(config, stop)
-    except (ConfigError, RunError) as error:
+        status = train(options.config, options.overrides, stop)
+    except (ConfigError, DifferenceError, RunError) as error:
         return report(error, 2)
     except DataError as error:  # a dataset that one node does not see, say
         return report(error, 2, from_each_node=True)
@@ -75,14 +75,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def train(config: Config, stop: StopRequest) -> int:
-    """Checks what needs no device, then trains."""
-    from parallel.launch import LaunchError, choose_accelerator, world_size
+def train(path: str, overrides: list[str], stop: StopRequest) -> int:
+    """Checks what needs no device, and that all ranks run the same thing; then trains."""
+    from parallel.launch import LaunchError, choose_accelerator
 
-    manifest = preflight(config, world_size())
+    try:
+        config, manifest = start_together(path, overrides)
+    except LateError as error:
+        return report(error, 4)
+    except LaunchError as error:
+        return report(error, 1, from_each_node=True)
     choose_accelerator()
+    from parallel.compiled import BlockCompileError
     from parallel.cuda_graph import CaptureError
     from parallel.deepspeed_section import DeepSpeedSectionError
+    from parallel.first_step import GradientError
     from parallel.replicas import ReplicaError
     from train.checkpoint import CheckpointError
     from train.checkpoint_saver import SaveError
@@ -94,9 +101,9 @@ def train(config: Config, stop: StopRequest) -> int:
         return report(error, 2)
     except TrainingError as error:
         return report(error, 3)
-    except DeepSpeedSectionError as error:
+    except (DeepSpeedSectionError, GradientError) as error:
         return report(error, 2)
-    except CaptureError as error:
+    except (BlockCompileError, CaptureError) as error:
         return report(error, 2, from_any_rank=True)
     except DeviceMemoryError as error:
         return report(error, 2 if error.at_start else 1, from_any_rank=True)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from parallel.compiled import BlockError, CompiledBlock
 from parallel.launch import world_size
 from parallel.telemetry import HeadSnapshot
 from train.config import Config
@@ -94,6 +95,18 @@ class RunLog:
         self.display.say(f"step {step}  validation loss {validation.loss:.4f}  perplexity {validation.perplexity:.2f}")
         if self.board is not None:
             self.board.evaluation(row)
+
+    def verified(self, worst: BlockError, blocks: list[CompiledBlock]) -> None:
+        """The comparison of this rank's compiled blocks with themselves uncompiled, and the time of the latter."""
+        seconds = sum(block.uncompiled_s for block in blocks)
+        self.event(
+            "compiled blocks verified",
+            blocks=len(blocks),
+            largest_error=worst.relative,
+            of=worst.name,
+            allowed=worst.allowed,
+            uncompiled_s=round(seconds, 3),
+        )
 
     def refused(self, step: int, reason: str, report: TroubleReport, row: dict[str, Any]) -> None:
         """A step that did not change the weights."""

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from data.manifest import Manifest, load_dataset
 from data.stream import TokenStream
+from parallel.compiled import compile_blocks
 from parallel.engine import Engine, EngineConfig
 from parallel.grid import RankGrid
 from parallel.launch import initialize_distributed, local_device
+from parallel.layout import Layout
 from parallel.megatron import Groups, initialize_groups
 from parallel.regularizer import ShardedRegularizer
-from parallel.stage import MicroBatch, Stage, build_transformer, compile_blocks, recompute_activations
+from parallel.stage import MicroBatch, Stage, build_transformer, recompute_activations
 from train.config import Config
 
 IGNORED_LABEL = -100
@@ -45,8 +47,8 @@ def build_stage(
         dtype=dtype,
     )
     recompute_activations(transformer, training.activation_recompute)
-    if training.compile == "on" or (training.compile == "auto" and device.type == "cuda"):
-        compile_blocks(transformer)
+    if training.compiles(on_gpu=device.type == "cuda"):
+        compile_blocks(transformer, config.health.verify_first_step)
     return Stage(transformer, build_regularizer(config, groups)), groups
 
 
@@ -62,7 +64,7 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         parallel=config.parallel,
         micro_batch_size=training.micro_batch_size,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
-        bf16=training.precision == "bf16" or (training.precision == "auto" and local_device().type == "cuda"),
+        bf16=training.resolved_precision(on_gpu=local_device().type == "cuda") == "bf16",
         cuda_graphs=training.cuda_graphs == "auto",
         gradient_clipping=config.optimizer.gradient_clipping,
         weight_decay=config.optimizer.weight_decay,
@@ -84,6 +86,19 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
         num_heads=config.model.num_attention_heads,
         seq_length=config.model.seq_length,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+    )
+
+
+def layout_of(config: Config, grid: RankGrid) -> Layout:
+    """The run's layout, as `parallel.compare` takes it."""
+    return Layout(
+        tp=grid.tp,
+        pp=grid.pp,
+        dp=grid.dp,
+        cp=grid.cp,
+        sp=int(config.parallel.sequence_parallel),
+        zero=config.parallel.zero_stage,
+        recompute=config.training.activation_recompute,
     )
 
 

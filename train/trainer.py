@@ -9,6 +9,8 @@ import torch
 
 from data.errors import DataError
 from data.manifest import Manifest
+from parallel.compiled import compiled_blocks
+from parallel.first_step import FirstStepCheck
 from parallel.launch import initialize_distributed, local_device, rank
 from parallel.replicas import check_replicas
 from parallel.stage import StageStatistics
@@ -26,7 +28,7 @@ from train.rank_times import RankTimes
 from train.run_dir import RunDirectory
 from train.run_log import RunLog, is_validated, seconds_after
 from train.schedule import learning_rate
-from train.setup import build_engine, dataset_identity, micro_batches, open_stream
+from train.setup import build_engine, dataset_identity, layout_of, micro_batches, open_stream
 from train.signals import StopRequest
 from train.time_limits import GRACE_S, TimeLimits
 from train.trouble import TroubleReporter
@@ -117,6 +119,8 @@ class Trainer:
         options = config.data.read_options()
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
         self.rank_times = RankTimes(self.engine.engine.module)
+        layout = layout_of(config, self.engine.groups.grid)
+        self.first_step = FirstStepCheck(self.engine, self.step == 0, f"layout {layout}")
         self.in_flight: deque[StepInFlight] = deque()
         self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
         self.last_refusal = ""
@@ -190,12 +194,21 @@ class Trainer:
             self.metrics.end_step()
             samples, waited_s = (first_sample, self.stream.samples_consumed), self.stream.wait_s - waited_s
             self.in_flight.append(StepInFlight(self.step, samples, rate, bounds, report, statistics, waited_s))
+            if self.first_step.is_due:
+                self._check_first_step(statistics, report)
             self._settle(all_but=1)
             if self._something_is_due():
                 self._settle()
         self.rank_times.step(waited_s)
         self.goodput.spent("start_up" if self.is_first_step else "steps", waited_s)
         self.is_first_step = False
+
+    def _check_first_step(self, statistics: StageStatistics, report: PendingReport) -> None:
+        """Stops the run if the step did not give every parameter the gradient that it should have."""
+        entropy_LN = statistics.entropy_LN / statistics.sequences
+        worst = self.first_step.finish(report.wait(), entropy_LN)
+        if self.log is not None and worst is not None:
+            self.log.verified(worst, compiled_blocks(self.engine.stage.transformer))
 
     def _settle(self, all_but: int = 0) -> None:
         """Reads what the steps in flight measured, but for the last `all_but`, and journals those refused."""

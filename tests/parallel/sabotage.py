@@ -185,8 +185,8 @@ def diagonal_taken_for_whole() -> Any:
 def features_of_other_ranks() -> Any:
     from parallel.exchange import heads_for_positions
 
-    def exchange(x_TBD: torch.Tensor, group: Any) -> torch.Tensor:
-        return heads_for_positions(x_TBD.unflatten(-1, (group.size(), -1)).flip(2), group).flatten(2)
+    def exchange(x_TBD: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
+        return heads_for_positions(x_TBD.unflatten(-1, (ranks, -1)).flip(2), group, ranks).flatten(2)
 
     return mock.patch("parallel.tensor.features_for_positions", exchange)
 
@@ -223,4 +223,18 @@ def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
     if bug is None:
         return measurement._measure_on_rank(*args)
     with globals()[bug]():
+        return measurement._measure_on_rank(*args)
+
+
+def measure_losing_a_gradient(*args: Any) -> dict[str, Any]:
+    """`parallel.measurement`'s rank; over several ranks temperatures act, and get no gradient."""
+    import os
+
+    from model.transformer import Attention
+    from parallel import measurement
+
+    temperature = Attention.temperature
+    if os.environ["WORLD_SIZE"] == "1":
+        return measurement._measure_on_rank(*args)
+    with mock.patch.object(Attention, "temperature", lambda self: temperature(self).detach()):
         return measurement._measure_on_rank(*args)

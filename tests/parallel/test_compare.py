@@ -4,18 +4,20 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parallel import compare
-from parallel.comparison import Comparison
+from parallel import compare, measurement
+from parallel.comparison import Comparison, gradient_limits, lost_gradients, worst_of
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.measurement import GradientPiece, Measured, assemble
-from tests.parallel.tiny import EREG, SIZES, assert_layout
+from tests.parallel.sabotage import measure_losing_a_gradient
+from tests.parallel.tiny import EREG, SIZES, assert_layout, tiny_config, training_with
 
 
 @pytest.fixture
@@ -89,9 +91,68 @@ def test_rounding_excuses_five_times_itself_and_at_most_a_percent() -> None:
     assert not dataclasses.replace(comparison(0.0), entropy_nats=2e-5).within(1e-5, comparison(1e-4))
 
 
+LIVELY = ["model.init_std=0.1", "model.temperature_init=0.02", "regularizer.margin=0.05", "training.precision=bf16"]
+
+
+def test_the_arithmetic_of_training_is_held_to_what_one_process_rounds(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines_file = config_file.with_name("lines.jsonl")
+    arguments = ["--layouts", "tp=2:sp=1,dp=2:zero=3", "--dtype", "configured", "--json", str(lines_file), *LIVELY]
+    assert run(config_file, *arguments) == 0, capsys.readouterr()
+    assert "layouts in bf16, not compiled, as they train, against float64" in capsys.readouterr().out
+    for line in map(json.loads, lines_file.read_text().splitlines()):
+        assert line["passed"] and not line["lost"]
+        assert 1e-3 < line["gradient"] <= line["allowed"] < 0.1  # of bf16, and no more
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [("configured", "dp=2:zero=2"), ("float32", "pp=2")])
+def test_a_lost_gradient_is_a_failure_and_named(
+    config_file: Path, capsys: pytest.CaptureFixture[str], dtype: str, layout: str
+) -> None:
+    with mock.patch("parallel.measurement._measure_on_rank", measure_losing_a_gradient):
+        assert run(config_file, "--layouts", layout, "--dtype", dtype, "--batches", "1", *LIVELY) == 1
+    assert "LOST: layers.{0,1,2,3}.attention.temperature_parameter\n" in capsys.readouterr().out
+
+
+def test_blocks_that_were_to_be_compiled_and_were_not_are_told(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    never = mock.patch("parallel.compiled.CompiledBlock._compare", lambda *args: None)
+    with (
+        never,
+        mock.patch("parallel.measurement.run_ranks", in_this_process),
+        pytest.raises(RankError, match="layer 0"),
+    ):
+        measurement.measure(compiled_config(), 1, 50, torch.randint(50, (1, 8, 17)), "configured")
+
+
+def compiled_config() -> Any:
+    return training_with(tiny_config(vocab_size=50), compile="on")
+
+
+def in_this_process(function: Any, world_size: int, *args: Any, use_gpu: bool) -> list[Any]:
+    with mock.patch("torch.compile", lambda function, **options: function):
+        return [function(*args)]
+
+
+def test_a_gradient_that_is_small_by_luck_is_allowed_what_its_kind_is() -> None:
+    limits = gradient_limits({"layers.0.a": 0.02, "layers.1.a": 0.0, "b": 0.0}, rounding=0.004)
+    assert limits == pytest.approx({"layers.*.a": 0.034, "b": 0.004})
+    assert worst_of({"layers.1.a": 0.03, "b": 0.004}, limits) == "b"
+
+
+def test_what_counts_as_lost() -> None:
+    expected = {"small": torch.tensor([1e-20, 0.0]), "none": torch.zeros(2), "b": torch.ones(2), "c": torch.ones(2)}
+    found = {"small": torch.zeros(2), "none": torch.zeros(2), "b": torch.tensor([1.0, torch.nan])}
+    assert lost_gradients(found, expected) == ["small", "b", "c"]
+    assert lost_gradients({**expected, "c": torch.ones(1)}, expected) == ["c"]  # a shard is missing
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--layouts", "tp=2", "--dtype", "configured", "--tolerance", "1e-3"], "--tolerance: in the configured"),
         (["--layouts", "tq=2"], "'tq=2' is no key=value of a layout; the keys are tp (tensor-parallel ranks)"),
         (["--layouts", "tp=2:tp=4"], "tp is given twice"),
         (["--layouts", "zero=4"], "zero=4 must be one of 1, 2, 3"),

@@ -132,3 +132,38 @@ def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def with_lost_gradient(arguments: list[str], on_rank: int | None = None) -> Output:
+    """Temperatures act, and get no gradient: on every rank, or on one."""
+    from model.transformer import Attention
+
+    temperature = Attention.temperature
+
+    def lost(self: Any) -> Any:
+        found = temperature(self)
+        return found.detach() if on_rank in (None, int(os.environ["RANK"])) else found
+
+    Attention.temperature = lost  # type: ignore[method-assign]
+    return main_output(arguments)
+
+
+def with_compiler(arguments: list[str], fault: str) -> Output:
+    """What stands in for the compiler gives blocks that run as they are, with a fault in the backward pass."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] * 1.5
+
+    faults = {"none": lambda x: x, "input lost": torch.Tensor.detach, "input scaled": Scaled.apply}
+
+    def compile_wrongly(function: Any, **options: Any) -> Any:
+        return lambda x, *others: function(faults[fault](x), *others)
+
+    torch.compile = compile_wrongly
+    return main_output(arguments)

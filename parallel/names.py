@@ -1,0 +1,26 @@
+"""Parameter names in error messages and tables."""
+
+import re
+from collections import defaultdict
+
+MOST_NAMES = 12
+
+
+def listed(names: list[str]) -> str:
+    """Names with layers joined: 'layers.{0,1,2}.ffn.alpha, head.weight (2 parameters more)'."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+        layers[f"layers.{{}}.{match[2]}" if match else name] += [match[1]] if match else []
+    joined = [
+        kind.replace("{}", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
+        for kind, numbers in layers.items()
+    ]
+    more = len(joined) - MOST_NAMES
+    return ", ".join(joined[:MOST_NAMES]) + (f" and {more} kinds more" if more > 0 else "")
+
+
+def by_layer(name: str) -> tuple[str, str, int]:
+    """Sorts by kind and layer, what belongs to no layer first."""
+    match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+    return ("layers", match[2], int(match[1])) if match else ("", name, 0)

@@ -1,0 +1,103 @@
+"""What a run left, and the verdict on it.
+
+The truth is one process in float32, uncompiled. One process as it trains (bf16, compiled) differs from it by rounding,
+parameter by parameter. A layout rounds as often, in another order, and is allowed what `parallel.comparison` allows. A
+gradient that is exactly zero, or missing, where the truth has one is lost, whatever its size.
+
+The losses of all steps are compared with those of one process as it trains, whose weights are rounded alike: they may
+lie as far from them as those lie from the truth.
+
+Gradients are compared as the optimizer took them, after clipping: Adam's first moment after the first step.
+"""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from parallel.comparison import ROUNDING as ROUNDINGS
+from parallel.comparison import gradient_errors, gradient_limits, kind_of, lost_gradients, worst_of
+from parallel.names import listed
+from train.checkpoint import folder_name
+from train.checkpoint_folder import Folder
+from train.checkpoint_tensors import Reader
+from train.run_dir import read_rows
+
+ROUNDING = ROUNDINGS["bf16"]
+FIRST_MOMENT = "exp_avg."
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: Adam's first moments after the first step by global name, and the losses of its steps."""
+
+    moments: dict[str, Tensor]
+    losses: list[float]
+    gradient_norm: float
+
+
+def read_run(folder: Path) -> Trained:
+    """Reads a run and deletes its checkpoints, which may be large."""
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    reader = Reader(Folder(str(folder / "checkpoints" / folder_name(1))))
+    saved = reader.read_metadata().state_dict_metadata
+    moments: dict[str, Any] = {
+        name: torch.empty(entry.size) for name, entry in saved.items() if name.startswith(FIRST_MOMENT)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        dcp.load(moments, storage_reader=reader, no_dist=True)
+    shutil.rmtree(folder / "checkpoints")
+    plain = {name.removeprefix(FIRST_MOMENT): moment for name, moment in moments.items()}
+    return Trained(plain, [row["loss"] for row in rows], rows[0]["grad_norm"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A layout against one process. Errors of gradients are relative, of losses in nats."""
+
+    passed: bool
+    lost: list[str]
+    worst_parameter: str
+    gradient_error: float
+    gradient_limit: float
+    loss_error_nats: float
+    loss_limit_nats: float
+    gradient_norm: float
+    steps: int
+
+    @property
+    def words(self) -> str:
+        if self.lost:
+            return f"LOST {listed(self.lost)}"
+        return "ok" if self.passed else "BEYOND"
+
+
+def judge(found: Trained, truth: Trained, baseline: Trained) -> Verdict:
+    """Compares a layout with the truth, and with how far one process as it trains is from that."""
+    allowed = gradient_limits(gradient_errors(baseline.moments, truth.moments), ROUNDING)
+    errors = gradient_errors(found.moments, truth.moments)
+    lost, worst = lost_gradients(found.moments, truth.moments), worst_of(errors, allowed)
+    loss_limit = _largest_difference(baseline.losses, truth.losses) + ROUNDING**2 * truth.losses[0]
+    loss_error = _largest_difference(found.losses, baseline.losses)
+    within = errors[worst] <= allowed[kind_of(worst)] and loss_error <= loss_limit
+    return Verdict(
+        passed=within and not lost,
+        lost=lost,
+        worst_parameter=worst,
+        gradient_error=errors[worst],
+        gradient_limit=allowed[kind_of(worst)],
+        loss_error_nats=loss_error,
+        loss_limit_nats=loss_limit,
+        gradient_norm=found.gradient_norm,
+        steps=len(found.losses),
+    )
+
+
+def _largest_difference(losses: list[float], others: list[float]) -> float:
+    return max(abs(one - other) for one, other in zip(losses, others, strict=True))
