@@ -49,14 +49,14 @@ test: $(VENV)/.installed-test
 other-versions:
 	@echo $(OTHER_VERSIONS)
 
-# Nothing but the download can fail here. pip need not keep several gigabytes twice.
-$(OTHER)/.torch: tests/versions.py pyproject.toml constraints.txt
+# Unconstrained, so that nothing but the download can fail. pip need not keep several gigabytes twice.
+$(OTHER)/.torch:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
-	$(PYTHON) -m tests.versions constraints $(VERSION) > $(OTHER)/constraints.txt
-	$(OTHER)/bin/python -m pip install --quiet --no-cache-dir --constraint $(OTHER)/constraints.txt torch numpy
+	$(OTHER)/bin/python -m pip install --quiet --no-cache-dir torch==$(VERSION)
 	touch $@
 
-$(OTHER)/.installed: $(OTHER)/.torch
+$(OTHER)/.installed: $(OTHER)/.torch tests/versions.py pyproject.toml constraints.txt
+	$(PYTHON) -m tests.versions constraints $(VERSION) > $(OTHER)/constraints.txt
 	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt --editable '.[test]'
 	touch $@
 

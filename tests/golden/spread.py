@@ -10,34 +10,36 @@ import os
 import subprocess
 import sys
 
-import torch
-
 from parallel.local_ranks import run_ranks
 from tests.golden.losses import Losses, distance, first_losses, read_sections, torch_release
 from tests.golden.small import SHIPPED
 
-INSTRUCTION_SETS = "default", "avx2", "avx512"
-"""Values of ATEN_CPU_CAPABILITY, which torch reads when it starts; a CPU without one falls back to another."""
+INSTRUCTION_SETS = {
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "all": {},
+}
+"""What torch, MKL and oneDNN read when they start, so that one CPU computes as others do."""
 THREADS = 1, 2
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--here"]:
-        print(line())
+    if len(sys.argv) > 1:
+        print(moved(sys.argv[1]))
         return
-    for chosen in INSTRUCTION_SETS:
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": chosen}
-        subprocess.run([sys.executable, "-m", "tests.golden.spread", "--here"], env=environment, check=True)
+    for name, variables in INSTRUCTION_SETS.items():
+        command = [sys.executable, "-m", "tests.golden.spread", name]
+        subprocess.run(command, env={**os.environ, **variables}, check=True)
 
 
-def line() -> str:
-    """Measure with the instruction set of this process; return the version, the set and the distances."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    moved = {}
+def moved(instruction_set: str) -> str:
+    """Measure in this process's environment; return a line with each configuration's greatest distance."""
+    distances = dict.fromkeys(SHIPPED, 0.0)
     for name, threads in itertools.product(SHIPPED, THREADS):
         (losses,) = run_ranks(losses_with, 1, name, threads)
-        moved[name] = max(moved.get(name, 0.0), distance(losses, read_sections(name)[torch_release()]))
-    return f"torch {torch_release()}, {capability}: " + ", ".join(f"{name} {d:.1e}" for name, d in moved.items())
+        distances[name] = max(distances[name], distance(losses, read_sections(name)[torch_release()]))
+    numbers = ", ".join(f"{name} {value:.1e}" for name, value in distances.items())
+    return f"torch {torch_release()}, {instruction_set} instructions: {numbers}"
 
 
 def losses_with(name: str, threads: int) -> Losses:
