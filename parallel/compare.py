@@ -11,8 +11,8 @@ their initial values. What runs is chosen by --dtype:
     float64      the same stages, not compiled, up to the gradients: DeepSpeed's optimizers refuse float64, so ZeRO
                  stages are no different there
 
-With GPUs 'configured' is the default, without float32. Gradients are read from the optimizer (Adam's first moment with
-beta1 = 0).
+The default is 'configured' where there are GPUs, and where training.precision = bf16 or training.compile = on is
+named; else it is float32. Gradients are read from the optimizer (Adam's first moment with beta1 = 0).
 
 Tokens are drawn at random from the whole vocabulary, so that every shard of the embedding is used and no data need be
 read; of a dataset only its vocabulary is taken. Losses are thus near ln(vocabulary) and say nothing of training. With
@@ -21,8 +21,10 @@ data.attention_within_documents each sequence holds a few documents of random le
 Errors are relative (see parallel.comparison). In float32 a layout beyond 1e-5 is not yet wrong: one process is then
 measured in float64 too, and what it itself loses in float32 decides, unless --tolerance was given. A line says so.
 As configured, layouts are compared with one process in float64 (float32 where that does not run), and each parameter
-may be 1.5 times as far from it as one process in the configured arithmetic is, and one rounding. A gradient that is
-exactly zero or missing where there should be one is named, and is a failure whatever its size.
+may be 1.5 times as far from it as one process in the configured arithmetic is, and one rounding; single numbers (alpha,
+beta) 6 times as far as the one that is furthest. A gradient that is
+exactly zero or missing where there should be one is named, and is a failure whatever its size. If one process itself
+loses one, no layout passes. Gradients smaller than what they may be off are named: there only a loss would be seen.
 
 Exit status: 0 all within what is allowed, 1 beyond it, 2 not comparable as asked.
 """
@@ -38,13 +40,14 @@ from torch import Tensor
 
 from data.arguments import output_file, real_number, whole_number
 from data.errors import print_faults, run_command
-from parallel.comparison import ROUNDING_FACTOR, TOLERANCE, Allowance, Comparison, compare, kind_of
+from parallel.comparison import ROUNDING_FACTOR, TOLERANCE, Allowance, Comparison, compare
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.measurement import CONFIGURED, END_OF_DOCUMENT, Measured, measure
 from parallel.names import listed
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
+from train.run_dir import finite_or_none
 
 DOCUMENTS_A_SEQUENCE = 4  # on average
 
@@ -52,11 +55,11 @@ DOCUMENTS_A_SEQUENCE = 4  # on average
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     choose_accelerator()
-    options.dtype = options.dtype or (CONFIGURED if torch.cuda.is_available() else "float32")
     try:
+        config = load_config(options.config, options.overrides)
+        options.dtype = options.dtype or default_dtype(config)
         if options.dtype == CONFIGURED and options.tolerance is not None:
             raise ConfigError(["--tolerance: in the configured arithmetic one process sets it; name a --dtype too"])
-        config = load_config(options.config, options.overrides)
         layouts = [parse_layout(text) for text in options.layouts.split(",")]
         reference = reference_layout(config, layouts)
         configured = options.dtype == CONFIGURED
@@ -78,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"  batch {batch}: loss {cross_entropy + entropy_loss:.8f}, of which the regularizer {entropy_loss:.3e}; "
             f"gradient norm {norm:.6e}"
         )
+    for warning in plain.warnings:
+        print(f"  {warning}")
     width = max(6, *(len(str(layout)) for layout in layouts))
     print(f"\n{'layout':<{width}}  ranks     loss  grad norm  entropies  gradients  worst parameter")
     lines: list[dict[str, Any]] = []
@@ -86,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         lines.append({**named, "tolerance": plain.tolerance, **plain.try_layout(applied, layout)})
         print(f"{layout!s:<{width}}  {layout.world_size:5d}  {row(lines[-1])}", flush=True)
     if options.json is not None:
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        whole = [{key: finite_or_none(value) for key, value in line.items()} for line in lines]
+        options.json.write_text("".join(json.dumps(line) + "\n" for line in whole))
     failed = sum(not line["passed"] for line in lines)
     print(f"\n{len(layouts) - failed} of {len(layouts)} layouts equal one process within {plain.limit_words}")
     if lost := next((line["rounding"] for line in lines if line["passed"] and line["rounding"]), None):
@@ -125,6 +131,11 @@ class OneProcess:
     @property
     def limit_words(self) -> str:
         return f"{self.tolerance:g}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps layouts from being judged, or from being judged closely."""
+        return []
 
     @cached_property
     def rounding(self) -> Comparison | None:
@@ -180,11 +191,19 @@ class OneProcessAsTrained(OneProcess):
     def limit_words(self) -> str:
         return "its own rounding in that arithmetic"
 
+    @property
+    def warnings(self) -> list[str]:
+        lost, unseen = self.allowance.lost, self.allowance.unseen
+        said = [f"LOST by one process as it trains, so that no layout passes: {listed(lost)}"] if lost else []
+        small = f"too small to be seen in {self.precision}, unless lost (--dtype float64 shows more): {listed(unseen)}"
+        return [*said, small] if unseen else said
+
     def judge(self, found: Measured) -> dict[str, Any]:
         result = compare(found, self.measured, self.allowance)
-        allowed = self.allowance.gradient[kind_of(result.worst_parameter)]
+        allowed = self.allowance.gradient[result.worst_parameter]
         passed = self.allowance.covers(result)
-        return {**dataclasses.asdict(result), "allowed": allowed, "rounding": None, "passed": passed}
+        one_process = {"lost_by_one_process": self.allowance.lost, "unseen": self.allowance.unseen}
+        return {**dataclasses.asdict(result), "allowed": allowed, **one_process, "rounding": None, "passed": passed}
 
 
 def row(line: dict[str, Any]) -> str:
@@ -213,7 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=[CONFIGURED, *TOLERANCE],
-        help="what runs, see above (default: configured where there are GPUs, else float32)",
+        help="what runs, see above (default: configured where there are GPUs or it is asked for, else float32)",
     )
     parser.add_argument("--batches", type=whole_number(1), default=2, metavar="N", help="global batches (default 2)")
     parser.add_argument(
@@ -225,6 +244,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a JSON line for each layout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
     return parser.parse_intermixed_args(arguments)
+
+
+def default_dtype(config: Config) -> str:
+    """What runs unless --dtype says: the program that trains where it has GPUs, or a choice of its arithmetic is named;
+    float32 else.
+    """
+    training, on_gpu = config.training, torch.cuda.is_available()
+    is_named = training.resolved_precision(on_gpu) == "bf16" or training.compiles(on_gpu)
+    return CONFIGURED if on_gpu or is_named else "float32"
 
 
 def check_devices(layouts: list[Layout]) -> None:

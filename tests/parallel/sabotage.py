@@ -1,5 +1,6 @@
 """One bug at a time, put back into the code that shards: what each test of equality must notice."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -230,11 +231,21 @@ def measure_losing_a_gradient(*args: Any) -> dict[str, Any]:
     """`parallel.measurement`'s rank; over several ranks temperatures act, and get no gradient."""
     import os
 
+    return _measure(os.environ["WORLD_SIZE"] != "1", *args)
+
+
+def measure_losing_as_trained(*args: Any) -> dict[str, Any]:
+    """The same, where one process trains and nowhere else."""
+    import os
+
+    return _measure(os.environ["WORLD_SIZE"] == "1" and args[-1] == "configured", *args)
+
+
+def _measure(loses: bool, *args: Any) -> dict[str, Any]:
     from model.transformer import Attention
     from parallel import measurement
 
     temperature = Attention.temperature
-    if os.environ["WORLD_SIZE"] == "1":
-        return measurement._measure_on_rank(*args)
-    with mock.patch.object(Attention, "temperature", lambda self: temperature(self).detach()):
+    lossy = mock.patch.object(Attention, "temperature", lambda self: temperature(self).detach())
+    with lossy if loses else contextlib.nullcontext():
         return measurement._measure_on_rank(*args)

@@ -1,6 +1,7 @@
 """Starts runs of train/main.py on the devices of this machine, several at a time."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ import torch
 from parallel.launch import free_port
 
 POLL_INTERVAL_S = 0.2
+END_WITHIN_S = 60.0
+"""How long a launcher may take to end its processes; it kills those that do not end within 30 s."""
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
@@ -27,13 +30,20 @@ class Job:
     devices: list[int] = field(default_factory=list)
     seconds: float = 0.0
     status: int | None = None
+    is_late: bool = False
 
     @property
     def last_words(self) -> str:
-        """The last error of its log, or its last line."""
+        """That it did not end, or the last error of its log, or its last line."""
+        if self.is_late:
+            return f"still running after {self.seconds:.0f} s; see {self.log}"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or ["nothing was printed"])[-1]
+
+
+Running = tuple[Job, subprocess.Popen[bytes], float]
+"""A started job, its launcher, and when it began."""
 
 
 def run_all(jobs: list[Job], devices: int, at_once: int, time_limit_s: float) -> Iterator[Job]:
@@ -43,7 +53,17 @@ def run_all(jobs: list[Job], devices: int, at_once: int, time_limit_s: float) ->
         devices: of this machine; on a machine without GPUs, processes that may run at a time.
         at_once: jobs that may share a device.
     """
-    waiting, running = list(jobs), list[tuple[Job, subprocess.Popen[bytes], float]]()
+    running: list[Running] = []
+    try:
+        yield from _run_all(list(jobs), running, devices, at_once, time_limit_s)
+    finally:
+        for _, process, _ in running:
+            _end(process)
+
+
+def _run_all(
+    waiting: list[Job], running: list[Running], devices: int, at_once: int, time_limit_s: float
+) -> Iterator[Job]:
     load = [0] * devices
     while waiting or running:
         while waiting and (free := _least_loaded(load, waiting[0].processes, at_once)) is not None:
@@ -54,17 +74,28 @@ def run_all(jobs: list[Job], devices: int, at_once: int, time_limit_s: float) ->
             running.append((job, _start(job), time.monotonic()))
         for entry in list(running):
             job, process, began = entry
-            late = time.monotonic() - began > time_limit_s
-            if process.poll() is None and not late:
-                continue
-            if late:
-                process.kill()
+            job.seconds = time.monotonic() - began
+            if process.poll() is None:
+                if job.seconds <= time_limit_s:
+                    continue
+                job.is_late = True
+                _end(process)
             running.remove(entry)
             for device in job.devices:
                 load[device] -= 1
-            job.status, job.seconds = process.wait(), time.monotonic() - began
+            job.status = -signal.SIGTERM if job.is_late else process.returncode  # whatever a late run says of itself
             yield job
         time.sleep(POLL_INTERVAL_S)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a launcher by asking it to: killed, it would leave its processes on the devices."""
+    process.terminate()
+    try:
+        process.wait(END_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _least_loaded(load: list[int], count: int, at_once: int) -> list[int] | None:
