@@ -27,6 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+NAMESPACE = "sharded"
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What an operator runs, by its full name, for whoever counts the collectives within."""
+
 _groups: dict[str, ProcessGroup] = {}
 
 
@@ -40,6 +44,13 @@ def _size(group: str) -> int:
     return _groups[group].size()
 
 
+def _operator(function: Callable[..., Any]) -> Any:
+    """Makes an operator of a function on tensors and a group's name."""
+    name = f"{NAMESPACE}::{function.__name__.lstrip('_')}"
+    IMPLEMENTATIONS[name] = function
+    return torch.library.custom_op(name, mutates_args=())(function)
+
+
 def _differentiable(operator: Any, gradient: Callable[[Tensor, str], Tensor]) -> None:
     """Registers the gradient of an operator of (tensor, group)."""
 
@@ -49,19 +60,19 @@ def _differentiable(operator: Any, gradient: Callable[[Tensor, str], Tensor]) ->
     operator.register_autograd(lambda ctx, grad: (gradient(grad, ctx.group), None), setup_context=keep_group)
 
 
-@torch.library.custom_op("sharded::all_reduce", mutates_args=())
+@_operator
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Sums over ranks. Its gradient passes through: what follows computes the same on every rank."""
     return _summed(x, group)
 
 
-@torch.library.custom_op("sharded::sum_both_ways", mutates_args=())
+@_operator
 def sum_both_ways(x: Tensor, group: str) -> Tensor:
     """Sums over ranks, and sums gradients too: for a total on which each rank's own output depends."""
     return _summed(x, group)
 
 
-@torch.library.custom_op("sharded::gather_positions", mutates_args=())
+@_operator
 def gather_positions(x: Tensor, group: str) -> Tensor:
     """Joins all ranks' positions, [T / p, ...] -> [T, ...]."""
     whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))
@@ -69,7 +80,7 @@ def gather_positions(x: Tensor, group: str) -> Tensor:
     return whole
 
 
-@torch.library.custom_op("sharded::scatter_sum", mutates_args=())
+@_operator
 def scatter_sum(x: Tensor, group: str) -> Tensor:
     """Sums over ranks and keeps this rank's positions, [T, ...] -> [T / p, ...]."""
     own = x.new_empty((x.shape[0] // _size(group), *x.shape[1:]))
@@ -77,19 +88,19 @@ def scatter_sum(x: Tensor, group: str) -> Tensor:
     return own
 
 
-@torch.library.custom_op("sharded::take_positions", mutates_args=())
+@_operator
 def take_positions(x: Tensor, group: str) -> Tensor:
     """Keeps this rank's positions of what every rank holds, [T, ...] -> [T / p, ...]."""
     return x.chunk(_size(group))[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("sharded::take_features", mutates_args=())
+@_operator
 def take_features(x: Tensor, group: str) -> Tensor:
     """Keeps this rank's features of what every rank holds, [..., D] -> [..., D / p]."""
     return x.chunk(_size(group), dim=-1)[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("sharded::all_to_all", mutates_args=())
+@_operator
 def all_to_all(parts: Tensor, group: str) -> Tensor:
     """Sends part r of dimension 0 to rank r."""
     parts = parts.contiguous()
@@ -98,7 +109,7 @@ def all_to_all(parts: Tensor, group: str) -> Tensor:
     return received
 
 
-@torch.library.custom_op("sharded::column_linear", mutates_args=())
+@_operator
 def column_linear(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tensor:
     """Y = X W^T with the rows of W split over ranks: [T, B, D] -> [T, B, rows].
 
@@ -111,7 +122,7 @@ def column_linear(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tenso
     return (gather_positions(x, group) if gathers else x) @ weight.t()
 
 
-@torch.library.custom_op("sharded::column_linear_gradients", mutates_args=())
+@_operator
 def _column_linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, group: str, gathers: bool
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.collectives import IMPLEMENTATIONS, NAMESPACE
 from parallel.megatron import Groups
 
 AXES = ("tensor", "context", "batch", "data", "pipeline", "tensor_pipeline", "embedding_ends")
@@ -43,6 +44,9 @@ class TrafficCounter(TorchDispatchMode):
         self._by_ranks = {_ranks(group): axis for axis, group in held.items() if axis != "batch"}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == NAMESPACE:  # what it calls is seen by this mode only if that is entered anew
+            with self:
+                return IMPLEMENTATIONS[operator._schema.name](*args, **(kwargs or {}))
         if operator.namespace == "c10d":
             self._count(operator._schema.name.split("::")[1], args)
         return operator(*args, **(kwargs or {}))

@@ -249,3 +249,14 @@ def _measure(loses: bool, *args: Any) -> dict[str, Any]:
     lossy = mock.patch.object(Attention, "temperature", lambda self: temperature(self).detach())
     with lossy if loses else contextlib.nullcontext():
         return measurement._measure_on_rank(*args)
+
+
+def measure_never_compiled(*args: Any) -> dict[str, Any]:
+    """`parallel.measurement`'s rank; blocks run as they are, as under what keeps the compiler away without a word."""
+    from parallel import measurement
+
+    with (
+        mock.patch("torch.compile", lambda function, **options: function),
+        mock.patch("parallel.compiled.CompiledBlock._compare", lambda *args: None),
+    ):
+        return measurement._measure_on_rank(*args)

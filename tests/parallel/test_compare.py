@@ -17,7 +17,7 @@ from parallel.comparison import Allowance, Comparison, gradient_limits, lost_gra
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.measurement import GradientPiece, Measured, assemble
-from tests.parallel.sabotage import measure_losing_a_gradient, measure_losing_as_trained
+from tests.parallel.sabotage import measure_losing_a_gradient, measure_losing_as_trained, measure_never_compiled
 from tests.parallel.tiny import EREG, SIZES, assert_layout, tiny_config, training_with
 
 
@@ -142,25 +142,13 @@ def test_what_runs_by_default(named: dict[str, Any], on_gpu: bool, expected: str
         assert compare.default_dtype(training_with(tiny_config(), **named)) == expected
 
 
-def test_blocks_that_were_to_be_compiled_and_were_not_are_told(
-    config_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    never = mock.patch("parallel.compiled.CompiledBlock._compare", lambda *args: None)
+def test_blocks_that_were_to_be_compiled_and_were_not_are_told() -> None:
+    config = training_with(tiny_config(vocab_size=50), compile="on")
     with (
-        never,
-        mock.patch("parallel.measurement.run_ranks", in_this_process),
-        pytest.raises(RankError, match="layer 0"),
+        mock.patch("parallel.measurement._measure_on_rank", measure_never_compiled),
+        pytest.raises(RankError, match="layer 0 was to be compiled, and did not run so"),
     ):
-        measurement.measure(compiled_config(), 1, 50, torch.randint(50, (1, 8, 17)), "configured")
-
-
-def compiled_config() -> Any:
-    return training_with(tiny_config(vocab_size=50), compile="on")
-
-
-def in_this_process(function: Any, world_size: int, *args: Any, use_gpu: bool) -> list[Any]:
-    with mock.patch("torch.compile", lambda function, **options: function):
-        return [function(*args)]
+        measurement.measure(config, 1, 50, torch.randint(50, (1, 8, 17)), "configured")
 
 
 def test_a_gradient_that_is_small_by_luck_is_allowed_what_its_kind_is() -> None:
