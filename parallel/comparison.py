@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from parallel.measurement import Measured
+from parallel.names import kind_of
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 GRADIENT_FLOOR = 1e-2  # of the norm of all gradients
@@ -176,11 +177,6 @@ def worst_of(errors: dict[str, float], limits: dict[str, float] | None = None) -
         return error != error, error
 
     return max(errors, key=size)
-
-
-def kind_of(name: str) -> str:
-    """A parameter's name in any layer: 'layers.3.ffn.alpha' -> 'layers.*.ffn.alpha'."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _is_there(found: Tensor | None, expected: Tensor) -> bool:

@@ -10,6 +10,7 @@ Each tensor-parallel rank's shard is judged by itself; only of the vocabulary's,
 the sum over ranks is.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 from model.initialize import named_parameters
 from parallel.compiled import BlockError, compiled_blocks
 from parallel.engine import Engine
-from parallel.names import by_layer, listed
-from parallel.state import piece_of, source
+from parallel.names import by_layer, kind_of, listed
+from parallel.state import local_shape, piece_of, source
 from parallel.telemetry import StepReport
 
 LEAST_ENTROPY_NATS = 1e-6
@@ -46,6 +47,7 @@ class FirstStepCheck:
         self.is_due = True
         parameters = list(named_parameters(engine.stage.transformer))
         self._names = [name for name, _ in parameters]
+        self._is_single = [local_shape(parameter).numel() == 1 for _, parameter in parameters]
         self._is_recorded = False
         self._squares = torch.zeros(len(parameters), dtype=torch.float64, device=engine.device)
         self._pieces = self._places(parameters)
@@ -102,11 +104,20 @@ class FirstStepCheck:
         for (layer, block), entropy_N in zip(stage.transformer.layers.items(), entropy_LN, strict=True):
             sharp = bool((entropy_N <= LEAST_ENTROPY_NATS).any())
             may_lack |= {f"layers.{layer}.attention.{name}" for name in block.attention.may_lack_gradient(sharp)}
-        return [
-            source(name, stage)
-            for name, own, whole in zip(self._names, self._squares.tolist(), over_ranks.tolist(), strict=True)
+        zero = [
+            (name, is_single)
+            for name, is_single, own, whole in zip(
+                self._names, self._is_single, self._squares.tolist(), over_ranks.tolist(), strict=True
+            )
             if (whole if name in VOCABULARY else own) == 0 and name not in may_lack
         ]
+        # The few terms of a single number (alpha, beta) may cancel in bf16, but hardly in every layer at once.
+        kinds = Counter(
+            kind_of(name) for name, is_single in zip(self._names, self._is_single, strict=True) if is_single
+        )
+        zeros = Counter(kind_of(name) for name, is_single in zero if is_single)
+        by_chance = {kind for kind, count in zeros.items() if count < kinds[kind] or count == 1}
+        return [source(name, stage) for name, is_single in zero if not (is_single and kind_of(name) in by_chance)]
 
     def _not_finite(self) -> list[str]:
         if not self._is_recorded:  # ZeRO leaves the optimizer out

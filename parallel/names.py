@@ -24,3 +24,8 @@ def by_layer(name: str) -> tuple[str, str, int]:
     """Sorts by kind and layer, what belongs to no layer first."""
     match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
     return ("layers", match[2], int(match[1])) if match else ("", name, 0)
+
+
+def kind_of(name: str) -> str:
+    """A parameter's name in any layer: 'layers.3.ffn.alpha' -> 'layers.*.ffn.alpha'."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
