@@ -118,6 +118,8 @@ def exchange(store: "Store", mine: Side, world_size: int, limit_s: float) -> lis
         ranks[each].append(rank)
     if len(ranks) == 1:
         store.set("asked", "[]")
+        if mine.fault:  # with which all ranks end now, and the store with this one
+            _wait_until_read(store, range(world_size))
         return []
     return _judge(store, mine, list(ranks.values()), world_size)
 
@@ -151,6 +153,7 @@ def _follow(store: "Store", mine: Side, limit_s: float) -> list[str]:
         store.wait(["asked"], timedelta(seconds=limit_s + VERDICT_LIMIT_S))
         asked = json.loads(store.get("asked"))
         if not asked:
+            store.set(f"read/{here}", "")
             return []
         if "late" in asked:
             store.set(f"read/{here}", "")

@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
 from parallel.launch import free_port
 from tests.train.runs import Answer, Output, main_output, run_faulty
 from train.config import Config
 from train.differences import Side, describe_differences, name_ranks
 from train.facts import config_facts, environment_facts, source_facts
+from train.same_start import digest, exchange
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +69,20 @@ def test_the_same_fault_everywhere_is_reported_as_of_one(tiny_config: Path) -> N
     answer = run_faulty(main_output, 2, tiny_config, ["parallel.tensor_parallel_size=4"])
     assert answer.statuses == [2, 2] and "rank 1" not in answer.stderr
     assert answer.stderr.count("is not a multiple of tensor_parallel_size(4)") == 1
+
+
+def test_rank_zero_leaves_last_where_all_refuse() -> None:
+    port, side = free_port(), Side([0], {}, "no such file")
+    stores = [TCPStore("127.0.0.1", port, 2, is_master=first, wait_for_workers=False) for first in (True, False)]
+    other = PrefixStore("same_start", stores[1])
+    with ThreadPoolExecutor(1) as pool:
+        rank_zero = pool.submit(exchange, stores[0], side, 2, 60.0)
+        other.set("digest/1", digest(side))
+        assert other.get("asked") == b"[]"
+        with pytest.raises(TimeoutError):
+            rank_zero.result(timeout=0.5)
+        other.set("read/1", "")
+        assert rank_zero.result() == []
 
 
 def test_places_may_differ(tiny_config: Path, tmp_path: Path) -> None:
