@@ -7,17 +7,21 @@ torchrun and the Slurm scripts set them; without them the process is a world of 
 import contextlib
 import os
 import random
+import secrets
 import socket
+import time
 import warnings
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore, Store
 
 from data.errors import DataError, first_line
 
 PORTS = (15_000, 32_000)
-_met: list[torch.distributed.Store] = []  # the store of `meet`, until the process group takes it over
+POLL_INTERVAL_S = 0.05
+_met: list[Store] = []  # the store of `meet`, until the process group takes it over
 
 
 class LaunchError(RuntimeError):
@@ -61,12 +65,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", _launched_with("LOCAL_RANK", "0"))
 
 
-def meet(timeout_s: float) -> torch.distributed.Store:
+def meet(timeout_s: float) -> Store:
     """Connect to the store through which the ranks find each other; touches no device.
 
-    `initialize_distributed` goes on with it. Torchrun's agent hosts the store itself; under any other launcher rank 0
-    does, and unlike torch's own rendezvous it does not wait for the others here, so that its caller can name who is
-    missing.
+    `initialize_distributed` goes on with it. Torchrun's agent hosts the store itself, and keeps it for the ranks that
+    it restarts, so there the keys of this start get a prefix of their own. Under any other launcher rank 0 hosts it,
+    and unlike torch's own rendezvous it does not wait for the others here, so that its caller can name who is missing.
 
     Raises:
         LaunchError: the store cannot be hosted, or does not answer within `timeout_s`.
@@ -82,10 +86,36 @@ def meet(timeout_s: float) -> torch.distributed.Store:
             wait_for_workers=False,
             multi_tenant=not is_hosted,
         )
+        if is_hosted:
+            store = _of_this_start(store, rank(), world_size(), timeout_s)
     except (KeyError, RuntimeError, ValueError) as error:
         raise _cannot_join(error) from None
     _met[:] = [store]
     return store
+
+
+def _of_this_start(store: Store, here: int, world_size: int, limit_s: float) -> Store:
+    """Return the store under a prefix that no earlier start has used.
+
+    Each rank shows rank 0 a token that is new, and gets the prefix under that token: what an earlier start has left can
+    be taken for neither. Rank 0 waits for the others for at most `limit_s` seconds; the rest is its caller's to name.
+    """
+    if here != 0:
+        name = secrets.token_hex(8)
+        store.set(f"token/{here}", name)
+        own = PrefixStore(store.get(f"prefix/{name}").decode(), store)
+        own.set(f"here/{here}", "")
+        return own
+    prefix, ends_at = secrets.token_hex(8), time.monotonic() + limit_s
+    own, missing, known = PrefixStore(prefix, store), list(range(1, world_size)), dict[int, bytes]()
+    while missing and time.monotonic() < ends_at:
+        for rank in missing:
+            if store.check([f"token/{rank}"]) and known.get(rank) != (token := store.get(f"token/{rank}")):
+                store.set(f"prefix/{token.decode()}", prefix)
+                known[rank] = token
+        time.sleep(POLL_INTERVAL_S)
+        missing = [rank for rank in missing if not own.check([f"here/{rank}"])]
+    return own
 
 
 def initialize_distributed(timeout_s: float = 600.0) -> None:
@@ -120,7 +150,7 @@ def _place(timeout: timedelta) -> dict[str, Any]:
     store = _met.pop()
     store.set_timeout(timeout)
     return {
-        "store": torch.distributed.PrefixStore("default_pg", store),
+        "store": PrefixStore("default_pg", store),
         "rank": rank(),
         "world_size": world_size(),
     }

@@ -7,6 +7,7 @@ gives its verdict. Only on a difference does one rank of each side send the fact
 import contextlib
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -87,8 +88,10 @@ def compare_ranks(facts: Facts, fault: Exception | None, limit_s: float) -> None
     if fault is not None:
         limit_s = min(limit_s, REFUSAL_LIMIT_S)
     mine = Side([rank()], facts, str(fault or ""))
+    began = time.monotonic()
     try:
-        verdict = exchange(meet(limit_s), mine, world_size(), limit_s)
+        store = meet(limit_s)
+        verdict = exchange(store, mine, world_size(), limit_s, time.monotonic() - began)
     except (LaunchError, LateError):
         if fault is not None:
             raise fault from None
@@ -97,10 +100,11 @@ def compare_ranks(facts: Facts, fault: Exception | None, limit_s: float) -> None
         raise DifferenceError("\n".join(verdict))
 
 
-def exchange(store: "Store", mine: Side, world_size: int, limit_s: float) -> list[str]:
+def exchange(store: "Store", mine: Side, world_size: int, limit_s: float, waited_s: float = 0.0) -> list[str]:
     """Compare this rank's side with the others'; return the differences, or no lines where there are none.
 
-    Every rank does the same few operations on the store, whatever the world size.
+    Every rank does the same few operations on the store, whatever the world size. Of `limit_s` seconds for all to
+    arrive, `waited_s` have passed.
     """
     from torch.distributed import PrefixStore
 
@@ -110,7 +114,7 @@ def exchange(store: "Store", mine: Side, world_size: int, limit_s: float) -> lis
         return _follow(store, mine, limit_s)
     names = [f"digest/{rank}" for rank in range(world_size)]
     try:
-        store.wait(names, timedelta(seconds=limit_s))
+        store.wait(names, timedelta(seconds=max(limit_s - waited_s, 1.0)))
     except RuntimeError:
         raise LateError(_tell_late(store, world_size, limit_s)) from None
     ranks = defaultdict(list)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from parallel.launch import free_port
+from parallel.local_ranks import run_ranks
 from tests.train.runs import Answer, Output, main_output, run_faulty
 from train.config import Config
 from train.differences import Side, describe_differences, name_ranks
@@ -96,6 +98,33 @@ def test_a_rank_that_does_not_arrive_is_named(tiny_config: Path) -> None:
     answer = run_faulty(two_of_three, 2, tiny_config, ["health.start_limit_s=3", "training.global_batch_size=12"])
     assert answer.statuses == [4] * 2
     assert answer.stderr.count("rank 2 of 3 did not arrive within 3 seconds") == 1, answer.stderr
+
+
+def test_what_an_earlier_start_left_in_a_launchers_store_misleads_nobody() -> None:
+    """torchrun's agent keeps its store for the ranks that it restarts."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    starts = run_ranks(started_again, 2, store.port)
+    assert starts[0] == starts[1]
+    late, alike, different, again = starts[0]
+    assert late.startswith("rank 2 of 3 did not arrive") and alike == again == "starts"
+    assert "optimizer.learning_rate is 1 on rank 0; 2 on rank 1" in different
+
+
+def started_again(port: int) -> list[str]:
+    """The outcomes of four starts at one store; in each, another rank comes first."""
+    from train.same_start import DifferenceError, LateError, compare_ranks
+
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_PORT=str(port))
+    here, told = int(os.environ["RANK"]), []
+    for turn, (size, rate) in enumerate([("3", "1"), ("2", "1"), ("2", "2"), ("2", "1")]):
+        time.sleep(1.0 if turn % 2 == here else 0.0)
+        os.environ["WORLD_SIZE"] = size
+        try:
+            compare_ranks({"optimizer.learning_rate": rate if here else "1"}, None, 3.0)
+            told.append("starts")
+        except (DifferenceError, LateError) as error:
+            told.append(str(error))
+    return told
 
 
 WRAPPER = """
