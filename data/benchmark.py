@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from data.arguments import real_number, whole_number
 from data.errors import run_command
-from data.manifest import manifest_json
-from data.shard_writer import write_shard
-from data.stream import TokenStream
+from data.shards.manifest import manifest_json
+from data.shards.writer import write_shard
+from data.stream.token_stream import TokenStream
 
 Opened = Iterator[NDArray[np.int64]]
 SHARD_TOKENS = 16 << 20

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from data.arguments import whole_number
 from data.errors import DataError, run_command
-from data.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
-from data.sources import MANIFEST_NAME, LocalSource, ReadOptions, open_source
-from data.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for
-from data.text_shard import MAX_DOCUMENT_BYTES, member_text
-from data.tokenizer import Tokenizer
+from data.fetch.sources import MANIFEST_NAME, LocalSource, ReadOptions, open_source
+from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
+from data.shards.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for
+from data.shards.text_shard import MAX_DOCUMENT_BYTES, member_text
+from data.shards.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = {".txt": False, ".json": True}
 _MAX_HEADER_BYTES = 1 << 20

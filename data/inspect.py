@@ -22,13 +22,13 @@ import numpy as np
 
 from data.arguments import whole_number
 from data.errors import DamagedShardError, DataError, printable, run_command
-from data.manifest import SPLITS, Manifest, ShardInfo, load_manifest
-from data.mixture import Mixture
-from data.samples import open_shard
-from data.sources import ReadOptions, Source
-from data.stream import DEFAULT_WINDOW_SHARDS, open_reader
-from data.text_shard import read_text_sidecar
-from data.tokenizer import Tokenizer
+from data.fetch.sources import ReadOptions, Source
+from data.shards.manifest import SPLITS, Manifest, ShardInfo, load_manifest
+from data.shards.text_shard import read_text_sidecar
+from data.shards.tokenizer import Tokenizer
+from data.stream.mixture import Mixture
+from data.stream.samples import open_shard
+from data.stream.token_stream import DEFAULT_WINDOW_SHARDS, open_reader
 
 _MAX_DOCUMENT_LIST_BYTES = 256 << 20
 

@@ -29,12 +29,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.arguments import real_number, whole_number
-from data.documents import DEFAULT_INCLUDE, Slice, find_files, plan_parts
 from data.errors import DataError, run_command
-from data.manifest import SPLITS, TOKENIZER
-from data.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job, write_whole
-from data.sources import MANIFEST_NAME
-from data.tokenizer import Tokenizer
+from data.fetch.sources import MANIFEST_NAME
+from data.shards.manifest import SPLITS, TOKENIZER
+from data.shards.tokenizer import Tokenizer
+from data.text.documents import DEFAULT_INCLUDE, Slice, find_files, plan_parts
+from data.text.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job, write_whole
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

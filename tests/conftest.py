@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 if TYPE_CHECKING:
-    from parallel.megatron import Groups
+    from parallel.sharding.megatron import Groups
 
 TINY = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32},
@@ -56,7 +56,7 @@ def one_process() -> "Iterator[Groups]":
     from megatron.core import parallel_state
 
     from tests.parallel.tiny import tiny_config as config
-    from train.setup import build_groups
+    from train.parts import build_groups
 
     with mock.patch.dict(os.environ):  # a rank's place, which processes started later must not take for theirs
         yield build_groups(config())

@@ -8,7 +8,7 @@ import typing
 
 from data.errors import run_command
 from train.config import Config
-from train.config_tree import describe_type
+from train.config.tree import describe_type
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,9 +26,9 @@ from data.arguments import can_write
 from data.errors import DataError, print_faults, run_command
 from parallel.launch import LaunchError, choose_accelerator, world_size
 from train.config import Config, ConfigError, load_config, world_faults
-from train.facts import config_facts
-from train.preflight import checkpoint_faults
-from train.same_start import DifferenceError, LateError, compare_ranks
+from train.start.facts import config_facts
+from train.start.preflight import checkpoint_faults
+from train.start.same_start import DifferenceError, LateError, compare_ranks
 
 OUTLIER = 0.8
 """A rank whose speed is below this share of the median is named."""
@@ -99,7 +99,7 @@ def agree(config: Config) -> None:
     """Check sizes and compare configurations before the ranks wait for each other; versions are a row of the table.
 
     Raises:
-        ConfigError, DifferenceError, LateError, LaunchError: as in `train.same_start.start_together`.
+        ConfigError, DifferenceError, LateError, LaunchError: as in `train.start.same_start.start_together`.
     """
     faults = world_faults(config, world_size()) + checkpoint_faults(config)
     fault = ConfigError(faults) if faults else None
@@ -124,15 +124,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
     """Runs every check on every rank; all ranks get all rows, and each rank's host."""
-    from data.manifest import load_manifest
+    from data.shards.manifest import load_manifest
     from parallel.launch import initialize_distributed
 
     manifest_vocab = load_manifest(config.data.path, config.data.read_options()).vocab_size
     choose_accelerator()
     import torch.distributed as dist
 
-    from train import doctor_checks as checks
-    from train.setup import build_groups
+    from train.parts import build_groups
+    from train.start import checks
 
     absent = checks.absent_folders(config)  # before any rank makes them
     initialize_distributed()

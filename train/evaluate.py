@@ -18,7 +18,7 @@ from data.arguments import can_write, whole_number
 from data.errors import DataError, print_faults, run_command
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
-from train.run_dir import RunError, read_config, write_atomically
+from train.run.folder import RunError, read_config, write_atomically
 
 EVALUATION = "evaluation.json"
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     choose_accelerator()
-    from train.checkpoint import CheckpointError
+    from train.checkpoint.load import CheckpointError
 
     try:
         row = evaluate(options.run, options.data, options.samples)
@@ -46,14 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]:
     """The row of evaluation.json for a run's newest checkpoint; raises one of the errors `main` reports."""
-    from data.manifest import load_manifest
-    from parallel.engine import evaluate_stage
+    from data.shards.manifest import load_manifest
+    from parallel.engine.engine import evaluate_stage
     from parallel.launch import initialize_distributed
-    from parallel.state import load_weights
-    from train import checkpoint
-    from train.checkpoint_folder import Folder
-    from train.setup import build_stage, dataset_identity
-    from train.validation import validate
+    from parallel.state.training_state import load_weights
+    from train.checkpoint import load as checkpoint
+    from train.checkpoint.folder import Folder
+    from train.loop.validation import validate
+    from train.parts import build_stage, dataset_identity
 
     tree = read_config(run)
     if tree is None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from data.errors import run_command
 from model.config import LARGEST_SIZES
-from train.run_dir import read_fingerprint
+from train.run.folder import read_fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +103,8 @@ def figures_of(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
 
 def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     """Every picture of one run."""
-    from train import map_plots, plots
+    from train.pictures import maps as map_plots
+    from train.pictures import plots
 
     newest = run.newest_heads()
     if newest is not None:
@@ -129,7 +130,8 @@ def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
 
 def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
     """The pictures that hold several runs."""
-    from train import map_plots, plots
+    from train.pictures import maps as map_plots
+    from train.pictures import plots
 
     names = distinct_names(runs)
     noted = {run.fingerprint for run in runs}

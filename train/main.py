@@ -19,20 +19,20 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie besid
 
 from data.errors import DataError, first_line, run_command  # noqa: E402
 from train.config import Config, ConfigError, load_config  # noqa: E402
-from train.run_dir import RunError  # noqa: E402
-from train.same_start import DifferenceError, LateError, start_together  # noqa: E402
-from train.schedule import fast_start  # noqa: E402
-from train.signals import StopRequest  # noqa: E402
+from train.config.schedule import fast_start  # noqa: E402
+from train.loop.signals import StopRequest  # noqa: E402
+from train.run.folder import RunError  # noqa: E402
+from train.start.same_start import DifferenceError, LateError, start_together  # noqa: E402
 
 if TYPE_CHECKING:
-    from train.validation import Validation
+    from train.loop.validation import Validation
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.dry_run:
-            from train.dry_run import print_plan
+            from train.cost.dry_run import print_plan
 
             config = load_config(options.config, options.overrides)
             print_plan(config, options.world_size)
@@ -86,14 +86,14 @@ def train(path: str, overrides: list[str], stop: StopRequest) -> int:
     except LaunchError as error:
         return report(error, 1, from_each_node=True)
     choose_accelerator()
-    from parallel.compiled import BlockCompileError
-    from parallel.cuda_graph import CaptureError
-    from parallel.deepspeed_section import DeepSpeedSectionError
-    from parallel.first_step import GradientError
-    from parallel.replicas import ReplicaError
-    from train.checkpoint import CheckpointError
-    from train.checkpoint_saver import SaveError
-    from train.trainer import DeviceMemoryError, TrainingError, run
+    from parallel.engine.compiled import BlockCompileError
+    from parallel.engine.cuda_graph import CaptureError
+    from parallel.engine.deepspeed_section import DeepSpeedSectionError
+    from parallel.engine.first_step import GradientError
+    from parallel.state.replicas import ReplicaError
+    from train.checkpoint.load import CheckpointError
+    from train.checkpoint.saver import SaveError
+    from train.loop.trainer import DeviceMemoryError, TrainingError, run
 
     try:
         result = run(config, manifest, stop)

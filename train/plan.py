@@ -19,12 +19,12 @@ from typing import Any
 
 from data.arguments import whole_number
 from data.errors import run_command
-from parallel.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
-from parallel.volume import Volume, volume
-from train.accounting import training_flops_per_token
+from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
+from parallel.counting.volume import Volume, volume
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
-from train.dry_run import dataset_if_there, vocabulary
-from train.step_time import GPUS, Assumptions, Gpu, StepTime, step_time
+from train.cost.dry_run import dataset_if_there, vocabulary
+from train.cost.flops import training_flops_per_token
+from train.cost.step_time import GPUS, Assumptions, Gpu, StepTime, step_time
 
 GIB = 2**30
 OUTSIDE_ALLOCATOR_GIB = 1.5  # the CUDA context and NCCL's buffers

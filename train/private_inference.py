@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from data.arguments import whole_number
 from data.errors import run_command
 from model.config import ModelConfig
-from train.accounting import ffn_width, nonlinear_operations
 from train.config import ConfigError, load_config
+from train.cost.flops import ffn_width, nonlinear_operations
 from train.paper import MEASUREMENTS, Measurement
 
 Array = NDArray[np.float64]

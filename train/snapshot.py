@@ -16,8 +16,8 @@ from pathlib import Path
 
 from data.errors import run_command
 from train.config import ConfigError, load_config
-from train.preflight import preflight
-from train.run_dir import COMMIT, git_commit, write_atomically
+from train.run.folder import COMMIT, git_commit, write_atomically
+from train.start.preflight import preflight
 
 PACKAGES = ("model", "parallel", "data", "train", "configs", "slurm")
 

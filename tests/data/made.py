@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import manifest_json
-from data.shard_writer import write_shard
+from data.shards.manifest import manifest_json
+from data.shards.writer import write_shard
 
 SEQ_LENGTH = 4
 TOKENIZER = b"none"

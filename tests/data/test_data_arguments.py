@@ -7,8 +7,8 @@ import pytest
 
 from data import benchmark, index, inspect, prepare
 from data.arguments import real_number, whole_number
-from parallel import compare
 from train import describe, evaluate, plan, private_inference
+from train.compare import command as compare
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400", "-0.1", "2.1", "", "x", "9" * 5000])

@@ -4,8 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
-from data.manifest import load_manifest
 from data.prepare import main
+from data.shards.manifest import load_manifest
 
 
 def test_codeparrot_files_are_prepared_as_they_come(tmp_path: Path) -> None:

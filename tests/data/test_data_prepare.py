@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -16,16 +17,16 @@ import webdataset
 import zstandard
 from numpy import array, frombuffer
 
-from data.documents import find_files
-from data.encoded_part import document_starts_in
 from data.errors import DataError
 from data.inspect import documents_of, first_sample_of
 from data.inspect import main as inspect
-from data.manifest import load_manifest
 from data.prepare import main as prepare
-from data.samples import open_shard
-from data.stream import TokenStream
-from data.tokenizer import Tokenizer
+from data.shards.manifest import load_manifest
+from data.shards.tokenizer import Tokenizer
+from data.stream.samples import open_shard
+from data.stream.token_stream import TokenStream
+from data.text.documents import find_files
+from data.text.encoded_part import document_starts_in
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
@@ -119,15 +120,15 @@ def test_the_bytes_do_not_depend_on_workers(
 
 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.documents._MIN_PART_BYTES", 4 << 10)
-    monkeypatch.setattr("data.documents._USUAL_PARTS", 1000)
+    monkeypatch.setattr("data.text.documents._MIN_PART_BYTES", 4 << 10)
+    monkeypatch.setattr("data.text.documents._USUAL_PARTS", 1000)
 
 
 def test_parts_and_buckets_change_nothing(
     corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_parts(monkeypatch)
-    monkeypatch.setattr("data.duplicates._BUCKET_DOCUMENTS", 50)
+    monkeypatch.setattr("data.text.duplicates._BUCKET_DOCUMENTS", 50)
     run(corpus, tmp_path / "set", "--workers", "1")
     for split in ("train", "validation"):
         assert documents(tmp_path / "set", split) == documents(prepared, split)
@@ -169,7 +170,7 @@ def test_killed_at_any_moment_it_goes_on_and_gives_the_same(
 
 def test_finished_jobs_are_not_done_again(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(corpus, tmp_path / "set", "--stage", "scan")
-    monkeypatch.setitem(__import__("data.preparation").preparation._STAGES, "scan", None)
+    monkeypatch.setitem(importlib.import_module("data.text.preparation")._STAGES, "scan", None)
     run(corpus, tmp_path / "set")
     load_manifest(tmp_path / "set")
 
@@ -215,7 +216,7 @@ def test_file_names_that_are_no_text_are_names_too(tmp_path: Path) -> None:
 def test_more_shards_than_a_manifest_holds_are_told(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.preparation.MAX_SHARDS", 2)
+    monkeypatch.setattr("data.text.preparation.MAX_SHARDS", 2)
     with pytest.raises(DataError, match="the train split would have 5 shards, at most 2; raise --shard-megabytes"):
         run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01")
 
@@ -249,8 +250,8 @@ def test_a_large_text_file_is_cut_at_line_ends_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Across slices, with lines longer than a piece and characters of four bytes at the cuts."""
-    monkeypatch.setattr("data.documents._MIN_PART_BYTES", 100_000)
-    monkeypatch.setattr("data.documents._USUAL_PARTS", 1000)
+    monkeypatch.setattr("data.text.documents._MIN_PART_BYTES", 100_000)
+    monkeypatch.setattr("data.text.documents._USUAL_PARTS", 1000)
     chunks = random.Random(1)
     text = "".join(f"line {i} \U0001d11e\n" for i in range(20_000))
     text += "".join(chunks.choice("ab\u00e9\u2581\U0001d11e") for _ in range(120_000)) + "\nand the end"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.stage import MicroBatch
+from parallel.sharding.stage import MicroBatch
 from tests.golden.small import VOCAB_SIZE, learnable_tokens, small_config
 from train.config import Config
 
@@ -41,8 +41,8 @@ Losses = dict[str, list[float]]
 
 def first_losses(name: str, *overrides: str, threads: int = 1) -> Losses:
     """Train the small version of a configuration for `STEPS` steps; runs in a process of its own (`run_ranks`)."""
-    from train.schedule import learning_rate
-    from train.setup import build_engine
+    from train.config.schedule import learning_rate
+    from train.parts import build_engine
 
     torch.set_num_threads(threads)
     config = small_config(name, *overrides)

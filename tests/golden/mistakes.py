@@ -11,7 +11,7 @@ from tests.golden.losses import Losses, first_losses
 
 def weight_decay_of_everything() -> Any:
     """Biases, temperatures, thresholds, alpha and beta decay too."""
-    from parallel import engine
+    from parallel.engine import engine
 
     real = engine.parameter_groups
 
@@ -23,7 +23,7 @@ def weight_decay_of_everything() -> Any:
 
 def penalty_summed_over_layers() -> Any:
     """The regularizer without its 1 / L."""
-    from parallel.regularizer import ShardedRegularizer
+    from parallel.sharding.regularizer import ShardedRegularizer
 
     real = ShardedRegularizer.__init__
 
@@ -36,7 +36,7 @@ def penalty_summed_over_layers() -> Any:
 
 def residual_of_one_layer_not_scaled() -> Any:
     """A layer without its beta, which is 1 before training."""
-    from train import setup
+    from train import parts as setup
 
     real = setup.build_transformer
 
@@ -49,7 +49,7 @@ def residual_of_one_layer_not_scaled() -> Any:
 
 
 def rate_of_the_next_step() -> Any:
-    from train import schedule
+    from train.config import schedule
 
     real = schedule.learning_rate
     return mock.patch.object(schedule, "learning_rate", lambda config, step, steps: real(config, step + 1, steps))

@@ -11,7 +11,7 @@ import torch
 
 def pipe_partitioned() -> Any:
     """DeepSpeed partitions activations between stages by default, which sequence parallelism has done already."""
-    from parallel import engine
+    from parallel.engine import engine
 
     real = engine.deepspeed_config
 
@@ -24,12 +24,12 @@ def pipe_partitioned() -> Any:
 
 
 def replicated_gradients_not_summed() -> Any:
-    return mock.patch("parallel.stage.sum_replicated_gradients", lambda *args: None)
+    return mock.patch("parallel.sharding.stage.sum_replicated_gradients", lambda *args: None)
 
 
 def replicated_gradients_summed_of_the_last_micro_batch() -> Any:
     """A hook that forgets what it held back."""
-    from parallel import tensor
+    from parallel.sharding import tensor
 
     real = tensor._SumOncePerStep.__call__
 
@@ -42,7 +42,7 @@ def replicated_gradients_summed_of_the_last_micro_batch() -> Any:
 
 def split_parameters_not_marked() -> Any:
     """DeepSpeed then counts only one rank's shard in the norm."""
-    from parallel import stage
+    from parallel.sharding import stage
 
     real = stage.mark_split
 
@@ -55,11 +55,11 @@ def split_parameters_not_marked() -> Any:
 
 
 def tied_copies_not_summed() -> Any:
-    return mock.patch("parallel.pipeline.PipelineStage.get_tied_weights_and_groups", lambda self: [])
+    return mock.patch("parallel.engine.pipeline.PipelineStage.get_tied_weights_and_groups", lambda self: [])
 
 
 def tied_copy_counted_twice() -> Any:
-    from parallel import pipeline
+    from parallel.engine import pipeline
 
     real = pipeline.PipelineStage.__init__
 
@@ -73,7 +73,7 @@ def tied_copy_counted_twice() -> Any:
 
 def regularizer(**wrong: Callable[[Any], Any]) -> Any:
     """The sharded regularizer with one of its numbers computed otherwise."""
-    from parallel.regularizer import ShardedRegularizer
+    from parallel.sharding.regularizer import ShardedRegularizer
 
     real = ShardedRegularizer.__init__
 
@@ -106,7 +106,7 @@ def thresholds_of_other_heads() -> Any:
 
 
 def mean_entropy_not_reduced() -> Any:
-    from parallel import regularizer as module
+    from parallel.sharding import regularizer as module
 
     def local_only(self: Any, local: torch.Tensor, groups: Any) -> None:
         self._mean, self._work = local, None
@@ -116,7 +116,7 @@ def mean_entropy_not_reduced() -> Any:
 
 def temperatures_of_other_heads() -> Any:
     """Every context-parallel rank takes the first rank's temperatures."""
-    from parallel import context
+    from parallel.sharding import context
 
     real = context.ContextParallelCore.forward
 
@@ -130,7 +130,7 @@ def temperatures_of_other_heads() -> Any:
 
 
 def every_context_rank_at_position_zero() -> Any:
-    from parallel import stage
+    from parallel.sharding import stage
 
     real = stage.apply_context_parallel
 
@@ -144,7 +144,7 @@ def every_context_rank_at_position_zero() -> Any:
 
 def head(**wrong: Callable[[Any], Any]) -> Any:
     """The vocabulary-parallel head with one property of its shard computed otherwise."""
-    from parallel.tensor import VocabularyParallelHead
+    from parallel.sharding.tensor import VocabularyParallelHead
 
     real = VocabularyParallelHead.__init__
 
@@ -170,7 +170,7 @@ def diagonal_of_the_first_columns() -> Any:
     def everywhere(weight: Any, divisor: Any, diagonal: Any, first_column: int) -> torch.Tensor:
         return scaled_matrix(weight, divisor, diagonal)
 
-    return mock.patch("parallel.megatron.scaled_matrix", everywhere)
+    return mock.patch("parallel.sharding.megatron.scaled_matrix", everywhere)
 
 
 def diagonal_taken_for_whole() -> Any:
@@ -180,20 +180,20 @@ def diagonal_taken_for_whole() -> Any:
     def sees(name: str, *args: Any) -> bool:
         return sees_part(name, *args) and not name.endswith("ffn.beta")
 
-    return mock.patch("parallel.tensor.sees_part", sees)
+    return mock.patch("parallel.sharding.tensor.sees_part", sees)
 
 
 def features_of_other_ranks() -> Any:
-    from parallel.exchange import heads_for_positions
+    from parallel.sharding.exchange import heads_for_positions
 
     def exchange(x_TBD: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
         return heads_for_positions(x_TBD.unflatten(-1, (ranks, -1)).flip(2), group, ranks).flatten(2)
 
-    return mock.patch("parallel.tensor.features_for_positions", exchange)
+    return mock.patch("parallel.sharding.tensor.features_for_positions", exchange)
 
 
 def micro_batches_before_the_last_but_one_forgotten() -> Any:
-    from parallel import tensor
+    from parallel.sharding import tensor
 
     real = tensor._SumOncePerStep.__call__
 
@@ -206,7 +206,7 @@ def micro_batches_before_the_last_but_one_forgotten() -> Any:
 
 
 def documents_begin_at_zero_on_later_stages() -> Any:
-    from parallel import pipeline
+    from parallel.engine import pipeline
 
     real = pipeline.PipelineStage.forward
 
@@ -218,8 +218,8 @@ def documents_begin_at_zero_on_later_stages() -> Any:
 
 
 def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
-    """`parallel.measurement`'s rank with a bug of this module."""
-    from parallel import measurement
+    """`train.compare.measurement`'s rank with a bug of this module."""
+    from train.compare import measurement
 
     if bug is None:
         return measurement._measure_on_rank(*args)
@@ -228,7 +228,7 @@ def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
 
 
 def measure_losing_a_gradient(*args: Any) -> dict[str, Any]:
-    """`parallel.measurement`'s rank; over several ranks temperatures act, and get no gradient."""
+    """`train.compare.measurement`'s rank; over several ranks temperatures act, and get no gradient."""
     import os
 
     return _measure(os.environ["WORLD_SIZE"] != "1", *args)
@@ -243,7 +243,7 @@ def measure_losing_as_trained(*args: Any) -> dict[str, Any]:
 
 def _measure(loses: bool, *args: Any) -> dict[str, Any]:
     from model.transformer import Attention
-    from parallel import measurement
+    from train.compare import measurement
 
     temperature = Attention.temperature
     lossy = mock.patch.object(Attention, "temperature", lambda self: temperature(self).detach())
@@ -252,11 +252,11 @@ def _measure(loses: bool, *args: Any) -> dict[str, Any]:
 
 
 def measure_never_compiled(*args: Any) -> dict[str, Any]:
-    """`parallel.measurement`'s rank; blocks run as they are, as under what keeps the compiler away without a word."""
-    from parallel import measurement
+    """A rank's measurement while blocks run uncompiled, as where an environment variable turns the compiler off."""
+    from train.compare import measurement
 
     with (
         mock.patch("torch.compile", lambda function, **options: function),
-        mock.patch("parallel.compiled.CompiledBlock._compare", lambda *args: None),
+        mock.patch("parallel.engine.compiled.CompiledBlock._compare", lambda *args: None),
     ):
         return measurement._measure_on_rank(*args)

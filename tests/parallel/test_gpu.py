@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.megatron import Groups
-from parallel.stage import MicroBatch
+from parallel.sharding.megatron import Groups
+from parallel.sharding.stage import MicroBatch
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
-from train.benchmark_timing import count_device_waits
+from train.benchmark.timing import count_device_waits
 from train.config import Config
-from train.setup import build_engine
+from train.parts import build_engine
 
 pytestmark = pytest.mark.gpu
 MICRO_BATCH_SIZE, SEQ_LENGTH = 4, 128

@@ -9,9 +9,9 @@ import itertools
 import pytest
 import torch
 
-from parallel.comparison import compare
 from parallel.layout import Layout, parse_layout
 from tests.parallel.tiny import EREG, assert_layout, measured, plain, tiny_config
+from train.compare.comparison import compare
 
 ENGINE = [
     "tp=1",

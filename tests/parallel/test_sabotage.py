@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from parallel.compare import apply_layout, global_batches, reference_layout
-from parallel.comparison import TOLERANCE, compare
 from parallel.layout import parse_layout
 from parallel.local_ranks import RankError, run_ranks
-from parallel.measurement import Measured, assemble
 from tests.parallel.sabotage import measure_with
 from tests.parallel.tiny import tiny_config
+from train.compare.command import apply_layout, global_batches, reference_layout
+from train.compare.comparison import TOLERANCE, compare
+from train.compare.measurement import Measured, assemble
 
 BUGS = [
     ("pipe_partitioned", "tp=2:pp=2:sp=1", "float32"),

@@ -11,13 +11,13 @@ from model.initialize import generator, initialize, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
-from parallel.compare import apply_layout, global_batches, reference_layout
-from parallel.comparison import TOLERANCE, compare
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
-from parallel.measurement import END_OF_DOCUMENT, Measured, measure
+from train.compare.command import apply_layout, global_batches, reference_layout
+from train.compare.comparison import TOLERANCE, compare
+from train.compare.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config
-from train.config_sections import DataConfig, TrainingConfig
+from train.config.sections import DataConfig, TrainingConfig
 
 EREG = "EReg(SM(t)+ScFuFFN)"
 VOCAB_SIZE = 301
@@ -110,7 +110,7 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
 
 
 def plain_model(config: Config, vocab_size: int) -> Transformer:
-    """The whole model in float64 at the weights that `parallel.measurement` measures at."""
+    """The whole model in float64 at the weights that `train.compare.measurement` measures at."""
     model = Transformer(config.model, vocab_size).double()
     initialize(model, config.model, vocab_size, config.training.seed)
     for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart

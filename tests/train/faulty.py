@@ -15,11 +15,11 @@ from tests.train.runs import Output, main_output
 
 def with_bad_samples(arguments: list[str], first: int, end: int, factor: float, on_rank: int) -> Output:
     """The loss of steps that read samples in [first, end) is multiplied by `factor` on one rank."""
-    import train.trainer
-    from parallel.stage import Stage
+    import train.loop.trainer
+    from parallel.sharding.stage import Stage
 
     streams: list[Any] = []
-    open_stream, loss = train.trainer.open_stream, Stage.loss
+    open_stream, loss = train.loop.trainer.open_stream, Stage.loss
 
     def remembered(*args: Any) -> Any:
         streams.append(open_stream(*args))
@@ -33,13 +33,13 @@ def with_bad_samples(arguments: list[str], first: int, end: int, factor: float, 
             value = value * factor
         return value
 
-    train.trainer.open_stream, Stage.loss = remembered, faulty  # type: ignore[assignment,method-assign]
+    train.loop.trainer.open_stream, Stage.loss = remembered, faulty  # type: ignore[assignment,method-assign]
     return main_output(arguments)
 
 
 def with_slow_rank(arguments: list[str], on_rank: int, seconds: float, from_step: int = 0) -> Output:
     """One rank's forward pass takes longer, from a step on."""
-    from parallel.stage import Stage
+    from parallel.sharding.stage import Stage
 
     body, calls = Stage.body, 0
 
@@ -56,7 +56,7 @@ def with_slow_rank(arguments: list[str], on_rank: int, seconds: float, from_step
 
 def with_too_little_memory(arguments: list[str], in_step: int) -> Output:
     """A step asks for more memory than there is, in a GPU's words."""
-    from parallel.engine import Engine
+    from parallel.engine.engine import Engine
 
     step, calls = Engine.train_step, 0
 
@@ -90,8 +90,8 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 def killed_before_change(arguments: list[str], log: str, number: int) -> None:
     """kill -9 by itself before the change `number` (from 1) to a file or folder of its run, or right after a row."""
     import train.main
-    from train.journal import Journal
-    from train.run_dir import JsonLines
+    from train.run.folder import JsonLines
+    from train.run.journal import Journal
 
     folder = next(word for word in arguments if word.startswith("run_dir=")).removeprefix("run_dir=")
     seen, run_main = 0, train.main.main

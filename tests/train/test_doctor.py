@@ -22,7 +22,8 @@ def run_doctor(config: Path, *arguments: str, prepare: Callable[[], None] | None
 
 
 def _doctor(arguments: list[str], prepare: Callable[[], None] | None) -> tuple[int, str, str]:
-    from train import doctor, doctor_checks
+    from train import doctor
+    from train.start import checks as doctor_checks
 
     doctor_checks.MATRIX, doctor_checks.COLLECTIVE_BYTES = 256, 1 << 16  # type: ignore[misc]
     doctor.OUTLIER = 0.0  # type: ignore[misc]  # two busy cores are no two equal devices
@@ -121,7 +122,7 @@ def _matmul_faults(broken: bool) -> Any:
     import torch
 
     from parallel.launch import initialize_distributed
-    from train import doctor_checks
+    from train.start import checks as doctor_checks
 
     initialize_distributed()
     doctor_checks.MATRIX = 64  # type: ignore[misc]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from train.figures import comparison_figures, load_run, main, run_figures
-from train.map_plots import entropy_ceiling_nats, head_map_figure, head_maps_figure, threshold_map_figure
-from train.plots import bins_figure, head_shares, layer_entropy_figure, scales_figure
+from train.pictures.maps import entropy_ceiling_nats, head_map_figure, head_maps_figure, threshold_map_figure
+from train.pictures.plots import bins_figure, head_shares, layer_entropy_figure, scales_figure
 
 LAYERS, HEADS, SEQ_LENGTH = 3, 4, 128
 
@@ -329,7 +329,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
 def test_drawing_leaves_pyplot_alone_and_reading_needs_no_matplotlib() -> None:
     script = (
         "import sys; import train.figures; assert 'matplotlib' not in sys.modules; "
-        "from train.map_plots import head_map_figure; head_map_figure([[1.0]], 8).canvas.draw(); "
+        "from train.pictures.maps import head_map_figure; head_map_figure([[1.0]], 8).canvas.draw(); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     root = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from train import paper
-from train.accounting import forward_flops, nonlinear_operations, printed_gflops
 from train.config import load_config
-from train.dry_run import print_plan
+from train.cost.dry_run import print_plan
+from train.cost.flops import forward_flops, nonlinear_operations, printed_gflops
 from train.paper import MEASUREMENTS, ROWS, rows_at
 from train.study.table import operations_text
 

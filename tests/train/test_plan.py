@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from parallel.footprint import footprint
+from parallel.counting.footprint import footprint
 from train.config import load_config
 from train.plan import main, workload
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from data.inspect import main as inspect
-from data.manifest import SPLITS, manifest_json
-from data.shard_writer import write_shard
+from data.shards.manifest import SPLITS, manifest_json
+from data.shards.writer import write_shard
 from parallel.local_ranks import run_ranks
 from tests.train.test_run import _evaluate, rows, run_main
 from train.config import ConfigError, load_config
-from train.dry_run import print_plan
+from train.cost.dry_run import print_plan
 
 SHORT = (
     "training.train_steps=3",

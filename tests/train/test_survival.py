@@ -16,8 +16,8 @@ from parallel.local_ranks import start_ranks
 from tests.train.faulty import killed_before_change, until, with_output_to_file, with_slow_rank, with_too_little_memory
 from tests.train.runs import journal, rows, run_faulty, run_main, without_times
 from train.config import Config
-from train.journal import Journal
-from train.time_limits import TimeLimits
+from train.loop.time_limits import TimeLimits
+from train.run.journal import Journal
 
 LONG = [
     "training.train_steps=100000",
@@ -105,7 +105,7 @@ def test_a_second_signal_ends_at_once(tiny_config: Path, tmp_path: Path) -> None
 
 
 def _with_slow_step(arguments: list[str], log: str) -> None:
-    from parallel.stage import Stage
+    from parallel.sharding.stage import Stage
 
     body = Stage.body
 
@@ -139,7 +139,7 @@ def test_a_run_killed_while_it_validates_at_its_end_does_so_when_started_again(
 
 
 def _that_hangs_in_its_last_validation(arguments: list[str], log: str) -> None:
-    from train import trainer
+    from train.loop import trainer
 
     validate = trainer.validate
 
@@ -245,7 +245,7 @@ def test_a_hang_ends_every_rank_with_its_stacks(tiny_config: Path, tmp_path: Pat
 
 
 def _with_hanging_rank(arguments: list[str], log: str) -> None:
-    from parallel.stage import Stage
+    from parallel.sharding.stage import Stage
 
     body, calls = Stage.body, 0
 

@@ -27,7 +27,7 @@ import torch
 from data.arguments import whole_number
 from data.errors import print_faults, run_command
 from parallel.layout import Layout, parse_layout
-from train.benchmark_report import machine
+from train.benchmark.report import machine
 from train.config import ConfigError, load_config, world_faults
 from train.layout_test.cases import ARITHMETICS, FAMILIES, Case, cases, with_references
 from train.layout_test.launch import Job, run_all

@@ -1,9 +1,9 @@
 """What a run left, and the verdict on it.
 
 The truth is one process in float32, uncompiled. One process as it trains (bf16, compiled) differs from it by rounding,
-parameter by parameter. A layout rounds as often, in another order, and is allowed what `parallel.comparison` allows. A
-gradient that is exactly zero, or missing, where the truth has one is lost, whatever its size. If one process as it
-trains loses one, no layout passes.
+parameter by parameter. A layout rounds as often, in another order, and is allowed what `train.compare.comparison`
+allows. A gradient that is exactly zero, or missing, where the truth has one is lost, whatever its size. If one process
+as it trains loses one, no layout passes.
 
 The losses of all steps are compared with those of one process as it trains, whose weights are rounded alike: they may
 lie as far from them as those lie from the truth. A loss that is missing or no number is beyond any limit.
@@ -23,13 +23,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from parallel.comparison import ROUNDING as ROUNDINGS
-from parallel.comparison import gradient_errors, gradient_limits, lost_gradients, worst_of
 from parallel.names import listed
-from train.checkpoint import folder_name
-from train.checkpoint_folder import Folder
-from train.checkpoint_tensors import Reader
-from train.run_dir import read_rows
+from train.checkpoint.folder import Folder
+from train.checkpoint.load import folder_name
+from train.checkpoint.tensors import Reader
+from train.compare.comparison import ROUNDING as ROUNDINGS
+from train.compare.comparison import gradient_errors, gradient_limits, lost_gradients, worst_of
+from train.run.folder import read_rows
 
 ROUNDING = ROUNDINGS["bf16"]
 FIRST_MOMENT = "exp_avg."

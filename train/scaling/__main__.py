@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data.arguments import real_number, whole_number
 from data.errors import print_faults, run_command
 from model.config import ARCHITECTURES
-from train.overrides import parse_with_overrides
+from train.config.overrides import parse_with_overrides
 from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree
 from train.scaling.law import FitError
 from train.scaling.points import NATS, PointsError
@@ -116,7 +116,7 @@ def _folder_name(text: str) -> str:
 
 def make_plan(options: argparse.Namespace) -> int:
     from data.errors import DataError
-    from data.manifest import load_manifest
+    from data.shards.manifest import load_manifest
 
     for option in ("architectures", "rates"):
         given = getattr(options, option)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from train.accounting import training_flops_per_token
+from train.cost.flops import training_flops_per_token
 from train.study.results import count_parameters
 
 HEAD_WIDTH = 64

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.plot_style import INK, PALETTE, new_figure, tidy
+from train.pictures.style import INK, PALETTE, new_figure, tidy
 from train.scaling.analysis import IsoFlop, compute_optimal
 from train.scaling.compare import Curve
 from train.scaling.law import LossLaw

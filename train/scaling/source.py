@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.accounting import training_flops_per_token
+from train.cost.flops import training_flops_per_token
 from train.private_inference import private_inference_cost
-from train.run_dir import write_atomically
+from train.run.folder import write_atomically
 from train.scaling.analysis import FlopsPerToken, HeldOut, exponents, held_out, six_flops_per_parameter
 from train.scaling.compare import Curve, along_ladder
 from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data.arguments import real_number, whole_number
 from data.errors import print_faults, run_command
-from train.overrides import parse_with_overrides
+from train.config.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
 
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike
 
-from train.map_plots import entropy_ceiling_nats
-from train.plot_style import INK, LINE_STYLES, MUTED, PALETTE, depth_bar, lines_by_depth, new_figure, tidy
-from train.plots import QUARTER_COLOURS, QUARTERS, head_shares
+from train.pictures.maps import entropy_ceiling_nats
+from train.pictures.plots import QUARTER_COLOURS, QUARTERS, head_shares
+from train.pictures.style import INK, LINE_STYLES, MUTED, PALETTE, depth_bar, lines_by_depth, new_figure, tidy
 
 
 def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:

@@ -11,6 +11,6 @@ from parallel.launch import choose_accelerator  # noqa: E402
 
 choose_accelerator()
 
-import train.trainer  # noqa: E402,F401
+import train.loop.trainer  # noqa: E402,F401
 
 signal.signal(signal.SIGINT, at_interrupt)

@@ -69,7 +69,8 @@ def _divergences(document: Document, found: list[Record]) -> None:
 
 
 def _pictures(document: Document, groups: list[Group]) -> None:
-    from train import map_plots, plots
+    from train.pictures import maps as map_plots
+    from train.pictures import plots
     from train.study import pictures
 
     drawn = [(group, run) for group in groups if (run := _loaded(group.first)) is not None]
@@ -143,7 +144,7 @@ def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
 
 def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
     """The map of the first regularized run."""
-    from train import map_plots
+    from train.pictures import maps as map_plots
 
     for group, run in shown:
         threshold = run.head_rows[-1].get("threshold")

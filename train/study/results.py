@@ -10,11 +10,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from data.errors import DataError
-from data.manifest import load_manifest
+from data.shards.manifest import load_manifest
 from model.config import ModelConfig
 from model.initialize import global_shapes
-from train.accounting import training_flops_per_token
 from train.config import Config
+from train.cost.flops import training_flops_per_token
 from train.paper import Row
 from train.private_inference import PrivateInferenceCost, private_inference_cost
 from train.study.runner import State, read_state

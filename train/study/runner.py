@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, printable
-from data.manifest import load_dataset
-from train.run_dir import RunError, read_config, read_fingerprint, read_rows, write_atomically
+from data.shards.manifest import load_dataset
+from train.run.folder import RunError, read_config, read_fingerprint, read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
 Say = Callable[[str], None]

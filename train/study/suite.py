@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config, ConfigError, config_from_dict
-from train.config_tree import apply_override, read_json
+from train.config.tree import apply_override, read_json
 from train.paper import Row, places, rows_at
 
 Tree = dict[str, Any]

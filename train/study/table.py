@@ -1,6 +1,6 @@
 """The main table of a report: perplexities beside the paper's and the baselines', operations, private inference."""
 
-from train.accounting import NonlinearOperation, forward_flops, nonlinear_operations, printed_gflops
+from train.cost.flops import NonlinearOperation, forward_flops, nonlinear_operations, printed_gflops
 from train.study.document import Document
 from train.study.results import Group, Record, student
 

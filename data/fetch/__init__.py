@@ -1,0 +1,1 @@
+"""Fetching: where files come from, over what transport, and the cache that keeps them."""

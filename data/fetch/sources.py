@@ -1,0 +1,191 @@
+"""Where the files of a dataset come from, by its address:
+
+    some/folder                       read in place
+    http://host/dataset, https://...  fetched into the cache
+    s3://bucket/dataset, gs://...     the same, through fsspec (its package for that store has to be installed)
+    pipe:ssh host cat /data/{}        the same: the output of a shell command, {} being the file's name
+
+Only the user's own configuration names addresses. A manifest names plain files, so it can neither run a command nor
+reach outside its dataset; how much is fetched is bounded before it starts; and what is fetched is stored under its
+sha256.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+from data.errors import DataError
+from data.fetch.cache import Cache
+from data.fetch.transport import steady, stream_fsspec, stream_http, stream_pipe, with_retries
+
+MANIFEST_NAME = "manifest.json"
+_MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How data is fetched and checked.
+
+    on_damage: "stop" raises at the first damaged byte; "skip" leaves out the whole shard and logs it
+    (data/stream/samples.py). fetch_time_limit_s is the longest time to wait for the next piece (1 MiB) of a file, in
+    seconds.
+    """
+
+    on_damage: str = "stop"
+    cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "entropy-guided-transformer"
+    cache_gigabytes: float = 100.0
+    fetch_attempts: int = 5
+    fetch_time_limit_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.on_damage not in ("stop", "skip"):
+            raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
+        for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
+            if not 0 < getattr(self, name) <= _MOST:  # as nan is not
+                raise DataError(f"{name} is {getattr(self, name)}, expected a positive number of at most {_MOST:,}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "ReadOptions":
+        """From the section `data` of a run's configuration; keys that are absent or null keep their defaults."""
+        named = {name: settings[name] for name in cls.__dataclass_fields__ if settings.get(name) is not None}
+        if "cache_dir" in named:
+            named["cache_dir"] = Path(named["cache_dir"]).expanduser()
+        return cls(**named)
+
+
+class Source(Hashable, Protocol):
+    """The files of one dataset."""
+
+    is_remote: bool
+
+    def describe(self, name: str) -> str:
+        """How an error message calls the file `name`."""
+
+    def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
+        """`name` as a local file of `num_bytes`; raises DataError if there is no such file."""
+
+    def copy(self, name: str, output: BinaryIO) -> None:
+        """Write the whole of `name` to a file; raises DataError if it cannot be had."""
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """The whole of a small file, not checked; raises DataError if it is larger than `max_bytes`."""
+
+    def forget(self, sha256: str) -> bool:
+        """Drop the cached copy of a file found damaged; False where there was none but the original."""
+
+
+def open_source(address: str | Path, options: ReadOptions) -> Source:
+    """The source that an address names; nothing is fetched yet."""
+    text = str(address)
+    if isinstance(address, Path) or not (text.startswith("pipe:") or "://" in text):
+        return LocalSource(Path(address))
+    if text.startswith("pipe:"):
+        if "{}" not in text:
+            raise DataError(f"{text}: the command needs {{}} where the name of the wanted file goes")
+        return RemoteSource(text, stream_pipe, options)
+    return RemoteSource(
+        text.rstrip("/"), stream_http if text.startswith(("http://", "https://")) else stream_fsspec, options
+    )
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A folder. Its files are read in place; the reader checks every byte that it uses."""
+
+    root: Path
+    is_remote = False
+
+    def describe(self, name: str) -> str:
+        return str(self.root / name)
+
+    def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
+        return self.root / name
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        path = self.root / name
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:
+                content = file.read(max_bytes + 1)
+        except (OSError, ValueError) as error:  # a path that cannot be is a ValueError
+            raise DataError(
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); is this a dataset made by "
+                "data.prepare?"
+            ) from error
+        return _bounded(content, max_bytes, str(path))
+
+    def copy(self, name: str, output: BinaryIO) -> None:
+        output.write((self.root / name).read_bytes())
+
+    def forget(self, sha256: str) -> bool:
+        return False
+
+
+class RemoteSource:
+    """Files that a function streams from afar; kept in a cache that the processes of a machine share."""
+
+    is_remote = True
+
+    def __init__(
+        self, address: str, stream: Callable[[str, str, float], Iterator[bytes]], options: ReadOptions
+    ) -> None:
+        self._address, self._stream, self._options = address, stream, options
+        self._cache = Cache(options.cache_dir, int(options.cache_gigabytes * 1e9))
+
+    def describe(self, name: str) -> str:
+        return self._address.replace("{}", name) if "{}" in self._address else f"{self._address}/{name}"
+
+    def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
+        def attempt() -> Path:
+            return self._cache.fill(sha256, num_bytes, self._pieces(name), self.describe(name))
+
+        return self._cache.find(sha256, num_bytes) or self._retried(name, attempt)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        def attempt() -> bytes:
+            content = bytearray()
+            for piece in self._pieces(name):
+                content += piece
+                if len(content) > max_bytes:
+                    break
+            return bytes(content)
+
+        return _bounded(self._retried(name, attempt), max_bytes, self.describe(name))
+
+    def copy(self, name: str, output: BinaryIO) -> None:
+        def attempt() -> None:
+            output.seek(0)
+            output.truncate()
+            for piece in self._pieces(name):
+                output.write(piece)
+
+        self._retried(name, attempt)
+
+    def forget(self, sha256: str) -> bool:
+        return self._cache.forget(sha256)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        time_limit_s = self._options.fetch_time_limit_s
+        return steady(self._stream(self._address, name, time_limit_s), time_limit_s)
+
+    def _retried(self, name: str, attempt: Callable[[], T]) -> T:
+        return with_retries(attempt, self._options.fetch_attempts, self.describe(name))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A file descriptor; raises OSError for a named pipe, which could be waited for without end."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "a named pipe", path)
+    return file
+
+
+def _bounded(content: bytes, max_bytes: int, where: str) -> bytes:
+    if len(content) > max_bytes:
+        raise DataError(f"{where}: larger than the {max_bytes} bytes that it may have; copy or prepare it again")
+    return content

@@ -1,0 +1,247 @@
+"""The manifest of a prepared dataset: what there is, and the digests that everything read is checked against.
+
+    dataset/
+      manifest.json                     this file's subject
+      tokenizer.model                   SentencePiece
+      train-000000.tar                  a webdataset shard of tokens (data/shards/tar_layout.py)
+      train-000000.digests              the digest of every 16 KiB of that shard (data/shards/verified_file.py)
+      train-000000.documents.jsonl.gz   which document starts where; only data.inspect reads it
+      validation-000000.tar ...
+      report.json                       what was read, dropped and counted
+      plan.sha256                       of the input and settings, so that the same command knows its work
+
+A dataset of text shards (data/shards/text_shard.py) has the same files, but its .tar files are somebody else's and may
+lie elsewhere. A mixture of datasets is a Manifest too (data/stream/mixture.py).
+
+A manifest is data from elsewhere: names cannot leave the dataset's folder, sizes are bounded and must agree with each
+other, and its own `fingerprint` covers every field that the order or the content of samples depends on.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import DamagedShardError, DataError
+from data.fetch.sources import MANIFEST_NAME, LocalSource, ReadOptions, Source, open_source
+from data.shards.tar_layout import DTYPES, shard_bytes
+
+FORMAT = "entropy-guided-tokens"
+VERSION = 1
+SPLITS = ("train", "validation")
+CONTENTS = ("tokens", "text")
+TOKENIZER = "tokenizer.model"
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_SHARDS = 100_000  # their lines have at most 500 bytes each, so the manifest keeps to its limit
+MAX_SHARD_BYTES = 16 << 30
+MAX_TOKENIZER_BYTES = 64 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: file name, size in tokens and bytes, sha256 of the file and of its list of digests."""
+
+    name: str
+    num_tokens: int
+    num_bytes: int
+    sha256: str
+    digests_sha256: str
+
+    @property
+    def digests_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".digests"
+
+    def num_samples(self, seq_length: int) -> int:
+        """Samples of seq_length inputs and as many labels; neighbours share one token (a label, then an input)."""
+        return max(0, self.num_tokens - 1) // seq_length
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared dataset as its manifest describes it; making one opens no shard.
+
+    `source` has the manifest and what was made for it, `shard_source` the .tar files. `text_key` is the key of the text
+    in the .json members of text shards.
+    """
+
+    source: Source
+    shard_source: Source
+    content: str
+    vocab_size: int
+    end_of_document: int
+    tokenizer_sha256: str
+    tokenizer_bytes: int
+    token_dtype: str
+    text_key: str
+    shards: dict[str, tuple[ShardInfo, ...]]
+    fingerprint: str
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer as a local file; raises DataError if it is not the one that made the tokens."""
+        try:
+            path = self.source.fetch(TOKENIZER, self.tokenizer_sha256, self.tokenizer_bytes)
+            found = hashlib.sha256(LocalSource(path.parent).read(path.name, self.tokenizer_bytes)).hexdigest()
+            if found != self.tokenizer_sha256 and self.source.forget(self.tokenizer_sha256):
+                return self.tokenizer_path
+        except DamagedShardError as error:
+            raise DataError(str(error)) from error  # no policy for damaged shards can replace the tokenizer
+        if found != self.tokenizer_sha256:
+            raise DataError(
+                f"{path}: sha256 {found}, but the tokens were made with {self.tokenizer_sha256}; copy the dataset again"
+            )
+        return path
+
+    def num_tokens(self, split: str) -> int:
+        return sum(shard.num_tokens for shard in self.shards[split])
+
+    def num_samples(self, split: str, seq_length: int) -> int:
+        """Samples of one epoch; a sample never crosses shards."""
+        return sum(shard.num_samples(seq_length) for shard in self.shards[split])
+
+
+def load_manifest(path: str | Path, options: ReadOptions | None = None, shards_address: str | None = None) -> Manifest:
+    """Read and check the manifest of the dataset at `path`: a folder, an address (data/fetch/sources.py) or a mixture's
+    .json.
+
+    `shards_address` is where the shards are if not beside the manifest. Raises DataError with one line that names the
+    field, what it holds and the remedy.
+    """
+    options = options or ReadOptions()
+    if str(path).endswith(".json"):
+        from data.stream.mixture import load_mixture
+
+        return load_mixture(Path(path), options)
+    source = open_source(path, options)
+    raw = source.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    where = source.describe(MANIFEST_NAME)
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: damaged, not JSON ({error}); prepare or copy the dataset again") from error
+    shard_source = source if shards_address is None else open_source(shards_address, options)
+    return _parse(fields, source, shard_source, where)
+
+
+load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
+"""`load_manifest`, but once a process: what is put in a dataset's place meanwhile is not what a run began with."""
+
+
+def manifest_json(
+    content: str,
+    end_of_document: int,
+    vocab_size: int,
+    tokenizer: bytes,
+    token_dtype: str,
+    shards: dict[str, list[ShardInfo]],
+    text_key: str = "",
+) -> str:
+    """The manifest's text, fingerprint included; `tokenizer` is the tokenizer's file."""
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "content": content,
+        "vocab_size": vocab_size,
+        "end_of_document": end_of_document,
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "tokenizer_bytes": len(tokenizer),
+        "token_dtype": token_dtype,
+        "text_key": text_key,
+        "shards": {split: [vars(shard) for shard in shards[split]] for split in SPLITS},
+    }
+    return json.dumps({**fields, "fingerprint": _fingerprint(fields)}, indent=1) + "\n"
+
+
+def _fingerprint(fields: dict[str, Any]) -> str:
+    covered = {key: value for key, value in fields.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(fields: Any, source: Source, shard_source: Source, where: str) -> Manifest:
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise DataError(f'{where}: no manifest of a prepared dataset ("format" is not "{FORMAT}"); run data.prepare')
+    if fields.get("version") != VERSION:
+        raise DataError(f"{where}: version {fields.get('version')!r}, this program reads {VERSION}; prepare it again")
+    fault = next(_faults(fields), None)
+    if fault is not None:
+        raise DataError(f"{where}: damaged, {fault}; prepare or copy the dataset again")
+    plain = (
+        "content",
+        "vocab_size",
+        "end_of_document",
+        "tokenizer_sha256",
+        "tokenizer_bytes",
+        "token_dtype",
+        "text_key",
+        "fingerprint",
+    )
+    return Manifest(
+        source=source,
+        shard_source=shard_source,
+        **{key: fields[key] for key in plain},
+        shards={split: tuple(ShardInfo(**shard) for shard in fields["shards"][split]) for split in SPLITS},
+    )
+
+
+def _faults(fields: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a manifest; later checks rely on earlier ones, so only the first fault is meaningful."""
+    if str(fields.get("content")) not in CONTENTS:
+        yield f"content is {fields.get('content')!r}, expected one of {', '.join(CONTENTS)}"
+    if str(fields.get("token_dtype")) not in DTYPES:
+        yield f"token_dtype is {fields.get('token_dtype')!r}, expected one of {', '.join(DTYPES)}"
+    if not _is_count(fields.get("vocab_size"), 1 << 32):
+        yield f"vocab_size is {fields.get('vocab_size')!r}, expected a positive whole number"
+    end = fields.get("end_of_document")
+    if end != 0 and not _is_count(end, fields["vocab_size"] - 1):
+        yield f"end_of_document is {end!r}, expected a token id below vocab_size"
+    if not _is_sha256(fields.get("tokenizer_sha256")):
+        yield f"tokenizer_sha256 is {fields.get('tokenizer_sha256')!r}, expected 64 hexadecimal digits"
+    if not _is_count(fields.get("tokenizer_bytes"), MAX_TOKENIZER_BYTES):
+        yield f"tokenizer_bytes is {fields.get('tokenizer_bytes')!r}, expected 1 to {MAX_TOKENIZER_BYTES}"
+    if not isinstance(fields.get("text_key"), str):
+        yield f"text_key is {fields.get('text_key')!r}, expected a text"
+    shards = fields.get("shards")
+    if not isinstance(shards, dict) or any(not isinstance(shards.get(split), list) for split in SPLITS):
+        yield f"shards must hold a list for each of {', '.join(SPLITS)}"
+        return
+    for split in SPLITS:
+        for number, shard in enumerate(shards[split]):
+            for fault in _shard_faults(shard, fields["content"], fields["token_dtype"]):
+                yield f"shards.{split}[{number}]: {fault}"
+    if fields.get("fingerprint") != _fingerprint(fields):
+        yield f"fingerprint is {fields.get('fingerprint')!r} but the content gives {_fingerprint(fields)!r}"
+
+
+def _shard_faults(shard: Any, content: str, token_dtype: str) -> Iterator[str]:
+    if not isinstance(shard, dict) or set(shard) != set(ShardInfo.__dataclass_fields__):
+        yield f"must hold exactly {', '.join(ShardInfo.__dataclass_fields__)}"
+        return
+    if not is_shard_name(shard["name"]):
+        yield f"name {shard['name']!r} is no plain file name ending in .tar"
+    if not (_is_count(shard["num_tokens"], MAX_SHARD_BYTES) and _is_count(shard["num_bytes"], MAX_SHARD_BYTES)):
+        yield f"num_tokens {shard['num_tokens']!r} and num_bytes {shard['num_bytes']!r} must be positive whole numbers"
+        return
+    expected = shard_bytes(shard["num_tokens"], token_dtype)
+    if content == "tokens" and shard["num_bytes"] != expected:
+        yield f"num_bytes is {shard['num_bytes']}, but {shard['num_tokens']} tokens make {expected}"
+    if not (_is_sha256(shard["sha256"]) and _is_sha256(shard["digests_sha256"])):
+        yield "sha256 and digests_sha256 must be 64 hexadecimal digits each"
+
+
+def is_shard_name(value: Any) -> bool:
+    """Whether a value is a plain file name ending in .tar, which cannot leave a folder or run a command."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None and value.endswith(".tar")
+
+
+def _is_count(value: Any, limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= limit
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None

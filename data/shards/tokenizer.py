@@ -1,0 +1,113 @@
+"""A byte-pair tokenizer that gives back exactly the text it was given.
+
+SentencePiece writes a space as U+2581, so a U+2581 of the text itself would come back as a space: it is spelled with
+its three byte tokens instead. Everything else is exact with byte fallback and identity normalisation. No piece contains
+a line feed, so text is encoded line by line, which is faster than in one piece and gives the same tokens.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from data.errors import DataError
+from data.shards.manifest import MAX_TOKENIZER_BYTES
+
+END_OF_DOCUMENT = "<|end_of_document|>"
+_SPACE_SYMBOL = "\u2581"
+_PROBES = ("a", " a", "a ", "  \t b\r\n\n c", "\ufb01 \u00e9 \u0301", "\U0001d11e", "\ufeff\x00", f"{_SPACE_SYMBOL}x")
+
+
+class Tokenizer:
+    """A SentencePiece model read from `path`; raises DataError where the model cannot restore every text exactly."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._source = str(path)
+        model = _read_model(Path(path))
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a SentencePiece model; give a file that data.prepare wrote") from error
+        self.vocab_size: int = self._processor.vocab_size()
+        self.end_of_document: int = self._processor.eos_id()
+        self._newline = self._processor.piece_to_id("<0x0A>")
+        self._space_symbol_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
+        self._require_lossless()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end-of-document token."""
+        ids: list[int] = []
+        for i, line in enumerate(text.split("\n")):
+            if i:
+                ids.append(self._newline)
+            if _SPACE_SYMBOL not in line:
+                ids += self._processor.encode(line)
+                continue
+            for j, part in enumerate(line.split(_SPACE_SYMBOL)):
+                ids += (self._space_symbol_ids if j else []) + self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; end-of-document tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def _require_lossless(self) -> None:
+        unknown = self._processor.unk_id()
+        byte_ids = [*self._space_symbol_ids, self._newline]
+        if self.end_of_document < 0:
+            raise DataError(f"{self._source}: the model has no end-of-sentence piece to end documents with")
+        lossless = unknown not in byte_ids and all(self.decode(self.encode(text)) == text for text in _PROBES)
+        if not lossless:
+            raise DataError(
+                f"{self._source}: the model does not restore text exactly; it needs byte fallback, identity "
+                "normalisation and no dummy prefix (train one with data.prepare --vocab-size)"
+            )
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
+    """Train a byte-pair model on `lines` and return its serialized form, the same bytes for the same lines.
+
+    Pieces never cross a space but runs of spaces are pieces of their own, which indentation needs.
+    """
+    buffer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=buffer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 16,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_DOCUMENT,
+            num_threads=1,  # it is written into the model, whose bytes should not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        remedy = "choose a larger one" if "smaller than" in reason else "choose a smaller one or give more text"
+        raise DataError(
+            f"--vocab-size {vocab_size}: no vocabulary of this size can be learned from this text ({reason}); {remedy}"
+        ) from error
+    return buffer.getvalue()
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise DataError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes, so not a tokenizer of ours")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the tokenizer ({error.strerror}); name a tokenizer.model") from error

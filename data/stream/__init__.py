@@ -1,0 +1,1 @@
+"""From shards to micro-batches: the order of samples, mixtures, and a stream that resumes exactly."""

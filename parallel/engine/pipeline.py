@@ -1,0 +1,56 @@
+"""The one door to DeepSpeed's pipeline: a `Stage` as the single layer of each pipeline rank, under DeepSpeed's 1F1B
+schedule.
+"""
+
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from parallel.sharding.megatron import Groups
+from parallel.sharding.stage import Stage
+
+
+def inputs_and_labels(micro_batch: tuple[Tensor, ...]) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """A micro-batch as DeepSpeed wants it: what the first stage gets, and what the last one does."""
+    tokens, labels, *document_start = micro_batch
+    return (tokens, *document_start) if document_start else tokens, labels
+
+
+class PipelineStage(PipelineModule):
+    """Runs a stage's body; the last stage's loss comes from `Stage.loss`.
+
+    A tied head is a second copy of the embedding on the last stage: both start equal, and their gradients are summed
+    over the two stages before the optimizer. The copy is left out of the gradient norm.
+    """
+
+    def __init__(self, stage: Stage, groups: Groups) -> None:
+        grid = groups.grid
+        super().__init__(
+            layers=[LayerSpec(nn.Identity) for _ in range(grid.pp)],
+            topology=PipeModelDataParallelTopology(num_pp=grid.pp, num_mp=grid.tp, num_dp=grid.replicas),
+            loss_fn=stage.loss,
+            partition_method="uniform",
+        )
+        self.stage = stage
+        self.hands_on = not grid.is_last_stage
+        self.embedding_ends = groups.embedding_ends
+        tied = self.stage.tied_weight
+        for parameter in stage.parameters():
+            parameter.ds_pipe_replicated = parameter is tied and not grid.is_first_stage
+
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What the next stage gets: hidden states and, where it came with the tokens, where documents begin."""
+        x, *document_start = x if isinstance(x, tuple) else (x,)
+        hidden = self.stage.body(x, *document_start)
+        return (hidden, *document_start) if document_start and self.hands_on else hidden
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, ProcessGroup]]:
+        """What DeepSpeed sums before a step: the tied embedding over first and last stage."""
+        tied = self.stage.tied_weight
+        return [] if tied is None or self.embedding_ends is None else [(tied, self.embedding_ends)]
+
+    def _synchronize_tied_weights(self) -> None:
+        """Nothing to do: tied copies are equal from the start, since initial values depend on the seed and the name
+        alone.
+        """

@@ -1,0 +1,201 @@
+"""Collectives as operators: to autograd and to the compiler each is one call with a registered gradient.
+
+A collective in a `torch.autograd.Function` cannot be compiled safely. Dynamo of torch 2.11 traces into the function,
+and where its forward changes a new tensor in place (`received = torch.empty_like(x)`, then a collective into it) the
+result no longer requires a gradient: everything before it silently stops learning. torch 2.13 does not do that. The
+functions of megatron-core are of this kind. An operator is never traced into, so blocks compile as one graph with the
+communication inside it (`tests/parallel/sharding/test_compiled_functions.py`).
+
+    operator            forward                                      gradient
+    all_reduce          sum over ranks                               unchanged: every rank already has the whole
+    sum_both_ways       sum over ranks                               sum over ranks
+    gather_positions    [T / p, ...] -> [T, ...]                     reduce-scatter
+    scatter_sum         sum over ranks, [T, ...] -> [T / p, ...]     gather
+    take_positions      this rank's rows of [T, ...]                 gather
+    take_features       this rank's columns of [..., D]              gather
+    all_to_all          part r of dimension 0 goes to rank r         the way back, which is the same exchange
+    column_linear       X W^T of all positions for this rank's rows  see `column_linear`
+
+Groups are passed by name, since an operator takes no objects; `name_of` registers a group.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+NAMESPACE = "sharded"
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What an operator runs, by its full name, for whoever counts the collectives within."""
+
+_groups: dict[str, ProcessGroup] = {}
+
+
+def name_of(group: ProcessGroup) -> str:
+    """Registers a process group and returns the name by which the operators know it."""
+    _groups[group.group_name] = group
+    return group.group_name
+
+
+def _size(group: str) -> int:
+    return _groups[group].size()
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """Makes an operator of a function on tensors and a group's name."""
+    name = f"{NAMESPACE}::{function.__name__.lstrip('_')}"
+    IMPLEMENTATIONS[name] = function
+    return torch.library.custom_op(name, mutates_args=())(function)
+
+
+def _differentiable(operator: Any, gradient: Callable[[Tensor, str], Tensor]) -> None:
+    """Registers the gradient of an operator of (tensor, group)."""
+
+    def keep_group(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    operator.register_autograd(lambda ctx, grad: (gradient(grad, ctx.group), None), setup_context=keep_group)
+
+
+@_operator
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """Sums over ranks. Its gradient passes through: what follows computes the same on every rank."""
+    return _summed(x, group)
+
+
+@_operator
+def sum_both_ways(x: Tensor, group: str) -> Tensor:
+    """Sums over ranks, and sums gradients too: for a total on which each rank's own output depends."""
+    return _summed(x, group)
+
+
+@_operator
+def gather_positions(x: Tensor, group: str) -> Tensor:
+    """Joins all ranks' positions, [T / p, ...] -> [T, ...]."""
+    whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=_groups[group])
+    return whole
+
+
+@_operator
+def scatter_sum(x: Tensor, group: str) -> Tensor:
+    """Sums over ranks and keeps this rank's positions, [T, ...] -> [T / p, ...]."""
+    own = x.new_empty((x.shape[0] // _size(group), *x.shape[1:]))
+    dist.reduce_scatter_tensor(own, x.contiguous(), group=_groups[group])
+    return own
+
+
+@_operator
+def take_positions(x: Tensor, group: str) -> Tensor:
+    """Keeps this rank's positions of what every rank holds, [T, ...] -> [T / p, ...]."""
+    return x.chunk(_size(group))[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
+
+
+@_operator
+def take_features(x: Tensor, group: str) -> Tensor:
+    """Keeps this rank's features of what every rank holds, [..., D] -> [..., D / p]."""
+    return x.chunk(_size(group), dim=-1)[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
+
+
+@_operator
+def all_to_all(parts: Tensor, group: str) -> Tensor:
+    """Sends part r of dimension 0 to rank r."""
+    parts = parts.contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=_groups[group])
+    return received
+
+
+@_operator
+def column_linear(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tensor:
+    """Y = X W^T with the rows of W split over ranks: [T, B, D] -> [T, B, rows].
+
+    The backward pass sums the gradient of X over ranks while the gradient of W is computed, and under sequence
+    parallelism gathers X anew rather than keeping it whole.
+
+    Args:
+        gathers: whether x holds this rank's positions, [T / p, B, D], to be gathered first (sequence parallelism).
+    """
+    return (gather_positions(x, group) if gathers else x) @ weight.t()
+
+
+@_operator
+def _column_linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, group: str, gathers: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight; each exchange runs behind a product, if the device allows."""
+    grad, whole, ranks = grad.contiguous(), x, _groups[group]
+    if gathers:
+        whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))
+        gathering = dist.all_gather_into_tensor(whole, x.contiguous(), group=ranks, async_op=True)
+    grad_x = grad @ weight
+    if gathers:
+        gathering.wait()
+        own = torch.empty_like(x, memory_format=torch.contiguous_format)
+        summing = dist.reduce_scatter_tensor(own, grad_x, group=ranks, async_op=True)
+    else:
+        own = grad_x
+        summing = dist.all_reduce(own, group=ranks, async_op=True)
+    grad_weight = grad.flatten(0, -2).t() @ whole.flatten(0, -2)
+    summing.wait()
+    return own, grad_weight
+
+
+def _summed(x: Tensor, group: str) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_groups[group])
+    return total
+
+
+def _gather_features(grad: Tensor, group: str) -> Tensor:
+    return torch.cat(gather_positions(grad.unsqueeze(0), group).unbind(0), dim=-1)
+
+
+def _like(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fewer_positions(x: Tensor, group: str) -> Tensor:
+    return x.new_empty((x.shape[0] // _size(group), *x.shape[1:]))
+
+
+all_reduce.register_fake(_like)
+sum_both_ways.register_fake(_like)
+all_to_all.register_fake(_like)
+gather_positions.register_fake(lambda x, group: x.new_empty((x.shape[0] * _size(group), *x.shape[1:])))
+scatter_sum.register_fake(_fewer_positions)
+take_positions.register_fake(_fewer_positions)
+take_features.register_fake(lambda x, group: x.new_empty((*x.shape[:-1], x.shape[-1] // _size(group))))
+
+_differentiable(all_reduce, lambda grad, group: grad)
+_differentiable(sum_both_ways, sum_both_ways)
+_differentiable(gather_positions, scatter_sum)
+_differentiable(scatter_sum, gather_positions)
+_differentiable(take_positions, gather_positions)
+_differentiable(take_features, _gather_features)
+_differentiable(all_to_all, all_to_all)
+
+
+@column_linear.register_fake
+def _(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tensor:
+    return x.new_empty((x.shape[0] * (_size(group) if gathers else 1), *x.shape[1:-1], weight.shape[0]))
+
+
+@_column_linear_gradients.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, group: str, gathers: bool) -> tuple[Tensor, Tensor]:
+    return _like(x, group), _like(weight, group)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.group, ctx.gathers = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _column_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *_column_linear_gradients(grad, *ctx.saved_tensors, ctx.group, ctx.gathers), None, None
+
+
+column_linear.register_autograd(_column_linear_backward, setup_context=_keep)

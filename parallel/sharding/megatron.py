@@ -1,0 +1,173 @@
+"""The one door to megatron-core: process groups and tensor-parallel layers, which keep its shards and shapes.
+
+What the layers of a block compute, and how they communicate, is `parallel.sharding.collectives`' instead of
+megatron-core's autograd functions, through which torch 2.11 loses gradients when a block is compiled.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model.transformer import scaled_matrix
+from parallel.grid import RankGrid
+from parallel.sharding.collectives import all_reduce, column_linear, name_of, scatter_sum, take_features
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it names optional packages that are not needed here
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core import tensor_parallel as mcore
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The grid with this rank's process group along each axis."""
+
+    grid: RankGrid
+    tensor: ProcessGroup
+    context: ProcessGroup  # other positions of the same sequences
+    batch: ProcessGroup  # the same positions of other sequences
+    data: ProcessGroup  # both: the replicas that gradients are averaged over
+    pipeline: ProcessGroup
+    tensor_pipeline: ProcessGroup  # all ranks of one replica
+
+    @property
+    def embedding_ends(self) -> ProcessGroup | None:
+        """First and last stage of this rank's pipeline, which share a tied embedding; None on stages between."""
+        return parallel_state.get_embedding_group(check_initialized=False)
+
+
+def initialize_groups(grid: RankGrid) -> Groups:
+    """Creates every process group of the grid; torch.distributed must be initialized."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        context_parallel_size=grid.cp,
+        create_gloo_process_groups=False,
+    )
+    return Groups(
+        grid=grid,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        batch=parallel_state.get_data_parallel_group(),
+        data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        tensor_pipeline=parallel_state.get_model_parallel_group(),
+    )
+
+
+class ModelParallelUnit:
+    """megatron-core's `parallel_state` completed to the `mpu` that DeepSpeed expects.
+
+    To DeepSpeed every replica is a data-parallel rank, whether it holds other sequences or other positions.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self._groups.tensor_pipeline
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.grid.tp * self._groups.grid.pp
+
+    def get_model_parallel_rank(self) -> int:
+        return torch.distributed.get_rank(self._groups.tensor_pipeline)
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._groups.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.grid.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.grid.replica
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        grid = self._groups.grid
+        return [int(rank) for rank in grid.ranks[grid.stage, :, :, grid.tp_rank].flatten()]
+
+
+class ColumnParallelLinear(mcore.ColumnParallelLinear):
+    """Y = X W^T with the rows of W split: Y = [X W_1^T .. X W_p^T], each rank keeping its part of Y."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The bias is that of this rank's part."""
+        y = column_linear(x, self.weight, self.group_name, self.sequence_parallel)
+        return y if bias is None else y + bias
+
+
+class RowParallelLinear(mcore.RowParallelLinear):
+    """Y = X W^T with the columns of W split: Y = sum_i X_i W_i^T, summed over ranks."""
+
+    def forward(self, x: Tensor, divisor: Tensor | None = None, diagonal: Tensor | float | None = None) -> Tensor:
+        """Divisor and diagonal of the whole matrix get a part of their gradients on each rank."""
+        if not self.input_is_parallel:
+            x = take_features(x, self.group_name)
+        y = F.linear(x, scaled_matrix(self.weight, divisor, diagonal, self.first_column))
+        return (scatter_sum if self.sequence_parallel else all_reduce)(y, self.group_name)
+
+
+def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:
+    """The column-parallel form of a bias-free linear layer; its weight is uninitialized."""
+    layer = ColumnParallelLinear(
+        linear.in_features,
+        linear.out_features,
+        config=_layer_config(groups, sequence_parallel),
+        init_method=nn.init.normal_,
+        bias=False,
+        tp_group=groups.tensor,
+    )
+    layer.group_name = name_of(groups.tensor)
+    return layer
+
+
+def row_parallel(
+    linear: nn.Linear, groups: Groups, sequence_parallel: bool, input_is_parallel: bool
+) -> RowParallelLinear:
+    """The row-parallel form of a bias-free linear layer; its weight is uninitialized."""
+    layer = RowParallelLinear(
+        linear.in_features,
+        linear.out_features,
+        config=_layer_config(groups, sequence_parallel),
+        init_method=nn.init.normal_,
+        bias=False,
+        input_is_parallel=input_is_parallel,
+        skip_bias_add=False,
+        tp_group=groups.tensor,
+    )
+    layer.group_name, layer.first_column = name_of(groups.tensor), groups.grid.tp_rank * layer.input_size_per_partition
+    return layer
+
+
+def vocab_parallel_embedding(embedding: nn.Embedding, groups: Groups) -> nn.Module:
+    """The vocabulary-parallel form of a word embedding; its weight is uninitialized."""
+    return mcore.VocabParallelEmbedding(
+        embedding.num_embeddings,
+        embedding.embedding_dim,
+        init_method=nn.init.normal_,
+        config=_layer_config(groups, False),
+        tp_group=groups.tensor,
+    )
+
+
+def copy_to_tensor_region(x: Tensor, groups: Groups) -> Tensor:
+    """Identity forward; sums gradients over tensor-parallel ranks backward."""
+    return mcore.copy_to_tensor_model_parallel_region(x, group=groups.tensor)
+
+
+def _layer_config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=groups.grid.tp,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )

@@ -1,0 +1,149 @@
+"""The entropy regularizer over sharded heads, layers, positions and sequences.
+
+With theta and the entropy H of L layers, N heads, S sequences and T positions of one micro-batch group (the
+micro-batches that all data-parallel ranks process at the same time), the whole penalty is
+
+    per_query   P = 1/(L N S T) sum_lnst f(H_lnst - theta_ln ln T)          f(x) = x^2 where |x| > margin ln T, else 0
+    per_head    P = 1/(L N) sum_ln f(E_ln - theta_ln ln T),                 E_ln = 1/(S T) sum_st H_lnst
+
+What a rank holds, and what that asks for:
+
+    tensor parallel     heads with their theta     nothing: its terms of the sum; the constant keeps the global N
+    pipeline parallel   layers with their theta    nothing: its terms of the sum; the constant keeps the global L
+    sequence parallel   all positions              nothing: positions are split only outside attention
+    context parallel    heads, all positions       nothing: attention has exchanged positions for heads; theta is held
+                                                   whole, and each rank uses its heads' part
+    data parallel       sequences                  per_query: nothing, averaging over ranks is the mean over S
+                                                   per_head: E is averaged over ranks before f
+
+The engine averages gradients over the dp x cp replicas. Data-parallel ranks each contribute P_r with P = mean_r P_r, as
+the average wants. Context-parallel ranks each contribute the terms of their heads, whose sum is wanted: they enter
+times cp. For per_head every data-parallel rank has the same E = mean_r E_r, and wants dP/dw = P'(E) mean_r dE_r/dw:
+each gives P'(E) dE_r/dw, so the averaging reduction passes gradients through unchanged and the engine's average does
+the rest.
+
+One reduction a stage and micro-batch serves all its layers: their E sit in one vector. It is started when the stage's
+layers have run and waited for in the backward pass, so that the head's products or the next stage's hide it. The
+penalty never waits for the last stage: it is attached to the stage's output, where the backward pass picks it up with a
+constant gradient.
+
+Since per_head squares after averaging over a micro-batch group, its value depends on micro_batch_size x dp: layouts are
+comparable at equal products only. per_query does not depend on the layout at all.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.regularizer import RegularizerConfig, penalty
+from parallel.sharding.megatron import Groups
+
+
+class ShardedRegularizer:
+    """Computes the part of the penalty that this rank's heads and layers contribute.
+
+    Args:
+        config: strength, margin, granularity.
+        num_layers, num_heads, seq_length: of the whole model.
+        num_micro_batches: in one optimizer step; gradients of micro-batches are summed, so each enters with its share.
+    """
+
+    def __init__(
+        self,
+        config: RegularizerConfig,
+        groups: Groups,
+        *,
+        num_layers: int,
+        num_heads: int,
+        seq_length: int,
+        num_micro_batches: int,
+    ) -> None:
+        grid = groups.grid
+        self.config, self.groups = config, groups
+        self.factor = config.coefficient * grid.cp / (num_layers * num_heads)
+        self.max_entropy_nats = math.log(seq_length)
+        self.gradient_scale = 1.0 / num_micro_batches
+        held = len(grid.heads(num_heads))
+        self.own_heads = slice(grid.cp_rank * held, (grid.cp_rank + 1) * held)
+
+    def attach(self, output: Tensor, entropy_LBNT: Tensor, threshold_LN: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The output unchanged, whose backward pass also sends gradient into the penalty.
+
+        Args:
+            output: of this stage.
+            entropy_LBNT: nats, of the stage's layers, this rank's sequences and the heads whose attention it computed.
+            threshold_LN: theta of those layers and of all heads whose weights it holds.
+
+        Returns:
+            The output, and a function that gives this rank's terms of coefficient * P, a scalar in the entropies' type:
+            summed over (tp, pp) and averaged over (dp, cp) it is the whole. Call it once the backward pass has run.
+        """
+        theta_LN = threshold_LN[:, self.own_heads].to(entropy_LBNT.dtype)
+        if self.config.granularity == "per_query":
+            each = penalty(entropy_LBNT, theta_LN[:, None, :, None], self.max_entropy_nats, self.config.margin)
+            terms = self.factor * each.mean(dim=(1, 3)).sum()
+            return _Attach.apply(output, terms, self.gradient_scale), terms.detach
+        local_LN = entropy_LBNT.mean(dim=(1, 3))
+        average = _Average(local_LN.detach(), self.groups)
+        theta = theta_LN.detach()
+        return (
+            _AttachPerHead.apply(output, local_LN, theta_LN, average, self),
+            lambda: self.per_head(average.wait(), theta),
+        )
+
+    def per_head(self, mean_LN: Tensor, theta_LN: Tensor) -> Tensor:
+        """This rank's terms from the mean entropies of its heads: a scalar."""
+        return self.factor * penalty(mean_LN, theta_LN, self.max_entropy_nats, self.config.margin).sum()
+
+
+class _Average:
+    """The mean of a small vector over data-parallel ranks, on its way."""
+
+    def __init__(self, local: Tensor, groups: Groups) -> None:
+        self._mean = local / groups.grid.dp
+        self._work = None
+        if groups.grid.dp > 1:
+            self._work = torch.distributed.all_reduce(self._mean, group=groups.batch, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._mean
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, penalty: Tensor, gradient_scale: float) -> Tensor:
+        ctx.gradient_scale = gradient_scale
+        ctx.save_for_backward(penalty)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (penalty,) = ctx.saved_tensors
+        return grads[0], torch.full_like(penalty, ctx.gradient_scale), None
+
+
+class _AttachPerHead(torch.autograd.Function):
+    """Like `_Attach`, but the penalty is taken in the backward pass, when its mean entropies have arrived."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, local_LN: Tensor, theta_LN: Tensor, average: _Average, regularizer: ShardedRegularizer
+    ) -> Tensor:
+        ctx.average, ctx.regularizer = average, regularizer
+        ctx.save_for_backward(theta_LN)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (theta_LN,) = ctx.saved_tensors
+        inputs = (ctx.average.wait().detach().requires_grad_(), theta_LN.detach().requires_grad_())
+        with torch.enable_grad():
+            terms = ctx.regularizer.gradient_scale * ctx.regularizer.per_head(*inputs)
+        grad_mean, grad_theta = torch.autograd.grad(terms, inputs)
+        return grads[0], grad_mean, grad_theta, None, None

@@ -1,0 +1,172 @@
+"""One pipeline stage in training: its part of the model, its part of the regularizer, and what it measures on the
+way.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.initialize import initialize
+from model.transformer import Transformer
+from parallel.config import ParallelConfig, padded_vocab_size
+from parallel.sharding.context import apply_context_parallel
+from parallel.sharding.megatron import Groups
+from parallel.sharding.regularizer import ShardedRegularizer
+from parallel.sharding.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
+
+MicroBatch = tuple[Tensor, ...]
+"""Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
+each token's document begins, [B, T].
+"""
+
+
+@dataclass
+class StageStatistics:
+    """Sums over micro-batches of what this rank saw, on the device; losses in nats per token."""
+
+    micro_batches: int
+    sequences: int
+    cross_entropy: Tensor
+    entropy_penalty: Tensor
+    entropy_LN: Tensor  # nats, of the heads whose attention this rank computed, summed over sequences
+
+    def __add__(self, other: "StageStatistics") -> "StageStatistics":
+        return StageStatistics(
+            *(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+
+class Stage(nn.Module):
+    """Layers, ends and regularizer of one rank.
+
+    In training the result is the mean cross-entropy a token; in evaluation the sum, over labels that are not negative.
+    `valid_rows` tells for each micro-batch of an evaluation how many of its first sequences count; None means all.
+    """
+
+    def __init__(self, transformer: Transformer, regularizer: ShardedRegularizer | None) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.regularizer = regularizer
+        self.statistics: StageStatistics | None = None
+        self.valid_rows: list[int] | None = None
+        self._penalties: list[Callable[[], Tensor]] = []
+
+    @property
+    def thresholds_LN(self) -> Tensor:
+        return torch.stack([block.attention.threshold for block in self.transformer.layers.values()])
+
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """The copy held here of the word embedding that a tied head shares; None on stages between, or if untied."""
+        transformer = self.transformer
+        if not transformer.config.tied_head:
+            return None
+        if transformer.embedding is not None:
+            return transformer.embedding.word.weight
+        return None if transformer.head is None else transformer.head.weight
+
+    def body(self, x: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+        """Tokens [T, B] or hidden states [T, B, D] to hidden states, with the penalty attached in training."""
+        x_TBD, entropies_BNT = self.transformer.hidden_states(x, document_start_BT)
+        entropy_LBNT = torch.stack(entropies_BNT)
+        self._record(entropy_LBNT.detach())
+        if self.regularizer is not None and self.training:
+            x_TBD, penalty = self.regularizer.attach(x_TBD, entropy_LBNT, self.thresholds_LN)
+            self._penalties.append(penalty)
+        return x_TBD
+
+    def loss(self, x_TBD: Tensor, labels_TB: Tensor) -> Tensor:
+        """Hidden states and next tokens [T, B] to the cross-entropy, a float32 scalar."""
+        assert self.transformer.head is not None and self.statistics is not None
+        loss = self.transformer.head(x_TBD, labels_TB)
+        if self.training:
+            loss = loss / labels_TB.numel()
+        self.statistics.cross_entropy += loss.detach()
+        return loss
+
+    def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+        return self.loss(self.body(tokens_TB, document_start_BT), labels_TB)
+
+    def complete_statistics(self) -> StageStatistics:
+        """What was summed since it was last taken; in training after the backward passes, which settle penalties."""
+        assert self.statistics is not None, "no micro-batch was run"
+        for penalty in self._penalties:
+            self.statistics.entropy_penalty += penalty()
+        self._penalties = []
+        return self.statistics
+
+    def take_statistics(self) -> StageStatistics:
+        """The complete statistics; the next step begins with new ones."""
+        statistics, self.statistics = self.complete_statistics(), None
+        return statistics
+
+    def count(self, more: StageStatistics) -> None:
+        """Adds to what was measured since it was last taken."""
+        self.statistics = more if self.statistics is None else self.statistics + more
+
+    def _record(self, entropy_LBNT: Tensor) -> None:
+        micro_batches = 0 if self.statistics is None else self.statistics.micro_batches
+        rows = entropy_LBNT.shape[1] if self.valid_rows is None else self.valid_rows[micro_batches]
+        zero = entropy_LBNT.new_zeros(())
+        self.count(StageStatistics(1, rows, zero, zero.clone(), entropy_LBNT[:, :rows].mean(dim=3).sum(dim=1)))
+
+
+def build_transformer(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    *,
+    vocab_size: int,
+    seed: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """This rank's part of the model, initialized from the seed alone.
+
+    The order matters: shapes first (nothing allocated), then sharding, then memory, then values, then gradient hooks.
+    """
+    grid, sequence_parallel = groups.grid, parallel.sequence_parallel
+    tokens_per_step = micro_batch_size * num_micro_batches * len(grid.positions(model.seq_length))
+    replicate_fused_ffn = parallel.replicates_fused_ffn(model.hidden_size, tokens_per_step)
+    with torch.device("meta"):
+        transformer = Transformer(
+            model,
+            vocab_size,
+            padded_vocab_size=padded_vocab_size(vocab_size, grid.tp),
+            layers=grid.layers(model.num_layers),
+            first=grid.is_first_stage,
+            last=grid.is_last_stage,
+        )
+        split = apply_tensor_parallel(transformer, groups, sequence_parallel, replicate_fused_ffn)
+        apply_context_parallel(transformer, groups)
+    transformer.to(dtype).to_empty(device=device)
+    transformer.tie_head()
+    mark_split(transformer, split)
+    initialize(transformer, model, vocab_size, seed, cut(transformer, groups))
+    sum_replicated_gradients(transformer, groups, sequence_parallel, num_micro_batches)
+    return transformer
+
+
+def recompute_activations(transformer: Transformer, what: Literal["none", "selective", "full"]) -> None:
+    """Keeps less of each block for the backward pass, which computes the rest again.
+
+    'full' keeps the block's input alone. 'selective' keeps what the wide matrices gave, and computes again what is
+    cheap: attention from its queries, keys and values on, and the FFN's activation. Entropies come from the first run
+    in either case; the second serves gradients only.
+    """
+    # nothing here is random, and the state of generators cannot be had while a CUDA graph is captured
+    again = functools.partial(functools.partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for block in transformer.layers.values():
+        if what == "full":
+            block.forward = again(block.forward)
+        elif what == "selective":
+            block.attention.attend = again(block.attention.attend)
+            block.ffn.contract = again(block.ffn.contract)

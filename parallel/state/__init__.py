@@ -1,0 +1,1 @@
+"""The training state under global names: what a rank holds of each tensor, whatever the layout."""

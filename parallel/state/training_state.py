@@ -1,0 +1,206 @@
+"""Training state under global parameter names, independent of the layout that holds it.
+
+ZeRO keeps of each parameter's float32 master copy and Adam moments a contiguous piece of the flattened local tensor on
+each data-parallel rank; tensor parallelism makes the local tensor a slice of the whole. A `Piece` records the one cut,
+`parallel.state.chunks` turns it into rectangles of the whole:
+
+    whole [rows, columns]  --tensor parallel-->  local shard  --flatten, ZeRO-->  piece [start, start + length)
+
+    model.NAME, exp_avg.NAME, exp_avg_sq.NAME    float32, shapes of the whole model without vocabulary padding
+    buffer.tp0of2.NAME                           power-iteration vectors of one tensor-parallel rank
+
+The chunks saved by all ranks cover every tensor exactly once: of what several ranks hold, one saves it.
+"""
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
+from model.normalized_weights import update_spectral_norms
+from parallel.sharding.megatron import Groups
+from parallel.state.chunks import Chunk, chunks_of_range, whole_chunk
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+POWER_ITERATIONS_AFTER_RESHARDING = 30
+
+
+@dataclass
+class Piece:
+    """Views of this rank's piece of one parameter's master copy and Adam moments, each [length]."""
+
+    start: int
+    master: Tensor
+    moments: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the prefix under which they are saved."""
+        return {"model": self.master, **self.moments}
+
+
+class StateMap:
+    """Finds a stage's tensors in the whole model.
+
+    Args:
+        vocab_size: without padding.
+    """
+
+    def __init__(self, stage: nn.Module, groups: Groups, vocab_size: int) -> None:
+        self.stage, self.groups = stage, groups
+        self._shapes = global_shapes(stage.transformer.config, vocab_size)
+
+    def saved_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
+        """What this rank contributes to a checkpoint; views of the live state."""
+        chunks: list[Chunk] = []
+        for name, parameter in named_parameters(self.stage.transformer):
+            if not self._saved_elsewhere(name, parameter):
+                chunks += self._piece_chunks(name, parameter, piece_of(parameter, optimizer, self.groups))
+        return chunks + (self._own_buffers() if self.groups.grid.replica == 0 else [])
+
+    def optimizer_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
+        """Where this rank's master copies and moments are to be loaded."""
+        chunks: list[Chunk] = []
+        for name, parameter in named_parameters(self.stage.transformer):
+            chunks += self._piece_chunks(name, parameter, piece_of(parameter, optimizer, self.groups))
+        return chunks
+
+    def weight_chunks(self) -> list[Chunk]:
+        """Where this rank's weights are to be loaded; ZeRO-3's, which are partitioned, come from their masters."""
+        chunks: list[Chunk] = []
+        for name, parameter in named_parameters(self.stage.transformer):
+            if not hasattr(parameter, "ds_tensor"):
+                chunks += self._range_chunks("model", name, parameter, 0, parameter.detach().view(-1))
+        return chunks
+
+    def buffer_chunks(self, saved_names: Container[str]) -> list[Chunk]:
+        """Where power-iteration vectors are to be loaded; empty where another tensor-parallel size saved them."""
+        chunks = self._own_buffers()
+        return chunks if all(chunk.name in saved_names for chunk in chunks) else []
+
+    def _piece_chunks(self, name: str, parameter: nn.Parameter, piece: Piece | None) -> Iterator[Chunk]:
+        if piece is not None:
+            for kind, flat in piece.tensors().items():
+                yield from self._range_chunks(kind, name, parameter, piece.start, flat)
+
+    def _range_chunks(self, kind: str, name: str, parameter: nn.Parameter, start: int, flat: Tensor) -> Iterator[Chunk]:
+        name, shape, dim = source(name, self.stage), local_shape(parameter), parameter.partition_dim
+        offsets = [0] * len(shape)
+        if dim is not None:
+            offsets[dim] = shape[dim] * self.groups.grid.tp_rank
+        return chunks_of_range(f"{kind}.{name}", self._shapes[name], shape, offsets, start, flat.detach())
+
+    def _own_buffers(self) -> list[Chunk]:
+        prefix = f"buffer.tp{self.groups.grid.tp_rank}of{self.groups.grid.tp}"
+        return [whole_chunk(f"{prefix}.{name}", b) for name, b in self.stage.transformer.named_buffers()]
+
+    def _saved_elsewhere(self, name: str, parameter: nn.Parameter) -> bool:
+        replicated = parameter.partition_dim is None and self.groups.grid.tp_rank != 0
+        return replicated or source(name, self.stage) != name
+
+
+class SavedState(Protocol):
+    """A checkpoint as seen from here."""
+
+    adam_step: float
+    names: Container[str]
+
+    def read(self, chunks: list[Chunk]) -> None:
+        """Fills the chunks; all ranks call."""
+
+
+@torch.no_grad()
+def load_training_state(stage: nn.Module, wrapper: Any, groups: Groups, saved: SavedState, vocab_size: int) -> None:
+    """Fills weights, master copies and moments of this rank's layout, whatever the layout that saved them.
+
+    Args:
+        wrapper: DeepSpeed's optimizer around AdamW.
+    """
+    create_moments(wrapper, saved.adam_step)
+    state = StateMap(stage, groups, vocab_size)
+    targets = state.optimizer_chunks(wrapper.optimizer) + state.weight_chunks()
+    _load(stage, state, saved, targets)
+    for _, parameter in named_parameters(stage.transformer):
+        piece = piece_of(parameter, wrapper.optimizer, groups) if hasattr(parameter, "ds_tensor") else None
+        if piece is not None:
+            parameter.ds_tensor[: piece.master.numel()].copy_(piece.master)
+
+
+@torch.no_grad()
+def load_weights(stage: nn.Module, groups: Groups, saved: SavedState, vocab_size: int) -> None:
+    """Fills a stage's weights of any layout; not for ZeRO-3, whose weights are partitioned."""
+    state = StateMap(stage, groups, vocab_size)
+    _load(stage, state, saved, state.weight_chunks())
+
+
+def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Chunk]) -> None:
+    """Reads the targets and the power-iteration vectors; those that another layout saved are found again."""
+    buffers = state.buffer_chunks(saved.names)
+    saved.read(targets + buffers)
+    if not buffers:
+        for _, buffer in stage.transformer.named_buffers():
+            buffer.fill_(1.0)
+        update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)
+
+
+def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: Groups) -> Piece | None:
+    """This data-parallel rank's piece of a parameter, or None where it holds none."""
+    if hasattr(parameter, "ds_tensor"):
+        return _piece_of_stage_3(parameter, groups)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+    address = mapping.hp_fragment_address
+    moments = {kind: optimizer.state[flat][kind].narrow(0, address.start, address.numel) for kind in MOMENTS}
+    return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
+
+
+def _piece_of_stage_3(parameter: nn.Parameter, groups: Groups) -> Piece | None:
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    size = parameter.ds_tensor.ds_numel
+    start = groups.grid.replica * size
+    length = min(size, parameter.ds_numel - start)
+    if length <= 0:
+        return None
+    moments = {kind: safe_get_local_optimizer_state(parameter, kind).flatten()[:length] for kind in MOMENTS}
+    return Piece(start, safe_get_local_fp32_param(parameter).flatten()[:length], moments)
+
+
+def create_moments(wrapper: Any, adam_step: float) -> None:
+    """Gives every flat master copy Adam's state at `adam_step`, which torch would create at the first step.
+
+    Args:
+        wrapper: DeepSpeed's optimizer around AdamW.
+    """
+    optimizer = wrapper.optimizer
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for flat in flat_masters(wrapper):
+        state = optimizer.state[flat]
+        for kind in MOMENTS:
+            if kind not in state:
+                state[kind] = torch.zeros_like(flat)
+        state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=flat.device if on_device else "cpu")
+
+
+def flat_masters(wrapper: Any) -> list[Tensor]:
+    """This rank's flat float32 partitions; ZeRO-3 hands them to AdamW only while it steps."""
+    groups = wrapper.optimizer.param_groups
+    return getattr(wrapper, "fp32_partitioned_groups_flat", [flat for group in groups for flat in group["params"]])
+
+
+def adam_step(optimizer: torch.optim.Optimizer) -> float:
+    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return max(steps, default=0.0)
+
+
+def source(name: str, stage: nn.Module) -> str:
+    """The saved name of a parameter: a tied head held apart from the embedding was saved as the embedding."""
+    return TIED_HEAD_SOURCE if name == "head.weight" and stage.transformer.config.tied_head else name
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

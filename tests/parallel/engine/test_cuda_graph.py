@@ -1,0 +1,165 @@
+"""What a replayed training pass must leave behind, shown without a GPU: whoever captures runs the pass as it is."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallel.engine.cuda_graph import CaptureError, replay_training_passes
+from parallel.sharding.megatron import Groups
+from parallel.sharding.stage import Stage, StageStatistics
+from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
+from train.parts import build_engine, build_stage
+
+SEQUENCES = 3
+
+
+def _micro_batches(count: int, sequences: int = SEQUENCES) -> list[tuple[Tensor, Tensor]]:
+    shape = (tiny_config().model.seq_length + 1, sequences)
+    return [(tokens[:-1], tokens[1:]) for tokens in (torch.randint(VOCAB_SIZE, shape) for _ in range(count))]
+
+
+def _step(stage: Stage, batches: list[tuple[Tensor, Tensor]]) -> tuple[StageStatistics, list[Tensor]]:
+    stage.train().zero_grad()
+    for batch in batches:
+        stage(*batch).backward()
+    gradients = [parameter.grad for parameter in stage.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return stage.take_statistics(), [gradient.clone() for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.parametrize("granularity", ["per_query", "per_head"])
+def test_a_step_measures_and_gives_what_it_did(granularity: str, one_process: Groups) -> None:
+    stage, _ = build_stage(tiny_config(granularity=granularity), VOCAB_SIZE, groups=one_process)
+    batches = _micro_batches(3)
+    expected, expected_gradients = _step(stage, batches)
+    overwritten: list[Tensor] = []
+
+    def capture(training_pass: nn.Module, micro_batch: Any) -> Any:
+        training_pass(*micro_batch)[0].backward()  # as it warms up
+        stage.zero_grad()
+
+        def replay(*micro_batch: Tensor) -> tuple[Tensor, ...]:
+            for old in overwritten:
+                old.fill_(torch.nan)
+            loss, *measured = training_pass(*micro_batch)
+            overwritten[:] = measured
+            return loss, *measured
+
+        return replay
+
+    replay_training_passes(stage, capture)
+    for _ in range(2):
+        found, gradients = _step(stage, batches)
+        assert vars(found).keys() == vars(expected).keys()
+        for name, value in vars(found).items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(vars(expected)[name])), name
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+    assert found.cross_entropy > 0 and found.entropy_penalty > 0 and found.micro_batches == 3
+
+
+def test_each_shape_is_captured_once_and_evaluation_never(one_process: Groups) -> None:
+    stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
+    captured: list[int] = []
+
+    def capture(training_pass: nn.Module, micro_batch: Any) -> nn.Module:
+        captured.append(micro_batch[0].shape[1])
+        return training_pass
+
+    replay_training_passes(stage, capture)
+    for sequences in (SEQUENCES, SEQUENCES, 2, SEQUENCES):
+        _step(stage, _micro_batches(1, sequences))
+    stage.eval()
+    stage(*_micro_batches(1, 5)[0])
+    assert captured == [SEQUENCES, 2]
+
+
+def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
+    """A node that lives on remembers the stream it was made on, and a graph that meets the default one is refused."""
+
+    def kept(stage: nn.Module) -> int:
+        def node(parameter: nn.Parameter) -> Any:
+            return parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+        for parameter in stage.parameters():
+            node(parameter).metadata["seen"] = True
+        return sum("seen" in node(parameter).metadata for parameter in stage.parameters())
+
+    config = training_with(tiny_config(), precision="bf16")
+    engine = build_engine(config, VOCAB_SIZE, one_process)
+    assert kept(engine.stage) == 0
+    held, found = [], []
+
+    def capture(training_pass: nn.Module, micro_batch: Any) -> Any:
+        for _ in range(2):  # it keeps what it captured, as what captures does
+            found.append(kept(engine.stage))
+            held.append(training_pass(*micro_batch))
+            held[-1][0].backward()
+
+        def replay(*micro_batch: Tensor) -> Any:
+            found.append(kept(engine.stage))
+            return training_pass(*micro_batch)
+
+        return replay
+
+    replay_training_passes(engine.stage, capture)
+    engine.train_step(iter(_micro_batches(config.num_micro_batches(1))), 1e-3)
+    assert found[:3] == [0, 40, 0] and len(list(engine.stage.parameters())) == 40
+
+
+ENDED = RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "expected"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nCompile with"), ENDED, CaptureError),
+        (RuntimeError("operation not permitted when stream is capturing"), None, CaptureError),
+        (torch.OutOfMemoryError("CUDA out of memory."), ENDED, torch.OutOfMemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory."), None, torch.OutOfMemoryError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None, RuntimeError),
+        (NotImplementedError(), None, NotImplementedError),
+    ],
+)
+def test_what_cannot_be_captured_is_said_with_the_remedy(
+    first: RuntimeError, then: RuntimeError | None, expected: type[RuntimeError], one_process: Groups
+) -> None:
+    stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
+
+    def capture(training_pass: nn.Module, micro_batch: Any) -> Any:
+        try:
+            raise first
+        finally:
+            if then is not None:
+                raise then
+
+    replay_training_passes(stage, capture)
+    with pytest.raises(RuntimeError) as raised:
+        _step(stage, _micro_batches(1))
+    assert type(raised.value) is expected
+    if expected is CaptureError:
+        assert str(raised.value).endswith(
+            "(operation not permitted when stream is capturing); set training.cuda_graphs=off"
+        )
+
+
+def test_a_micro_batch_stays_the_callers(one_process: Groups) -> None:
+    """What replays is fed through the tensors that it was captured with."""
+    stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
+    batches = _micro_batches(2)
+    before = [tuple(each.clone() for each in batch) for batch in batches]
+    losses = [stage.train()(*batch).item() for batch in batches]
+
+    def capture(training_pass: nn.Module, static: Any) -> Any:
+        def replay(*micro_batch: Tensor) -> Any:
+            for place, given in zip(static, micro_batch, strict=True):
+                place.copy_(given)
+            return training_pass(*static)
+
+        return replay
+
+    replay_training_passes(stage, capture)
+    assert [stage(*batch).item() for batch in batches] == losses
+    for batch, kept in zip(batches, before, strict=True):
+        assert all(map(torch.equal, batch, kept))

@@ -1,0 +1,76 @@
+"""An evaluation under any layout counts each sequence once, and never the rows that fill up the last micro-batch; and
+every head and layer is reported as it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.transformer import Transformer
+from parallel.layout import parse_layout
+from parallel.local_ranks import run_ranks
+from tests.parallel.tiny import plain_model, tiny_config
+from train.compare.command import apply_layout, global_batches, reference_layout
+from train.config import Config
+
+SEQUENCES = 5  # of micro-batches of four sequences in all
+
+
+@pytest.mark.parametrize("layout", ["acc=2", "tp=2:sp=1:acc=2", "pp=2:acc=2", "dp=2:acc=2", "cp=2:dp=2:acc=2"])
+def test_the_last_batch_is_not_full(layout: str) -> None:
+    config, parsed = tiny_config(), parse_layout(layout)
+    vocab_size, (batch_BT,) = global_batches(config, 1)
+    applied = apply_layout(config, parsed, reference_layout(config, [parsed]))
+    found = run_ranks(_evaluate, parsed.world_size, applied, vocab_size, batch_BT)
+
+    model, rows_TB = plain_model(config, vocab_size), batch_BT[:SEQUENCES].t()
+    with torch.no_grad():
+        cross_entropy, entropies_BNT = model(rows_TB[:-1], rows_TB[1:])
+    expected = {"entropy_nats": [entropy.mean(dim=(0, 2)) for entropy in entropies_BNT], **_parameters(model)}
+    for loss, heads in found:
+        assert loss == pytest.approx(float(cross_entropy), rel=1e-6)
+        assert heads.keys() == expected.keys()
+        for name, values in expected.items():
+            here = torch.tensor(heads[name], dtype=torch.float64)
+            torch.testing.assert_close(
+                here, torch.stack(values), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def _parameters(model: Transformer) -> dict[str, list[Tensor]]:
+    """Of each layer, read from the model as it is."""
+    attention, ffn = ([getattr(block, name) for block in model.layers.values()] for name in ("attention", "ffn"))
+    temperature_NT = [each.temperature().detach() for each in attention]
+    return {
+        "threshold": [each.threshold.detach() for each in attention],
+        "temperature": [each.mean(dim=1) for each in temperature_NT],
+        "temperature_min": [each.min() for each in temperature_NT],
+        "temperature_max": [each.max() for each in temperature_NT],
+        "alpha": [each.alpha.detach()[0] for each in ffn],
+        "beta": [each.beta.detach()[0] for each in ffn],
+    }
+
+
+def _evaluate(config: Config, vocab_size: int, batch_BT: Tensor) -> tuple[float, dict[str, Any]]:
+    """The cross-entropy summed over all tokens that count, and what is reported of every head and layer."""
+    from parallel.engine.telemetry import head_snapshot, loss_parts, sum_over_ranks
+    from train.compare.measurement import EngineStep, _micro_batches
+    from train.parts import IGNORED_LABEL
+
+    step = EngineStep(config, vocab_size)
+    grid, size = step.groups.grid, config.training.micro_batch_size
+    starts = range(grid.dp_rank * size, len(batch_BT), grid.dp * size)
+    valid_rows = [min(max(SEQUENCES - start, 0), size) for start in starts]
+
+    def micro_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for (tokens_TB, labels_TB), valid in zip(_micro_batches(config, grid, batch_BT), valid_rows, strict=True):
+            labels_TB[:, valid:] = IGNORED_LABEL
+            yield tokens_TB, labels_TB
+
+    statistics = step.engine.evaluate(micro_batches(), valid_rows)
+    mean = sum_over_ranks(loss_parts(statistics, step.groups))[0]
+    loss = float(mean) * statistics.micro_batches * grid.replicas
+    return loss, head_snapshot(step.stage, statistics, step.groups).as_row()

@@ -1,0 +1,1 @@
+"""Benchmarks of the attention kernel, the training step and learning."""

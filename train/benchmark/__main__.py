@@ -1,0 +1,39 @@
+"""Benchmarks that anyone can repeat: contenders side by side in one run, medians, JSON, a table and a picture.
+
+    python -m train.benchmark attention          attention with entropies beside its peers, over lengths
+    python -m train.benchmark step --config configs/ereg.json      a whole training step beside a GPT-2 of equal size
+    python -m train.benchmark learning --config configs/ereg.json  the fused computation against the paper's
+
+Each says more with --help.
+"""
+
+import sys
+
+from data.errors import print_faults, run_command
+from parallel.engine.deepspeed_section import DeepSpeedSectionError
+from train.benchmark import attention as benchmark_attention
+from train.benchmark import learning as benchmark_learning
+from train.benchmark import step as benchmark_step
+from train.config import ConfigError
+
+BENCHMARKS = {
+    "attention": benchmark_attention.main,
+    "step": benchmark_step.main,
+    "learning": benchmark_learning.main,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 1 failed while running, 2 cannot run as asked."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        print(__doc__)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        return BENCHMARKS[arguments[0]](arguments[1:])
+    except (ConfigError, DeepSpeedSectionError) as error:
+        print_faults(error)
+        return 2
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Saving and loading checkpoints that any layout can read."""

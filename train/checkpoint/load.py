@@ -1,0 +1,215 @@
+"""Checkpoints of a run, under global parameter names: any layout resumes what any other saved.
+
+    checkpoints/step_00000500/    see train/checkpoint/folder.py
+
+This file finds and loads them, train/checkpoint/saver.py saves them. Before a checkpoint is loaded every file's size
+and sha256 are checked, each file by one rank; if any is damaged, the one before is taken. The ranks talk about
+checkpoints over a gloo group of their own, so that the training's collectives are not disturbed.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data.errors import first_line
+from parallel.agreement import on_rank_zero
+from parallel.state.chunks import Chunk, ChunkLoadPlanner
+from train.checkpoint.folder import MARKER, DamagedFileError, Folder, read_marker, verify_file
+from train.checkpoint.tensors import Reader
+from train.config import Config
+from train.run.journal import read_journal
+
+VERIFYING_THREADS = 4
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; one clear line."""
+
+
+class SavedCheckpoint:
+    """A complete checkpoint whose files are as they were written."""
+
+    def __init__(self, folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> None:
+        self.folder, self.marker, self._group = folder, marker, group
+        self.step: int = marker["step"]
+        self.adam_step: float = marker["adam_step"]
+        self._reader = Reader(folder)
+        self.names = self._reader.read_metadata().state_dict_metadata.keys()
+
+    def read(self, chunks: list[Chunk]) -> None:
+        """Fills the chunks; all ranks call.
+
+        Raises:
+            CheckpointError: something is not there, or not in this shape.
+        """
+        try:
+            dcp.load({}, storage_reader=self._reader, planner=ChunkLoadPlanner(chunks), process_group=self._group)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self.folder.address}: {first_failure(error)}") from None
+
+
+def checkpoint_group(timeout_s: float) -> ProcessGroup:
+    """The group that checkpoints are agreed on over; all ranks call."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def steps_saved(root: Folder) -> list[int]:
+    """Steps of the complete checkpoints below a folder, oldest first."""
+    steps = [int(name[5:]) for name in root.names() if name.startswith("step_") and name[5:].isdecimal()]
+    return sorted(step for step in steps if root.child(folder_name(step)).exists(MARKER))
+
+
+def newest_sound(
+    root: Folder, group: ProcessGroup, before: int | None = None
+) -> tuple[SavedCheckpoint | None, list[str]]:
+    """The newest checkpoint (of a step below `before`) whose files are all intact, and what is wrong with newer ones.
+
+    All ranks call and get the same answer.
+    """
+    (steps,) = _from_rank_zero([steps_saved(root)] if dist.get_rank() == 0 else [None], group)
+    faults: list[str] = []
+    for step in reversed([step for step in steps if before is None or step < before]):
+        folder = root.child(folder_name(step))
+        marker, fault = _verified_marker(folder, group)
+        if fault is None:
+            saved, fault = _opened(folder, marker, group)
+        if fault is None:
+            return saved, faults
+        faults.append(fault)
+    return None, faults
+
+
+def newest_to_resume(
+    root: Folder, group: ProcessGroup, config: Config, dataset: dict[str, Any]
+) -> tuple[SavedCheckpoint | None, list[str]]:
+    """The newest sound checkpoint (None for a new run), and what is wrong with newer ones; all ranks call.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is sound, or it is of another model, dataset or batch size, or
+            the run has saved checkpoints that are not there.
+    """
+    saved, faults = newest_sound(root, group)
+    if saved is None and faults:
+        raise CheckpointError(
+            f"{root.address}: no checkpoint is intact: {'; '.join(faults)}; restore one from a copy, or choose another "
+            "run_dir to start anew"
+        )
+    if saved is None:
+        on_rank_zero(lambda: check_not_lost(root, Path(config.run_dir)))
+    else:
+        check_fits(saved, config, dataset)
+        check_same_batches(saved, config)
+    return saved, faults
+
+
+def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any], str | None]:
+    """The marker, and the first fault found in it or in the files, which the ranks check between them."""
+    try:
+        marker, fault = (read_marker(folder) if dist.get_rank() == 0 else {}), None
+    except DamagedFileError as error:
+        marker, fault = {}, str(error)
+    marker, fault = _from_rank_zero([marker, fault], group)
+    if fault is None:
+        names = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
+        fault = _first_of_all_ranks(_fault_of(folder, names, marker["files"]), group)
+    return marker, fault
+
+
+def _opened(folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> tuple["SavedCheckpoint | None", str | None]:
+    """The checkpoint, whose table of tensors every rank reads; the first fault that any of them met."""
+    saved, fault = None, None
+    try:
+        saved = SavedCheckpoint(folder, marker, group)
+    except DamagedFileError as error:
+        fault = str(error)
+    return saved, _first_of_all_ranks(fault, group)
+
+
+def _first_of_all_ranks(fault: str | None, group: ProcessGroup) -> str | None:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, fault, group=group)
+    return next((each for each in gathered if each is not None), None)
+
+
+def _fault_of(folder: Folder, names: list[str], files: dict[str, Any]) -> str | None:
+    def check(name: str) -> str | None:
+        try:
+            verify_file(folder, name, files[name])
+        except DamagedFileError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(VERIFYING_THREADS, thread_name_prefix="verify") as threads:
+        return next((fault for fault in threads.map(check, names) if fault is not None), None)
+
+
+def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any]) -> None:
+    """Raises CheckpointError where the checkpoint is of another model or dataset."""
+    for key, value in config.as_dict()["model"].items():
+        there = saved.marker["config"]["model"].get(key)
+        if there != value:
+            raise CheckpointError(
+                f"{saved.folder.address}: written with model.{key} = {there!r}, but the configuration has {value!r}; "
+                "use the same value or another run_dir"
+            )
+    for key, value in dataset.items():
+        there = saved.marker["dataset"].get(key)
+        if there != value:
+            raise CheckpointError(
+                f"{saved.folder.address}: trained on a dataset with {key} = {there!r}, but {config.data.path} has "
+                f"{value!r}; use the same dataset or another run_dir"
+            )
+
+
+def check_not_lost(root: Folder, run_dir: Path) -> None:
+    """Raises CheckpointError where a run without checkpoints has saved some: starting anew would cut its curve."""
+    saved = [row["step"] for row in read_journal(run_dir) if row.get("event") == "saved"]
+    if saved:
+        raise CheckpointError(
+            f"{root.address}: holds no checkpoint, but the run in {run_dir} saved one at step {saved[-1]} "
+            "(journal.jsonl); set checkpoint.path to where that is, or choose another run_dir to start anew"
+        )
+
+
+def check_same_batches(saved: SavedCheckpoint, config: Config) -> None:
+    """Raises CheckpointError where steps have another size than those before, on which tokens and rates depend."""
+    there, here = saved.marker["config"]["training"]["global_batch_size"], config.training.global_batch_size
+    if there != here:
+        raise CheckpointError(
+            f"{saved.folder.address}: trained with training.global_batch_size = {there}, but the configuration has "
+            f"{here}; use the same value or another run_dir"
+        )
+
+
+def changed_settings(saved: SavedCheckpoint, config: Config) -> dict[str, list[Any]]:
+    """[old, new] of each setting that is not what the checkpoint was trained with; earlier versions knew fewer keys."""
+    there, here = _flat(saved.marker["config"]), _flat(config.as_dict())
+    known = {key for key in here if key in there or key.startswith("deepspeed.")} - {"run_dir"}
+    return {key: [there.get(key), here[key]] for key in sorted(known) if there.get(key) != here[key]}
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """section.key -> value; of the deepspeed section, each of its own keys."""
+    sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
+    keys = {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+    return {**{name: value for name, value in tree.items() if name not in sections}, **keys}
+
+
+def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values
+
+
+def first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {first_line(cause)}"
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"

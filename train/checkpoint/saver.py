@@ -1,0 +1,183 @@
+"""Saving a run's checkpoints in the background, and deleting those that need not be kept.
+
+Training waits while the state is copied to host memory; a thread then writes it through torch.distributed.checkpoint,
+and the marker comes last.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data.errors import first_line
+from parallel.engine.engine import Engine
+from parallel.state.chunks import Chunk, ChunkSavePlanner
+from train.checkpoint.folder import DamagedFileError, Folder, read_marker
+from train.checkpoint.load import CheckpointError, first_failure, folder_name, steps_saved
+from train.checkpoint.staging import Staging
+from train.checkpoint.tensors import Writer
+from train.config import Config
+from train.run.folder import description, finite_or_none
+
+FAILURES_IN_A_ROW = 2
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be saved; one clear line."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; `validation_loss` is of an evaluation at this very step."""
+
+    step: int
+    data_state: dict[str, Any]
+    health_state: dict[str, Any]
+    validation_loss: float | None = None
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints in the background, one at a time, and deletes those that need not be kept.
+
+    All ranks hold one and call the same methods at the same steps.
+
+    Args:
+        dataset: its identity, which a resumed run must share.
+        told: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        vocab_size: int,
+        dataset: dict[str, Any],
+        group: ProcessGroup,
+        told: Callable[..., None] | None,
+    ) -> None:
+        self._config, self._engine, self._vocab_size = config, engine, vocab_size
+        self._group, self._told = group, told
+        self._description = {"dataset": dataset, "world_size": dist.get_world_size(), **description(config)}
+        self._root = Folder(config.checkpoint_folder)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._staging: Future[Staging] = self._thread.submit(Staging, engine.state_chunks(vocab_size))
+        self._pending: Future[None] | None = None
+        self._failures = 0
+        self.saved_step: int | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Copies the state, then writes in the background; first waits for the save before.
+
+        Raises:
+            SaveError: two saves in a row failed; what was complete before them is intact.
+        """
+        started = time.perf_counter()
+        self._settle()
+        chunks = self._staging.result().copy(self._engine.state_chunks(self._vocab_size))
+        state = {
+            "step": progress.step,
+            "adam_step": self._engine.adam_step,
+            "data_state": progress.data_state,
+            "health_state": progress.health_state,
+            "validation_loss": finite_or_none(progress.validation_loss),
+            **self._description,
+        }
+        self.saved_step = progress.step
+        self._pending = self._thread.submit(self._write, chunks, state, time.perf_counter() - started)
+
+    def finish(self) -> None:
+        """Waits until the last save is written; raises SaveError if it failed."""
+        self._settle(last=True)
+
+    def forget_after(self, step: int) -> None:
+        """Deletes checkpoints of later steps, after the run went back to `step`."""
+        if dist.get_rank() == 0:
+            for later in (saved for saved in steps_saved(self._root) if saved > step):
+                self._root.child(folder_name(later)).remove()
+
+    def close(self) -> None:
+        """Lets the background thread end; a save that is not finished is finished first."""
+        self._thread.shutdown(wait=True)
+        if self._staging.done() and self._staging.exception() is None:
+            self._staging.result().close()
+
+    def _settle(self, last: bool = False) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+            self._failures = 0
+        except SaveError as error:
+            self._failures += 1
+            if last or self._failures == FAILURES_IN_A_ROW:
+                raise SaveError(f"{error}; checkpoints that were complete before it are intact") from None
+
+    def _write(self, chunks: list[Chunk], state: dict[str, Any], blocked_s: float) -> None:
+        started = time.perf_counter()
+        folder = self._root.child(folder_name(state["step"]))
+        try:
+            writer = Writer(folder, dist.get_rank(), state)
+            dcp.save({}, storage_writer=writer, planner=ChunkSavePlanner(chunks), process_group=self._group)
+        except (Exception, CheckpointException) as error:  # a full disk, a store that does not answer, a rank gone
+            cause = first_failure(error) if isinstance(error, CheckpointException) else first_line(error)
+            message = f"{folder.address}: could not be saved ({cause})"
+            if self._told is not None:
+                self._told("save failed", step=state["step"], reason=message)
+                _remove_quietly(folder)
+            raise SaveError(message) from None
+        if self._told is not None:
+            write_s = round(time.perf_counter() - started, 3)
+            self._told("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
+            with contextlib.suppress(OSError):  # of a store that does not list now: deleted after the next save
+                prune(self._root, self._config, state["step"])
+
+
+def prune(root: Folder, config: Config, newest: int) -> None:
+    """Deletes complete checkpoints but the newest `keep`, multiples of `keep_every` and the best; and unfinished ones.
+
+    Those of steps after `newest` were found damaged when the run resumed: they count for nothing and are left alone.
+    """
+    saved = steps_saved(root)
+    steps = [step for step in saved if step <= newest]
+    kept = set(steps[-config.checkpoint.keep :]) | (set(saved) - set(steps))
+    if config.checkpoint.keep_every:
+        kept |= {step for step in steps if step % config.checkpoint.keep_every == 0}
+    if config.checkpoint.keep_best:
+        losses = {step: loss for step in steps if (loss := _validation_loss(root.child(folder_name(step)))) is not None}
+        kept |= {min(losses, key=lambda step: (losses[step], -step))} if losses else set()
+    for name in root.names():
+        if name.startswith("step_") and (not name[5:].isdecimal() or int(name[5:]) not in kept):
+            _remove_quietly(root.child(name))
+
+
+def prepare(root: Folder) -> None:
+    """Makes the folder of checkpoints and sees that it can be written; raises CheckpointError."""
+    try:
+        root.make()
+        root.write_last("writable", b"")
+        root.fs.rm_file(f"{root.path}/writable")
+    except Exception as error:  # stores raise errors of their own
+        raise CheckpointError(
+            f"{root.address}: cannot be written ({error}); choose another checkpoint.path or run_dir"
+        ) from None
+
+
+def _validation_loss(folder: Folder) -> float | None:
+    try:
+        return read_marker(folder)["validation_loss"]
+    except (DamagedFileError, KeyError):
+        return None
+
+
+def _remove_quietly(folder: Folder) -> None:
+    """What cannot be deleted now is deleted after the next save."""
+    with contextlib.suppress(OSError):
+        folder.remove()

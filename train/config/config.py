@@ -1,0 +1,224 @@
+"""The configuration: one frozen dataclass a section, read from one JSON file, every fault reported at once.
+
+Precedence: defaults < file < `section.key=value` on the command line. An example of the last:
+
+    python train/main.py --config configs/ereg.json model.num_layers=6 training.train_steps=100 --dry-run
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.shards.manifest import SPLITS, Manifest
+from data.stream.token_stream import open_reader
+from model.config import ModelConfig, explained
+from model.regularizer import RegularizerConfig
+from parallel.config import ParallelConfig
+from parallel.grid import RankGrid
+from train.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    HealthConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from train.config.tree import ConfigError, apply_override, build, read_json
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig = ModelConfig()
+    regularizer: RegularizerConfig = RegularizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Passed through to DeepSpeed's own configuration; keys that other sections derive are refused."
+        },
+    )
+    run_dir: str = explained(
+        "runs/default", "Folder of this run: configuration, metrics, checkpoints, figures. A run found there continues."
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Folder or address of the run's checkpoints."""
+        return self.checkpoint.path or f"{self.run_dir}/checkpoints"
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps, from train_steps or, rounded up, from train_tokens."""
+        if self.training.train_steps is not None:
+            return self.training.train_steps
+        assert self.training.train_tokens is not None
+        return -(-self.training.train_tokens // self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.model.seq_length
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // self.parallel.ranks_per_batch
+
+    def grid(self, world_size: int, rank: int = 0) -> RankGrid:
+        """The place of one of `world_size` processes."""
+        parallel = self.parallel
+        return RankGrid(
+            tp=parallel.tensor_parallel_size,
+            pp=parallel.pipeline_parallel_size,
+            dp=self.data_parallel_size(world_size),
+            cp=parallel.context_parallel_size,
+            rank=rank,
+        )
+
+    def num_micro_batches(self, world_size: int) -> int:
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads, merges, types and checks a configuration; ingredients of the architecture are filled in.
+
+    Raises:
+        ConfigError: the file cannot be read, or any value is wrong; all faults at once, each with its remedy.
+    """
+    tree = read_json(Path(path))
+    faults: list[str] = []
+    for override in overrides or []:
+        apply_override(tree, override, faults)
+    _let_override_win(tree, overrides or [])
+    config = build(Config, tree, "", faults)
+    faults += section_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return dataclasses.replace(config, model=config.model.resolved())
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """The inverse of `Config.as_dict`, with the same checks."""
+    faults: list[str] = []
+    config = build(Config, tree, "", faults)
+    faults += section_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return dataclasses.replace(config, model=config.model.resolved())
+
+
+def section_faults(config: Config) -> list[str]:
+    """Faults that need no knowledge of the world size or the dataset."""
+    faults = config.model.faults()
+    if not faults:
+        faults += config.parallel.faults(config.model.resolved())
+    sections = (
+        config.regularizer,
+        config.data,
+        config.optimizer,
+        config.training,
+        config.checkpoint,
+        config.health,
+        config.logging,
+    )
+    for section in sections:
+        faults += section.faults()
+    if not config.run_dir:
+        faults.append("run_dir is empty; name the folder of this run, say runs/first")
+    return faults + derived_key_faults(config)
+
+
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "the section optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_types": "training.precision",
+    "pipeline": "the pipeline's correctness under sequence parallelism",
+    "prescale_gradients": "how gradients are averaged (parallel/engine/accumulation.py)",
+    "gradient_predivide_factor": "how gradients are averaged (parallel/engine/accumulation.py)",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.memory_efficient_linear": "how blocks are compiled (parallel/engine/engine.py)",
+    "zero_allow_untested_optimizer": "the section optimizer",
+}
+
+
+def derived_key_faults(config: Config) -> list[str]:
+    """Keys of the deepspeed section that would contradict what is derived from other sections."""
+    faults = []
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        faults.append(f"deepspeed.zero_optimization = {json.dumps(zero)} must be a section (a JSON object)")
+    for key, source in DERIVED_DEEPSPEED_KEYS.items():
+        node: Any = config.deepspeed
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            faults.append(
+                f"deepspeed.{key} = {json.dumps(node)} is derived from {source}; remove it and set that instead"
+            )
+    return faults
+
+
+def world_faults(config: Config, world_size: int) -> list[str]:
+    """Faults of the sizes against the number of processes."""
+    if world_size < 1:
+        return [f"the world size {world_size} must be at least 1"]
+    ranks = config.parallel.ranks_per_batch
+    if world_size % ranks:
+        names = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+        sizes = {name: getattr(config.parallel, name) for name in names}
+        product = " * ".join(f"{name}({size})" for name, size in sizes.items() if size > 1)
+        return [
+            f"the world size {world_size} is not a multiple of {product} = {ranks}; launch a multiple of {ranks} "
+            f"processes (deepspeed --num_gpus {ranks} ...) or change the sizes"
+        ]
+    dp = config.data_parallel_size(world_size)
+    group = config.training.micro_batch_size * dp
+    if config.training.global_batch_size % group:
+        return [
+            f"training.global_batch_size = {config.training.global_batch_size} is not a multiple of micro_batch_size("
+            f"{config.training.micro_batch_size}) * data-parallel size({dp}) = {group}; change one of them"
+        ]
+    return []
+
+
+def dataset_faults(config: Config, manifest: Manifest) -> list[str]:
+    """Faults of the settings against the dataset: splits too short for a sample, a cache too small for its shards."""
+    data, faults = config.data, []
+    for split in SPLITS:
+        try:
+            open_reader(
+                manifest,
+                split,
+                config.model.seq_length,
+                config.training.seed,
+                data.shuffle_window_shards,
+                data.read_options(),
+            )
+        except DataError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _let_override_win(tree: dict[str, Any], overrides: list[str]) -> None:
+    """A run's length on the command line replaces the file's, also where the file states it in the other unit."""
+    named = {override.partition("=")[0] for override in overrides} & {"training.train_steps", "training.train_tokens"}
+    if len(named) == 1 and isinstance(tree.get("training"), dict):
+        other = {"training.train_steps": "train_tokens", "training.train_tokens": "train_steps"}[named.pop()]
+        tree["training"].pop(other, None)

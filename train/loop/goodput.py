@@ -1,0 +1,81 @@
+"""Where a run's wall time goes, over all its restarts.
+
+    steps         forward, backward, optimizer of steps whose result the run still stands on
+    data          waiting for the next batch
+    save          training held up by a checkpoint
+    evaluation
+    start_up      from the start of the process to the end of its first step, which compiles
+    lost          steps done again after a failure or after going back
+    down          from the last record of one process to the start of the next
+    other         logging and what is left
+
+Goodput is the share of steps. goodput.json keeps the seconds; rank 0 counts, since all ranks share the wall.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from train.run.folder import write_atomically
+
+NAME = "goodput.json"
+CATEGORIES = ("steps", "data", "save", "evaluation", "start_up", "lost", "down", "other")
+
+
+class Goodput:
+    """Adds up seconds by category.
+
+    Args:
+        folder: run directory that has goodput.json; None counts without a file.
+        lost_s: time of steps that an earlier process of this run did and this one does again.
+    """
+
+    def __init__(self, folder: Path | None, lost_s: float = 0.0) -> None:
+        path = self._path = folder / NAME if folder is not None else None
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+        process_started = psutil.Process().create_time()
+        kept = _read(path)
+        if kept is not None:
+            self.seconds.update({key: kept["seconds"][key] for key in CATEGORIES})
+            self.seconds["down"] += max(0.0, process_started - kept["updated"])
+            self.lose(lost_s)
+        self._marked = process_started
+
+    def spent(self, category: str, of_which_data_s: float = 0.0) -> None:
+        """What passed since the last call went into `category`, but for the given wait for data."""
+        now = time.time()
+        passed, self._marked = now - self._marked, now
+        data_s = min(passed, of_which_data_s)
+        self.seconds[category] += passed - data_s
+        self.seconds["data"] += data_s
+
+    def lose(self, seconds: float) -> None:
+        """Steps that took so long have to be done again."""
+        moved = min(seconds, self.seconds["steps"])
+        self.seconds["steps"] -= moved
+        self.seconds["lost"] += moved
+
+    @property
+    def share(self) -> float:
+        return self.seconds["steps"] / max(sum(self.seconds.values()), 1e-9)
+
+    def write(self) -> None:
+        if self._path is not None:
+            row = {"updated": time.time(), "goodput": self.share, "seconds": self.seconds}
+            write_atomically(self._path, json.dumps(row, indent=1) + "\n")
+
+    def __str__(self) -> str:
+        total = max(sum(self.seconds.values()), 1e-9)
+        rest = ", ".join(f"{key} {value / total:.1%}" for key, value in self.seconds.items() if key != "steps")
+        return f"goodput {self.share:.1%} of {total:,.0f} s; {rest}"
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(path.read_text()) if path is not None else None
+        return kept if kept is None or {"updated", "seconds"} <= kept.keys() else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,99 @@
+"""What a run shows in TensorBoard: scalars in groups, head and threshold maps, histograms, hyperparameters."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.config import Config
+
+STEP_SCALARS = {
+    "loss": ("loss", "ce_loss", "entropy_loss"),
+    "optimizer": ("learning_rate", "grad_norm"),
+    "speed": ("step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"),
+}
+LAYER_MEANS = {"entropy_nats": "layer_entropy_nats", "threshold": "threshold", "temperature": "temperature"}
+LAYER_VALUES = ("alpha", "beta")
+HYPERPARAMETER_SECTIONS = ("model", "regularizer", "optimizer", "training")
+RESULTS = ("validation/validation_loss", "validation/validation_perplexity")
+
+
+class TensorBoardLog:
+    """Writes rows of metrics.jsonl and entropy.jsonl; continues a resumed run's curves without doubled steps."""
+
+    def __init__(self, folder: Path, config: Config, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        if first_step == 0:
+            self._hyperparameters(config)
+            self._writer.add_custom_scalars(chart_layout())
+
+    def step(self, row: dict[str, Any]) -> None:
+        for group, keys in STEP_SCALARS.items():
+            for key in (key for key in keys if row.get(key) is not None):
+                self._writer.add_scalar(f"{group}/{key}", row[key], row["step"])
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        for tag in RESULTS:
+            self._writer.add_scalar(tag, row[tag.partition("/")[2]], row["step"])
+
+    def heads(self, row: dict[str, Any]) -> None:
+        """Each layer's mean over heads (entropy in nats, threshold, temperature) and its alpha and beta."""
+        for key, group in LAYER_MEANS.items():
+            for layer, values in enumerate(row[key] or []):
+                self._writer.add_scalar(f"{group}/layer_{layer:02d}", sum(values) / len(values), row["step"])
+        for key in LAYER_VALUES:
+            for layer, value in enumerate(row[key] or []):
+                self._writer.add_scalar(f"{key}/layer_{layer:02d}", value, row["step"])
+
+    def images(self, row: dict[str, Any], seq_length: int) -> None:
+        """The head map, the threshold map, and histograms over all heads of entropies, thresholds and temperatures.
+
+        A head's temperature is its mean over positions; the extremes over positions are in entropy.jsonl. Images and
+        histograms need tags of their own: of two kinds under one tag TensorBoard shows one.
+        """
+        from train.pictures.maps import head_map_figure, threshold_map_figure
+
+        step, title = row["step"], f"step {row['step']}"
+        self._writer.add_figure("head_maps/entropy_nats", head_map_figure(row["entropy_nats"], seq_length, title), step)
+        if row["threshold"] is not None:
+            self._writer.add_figure("head_maps/threshold", threshold_map_figure(row["threshold"], title), step)
+        for key in LAYER_MEANS:
+            values = np.array(row[key] if row[key] is not None else [], dtype=float)
+            values = values[np.isfinite(values)]
+            if values.size:
+                self._writer.add_histogram(f"heads/{key}", values, step)
+
+    def flush(self) -> None:
+        """Writes out what is buffered, so that a process that is killed leaves no gap."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _hyperparameters(self, config: Config) -> None:
+        """In the run itself; the writer's own add_hparams would open a second run for them."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(flat_hyperparameters(config), dict.fromkeys(RESULTS, 0.0)):
+            self._writer.file_writer.add_summary(summary)
+
+
+def flat_hyperparameters(config: Config) -> dict[str, Any]:
+    """'section.key' -> value of what makes a run what it is, as TensorBoard takes it: no null, no list."""
+    tree = config.as_dict()
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
+        for section in HYPERPARAMETER_SECTIONS
+        for key, value in tree[section].items()
+    }
+
+
+def chart_layout() -> dict[str, Any]:
+    """All layers of a quantity in one chart, on the tab "Custom scalars"."""
+    groups = [*LAYER_MEANS.values(), *LAYER_VALUES]
+    return {
+        "layers": {group: ["Multiline", [f"{group}/layer_.*"]] for group in groups},
+        "losses": {"train and validation": ["Multiline", ["loss/ce_loss", "validation/validation_loss"]]},
+    }

@@ -1,0 +1,338 @@
+"""The training loop."""
+
+import contextlib
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.errors import DataError
+from data.shards.manifest import Manifest
+from parallel.agreement import on_rank_zero
+from parallel.engine.compiled import compiled_blocks
+from parallel.engine.first_step import FirstStepCheck
+from parallel.engine.telemetry import PendingReport, StepLimits, head_snapshot
+from parallel.launch import initialize_distributed, local_device, rank
+from parallel.sharding.stage import StageStatistics
+from parallel.state.replicas import check_replicas
+from train.checkpoint import load as checkpoint
+from train.checkpoint.folder import Folder
+from train.checkpoint.load import CheckpointError, SavedCheckpoint
+from train.checkpoint.saver import CheckpointSaver, Progress, prepare
+from train.config import Config
+from train.config.schedule import learning_rate
+from train.loop.goodput import Goodput
+from train.loop.health import Health
+from train.loop.log import RunLog, is_validated, seconds_after
+from train.loop.metrics import StepMetrics
+from train.loop.rank_times import RankTimes
+from train.loop.signals import StopRequest
+from train.loop.time_limits import GRACE_S, TimeLimits
+from train.loop.trouble import TroubleReporter
+from train.loop.validation import Validation, validate, validation_tokens
+from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
+from train.run.folder import RunDirectory
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; one clear line."""
+
+
+class DeviceMemoryError(RuntimeError):
+    """The device's memory is too small; one clear line.
+
+    Attributes:
+        at_start: whether no step was trained before, so that starting again would not help.
+    """
+
+    def __init__(self, config: Config, error: torch.OutOfMemoryError, at_start: bool) -> None:
+        self.at_start = at_start
+        cause = ". ".join(str(error).split(". ")[:2])  # what was asked for, and what there is
+        super().__init__(
+            f"the device's memory does not hold training.micro_batch_size = {config.training.micro_batch_size} "
+            f"({cause}); lower that, set training.activation_recompute to 'selective' or 'full', or split the model "
+            "over more devices (python -m train.plan counts what each holds)"
+        )
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended; `validation` is of the whole split, None where this process did not train to the last step."""
+
+    step: int
+    validation: Validation | None
+
+
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step that was handed to the device."""
+
+    step: int
+    samples: tuple[int, int]  # the first, and the first after it
+    learning_rate: float
+    limits: StepLimits
+    report: PendingReport
+    statistics: StageStatistics
+    data_wait_s: float
+
+
+class Trainer:
+    """A run from its first or its resumed step to its last.
+
+    The device always has a step to work on while the host looks at the one before: numbers of a step are read, and
+    answered, one step late, but for steps at which something is due (a log, an evaluation, a checkpoint).
+
+    Args:
+        config: resolved.
+        manifest: of the dataset at `config.data.path`.
+        limits: watches how long each section takes.
+        stop: asks for an early end.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, limits: TimeLimits, stop: StopRequest) -> None:
+        self.config, self.manifest, self.limits, self.stop = config, manifest, limits, stop
+        self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
+        dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
+        on_rank_zero(lambda: prepare(self.root))
+        saved, faults = checkpoint.newest_to_resume(self.root, self.group, config, dataset)
+        self.engine = build_engine(config, manifest.vocab_size)
+        self.stream = open_stream(config, self.engine.groups.grid, "train")
+        self.health = Health(config.health)
+        self.step = 0
+        if saved is not None:
+            self._restore(saved)
+            try:
+                self.stream.load_state_dict(saved.marker["data_state"])
+            except DataError as error:
+                raise CheckpointError(f"{saved.folder.address}: {error}") from None
+            if "health_state" in saved.marker:  # of a run begun before that was saved, it is not
+                self.health.load_state_dict(saved.marker["health_state"])
+        self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
+        is_first = rank() == 0
+        self.goodput = Goodput(self.folder, seconds_after(self.folder, self.step)) if is_first else Goodput(None)
+        changed = checkpoint.changed_settings(saved, config) if saved is not None else {}
+        self.log = RunLog(self.folder, config, self.step, faults, changed) if is_first else None
+        told = None if self.log is None else self.log.saving
+        self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
+        self.metrics = StepMetrics(config, manifest.vocab_size)
+        options = config.data.read_options()
+        self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
+        self.rank_times = RankTimes(self.engine.engine.module)
+        layout = layout_of(config, self.engine.groups.grid)
+        self.first_step = FirstStepCheck(self.engine, self.step == 0, f"layout {layout}")
+        self.in_flight: deque[StepInFlight] = deque()
+        self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
+        self.last_refusal = ""
+        self.validated: tuple[int, float] | None = None
+
+    def train(self) -> Validation | None:
+        """Trains to the last step and returns the validation over the whole split; None where the run was complete
+        before, or was asked to stop before its end.
+        """
+        end, samples = self.config.train_steps, self.config.training.evaluation_samples
+        if self.step > end or (self.step == end and not self._lacks_validation(None)):
+            return None
+        if self._evaluation_is_due() and self._lacks_validation(samples):
+            self._evaluate(samples)  # which was left out for a stop
+        self.metrics.start()
+        with self.limits.section("step"):  # what has no section of its own
+            while self.step < end and not self.is_stopping:
+                self._train_step()
+                if self.health.must_go_back:
+                    self._go_back()
+                    continue
+                if self.is_stopping or self._due(self.config.logging.interval):
+                    self._log()
+                if every(self.config.parallel.replica_check_interval, self.step):
+                    check_replicas(self.engine.stage, self.engine.groups)
+                if self._evaluation_is_due() and not self.is_stopping:
+                    self._evaluate(samples)
+                self._save_if_due()
+        self._finish_save()
+        return self._evaluate(None) if self.step == end else None
+
+    def close(self, error: BaseException | None) -> None:
+        """Releases everything; after an error nothing here waits for another rank."""
+        self.stream.close()
+        if error is None:
+            self.saver.close()
+        self.goodput.spent("other")
+        if self.log is not None:
+            with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):  # a full disk, say
+                self.log.end(self.step, self.stop.received, error, self.goodput, self.metrics.mfu_words)
+                self.log.close()
+
+    def _lacks_validation(self, limit_samples: int | None) -> bool:
+        """Whether none over so many samples (all for None) was logged at this step: the run was stopped or killed."""
+        tokens = validation_tokens(self.manifest, self.config, limit_samples)
+        return not on_rank_zero(lambda: is_validated(self.folder, self.step, tokens))
+
+    def _due(self, interval: int) -> bool:
+        """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
+        return self.step == self.config.train_steps or every(interval, self.step)
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether one on a part of the split is; that on the whole comes after the last step."""
+        return 0 < self.step < self.config.train_steps and every(self.config.training.evaluation_interval, self.step)
+
+    def _something_is_due(self) -> bool:
+        """Whether this step is followed by anything but the next."""
+        config = self.config
+        intervals = config.logging.interval, config.training.evaluation_interval, config.checkpoint.interval
+        return self.is_stopping or self.save_is_due or any(map(self._due, intervals))
+
+    def _train_step(self) -> None:
+        """Hands a step to the device, then looks at the one before; at this one too if something is due."""
+        rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
+        bounds = self.health.limits(self.step + 1)
+        first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
+        self.engine.stop_requested = self.stop.received is not None
+        with self.limits.section("start" if self.is_first_step else "step"):
+            report, statistics = self.engine.train_step(self.batches, rate, bounds)
+            self.step += 1
+            self.metrics.end_step()
+            samples, waited_s = (first_sample, self.stream.samples_consumed), self.stream.wait_s - waited_s
+            self.in_flight.append(StepInFlight(self.step, samples, rate, bounds, report, statistics, waited_s))
+            if self.first_step.is_due:
+                self._check_first_step(statistics, report)
+            self._settle(all_but=1)
+            if self._something_is_due():
+                self._settle()
+        self.rank_times.step(waited_s)
+        self.goodput.spent("start_up" if self.is_first_step else "steps", waited_s)
+        self.is_first_step = False
+
+    def _check_first_step(self, statistics: StageStatistics, report: PendingReport) -> None:
+        """Stops the run if the step did not give every parameter the gradient that it should have."""
+        entropy_LN = statistics.entropy_LN / statistics.sequences
+        worst = self.first_step.finish(report.wait(), entropy_LN)
+        if self.log is not None and worst is not None:
+            self.log.verified(worst, compiled_blocks(self.engine.stage.transformer))
+
+    def _settle(self, all_but: int = 0) -> None:
+        """Reads what the steps in flight measured, but for the last `all_but`, and journals those refused."""
+        while len(self.in_flight) > all_but:
+            done = self.in_flight.popleft()
+            report = done.report.wait()
+            self.health.remember(done.step, report, done.limits)
+            reason = self.health.reason
+            self.is_stopping |= report.stop_requested
+            self.metrics.record(done.step, done.samples[0], done.learning_rate, report, reason, done.data_wait_s)
+            self.trouble.remember(done.step, done.samples, done.statistics)
+            if reason is not None:
+                trouble = self.trouble.report()
+                self.last_refusal = f"step {done.step}: {reason}; {trouble.words}"
+                if self.log is not None:
+                    self.log.refused(done.step, reason, trouble, self.metrics.last_row)
+
+    def _log(self) -> None:
+        rows = self.metrics.flush()
+        heads = head_snapshot(self.engine.stage, self.trouble.last_statistics, self.engine.groups)
+        ranks = self.rank_times.gather()
+        if self.log is not None:
+            self.log.steps(rows, heads, ranks, self.goodput)
+        self.goodput.spent("other")
+        self.metrics.start()
+
+    def _write_rows(self) -> None:
+        rows = self.metrics.flush()
+        if self.log is not None:
+            self.log.rows(rows)
+
+    def _evaluate(self, limit_samples: int | None) -> Validation:
+        self._write_rows()  # of the steps before it
+        with self.limits.section("evaluation"):
+            stage, groups = self.engine.stage, self.engine.groups
+            validation = validate(stage, groups, self.config, limit_samples, self.engine.evaluate)
+        self.validated = (self.step, validation.loss)
+        if self.log is not None:
+            self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)
+        self.goodput.spent("evaluation")
+        self.metrics.start()
+        return validation
+
+    def _save_if_due(self) -> None:
+        """Saves at intervals, at the end and when asked to stop; what falls on a refused step waits for a good one."""
+        is_last = self.is_stopping or self.step == self.config.train_steps
+        self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
+        if not self.save_is_due or (self.health.in_trouble and not is_last):
+            return
+        self._write_rows()  # a resumed run goes on after them, so they are there before the checkpoint is
+        loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
+        with self.limits.section("save"):
+            self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
+        self.save_is_due = False
+        self.goodput.spent("save")
+        self.metrics.start()
+
+    def _finish_save(self) -> None:
+        with self.limits.section("save"):
+            self.saver.finish()
+        self.goodput.spent("save")
+
+    def _go_back(self) -> None:
+        """Restores the state before the first of the steps refused lately, and goes on with samples not read yet.
+
+        Raises:
+            TrainingError: going back has not helped, or there is nothing to go back to.
+        """
+        self._settle()
+        self._finish_save()
+        first_refused = self.health.first_refused(self.step)
+        with self.limits.section("start"):
+            saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
+        if not self.health.may_go_back(self.step) or saved is None:
+            self._log()
+            why = "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
+            raise TrainingError(
+                f"{self.last_refusal}; {why}; see {self.folder}/journal.jsonl; "
+                "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
+            )
+        from_step, self.save_is_due = self.step, True  # soon, so that a crash does not lead to those samples again
+        lost_s = sum(row["step_time_s"] for row in self.metrics.flush() if row["step"] > saved.step)
+        with self.limits.section("start"):
+            self._restore(saved)
+        self.saver.forget_after(self.step)
+        self.health.forget()
+        if self.log is not None:
+            self.goodput.lose(lost_s + seconds_after(self.folder, self.step))
+            self.log.went_back(from_step, self.step, first_refused, self.stream.samples_consumed)
+        self.goodput.spent("other")
+        self.metrics.start()
+
+    def _restore(self, saved: SavedCheckpoint) -> None:
+        self.engine.load_state(saved, self.manifest.vocab_size)
+        self.step = saved.step
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether a thing done every `interval` steps (0: never) is due."""
+    return interval > 0 and step % interval == 0
+
+
+def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
+    """One run on this process's rank; resources are released in any case."""
+    limits = TimeLimits(config, rank())
+    directory: list[RunDirectory] = []
+    trainer: Trainer | None = None
+    error: BaseException | None = None
+    try:
+        with limits.section("start"):
+            initialize_distributed(limits.longest_s + 2 * GRACE_S)
+            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
+            trainer = Trainer(config, manifest, limits, stop)
+            on_rank_zero(lambda: directory[0].describe(dataset_identity(manifest)))
+        return RunResult(validation=trainer.train(), step=trainer.step)
+    except torch.OutOfMemoryError as raised:
+        error = raised
+        raise DeviceMemoryError(config, raised, trainer is None or trainer.is_first_step) from None
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if trainer is not None:
+            trainer.close(error)
+        limits.close()
+        for each in directory:
+            each.close()

@@ -1,0 +1,52 @@
+"""Plain cross-entropy and head entropies on the validation split, over all ranks."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from data.shards.manifest import Manifest
+from parallel.engine.telemetry import HeadSnapshot, head_snapshot, loss_parts, sum_over_ranks
+from parallel.launch import local_device
+from parallel.sharding.megatron import Groups
+from parallel.sharding.stage import MicroBatch, Stage, StageStatistics
+from train.config import Config
+from train.parts import micro_batches, open_stream
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean cross-entropy in nats per token (the regularizer acts only in training), and every head."""
+
+    loss: float
+    tokens: int
+    heads: HeadSnapshot
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+Evaluate = Callable[[Iterator[MicroBatch], list[int]], StageStatistics]
+
+
+def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | None, evaluate: Evaluate) -> Validation:
+    """Reads the first `limit_samples` validation sequences (all for None), each once; all ranks call.
+
+    Args:
+        evaluate: runs micro-batches through the stage's layout, told how many rows of each count.
+    """
+    grid = groups.grid
+    stream = open_stream(config, grid, "validation", limit_samples)
+    statistics = evaluate(micro_batches(stream, grid, local_device()), stream.valid_rows_by_batch)
+    stream.close()
+    heads = head_snapshot(stage, statistics, groups)
+    # The parts are means over micro-batches and replicas of sums over tokens.
+    summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.replicas
+    tokens = validation_tokens(stream.manifest, config, limit_samples)
+    return Validation(summed.item() / tokens, tokens, heads)
+
+
+def validation_tokens(manifest: Manifest, config: Config, limit_samples: int | None) -> int:
+    """Tokens that `validate` predicts."""
+    samples = manifest.num_samples("validation", config.model.seq_length)
+    return (samples if limit_samples is None else min(samples, limit_samples)) * config.model.seq_length

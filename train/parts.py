@@ -1,0 +1,155 @@
+"""From a configuration to the parts of a run: groups, model, engine, data."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.shards.manifest import Manifest, load_dataset
+from data.stream.token_stream import TokenStream
+from parallel.engine.compiled import compile_blocks
+from parallel.engine.engine import Engine, EngineConfig
+from parallel.grid import RankGrid
+from parallel.launch import initialize_distributed, local_device
+from parallel.layout import Layout
+from parallel.sharding.megatron import Groups, initialize_groups
+from parallel.sharding.regularizer import ShardedRegularizer
+from parallel.sharding.stage import MicroBatch, Stage, build_transformer, recompute_activations
+from train.config import Config
+
+IGNORED_LABEL = -100
+
+
+def build_groups(config: Config) -> Groups:
+    """Joins the process group and creates the groups of the grid's axes."""
+    initialize_distributed()
+    return initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
+
+
+def build_stage(
+    config: Config, vocab_size: int, dtype: torch.dtype = torch.float32, groups: Groups | None = None
+) -> tuple[Stage, Groups]:
+    """Builds this rank's part of the model with its part of the regularizer; joins the process group first, unless this
+    process has `groups` from an earlier call.
+    """
+    parallel, training, device = config.parallel, config.training, local_device()
+    groups = groups or build_groups(config)
+    transformer = build_transformer(
+        config.model,
+        parallel,
+        groups,
+        vocab_size=vocab_size,
+        seed=training.seed,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+        device=device,
+        dtype=dtype,
+    )
+    recompute_activations(transformer, training.activation_recompute)
+    if training.compiles(on_gpu=device.type == "cuda"):
+        compile_blocks(transformer, config.health.verify_first_step)
+    return Stage(transformer, build_regularizer(config, groups)), groups
+
+
+def build_engine(config: Config, vocab_size: int, groups: Groups | None = None) -> Engine:
+    """This rank's stage with its optimizer; `groups` as in `build_stage`."""
+    return add_optimizer(*build_stage(config, vocab_size, groups=groups), config)
+
+
+def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
+    """An engine for a stage, whose weights it takes as they are."""
+    training = config.training
+    engine_config = EngineConfig(
+        parallel=config.parallel,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+        bf16=training.resolved_precision(on_gpu=local_device().type == "cuda") == "bf16",
+        cuda_graphs=training.cuda_graphs == "auto",
+        gradient_clipping=config.optimizer.gradient_clipping,
+        weight_decay=config.optimizer.weight_decay,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        epsilon=config.optimizer.epsilon,
+        deepspeed=config.deepspeed,
+    )
+    return Engine(stage, groups, engine_config)
+
+
+def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | None:
+    """The regularizer of this rank's heads and layers, or None where the architecture has none."""
+    if not config.model.regularized:
+        return None
+    return ShardedRegularizer(
+        config.regularizer,
+        groups,
+        num_layers=config.model.num_layers,
+        num_heads=config.model.num_attention_heads,
+        seq_length=config.model.seq_length,
+        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+    )
+
+
+def layout_of(config: Config, grid: RankGrid) -> Layout:
+    """The run's layout, as `parallel.compare` takes it."""
+    return Layout(
+        tp=grid.tp,
+        pp=grid.pp,
+        dp=grid.dp,
+        cp=grid.cp,
+        sp=int(config.parallel.sequence_parallel),
+        zero=config.parallel.zero_stage,
+        recompute=config.training.activation_recompute,
+    )
+
+
+def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
+    """This data-parallel rank's stream; its tensor-, pipeline- and context-parallel ranks read the same samples."""
+    data = config.data
+    return TokenStream(
+        load_dataset(data.path, data.read_options()),
+        split,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=grid.dp_rank,
+        data_parallel_size=grid.dp,
+        seed=config.training.seed,
+        limit_samples=limit_samples,
+        window_shards=data.shuffle_window_shards,
+        prefetch=data.prefetch_micro_batches,
+        within_documents=data.attention_within_documents,
+        options=data.read_options(),
+    )
+
+
+def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> Iterator[MicroBatch]:
+    """Tokens and next tokens [T / cp, B] on the device; labels of rows that do not count are ignored.
+
+    With data.attention_within_documents, also where the document of each of the T positions begins, [B, T].
+    """
+    for batch in stream:
+        tokens_BT = to_device(torch.from_numpy(batch), device)  # once, and turned there: the host has enough to do
+        labels_BT = tokens_BT[:, 1:]
+        if stream.valid_rows < tokens_BT.shape[0]:
+            labels_BT = labels_BT.clone()
+            labels_BT[stream.valid_rows :] = IGNORED_LABEL
+        held = grid.positions(labels_BT.shape[1])
+        positions = slice(held.start, held.stop)
+        micro_batch = tokens_BT[:, positions].t().contiguous(), labels_BT[:, positions].t().contiguous()
+        if stream.document_starts is None:
+            yield micro_batch
+        else:
+            yield *micro_batch, to_device(torch.from_numpy(stream.document_starts), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to the device without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def dataset_identity(manifest: Manifest) -> dict[str, str | int]:
+    """What a checkpoint remembers of its dataset."""
+    return {
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "fingerprint": manifest.fingerprint,
+    }

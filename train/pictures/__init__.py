@@ -1,0 +1,1 @@
+"""Figures: curves, maps of heads, and their common style."""

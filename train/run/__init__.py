@@ -1,0 +1,1 @@
+"""The folder of a run: its one writer and its one reader."""

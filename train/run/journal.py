@@ -1,0 +1,53 @@
+"""journal.jsonl: what happened to a run, one JSON object an event, never cut back.
+
+    {"time": "2026-01-31T12:00:00+00:00", "event": "skipped step", "step": 1234, "reason": "...", ...}
+
+Events: started, fast start, resumed, saved, save failed, damaged checkpoint, skipped step, collapse, rolled back,
+asked to stop, time limit, stopped, finished.
+"""
+
+import json
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from train.run.folder import finite_or_none
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Appends events; rank 0 holds one, and a checkpoint's thread may write while training does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._lock = folder / NAME, threading.Lock()
+        if self._path.exists() and not (b"\n" + self._path.read_bytes()).endswith(b"\n"):
+            with self._path.open("a") as file:  # after a line that a crash cut off
+                file.write("\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = {"time": now, "event": event, **{key: _plain(value) for key, value in fields.items()}}
+        with self._lock, self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All events so far; a line that a crash cut off is left out."""
+        return read_journal(self._path.parent)
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    path, rows = folder / NAME, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return finite_or_none(value)

@@ -1,0 +1,244 @@
+"""The checks of train.doctor. Every rank runs them together and measures itself; the verdicts are made from all ranks'
+numbers.
+"""
+
+import contextlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from data.errors import DataError
+from data.shards.manifest import SPLITS, load_manifest
+from data.stream.mixture import Mixture
+from data.stream.samples import open_shard
+from model.initialize import global_shapes
+from parallel.launch import local_device
+from parallel.sharding.megatron import Groups
+from train.checkpoint.folder import Folder, verify_file
+from train.config import Config
+from train.run.folder import description
+
+ON_GPU = torch.cuda.is_available()
+MATRIX = 8192 if ON_GPU else 512
+COLLECTIVE_BYTES = (1 << 28) if ON_GPU else (1 << 22)
+DISK_BYTES = (1 << 30) if ON_GPU else (1 << 25)
+REPEATS = 5
+SAMPLE_SHARDS = 4
+BYTES_PER_PARAMETER = 12  # float32 master copy and two moments
+
+
+@dataclass
+class Finding:
+    """What one check found on one rank: a number that ranks are compared by, and faults in words."""
+
+    check: str
+    unit: str = ""
+    value: float | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+def version_table(config: Config) -> dict[str, str]:
+    """Python, packages and device, in which ranks have to agree."""
+    known = {**description(config)["versions"], "cuda": str(torch.version.cuda)}
+    if ON_GPU:
+        known["gpu"] = torch.cuda.get_device_name()
+    return known
+
+
+def matmul() -> Finding:
+    """Speed of a matrix product, and whether it gives the same product every time.
+
+    The product of two small-integer matrices is exact, so it can be checked without a reference device: its sum is the
+    product of column sums and row sums.
+    """
+    finding, device = Finding("matmul", "TFLOP/s" if ON_GPU else "GFLOP/s"), local_device()
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    a, b = (torch.randint(-2, 3, (MATRIX, MATRIX), generator=generator).to(device, dtype) for _ in range(2))
+    expected = a.double().sum(0) @ b.double().sum(1)
+    if (_exact_sum(a, b) - expected).abs() > 0:
+        finding.faults.append(f"{_here()}: a matrix product is wrong; take this device out")
+    seconds = _usual_seconds(lambda: a @ b)
+    finding.value = 2 * MATRIX**3 / seconds / (1e12 if ON_GPU else 1e9)
+    return finding
+
+
+def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of all elements of A B, added up in float64 from blocks whose elements float32 holds exactly."""
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for start in range(0, len(a), 1024):
+        total += (a[start : start + 1024].float() @ b.float()).double().sum()
+    return total
+
+
+def memory() -> Finding:
+    """Writes patterns over most of the free memory and reads them back."""
+    finding, device = Finding("memory", "GiB"), local_device()
+    free = torch.cuda.mem_get_info()[0] if ON_GPU else 1 << 28
+    size = int(free * 0.9) // 8
+    block = torch.empty(size, dtype=torch.int64, device=device)
+    for pattern in (0x5555555555555555, -0x5555555555555556, 0):
+        block.fill_(pattern)
+        wrong = int((block != pattern).sum())
+        if wrong:
+            finding.faults.append(f"{_here()}: {wrong} words of memory do not hold what was written; take it out")
+    finding.value = size * 8 / 2**30
+    return finding
+
+
+def bandwidth(axis: str, group: ProcessGroup) -> Finding:
+    """Bus bandwidth of an all-reduce along one axis of the grid."""
+    finding, ranks = Finding(f"all-reduce {axis}", "GB/s"), dist.get_world_size(group)
+    if ranks == 1:
+        return finding
+    x = torch.ones(COLLECTIVE_BYTES // 4, device=local_device())
+    seconds = _usual_seconds(lambda: dist.all_reduce(x.fill_(1.0), group=group))
+    if not bool((x == ranks).all()):
+        finding.faults.append(f"{_here()}: an all-reduce over the {axis} axis gives wrong sums")
+    finding.value = 2 * (ranks - 1) / ranks * COLLECTIVE_BYTES / seconds / 1e9
+    return finding
+
+
+def disk(config: Config) -> list[Finding]:
+    """Speed of writing, with hashes as checkpoints are, and of reading back verified."""
+    write, read = Finding("checkpoint write", "MB/s"), Finding("checkpoint read", "MB/s")
+    folder = Folder(config.checkpoint_folder).child(f"doctor_{dist.get_rank():05d}")
+    content = os.urandom(1 << 20)
+    try:
+        folder.make()
+        started = time.perf_counter()
+        with folder.writing("probe.bin") as file:
+            for _ in range(DISK_BYTES >> 20):
+                file.write(content)
+        write.value = DISK_BYTES / 1e6 / (time.perf_counter() - started)
+        started = time.perf_counter()
+        verify_file(folder, "probe.bin", file.digest)
+        read.value = DISK_BYTES / 1e6 / (time.perf_counter() - started)
+    except Exception as error:  # stores raise errors of their own
+        write.faults.append(f"{_here()}: {folder.address} cannot be written and read back ({error})")
+    finally:
+        try:
+            folder.remove()
+        except Exception as error:
+            write.faults.append(f"{_here()}: {folder.address} cannot be deleted ({error})")
+    return [write, read]
+
+
+def absent_folders(config: Config) -> list[Path]:
+    """The folders on this machine's disks that `disk` is going to make, innermost first."""
+    folder = Folder(config.checkpoint_folder)
+    path = Path(folder.path)
+    local = isinstance(folder.fs, LocalFileSystem)
+    return [each for each in (path, *path.parents) if local and not os.path.exists(each)]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Takes back what `disk` has made; another rank may have done so, or something else use them by now."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def free_space(config: Config, vocab_size: int) -> Finding:
+    """Room for the checkpoints that are kept at one time, and one being written."""
+    finding = Finding("free space", "GB")
+    parameters = sum(shape.numel() for shape in global_shapes(config.model, vocab_size).values())
+    kept = config.checkpoint.keep + 1 + int(config.checkpoint.keep_best)
+    if config.checkpoint.keep_every:
+        kept += config.train_steps // config.checkpoint.keep_every
+    needed = parameters * BYTES_PER_PARAMETER * kept
+    folder = Folder(config.checkpoint_folder)
+    free = folder.free_bytes()
+    if free is not None:
+        finding.value = free / 1e9
+        if free < needed:
+            finding.faults.append(
+                f"{folder.address}: {free / 1e9:.1f} GB free, {kept} checkpoints of {parameters:,} parameters need "
+                f"{needed / 1e9:.1f} GB; free some, or keep fewer (checkpoint.keep, keep_every)"
+            )
+    return finding
+
+
+def data(config: Config, all_shards: bool) -> Finding:
+    """Whether shards can be reached and are what the manifest says; the ranks take turns through them."""
+    finding, started, num_bytes = Finding("data", "MB/s"), time.perf_counter(), 0
+    try:
+        manifest = load_manifest(config.data.path, config.data.read_options())
+        datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
+        shards = [(each, shard) for each in datasets for split in SPLITS for shard in each.shards[split]]
+        step = 1 if all_shards else max(1, len(shards) // (SAMPLE_SHARDS * dist.get_world_size()))
+        for dataset, shard in shards[::step][dist.get_rank() :: dist.get_world_size()]:
+            opened = open_shard(dataset, shard)
+            opened.verify_all()
+            opened.close()
+            num_bytes += shard.num_bytes
+    except DataError as error:
+        finding.faults.append(f"{_here()}: {error}")
+    finding.value = num_bytes / 1e6 / (time.perf_counter() - started) if num_bytes else None
+    return finding
+
+
+def clock() -> Finding:
+    """How far this rank's clock is from rank 0's, as well as the network lets one tell."""
+    finding, best = Finding("clock skew", "s"), (float("inf"), 0.0)
+    for _ in range(REPEATS):
+        dist.barrier()
+        before = time.time()
+        sent = torch.tensor([time.time()], dtype=torch.float64, device=local_device())
+        dist.broadcast(sent, src=0)
+        after = time.time()
+        best = min(best, (after - before, (before + after) / 2 - sent.item()))
+    finding.value = abs(best[1])
+    return finding
+
+
+def axes(groups: Groups) -> dict[str, ProcessGroup]:
+    return {
+        "tensor": groups.tensor,
+        "context": groups.context,
+        "pipeline": groups.pipeline,
+        "batch": groups.batch,
+        "replicas": groups.data,
+    }
+
+
+def temporary_space() -> Finding:
+    """Room where programs put temporary files, of which compilers need some."""
+    finding, folder = Finding("temporary space", "GB"), Path(tempfile.gettempdir())
+    status = os.statvfs(folder)
+    finding.value = status.f_bavail * status.f_frsize / 1e9
+    if finding.value < 1:
+        finding.faults.append(f"{_here()}: {finding.value:.2f} GB free in {folder}; compiling needs about 1 GB")
+    return finding
+
+
+def _usual_seconds(work: Callable[[], Any]) -> float:
+    """The second fastest of some runs: what the device can do when nothing else is in the way."""
+    times = []
+    for _ in range(REPEATS + 1):
+        _synchronize()
+        started = time.perf_counter()
+        work()
+        _synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[1]
+
+
+def _synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def _here() -> str:
+    return f"rank {dist.get_rank()} on {platform.node()}"
