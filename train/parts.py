@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data.shards.manifest import Manifest, load_dataset
 from data.stream.token_stream import TokenStream
@@ -13,12 +12,11 @@ from parallel.engine.engine import Engine, EngineConfig
 from parallel.grid import RankGrid
 from parallel.launch import initialize_distributed, local_device
 from parallel.layout import Layout
+from parallel.micro_batch import MicroBatch, micro_batch, to_device
 from parallel.sharding.megatron import Groups, initialize_groups
 from parallel.sharding.regularizer import ShardedRegularizer
-from parallel.sharding.stage import MicroBatch, Stage, build_transformer, recompute_activations
+from parallel.sharding.stage import Stage, build_transformer, recompute_activations
 from train.config import Config
-
-IGNORED_LABEL = -100
 
 
 def build_groups(config: Config) -> Groups:
@@ -122,28 +120,12 @@ def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int |
 
 
 def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> Iterator[MicroBatch]:
-    """Tokens and next tokens [T / cp, B] on the device; labels of rows that do not count are ignored.
-
-    With data.attention_within_documents, also where the document of each of the T positions begins, [B, T].
-    """
+    """Yield this rank's share of each batch of the stream, on the device."""
     for batch in stream:
-        tokens_BT = to_device(torch.from_numpy(batch), device)  # once, and turned there: the host has enough to do
-        labels_BT = tokens_BT[:, 1:]
-        if stream.valid_rows < tokens_BT.shape[0]:
-            labels_BT = labels_BT.clone()
-            labels_BT[stream.valid_rows :] = IGNORED_LABEL
-        held = grid.positions(labels_BT.shape[1])
-        positions = slice(held.start, held.stop)
-        micro_batch = tokens_BT[:, positions].t().contiguous(), labels_BT[:, positions].t().contiguous()
-        if stream.document_starts is None:
-            yield micro_batch
-        else:
-            yield *micro_batch, to_device(torch.from_numpy(stream.document_starts), device)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the host to the device without waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        rows_BT = to_device(torch.from_numpy(batch), device)  # once, and transposed there: the host has enough to do
+        starts = stream.document_starts
+        document_start_BT = None if starts is None else to_device(torch.from_numpy(starts), device)
+        yield micro_batch(rows_BT, grid.positions(rows_BT.shape[1] - 1), document_start_BT, stream.valid_rows)
 
 
 def dataset_identity(manifest: Manifest) -> dict[str, str | int]:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from parallel.sharding.stage import MicroBatch, Stage, StageStatistics
+from parallel.sharding.stage import Stage, StageStatistics
 
-Capture = Callable[[nn.Module, MicroBatch], Callable[..., tuple[Tensor, ...]]]
+Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
 
 
 class CaptureError(RuntimeError):
@@ -22,19 +22,21 @@ class CaptureError(RuntimeError):
 
 
 class _TrainingPass(nn.Module):
-    """A stage's forward pass with nothing but tensors coming out: the loss, and its statistics' three."""
+    """A stage's forward pass that returns tensors only: the loss, the entropies, and each scalar of `names`."""
 
     def __init__(self, stage: Stage, forward: Callable[..., Tensor]) -> None:
         super().__init__()
         self.stage, self._forward = stage, forward
         self._loss: Tensor | None = None
+        self.names: tuple[str, ...] = ()
 
     def forward(self, *micro_batch: Tensor) -> tuple[Tensor, ...]:
         self.let_go()
         so_far, self.stage.statistics = self.stage.statistics, None
         self._loss = self._forward(*micro_batch)
         measured, self.stage.statistics = self.stage.take_statistics(), so_far
-        return self._loss, measured.cross_entropy, measured.entropy_penalty, measured.entropy_LN
+        self.names = tuple(measured.sums)
+        return self._loss, measured.entropy_LN, *measured.sums.values()
 
     def let_go(self) -> None:
         """Ends the last pass's autograd graph, which whoever captured it holds on to: its gradient nodes would be those
@@ -67,7 +69,7 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
         CaptureError: it waits for the device, for instance.
     """
     eager = stage.forward
-    captured: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
+    captured: dict[tuple[torch.Size, ...], tuple[_TrainingPass, Callable[..., tuple[Tensor, ...]]]] = {}
 
     def forward(*micro_batch: Tensor) -> Tensor:
         if not stage.training:
@@ -77,12 +79,15 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
             one = _TrainingPass(stage, eager)
             static = tuple(each.clone() for each in micro_batch)  # replays overwrite it
             try:
-                captured[shapes] = capture(one, static)
+                captured[shapes] = one, capture(one, static)
             except RuntimeError as error:
                 raise _explained(error) from None
             one.let_go()
-        loss, *measured = captured[shapes](*micro_batch)
-        stage.count(StageStatistics(1, micro_batch[0].shape[1], *(each.detach().clone() for each in measured)))
+        one, replay = captured[shapes]
+        loss, *measured = replay(*micro_batch)
+        entropy_LN, *scalars = (each.detach().clone() for each in measured)
+        sums = dict(zip(one.names, scalars, strict=True))
+        stage.count(StageStatistics(1, micro_batch[0].shape[1], entropy_LN, sums))
         return loss
 
     stage.forward = forward  # type: ignore[method-assign,assignment]

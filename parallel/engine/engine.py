@@ -23,8 +23,9 @@ from parallel.engine.deepspeed_section import handed_over
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
 from parallel.engine.telemetry import FINITE, PendingReport, StepLimits
 from parallel.launch import local_device
+from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups, ModelParallelUnit
-from parallel.sharding.stage import MicroBatch, Stage, StageStatistics
+from parallel.sharding.stage import Stage, StageStatistics
 from parallel.state.chunks import Chunk
 from parallel.state.training_state import SavedState, StateMap, adam_step, create_moments, load_training_state
 
@@ -117,7 +118,7 @@ class Engine:
             self.engine.train_batch(map(inputs_and_labels, micro_batches))
         else:
             for _ in range(self.config.num_micro_batches):
-                self.engine.backward(self.engine(*next(micro_batches)))
+                self.engine.backward(self.engine(*next(micro_batches).tensors))
                 self.engine.step()
         report = self._measure()  # where the gradients are not finite ZeRO leaves the optimizer out, which never asked
         return report, self.stage.take_statistics()
@@ -177,7 +178,7 @@ def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], valid_rows
     stage.eval()
     stage.statistics, stage.valid_rows = None, valid_rows
     for _ in valid_rows:
-        stage(*next(micro_batches))
+        stage(*next(micro_batches).tensors)
     stage.valid_rows = None
     return stage.take_statistics()
 

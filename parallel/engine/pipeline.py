@@ -7,14 +7,16 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage
 
 
-def inputs_and_labels(micro_batch: tuple[Tensor, ...]) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-    """A micro-batch as DeepSpeed wants it: what the first stage gets, and what the last one does."""
-    tokens, labels, *document_start = micro_batch
-    return (tokens, *document_start) if document_start else tokens, labels
+def inputs_and_labels(batch: MicroBatch) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """Split a micro-batch as DeepSpeed wants it: what the first stage gets, and what the last one does."""
+    if batch.document_start_BT is None:
+        return batch.tokens_TB, batch.labels_TB
+    return (batch.tokens_TB, batch.document_start_BT), batch.labels_TB
 
 
 class PipelineStage(PipelineModule):

@@ -6,7 +6,7 @@ and a quantity split over ranks enters from each in its place; the sum then is t
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.grid import RankGrid
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage, StageStatistics
 
 
-def loss_parts(statistics: StageStatistics, groups: Groups) -> Tensor:
-    """This rank's parts of (cross-entropy, entropy loss) a token of one step: [2], on the device."""
-    grid = groups.grid
-    holds_loss = grid.is_last_stage and grid.tp_rank == 0
-    cross_entropy = statistics.cross_entropy if holds_loss else torch.zeros_like(statistics.cross_entropy)
-    parts = torch.stack([cross_entropy, statistics.entropy_penalty])
-    return parts / (statistics.micro_batches * grid.replicas)
+def _once_on_the_last_stage(grid: RankGrid) -> bool:
+    """Whether a value counts that every tensor-parallel rank of the last stage holds whole."""
+    return grid.is_last_stage and grid.tp_rank == 0
+
+
+def _in_parts(grid: RankGrid) -> bool:
+    """Whether a value counts of which every stage and tensor-parallel rank holds one addend: always."""
+    return True
+
+
+METRICS: dict[str, Callable[[RankGrid], bool]] = {"ce_loss": _once_on_the_last_stage, "entropy_loss": _in_parts}
+"""Scalars that every step measures, and which ranks' values add up to the model's.
+
+Each is averaged over micro-batches and replicas, and appears under its name in metrics.jsonl and TensorBoard. A new one
+is a line here and a call of `Stage.measure` where it is computed. Both losses are in nats per token.
+"""
+
+
+def metric_parts(statistics: StageStatistics, groups: Groups) -> Tensor:
+    """Return this rank's parts of a step's METRICS: [len(METRICS)], on the device; their sum over ranks is the mean."""
+    unknown = statistics.sums.keys() - METRICS.keys()
+    assert not unknown, f"not in METRICS: {', '.join(unknown)}"
+    zero = statistics.entropy_LN.new_zeros(())
+    parts = [statistics.sums.get(name, zero) if holds(groups.grid) else zero for name, holds in METRICS.items()]
+    return torch.stack(parts) / (statistics.micro_batches * groups.grid.replicas)
+
+
+def metric_means(statistics: StageStatistics, groups: Groups) -> dict[str, float]:
+    """Return METRICS averaged over micro-batches, replicas and ranks; all ranks call."""
+    return dict(zip(METRICS, sum_over_ranks(metric_parts(statistics, groups)).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -36,17 +60,33 @@ class StepLimits:
 
 
 FINITE = StepLimits()
+LOSSES = ("ce_loss", "entropy_loss")
+"""METRICS that make up the loss."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a training step measured, over all ranks and equal on all of them; losses in nats a token."""
+    """What a training step measured, over all ranks and equal on all of them.
 
-    cross_entropy: float
-    entropy_loss: float
-    gradient_norm: float  # before clipping; infinite where the gradients are not finite
-    stop_requested: bool  # by any rank
-    accepted: bool  # whether it lay within its limits, and changed the weights
+    Attributes:
+        means: METRICS by name; losses in nats per token.
+        gradient_norm: before clipping; infinite if any gradient is not finite.
+        stop_requested: whether any rank was asked to stop.
+        accepted: whether the step lay within its limits, and so changed the weights.
+    """
+
+    means: dict[str, float]
+    gradient_norm: float
+    stop_requested: bool
+    accepted: bool
+
+    @property
+    def cross_entropy(self) -> float:
+        return self.means["ce_loss"]
+
+    @property
+    def entropy_loss(self) -> float:
+        return self.means["entropy_loss"]
 
     @property
     def loss(self) -> float:
@@ -70,17 +110,18 @@ class PendingReport:
         limits: StepLimits,
     ) -> None:
         """One reduction over all ranks; the norm, which DeepSpeed has reduced already, counts as rank 0 has it."""
-        parts = loss_parts(statistics, groups)
+        parts = metric_parts(statistics, groups)
         norm = torch.zeros_like(parts[:1])
         if groups.grid.rank == 0:
             norm += gradient_norm
         summed = sum_over_ranks(torch.cat([parts, norm, torch.full_like(norm, float(stop_requested))]))
-        loss, norm = summed[:2].sum(), summed[2]
+        means, norm, stops = summed[: len(METRICS)], summed[-2], summed[-1]
+        loss = sum(mean for name, mean in zip(METRICS, means, strict=True) if name in LOSSES)
         bad = norm.isfinite().logical_not() | (norm < 0)  # DeepSpeed: -1 for NaN
         self.gradient_norm = norm.masked_fill(bad, math.inf)
         finite = loss.isfinite() & self.gradient_norm.isfinite()
         self.accepted = finite & (loss <= limits.loss) & (norm <= limits.gradient_norm)
-        numbers = torch.stack([summed[0], summed[1], self.gradient_norm, summed[3], self.accepted.double()])
+        numbers = torch.cat([means, torch.stack([self.gradient_norm, stops, self.accepted.double()])])
         self._numbers = numbers.to("cpu", non_blocking=True)  # page-locked, if it comes from a GPU
         self._copied = None
         if numbers.is_cuda:
@@ -91,8 +132,8 @@ class PendingReport:
         """Waits for the device to have got as far as this step's optimizer."""
         if self._copied is not None:
             self._copied.synchronize()
-        cross_entropy, entropy_loss, norm, stops, accepted = self._numbers.tolist()
-        return StepReport(cross_entropy, entropy_loss, norm, stops > 0, accepted > 0)
+        *means, norm, stops, accepted = self._numbers.tolist()
+        return StepReport(dict(zip(METRICS, means, strict=True)), norm, stops > 0, accepted > 0)
 
 
 def sum_over_ranks(parts: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ way.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,26 +20,37 @@ from parallel.sharding.megatron import Groups
 from parallel.sharding.regularizer import ShardedRegularizer
 from parallel.sharding.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
 
-MicroBatch = tuple[Tensor, ...]
-"""Tokens and next tokens, each [T, B] int64 on the device; and, for attention within documents, the position at which
-each token's document begins, [B, T].
-"""
-
 
 @dataclass
 class StageStatistics:
-    """Sums over micro-batches of what this rank saw, on the device; losses in nats per token."""
+    """What this rank measured, summed over micro-batches.
+
+    Attributes:
+        micro_batches, sequences: how many were run.
+        entropy_LN: entropy in nats of each head whose attention this rank computed, averaged over positions and summed
+            over sequences; [layers, heads] on the device.
+        sums: scalars on the device by the names in `parallel.engine.telemetry.METRICS`, summed over micro-batches.
+    """
 
     micro_batches: int
     sequences: int
-    cross_entropy: Tensor
-    entropy_penalty: Tensor
-    entropy_LN: Tensor  # nats, of the heads whose attention this rank computed, summed over sequences
+    entropy_LN: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: "StageStatistics") -> "StageStatistics":
-        return StageStatistics(
-            *(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True))
+        both = StageStatistics(
+            self.micro_batches + other.micro_batches,
+            self.sequences + other.sequences,
+            self.entropy_LN + other.entropy_LN,
+            dict(self.sums),
         )
+        for name, value in other.sums.items():
+            both.add(name, value)
+        return both
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a scalar to the sum of that name."""
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 class Stage(nn.Module):
@@ -83,11 +94,11 @@ class Stage(nn.Module):
 
     def loss(self, x_TBD: Tensor, labels_TB: Tensor) -> Tensor:
         """Hidden states and next tokens [T, B] to the cross-entropy, a float32 scalar."""
-        assert self.transformer.head is not None and self.statistics is not None
+        assert self.transformer.head is not None
         loss = self.transformer.head(x_TBD, labels_TB)
         if self.training:
             loss = loss / labels_TB.numel()
-        self.statistics.cross_entropy += loss.detach()
+        self.measure("ce_loss", loss)
         return loss
 
     def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
@@ -97,7 +108,7 @@ class Stage(nn.Module):
         """What was summed since it was last taken; in training after the backward passes, which settle penalties."""
         assert self.statistics is not None, "no micro-batch was run"
         for penalty in self._penalties:
-            self.statistics.entropy_penalty += penalty()
+            self.measure("entropy_loss", penalty())
         self._penalties = []
         return self.statistics
 
@@ -106,15 +117,19 @@ class Stage(nn.Module):
         statistics, self.statistics = self.complete_statistics(), None
         return statistics
 
+    def measure(self, name: str, value: Tensor) -> None:
+        """Add a scalar to the statistics of this micro-batch; every name must be in `telemetry.METRICS`."""
+        assert self.statistics is not None, "no micro-batch was run"
+        self.statistics.add(name, value.detach().clone())
+
     def count(self, more: StageStatistics) -> None:
-        """Adds to what was measured since it was last taken."""
+        """Add to what was measured since it was last taken."""
         self.statistics = more if self.statistics is None else self.statistics + more
 
     def _record(self, entropy_LBNT: Tensor) -> None:
         micro_batches = 0 if self.statistics is None else self.statistics.micro_batches
         rows = entropy_LBNT.shape[1] if self.valid_rows is None else self.valid_rows[micro_batches]
-        zero = entropy_LBNT.new_zeros(())
-        self.count(StageStatistics(1, rows, zero, zero.clone(), entropy_LBNT[:, :rows].mean(dim=3).sum(dim=1)))
+        self.count(StageStatistics(1, rows, entropy_LBNT[:, :rows].mean(dim=3).sum(dim=1)))
 
 
 def build_transformer(

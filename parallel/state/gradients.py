@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
-from parallel.sharding.stage import MicroBatch, Stage, StageStatistics
+from parallel.sharding.stage import Stage, StageStatistics
 
 
 def accumulate_gradients(
@@ -28,9 +29,9 @@ def accumulate_gradients(
     stage.train()
     stage.zero_grad()
     for _ in range(num_micro_batches):
-        micro_batch = next(micro_batches)
-        held = micro_batch[0].shape[0] // (groups.grid.tp if sequence_parallel else 1)
-        _run(stage, groups, micro_batch, held, 1 / num_micro_batches)
+        batch = next(micro_batches)
+        held = batch.tokens_TB.shape[0] // (groups.grid.tp if sequence_parallel else 1)
+        _run(stage, groups, batch, held, 1 / num_micro_batches)
     for parameter in stage.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -54,7 +55,7 @@ def gradient_norm(stage: Stage, groups: Groups) -> float:
     return float(total.sqrt())
 
 
-def _run(stage: Stage, groups: Groups, micro_batch: MicroBatch, positions: int, share: float) -> None:
+def _run(stage: Stage, groups: Groups, batch: MicroBatch, positions: int, share: float) -> None:
     """One micro-batch forward and backward through the stages before, here and behind.
 
     Args:
@@ -62,16 +63,15 @@ def _run(stage: Stage, groups: Groups, micro_batch: MicroBatch, positions: int, 
         share: of the micro-batch in the step.
     """
     grid = groups.grid
-    tokens_TB, labels_TB, *document_start = micro_batch
-    x = tokens_TB
+    x = tokens_TB = batch.tokens_TB
     if not grid.is_first_stage:
         width, dtype = stage.transformer.config.hidden_size, next(stage.parameters()).dtype
         x = torch.empty((positions, tokens_TB.shape[1], width), dtype=dtype, device=tokens_TB.device)
         dist.recv(x, group=groups.pipeline, group_src=grid.stage - 1)
         x.requires_grad_()
-    hidden = stage.body(x, *document_start)
+    hidden = stage.body(x, batch.document_start_BT)
     if grid.is_last_stage:
-        (stage.loss(hidden, labels_TB) * share).backward()
+        (stage.loss(hidden, batch.labels_TB) * share).backward()
     else:
         dist.send(hidden.detach().contiguous(), group=groups.pipeline, group_dst=grid.stage + 1)
         gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.sharding.stage import MicroBatch
+from parallel.micro_batch import MicroBatch, micro_batch
 from tests.golden.small import VOCAB_SIZE, learnable_tokens, small_config
 from train.config import Config
 
@@ -59,7 +59,7 @@ def first_losses(name: str, *overrides: str, threads: int = 1) -> Losses:
 def micro_batches(batch_BT: torch.Tensor, config: Config) -> Iterator[MicroBatch]:
     """Cut a global batch [B, T + 1] into micro-batches of tokens and next tokens, each [T, B]."""
     for rows_BT in batch_BT.split(config.training.micro_batch_size):
-        yield rows_BT[:, :-1].t().contiguous(), rows_BT[:, 1:].t().contiguous()
+        yield micro_batch(rows_BT, range(config.model.seq_length))
 
 
 def distance(found: Losses, golden: Losses) -> float:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
-from parallel.sharding.stage import MicroBatch
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.benchmark.timing import count_device_waits
 from train.config import Config
@@ -32,8 +32,8 @@ def _micro_batches(within_documents: bool = False) -> Iterator[MicroBatch]:
     while True:
         tokens = torch.randint(VOCAB_SIZE, (SEQ_LENGTH + 1, MICRO_BATCH_SIZE), generator=generator).cuda()
         start = torch.arange(SEQ_LENGTH, device="cuda").div(40, rounding_mode="floor").mul(40)
-        documents = (start.expand(MICRO_BATCH_SIZE, -1).contiguous(),) if within_documents else ()
-        yield tokens[:-1], tokens[1:], *documents
+        documents = start.expand(MICRO_BATCH_SIZE, -1).contiguous() if within_documents else None
+        yield MicroBatch(tokens[:-1], tokens[1:], documents)
 
 
 def test_a_step_never_waits_for_the_device(one_process: Groups) -> None:
@@ -68,9 +68,11 @@ def test_replayed_steps_are_those_launched_one_by_one(
             report, statistics = engine.train_step(batches, 1e-3)
             if step == 2:
                 statistics = engine.evaluate(batches, [MICRO_BATCH_SIZE, 1])
-            numbers = statistics.cross_entropy, statistics.entropy_penalty, statistics.entropy_LN.sum()
+            numbers = *statistics.sums.values(), statistics.entropy_LN.sum()
             counts = statistics.micro_batches, statistics.sequences
-            measured.append((*vars(report.wait()).values(), *map(float, numbers), *counts))
+            done = report.wait()
+            decided = done.gradient_norm, done.stop_requested, done.accepted
+            measured.append((*done.means.values(), *decided, *map(float, numbers), *counts))
         return measured, [parameter.detach().clone() for parameter in engine.stage.parameters()]
 
     (replayed, parameters), (launched, expected) = trained("auto"), trained("off")

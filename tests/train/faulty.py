@@ -29,7 +29,7 @@ def with_bad_samples(arguments: list[str], first: int, end: int, factor: float, 
         value = loss(self, x, labels)
         is_bad = first < streams[0].samples_consumed <= end and int(os.environ["RANK"]) == on_rank
         if self.training and is_bad:
-            self.statistics.cross_entropy += value.detach() * (factor - 1)
+            self.measure("ce_loss", value * (factor - 1))
             value = value * factor
         return value
 

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from train.benchmark.timing import (
 )
 from train.config import Config, ConfigError, config_from_dict, dataset_faults, load_config, world_faults
 from train.cost.flops import mfu, training_flops_per_token
+
+if TYPE_CHECKING:
+    from parallel.micro_batch import MicroBatch
 
 CONTENDERS = {
     "ours": "the configuration's model through this project's engine",
@@ -179,7 +182,7 @@ def engine_step(engine: Any) -> Callable[..., Any]:
 
 
 def peer_step(peer: Any) -> Callable[..., Any]:
-    return lambda batches: peer.train_step(*next(batches)).isfinite()
+    return lambda batches: peer.train_step(*next(batches).tensors).isfinite()
 
 
 def step_of(run: Callable[..., torch.Tensor], batches: Iterator[Any]) -> Callable[[], torch.Tensor]:
@@ -195,18 +198,18 @@ def dataset(config: Config) -> Manifest | None:
         return None
 
 
-def open_batches(config: Config, vocab_size: int, from_dataset: bool) -> Iterator[Any]:
+def open_batches(config: Config, vocab_size: int, from_dataset: bool) -> Iterator["MicroBatch"]:
     """Micro-batches on the device without end: of the dataset, or random tokens."""
     from parallel.launch import local_device
-    from train.parts import micro_batches, open_stream, to_device
+    from parallel.micro_batch import micro_batch, to_device
+    from train.parts import micro_batches, open_stream
 
     grid = config.grid(1)
     if from_dataset:
         yield from micro_batches(open_stream(config, grid, "train"), grid, local_device())
     while True:
-        tokens_TB = torch.randint(vocab_size, (config.model.seq_length + 1, config.training.micro_batch_size))
-        tokens_TB = to_device(tokens_TB, local_device())
-        yield tokens_TB[:-1], tokens_TB[1:]
+        rows_BT = torch.randint(vocab_size, (config.training.micro_batch_size, config.model.seq_length + 1))
+        yield micro_batch(to_device(rows_BT, local_device()), range(config.model.seq_length))
 
 
 def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> list[Contender]:

@@ -13,7 +13,8 @@ from data.stream.document_starts import document_starts
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
-from parallel.sharding.stage import MicroBatch, StageStatistics
+from parallel.micro_batch import MicroBatch, micro_batch
+from parallel.sharding.stage import StageStatistics
 from parallel.state.training_state import local_shape, piece_of, source
 from train.config import Config
 
@@ -166,11 +167,11 @@ class ExactStep:
         )
 
     def losses(self, statistics: StageStatistics) -> list[float]:
-        from parallel.engine.telemetry import loss_parts, sum_over_ranks
+        from parallel.engine.telemetry import metric_means
         from parallel.state.gradients import gradient_norm
 
-        parts = sum_over_ranks(loss_parts(statistics, self.groups)).tolist()
-        return [*parts, gradient_norm(self.stage, self.groups)]
+        means = metric_means(statistics, self.groups)
+        return [means["ce_loss"], means["entropy_loss"], gradient_norm(self.stage, self.groups)]
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
         assert parameter.grad is not None
@@ -247,20 +248,14 @@ def _local_gradients(step: Step) -> LocalGradients:
 
 
 def _micro_batches(config: Config, grid: RankGrid, batch_BT: Tensor) -> Iterator[MicroBatch]:
-    """This rank's tokens and next tokens [T / cp, B], in the order in which the data stream deals sequences out.
-
-    For attention within documents, also where the document of each of the T positions begins, [B, T].
-    """
+    """Yield this rank's micro-batches in the order in which the data stream deals sequences out."""
     from parallel.launch import local_device
 
-    size, held = config.training.micro_batch_size, grid.positions(batch_BT.shape[1] - 1)
+    size = config.training.micro_batch_size
     for index in range(config.num_micro_batches(grid.world_size)):
         start = (index * grid.dp + grid.dp_rank) * size
-        rows_BT = batch_BT[start : start + size]
-        rows_TB = rows_BT.t().to(local_device())
-        tokens_TB, labels_TB = rows_TB[held.start : held.stop], rows_TB[held.start + 1 : held.stop + 1]
-        micro_batch: MicroBatch = (tokens_TB.contiguous(), labels_TB.contiguous())
+        rows_BT, starts_BT = batch_BT[start : start + size], None
         if config.data.attention_within_documents:
-            starts_BT = document_starts(rows_BT[:, :-1].numpy(), END_OF_DOCUMENT)
-            micro_batch = *micro_batch, torch.from_numpy(starts_BT).to(local_device())
-        yield micro_batch
+            starts = document_starts(rows_BT[:, :-1].numpy(), END_OF_DOCUMENT)
+            starts_BT = torch.from_numpy(starts).to(local_device())
+        yield micro_batch(rows_BT.to(local_device()), grid.positions(rows_BT.shape[1] - 1), starts_BT)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from parallel.engine.telemetry import METRICS
 from train.config import Config
 
 STEP_SCALARS = {
-    "loss": ("loss", "ce_loss", "entropy_loss"),
+    "loss": ("loss", *METRICS),
     "optimizer": ("learning_rate", "grad_norm"),
     "speed": ("step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"),
 }

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data.shards.manifest import Manifest
-from parallel.engine.telemetry import HeadSnapshot, head_snapshot, loss_parts, sum_over_ranks
+from parallel.engine.telemetry import HeadSnapshot, head_snapshot, metric_means
 from parallel.launch import local_device
+from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
-from parallel.sharding.stage import MicroBatch, Stage, StageStatistics
+from parallel.sharding.stage import Stage, StageStatistics
 from train.config import Config
 from train.parts import micro_batches, open_stream
 
@@ -40,10 +41,10 @@ def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | 
     statistics = evaluate(micro_batches(stream, grid, local_device()), stream.valid_rows_by_batch)
     stream.close()
     heads = head_snapshot(stage, statistics, groups)
-    # The parts are means over micro-batches and replicas of sums over tokens.
-    summed = sum_over_ranks(loss_parts(statistics, groups))[0] * statistics.micro_batches * grid.replicas
+    # The mean over micro-batches and replicas of sums over tokens.
+    summed = metric_means(statistics, groups)["ce_loss"] * statistics.micro_batches * grid.replicas
     tokens = validation_tokens(stream.manifest, config, limit_samples)
-    return Validation(summed.item() / tokens, tokens, heads)
+    return Validation(summed / tokens, tokens, heads)
 
 
 def validation_tokens(manifest: Manifest, config: Config, limit_samples: int | None) -> int:

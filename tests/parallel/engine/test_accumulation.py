@@ -9,6 +9,7 @@ import torch
 from parallel.engine.accumulation import accumulate_together
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
+from parallel.micro_batch import MicroBatch
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.compare.command import apply_layout
 
@@ -107,7 +108,7 @@ def _trained(layout: Layout, one_by_one: bool) -> list[torch.Tensor]:
     for _ in range(3):
         count = config.num_micro_batches(layout.world_size)
         tokens = [torch.randint(VOCAB_SIZE, shape, generator=generator) for _ in range(count)]
-        engine.train_step(iter([(each[:-1], each[1:]) for each in tokens]), 1e-2)
+        engine.train_step(iter([MicroBatch(each[:-1], each[1:]) for each in tokens]), 1e-2)
     return [parameter.detach().clone() for parameter in engine.stage.parameters()]
 
 

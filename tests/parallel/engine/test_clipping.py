@@ -11,6 +11,7 @@ import torch
 from parallel.engine.clipping import decide_on_device, global_norm
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
+from parallel.micro_batch import MicroBatch
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.compare.command import apply_layout
 
@@ -63,7 +64,9 @@ def _waits_asked_for(layout: Layout) -> int:
     tokens = torch.randint(VOCAB_SIZE, (config.training.micro_batch_size, config.model.seq_length + 1)).t()
     with mock.patch.object(get_accelerator(), "synchronize") as asked:
         for _ in range(5):
-            engine.train_step(iter([(tokens[:-1], tokens[1:])] * config.num_micro_batches(layout.world_size)), 1e-3)
+            engine.train_step(
+                iter([MicroBatch(tokens[:-1], tokens[1:])] * config.num_micro_batches(layout.world_size)), 1e-3
+            )
     return asked.call_count
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from parallel.engine.cuda_graph import CaptureError, replay_training_passes
+from parallel.engine.telemetry import METRICS
+from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage, StageStatistics
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
@@ -15,15 +17,15 @@ from train.parts import build_engine, build_stage
 SEQUENCES = 3
 
 
-def _micro_batches(count: int, sequences: int = SEQUENCES) -> list[tuple[Tensor, Tensor]]:
+def _micro_batches(count: int, sequences: int = SEQUENCES) -> list[MicroBatch]:
     shape = (tiny_config().model.seq_length + 1, sequences)
-    return [(tokens[:-1], tokens[1:]) for tokens in (torch.randint(VOCAB_SIZE, shape) for _ in range(count))]
+    return [MicroBatch(tokens[:-1], tokens[1:]) for tokens in (torch.randint(VOCAB_SIZE, shape) for _ in range(count))]
 
 
-def _step(stage: Stage, batches: list[tuple[Tensor, Tensor]]) -> tuple[StageStatistics, list[Tensor]]:
+def _step(stage: Stage, batches: list[MicroBatch]) -> tuple[StageStatistics, list[Tensor]]:
     stage.train().zero_grad()
     for batch in batches:
-        stage(*batch).backward()
+        stage(*batch.tensors).backward()
     gradients = [parameter.grad for parameter in stage.parameters()]
     assert all(gradient is not None for gradient in gradients)
     return stage.take_statistics(), [gradient.clone() for gradient in gradients if gradient is not None]
@@ -52,11 +54,13 @@ def test_a_step_measures_and_gives_what_it_did(granularity: str, one_process: Gr
     replay_training_passes(stage, capture)
     for _ in range(2):
         found, gradients = _step(stage, batches)
-        assert vars(found).keys() == vars(expected).keys()
-        for name, value in vars(found).items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(vars(expected)[name])), name
+        assert (found.micro_batches, found.sequences) == (expected.micro_batches, expected.sequences)
+        assert torch.equal(found.entropy_LN, expected.entropy_LN)
+        assert found.sums.keys() == expected.sums.keys() == METRICS.keys()
+        for name, value in found.sums.items():
+            assert torch.equal(value, expected.sums[name]), name
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
-    assert found.cross_entropy > 0 and found.entropy_penalty > 0 and found.micro_batches == 3
+    assert found.sums["ce_loss"] > 0 and found.sums["entropy_loss"] > 0 and found.micro_batches == 3
 
 
 def test_each_shape_is_captured_once_and_evaluation_never(one_process: Groups) -> None:
@@ -71,7 +75,7 @@ def test_each_shape_is_captured_once_and_evaluation_never(one_process: Groups) -
     for sequences in (SEQUENCES, SEQUENCES, 2, SEQUENCES):
         _step(stage, _micro_batches(1, sequences))
     stage.eval()
-    stage(*_micro_batches(1, 5)[0])
+    stage(*_micro_batches(1, 5)[0].tensors)
     assert captured == [SEQUENCES, 2]
 
 
@@ -148,8 +152,8 @@ def test_a_micro_batch_stays_the_callers(one_process: Groups) -> None:
     """What replays is fed through the tensors that it was captured with."""
     stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
     batches = _micro_batches(2)
-    before = [tuple(each.clone() for each in batch) for batch in batches]
-    losses = [stage.train()(*batch).item() for batch in batches]
+    before = [tuple(each.clone() for each in batch.tensors) for batch in batches]
+    losses = [stage.train()(*batch.tensors).item() for batch in batches]
 
     def capture(training_pass: nn.Module, static: Any) -> Any:
         def replay(*micro_batch: Tensor) -> Any:
@@ -160,6 +164,6 @@ def test_a_micro_batch_stays_the_callers(one_process: Groups) -> None:
         return replay
 
     replay_training_passes(stage, capture)
-    assert [stage(*batch).item() for batch in batches] == losses
+    assert [stage(*batch.tensors).item() for batch in batches] == losses
     for batch, kept in zip(batches, before, strict=True):
-        assert all(map(torch.equal, batch, kept))
+        assert all(map(torch.equal, batch.tensors, kept))

@@ -56,21 +56,20 @@ def _parameters(model: Transformer) -> dict[str, list[Tensor]]:
 
 def _evaluate(config: Config, vocab_size: int, batch_BT: Tensor) -> tuple[float, dict[str, Any]]:
     """The cross-entropy summed over all tokens that count, and what is reported of every head and layer."""
-    from parallel.engine.telemetry import head_snapshot, loss_parts, sum_over_ranks
+    from parallel.engine.telemetry import head_snapshot, metric_means
+    from parallel.micro_batch import IGNORED_LABEL
     from train.compare.measurement import EngineStep, _micro_batches
-    from train.parts import IGNORED_LABEL
 
     step = EngineStep(config, vocab_size)
     grid, size = step.groups.grid, config.training.micro_batch_size
     starts = range(grid.dp_rank * size, len(batch_BT), grid.dp * size)
     valid_rows = [min(max(SEQUENCES - start, 0), size) for start in starts]
 
-    def micro_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for (tokens_TB, labels_TB), valid in zip(_micro_batches(config, grid, batch_BT), valid_rows, strict=True):
-            labels_TB[:, valid:] = IGNORED_LABEL
-            yield tokens_TB, labels_TB
+    def micro_batches() -> Iterator[Any]:
+        for batch, valid in zip(_micro_batches(config, grid, batch_BT), valid_rows, strict=True):
+            batch.labels_TB[:, valid:] = IGNORED_LABEL
+            yield batch
 
     statistics = step.engine.evaluate(micro_batches(), valid_rows)
-    mean = sum_over_ranks(loss_parts(statistics, step.groups))[0]
-    loss = float(mean) * statistics.micro_batches * grid.replicas
+    loss = metric_means(statistics, step.groups)["ce_loss"] * statistics.micro_batches * grid.replicas
     return loss, head_snapshot(step.stage, statistics, step.groups).as_row()

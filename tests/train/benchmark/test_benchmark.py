@@ -12,6 +12,7 @@ import torch
 
 from data.errors import DataError
 from model.config import ModelConfig
+from parallel.micro_batch import MicroBatch
 from tests.parallel import tiny
 from train.benchmark import __main__ as benchmark
 from train.benchmark import attention as benchmark_attention
@@ -103,7 +104,7 @@ def test_contenders_are_timed_at_a_rate_of_zero(tiny_config: Path) -> None:
     peer = Peer(load_config(tiny_config), 128, torch.device("cpu"))
     before = [parameter.clone() for parameter in peer.model.parameters()]
     tokens_TB = torch.randint(100, (33, 4))
-    assert benchmark_step.peer_step(peer)(iter([(tokens_TB[:-1], tokens_TB[1:])]))
+    assert benchmark_step.peer_step(peer)(iter([MicroBatch(tokens_TB[:-1], tokens_TB[1:])]))
     assert all(torch.equal(*pair) for pair in zip(before, peer.model.parameters(), strict=True))
     assert all(state["exp_avg"].any() for state in peer.optimizer.state.values())
 

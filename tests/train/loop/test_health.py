@@ -19,7 +19,9 @@ def judge(health: Health, step: int, loss: float, norm: float = 1.0) -> bool:
     """Whether a step that measured this is accepted, by what the device does with the limits."""
     limits = health.limits(step)
     accepted = math.isfinite(loss) and math.isfinite(norm) and loss <= limits.loss and norm <= limits.gradient_norm
-    health.remember(step, StepReport(loss, 0.0, norm, stop_requested=False, accepted=accepted), limits)
+    health.remember(
+        step, StepReport({"ce_loss": loss, "entropy_loss": 0.0}, norm, stop_requested=False, accepted=accepted), limits
+    )
     return accepted
 
 
@@ -48,7 +50,10 @@ def test_spikes_are_told_from_an_ordinary_curve() -> None:
 def test_limits_are_those_of_an_uninterrupted_run() -> None:
     """Whether the step before has been read already, and whether the history was saved since, makes no difference."""
     noise = random.Random(2)
-    reports = [StepReport(noise.gauss(3, 0.1), 0.0, math.exp(noise.gauss(0, 0.3)), False, True) for _ in range(300)]
+    reports = [
+        StepReport({"ce_loss": noise.gauss(3, 0.1), "entropy_loss": 0.0}, math.exp(noise.gauss(0, 0.3)), False, True)
+        for _ in range(300)
+    ]
     late, limited = Health(HealthConfig(window=40)), 0
     for step in range(1, 301):
         prompt = Health(HealthConfig(window=40))
