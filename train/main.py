@@ -3,9 +3,9 @@
     deepspeed train/main.py --config configs/ereg.json [section.key=value ...]
     python train/main.py --config configs/ereg.json --dry-run
 
-The same command on a run_dir that holds a run continues it. Exit status: 0 done, or saved
-and stopped as asked; 1 failed while running; 2 cannot start as asked; 3 the numbers went wrong beyond what going back
-mends, so that starting again would not help; 4 a time limit passed.
+The same command on a run_dir that holds a run continues it. Exit status (train/faults.py): 0 done, or saved and
+stopped as asked; 1 failed while running; 2 cannot start as asked; 3 the numbers went wrong and going back did not
+help; 4 a time limit passed.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
-from data.errors import DataError, first_line, run_command  # noqa: E402
-from train.config import Config, ConfigError, load_config  # noqa: E402
+from data.errors import run_command  # noqa: E402
+from train.config import Config, load_config  # noqa: E402
 from train.config.schedule import fast_start  # noqa: E402
+from train.faults import DONE, explained, fault_of, is_rank_zero, report  # noqa: E402
 from train.loop.signals import StopRequest  # noqa: E402
-from train.run.folder import RunError  # noqa: E402
-from train.start.same_start import DifferenceError, LateError, start_together  # noqa: E402
+from train.start.same_start import start_together  # noqa: E402
 
 if TYPE_CHECKING:
     from train.loop.validation import Validation
@@ -30,24 +30,42 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    has_started, run_dir = False, "run_dir"
     try:
         if options.dry_run:
-            from train.cost.dry_run import print_plan
-
-            config = load_config(options.config, options.overrides)
-            print_plan(config, options.world_size)
-            if text := fast_start(config):
-                print(f"warning: {text}", file=sys.stderr)
-            return 0
+            return dry_run(options)
         stop = StopRequest()  # before the libraries, which take a while to load
-        status = train(options.config, options.overrides, stop)
-    except (ConfigError, DifferenceError, RunError) as error:
-        return report(error, 2)
-    except DataError as error:  # a dataset that one node does not see, say
-        return report(error, 2, from_each_node=True)
-    if status == 0:  # else a signal that ends the ranks of a failed one must not hide this one's status
-        stop.close()
-    return status
+        config, manifest = start_together(options.config, options.overrides)
+        run_dir = config.run_dir
+        from parallel.launch import choose_accelerator
+
+        choose_accelerator()
+        from train.loop.trainer import run
+
+        has_started = True
+        result = run(config, manifest, stop)
+        leave()
+    except Exception as error:
+        if fault := fault_of(error, has_started):
+            return report(error, fault)
+        if (known := explained(error, run_dir)) and has_started:
+            return report(*known)
+        raise
+    if is_rank_zero():
+        print(last_words(config, result.step, result.validation))
+    stop.close()  # not after a fault: a signal that ends the ranks of a failed one must not hide this one's status
+    return DONE
+
+
+def dry_run(options: argparse.Namespace) -> int:
+    """Print what would run."""
+    from train.cost.dry_run import print_plan
+
+    config = load_config(options.config, options.overrides)
+    print_plan(config, options.world_size)
+    if text := fast_start(config):
+        print(f"warning: {text}", file=sys.stderr)
+    return DONE
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,58 +93,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def train(path: str, overrides: list[str], stop: StopRequest) -> int:
-    """Checks what needs no device, and that all ranks run the same thing; then trains."""
-    from parallel.launch import LaunchError, choose_accelerator
-
-    try:
-        config, manifest = start_together(path, overrides)
-    except LateError as error:
-        return report(error, 4)
-    except LaunchError as error:
-        return report(error, 1, from_each_node=True)
-    choose_accelerator()
-    from parallel.engine.compiled import BlockCompileError
-    from parallel.engine.cuda_graph import CaptureError
-    from parallel.engine.deepspeed_section import DeepSpeedSectionError
-    from parallel.engine.first_step import GradientError
-    from parallel.state.replicas import ReplicaError
-    from train.checkpoint.load import CheckpointError
-    from train.checkpoint.saver import SaveError
-    from train.loop.trainer import DeviceMemoryError, TrainingError, run
-
-    try:
-        result = run(config, manifest, stop)
-    except CheckpointError as error:
-        return report(error, 2)
-    except TrainingError as error:
-        return report(error, 3)
-    except (DeepSpeedSectionError, GradientError) as error:
-        return report(error, 2)
-    except (BlockCompileError, CaptureError) as error:
-        return report(error, 2, from_any_rank=True)
-    except DeviceMemoryError as error:
-        return report(error, 2 if error.at_start else 1, from_any_rank=True)
-    except LaunchError as error:
-        return report(error, 1, from_each_node=True)
-    except SaveError as error:
-        return report(error, 1)
-    except (DataError, ReplicaError) as error:  # met by some ranks only, which tell it
-        return report(error, 1, from_any_rank=True)
-    except OSError as error:  # of the run's own files: a full disk, a folder that is gone
-        text = f"{error.filename or config.run_dir}: {error.strerror or error}; make room or mend it, then start again"
-        return report(OSError(text), 1, from_any_rank=True)
-    except RuntimeError as error:  # gloo and NCCL have no error class of their own
-        if not any(name in str(error) for name in ("gloo", "NCCL", "Connection", "Timed out")):
-            raise
-        lost = RuntimeError(f"lost touch with another rank ({first_line(error)}); its own message says why")
-        return report(lost, 1, from_any_rank=True)
-    leave()
-    if is_rank_zero():
-        print(last_words(config, result.step, result.validation))
-    return 0
-
-
 def last_words(config: Config, step: int, validation: "Validation | None") -> str:
     if validation is not None:
         return (
@@ -136,19 +102,6 @@ def last_words(config: Config, step: int, validation: "Validation | None") -> st
     if step < config.train_steps:
         return f"stopped as asked at step {step} of {config.train_steps}; the same command goes on"
     return f"{config.run_dir} is complete at step {step}; raise training.train_steps to go on"
-
-
-def report(error: Exception, status: int, from_any_rank: bool = False, from_each_node: bool = False) -> int:
-    """Prints one line a fault from rank 0 or, where only some ranks or nodes know of it, from each of those."""
-    if is_rank_zero() or from_any_rank or (from_each_node and os.environ.get("LOCAL_RANK", "0") == "0"):
-        who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
-        for line in str(error).splitlines():
-            print(f"error: {who}{line}", file=sys.stderr, flush=True)
-    return status
-
-
-def is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def leave() -> None:

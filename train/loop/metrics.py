@@ -1,7 +1,6 @@
 """Metrics of a run: a row for every step, its time taken without waiting for the device."""
 
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -10,26 +9,19 @@ from parallel.engine.telemetry import StepReport
 from parallel.launch import world_size
 from train.config import Config
 from train.cost.flops import mfu, mfu_statement, training_flops_per_token
+from train.loop.clock import StepClock
 
 
 class StepMetrics:
     """Collects what each step leaves behind; rows come out at logging steps, when their times are known."""
 
-    def __init__(self, config: Config, vocab_size: int) -> None:
+    def __init__(self, config: Config, vocab_size: int, clock: StepClock) -> None:
         self.tokens_per_step = config.tokens_per_step
         self._flops_per_token = training_flops_per_token(config.model, vocab_size)
         self._device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         self.mfu_words = ""
         self._rows: list[dict[str, Any]] = []
-        self._clock = StepClock()
-
-    def start(self) -> None:
-        """Marks the beginning of the next step; call after anything that is not training."""
-        self._clock.mark()
-
-    def end_step(self) -> None:
-        """Marks the end of a step, which the device may not have reached yet."""
-        self._clock.mark(ends_step=True)
+        self._clock = clock
 
     def record(
         self,
@@ -74,33 +66,3 @@ class StepMetrics:
     def last_row(self) -> dict[str, Any]:
         """Of the last step recorded."""
         return self._rows[-1]
-
-
-class StepClock:
-    """Times of steps without waiting for the device: events on a GPU, the host's clock on a CPU."""
-
-    def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()
-        self._intervals: list[tuple[Any, Any]] = []
-        self._last: Any = None
-
-    def mark(self, ends_step: bool = False) -> None:
-        now = self._now()
-        if ends_step:
-            self._intervals.append((self._last, now))
-        self._last = now
-
-    def step_times_s(self) -> list[float]:
-        """Durations of the steps since the last call, in seconds; on a GPU this waits for the last step."""
-        intervals, self._intervals = self._intervals, []
-        if not self._on_gpu:
-            return [end - start for start, end in intervals]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in intervals]
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

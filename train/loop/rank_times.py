@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.launch import local_device
-from train.loop.metrics import StepClock
+from train.loop.clock import StepClock
 
 SLOW = 1.5
 """A rank this many times slower than the median is named."""

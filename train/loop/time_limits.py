@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.config import Config
+from train.faults import TIMED_OUT
 from train.run.journal import Journal
 
-EXIT_STATUS = 4
 SECTIONS = ("start", "step", "save", "evaluation")
 GRACE_S = 30.0
 """After this much more, the interpreter's C code dumps and exits, in case Python itself is stuck."""
@@ -93,4 +93,4 @@ class TimeLimits:
                 faulthandler.dump_traceback(file)
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(sys.__stderr__ or 2)
-        os._exit(EXIT_STATUS)
+        os._exit(TIMED_OUT)

@@ -4,6 +4,7 @@ import contextlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,13 +23,13 @@ from train.checkpoint.load import CheckpointError, SavedCheckpoint
 from train.checkpoint.saver import CheckpointSaver, Progress, prepare
 from train.config import Config
 from train.config.schedule import learning_rate
-from train.loop.goodput import Goodput
+from train.loop.clock import Clock
 from train.loop.health import Health
 from train.loop.log import RunLog, is_validated, seconds_after
 from train.loop.metrics import StepMetrics
 from train.loop.rank_times import RankTimes
 from train.loop.signals import StopRequest
-from train.loop.time_limits import GRACE_S, TimeLimits
+from train.loop.time_limits import GRACE_S
 from train.loop.trouble import TroubleReporter
 from train.loop.validation import Validation, validate, validation_tokens
 from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
@@ -40,20 +41,19 @@ class TrainingError(RuntimeError):
 
 
 class DeviceMemoryError(RuntimeError):
-    """The device's memory is too small; one clear line.
+    """The device's memory is too small."""
 
-    Attributes:
-        at_start: whether no step was trained before, so that starting again would not help.
-    """
-
-    def __init__(self, config: Config, error: torch.OutOfMemoryError, at_start: bool) -> None:
-        self.at_start = at_start
+    def __init__(self, config: Config, error: torch.OutOfMemoryError) -> None:
         cause = ". ".join(str(error).split(". ")[:2])  # what was asked for, and what there is
         super().__init__(
             f"the device's memory does not hold training.micro_batch_size = {config.training.micro_batch_size} "
             f"({cause}); lower that, set training.activation_recompute to 'selective' or 'full', or split the model "
             "over more devices (python -m train.plan counts what each holds)"
         )
+
+
+class StartMemoryError(DeviceMemoryError):
+    """The device's memory is too small for the first step, so that starting again would not help."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class Trainer:
     Args:
         config: resolved.
         manifest: of the dataset at `config.data.path`.
-        limits: watches how long each section takes.
+        clock: limits and counts each section.
         stop: asks for an early end.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, limits: TimeLimits, stop: StopRequest) -> None:
-        self.config, self.manifest, self.limits, self.stop = config, manifest, limits, stop
+    def __init__(self, config: Config, manifest: Manifest, clock: Clock, stop: StopRequest) -> None:
+        self.config, self.manifest, self.clock, self.stop = config, manifest, clock, stop
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
         dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
         on_rank_zero(lambda: prepare(self.root))
@@ -110,12 +110,13 @@ class Trainer:
                 self.health.load_state_dict(saved.marker["health_state"])
         self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
         is_first = rank() == 0
-        self.goodput = Goodput(self.folder, seconds_after(self.folder, self.step)) if is_first else Goodput(None)
+        if is_first:
+            clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
         changed = checkpoint.changed_settings(saved, config) if saved is not None else {}
         self.log = RunLog(self.folder, config, self.step, faults, changed) if is_first else None
         told = None if self.log is None else self.log.saving
         self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
-        self.metrics = StepMetrics(config, manifest.vocab_size)
+        self.metrics = StepMetrics(config, manifest.vocab_size, clock.steps)
         options = config.data.read_options()
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
         self.rank_times = RankTimes(self.engine.engine.module)
@@ -135,8 +136,8 @@ class Trainer:
             return None
         if self._evaluation_is_due() and self._lacks_validation(samples):
             self._evaluate(samples)  # which was left out for a stop
-        self.metrics.start()
-        with self.limits.section("step"):  # what has no section of its own
+        self.clock.steps.mark()
+        with self.clock.limits.section("step"):  # what has no section of its own
             while self.step < end and not self.is_stopping:
                 self._train_step()
                 if self.health.must_go_back:
@@ -157,10 +158,10 @@ class Trainer:
         self.stream.close()
         if error is None:
             self.saver.close()
-        self.goodput.spent("other")
+        self.clock.goodput.spent("other")
         if self.log is not None:
             with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):  # a full disk, say
-                self.log.end(self.step, self.stop.received, error, self.goodput, self.metrics.mfu_words)
+                self.log.end(self.step, self.stop.received, error, self.clock.goodput, self.metrics.mfu_words)
                 self.log.close()
 
     def _lacks_validation(self, limit_samples: int | None) -> bool:
@@ -188,11 +189,12 @@ class Trainer:
         bounds = self.health.limits(self.step + 1)
         first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
         self.engine.stop_requested = self.stop.received is not None
-        with self.limits.section("start" if self.is_first_step else "step"):
+        with self.clock.section("first_step" if self.is_first_step else "step"):
             report, statistics = self.engine.train_step(self.batches, rate, bounds)
             self.step += 1
-            self.metrics.end_step()
+            self.clock.steps.mark(ends_step=True)
             samples, waited_s = (first_sample, self.stream.samples_consumed), self.stream.wait_s - waited_s
+            self.clock.waited_for_data(waited_s)
             self.in_flight.append(StepInFlight(self.step, samples, rate, bounds, report, statistics, waited_s))
             if self.first_step.is_due:
                 self._check_first_step(statistics, report)
@@ -200,7 +202,6 @@ class Trainer:
             if self._something_is_due():
                 self._settle()
         self.rank_times.step(waited_s)
-        self.goodput.spent("start_up" if self.is_first_step else "steps", waited_s)
         self.is_first_step = False
 
     def _check_first_step(self, statistics: StageStatistics, report: PendingReport) -> None:
@@ -227,13 +228,12 @@ class Trainer:
                     self.log.refused(done.step, reason, trouble, self.metrics.last_row)
 
     def _log(self) -> None:
-        rows = self.metrics.flush()
-        heads = head_snapshot(self.engine.stage, self.trouble.last_statistics, self.engine.groups)
-        ranks = self.rank_times.gather()
-        if self.log is not None:
-            self.log.steps(rows, heads, ranks, self.goodput)
-        self.goodput.spent("other")
-        self.metrics.start()
+        with self.clock.section("log"):
+            rows = self.metrics.flush()
+            heads = head_snapshot(self.engine.stage, self.trouble.last_statistics, self.engine.groups)
+            ranks = self.rank_times.gather()
+            if self.log is not None:
+                self.log.steps(rows, heads, ranks, self.clock.goodput)
 
     def _write_rows(self) -> None:
         rows = self.metrics.flush()
@@ -241,15 +241,13 @@ class Trainer:
             self.log.rows(rows)
 
     def _evaluate(self, limit_samples: int | None) -> Validation:
-        self._write_rows()  # of the steps before it
-        with self.limits.section("evaluation"):
+        with self.clock.section("evaluation"):
+            self._write_rows()  # of the steps before it
             stage, groups = self.engine.stage, self.engine.groups
             validation = validate(stage, groups, self.config, limit_samples, self.engine.evaluate)
-        self.validated = (self.step, validation.loss)
-        if self.log is not None:
-            self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)
-        self.goodput.spent("evaluation")
-        self.metrics.start()
+            self.validated = (self.step, validation.loss)
+            if self.log is not None:
+                self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)
         return validation
 
     def _save_if_due(self) -> None:
@@ -258,48 +256,46 @@ class Trainer:
         self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
         if not self.save_is_due or (self.health.in_trouble and not is_last):
             return
-        self._write_rows()  # a resumed run goes on after them, so they are there before the checkpoint is
         loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
-        with self.limits.section("save"):
+        with self.clock.section("save"):
+            self._write_rows()  # a resumed run goes on after them, so they are there before the checkpoint is
             self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
         self.save_is_due = False
-        self.goodput.spent("save")
-        self.metrics.start()
 
     def _finish_save(self) -> None:
-        with self.limits.section("save"):
+        with self.clock.section("save"):
             self.saver.finish()
-        self.goodput.spent("save")
 
     def _go_back(self) -> None:
-        """Restores the state before the first of the steps refused lately, and goes on with samples not read yet.
+        """Restore the state before the first of the steps refused lately, and go on with samples not read yet.
 
         Raises:
             TrainingError: going back has not helped, or there is nothing to go back to.
         """
         self._settle()
         self._finish_save()
-        first_refused = self.health.first_refused(self.step)
-        with self.limits.section("start"):
+        first_refused, from_step = self.health.first_refused(self.step), self.step
+        with self.clock.section("go_back"):
             saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
-        if not self.health.may_go_back(self.step) or saved is None:
-            self._log()
-            why = "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
-            raise TrainingError(
-                f"{self.last_refusal}; {why}; see {self.folder}/journal.jsonl; "
-                "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
-            )
-        from_step, self.save_is_due = self.step, True  # soon, so that a crash does not lead to those samples again
-        lost_s = sum(row["step_time_s"] for row in self.metrics.flush() if row["step"] > saved.step)
-        with self.limits.section("start"):
+            if not self.health.may_go_back(self.step) or saved is None:
+                self._give_up(
+                    "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
+                )
+            lost_s = sum(row["step_time_s"] for row in self.metrics.flush() if row["step"] > saved.step)
             self._restore(saved)
-        self.saver.forget_after(self.step)
-        self.health.forget()
-        if self.log is not None:
-            self.goodput.lose(lost_s + seconds_after(self.folder, self.step))
-            self.log.went_back(from_step, self.step, first_refused, self.stream.samples_consumed)
-        self.goodput.spent("other")
-        self.metrics.start()
+            self.save_is_due = True  # soon, so that a crash does not lead to the refused samples again
+            self.saver.forget_after(self.step)
+            self.health.forget()
+            if self.log is not None:
+                self.clock.goodput.lose(lost_s + seconds_after(self.folder, self.step))
+                self.log.went_back(from_step, self.step, first_refused, self.stream.samples_consumed)
+
+    def _give_up(self, why: str) -> NoReturn:
+        self._log()
+        raise TrainingError(
+            f"{self.last_refusal}; {why}; see {self.folder}/journal.jsonl; "
+            "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
+        )
 
     def _restore(self, saved: SavedCheckpoint) -> None:
         self.engine.load_state(saved, self.manifest.vocab_size)
@@ -313,26 +309,27 @@ def every(interval: int, step: int) -> bool:
 
 def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
     """One run on this process's rank; resources are released in any case."""
-    limits = TimeLimits(config, rank())
+    clock = Clock(config, rank())
     directory: list[RunDirectory] = []
     trainer: Trainer | None = None
     error: BaseException | None = None
     try:
-        with limits.section("start"):
-            initialize_distributed(limits.longest_s + 2 * GRACE_S)
+        with clock.section("start_up"):
+            initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
             on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
-            trainer = Trainer(config, manifest, limits, stop)
+            trainer = Trainer(config, manifest, clock, stop)
             on_rank_zero(lambda: directory[0].describe(dataset_identity(manifest)))
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:
         error = raised
-        raise DeviceMemoryError(config, raised, trainer is None or trainer.is_first_step) from None
+        at_start = trainer is None or trainer.is_first_step
+        raise (StartMemoryError if at_start else DeviceMemoryError)(config, raised) from None
     except BaseException as raised:
         error = raised
         raise
     finally:
         if trainer is not None:
             trainer.close(error)
-        limits.close()
+        clock.close()
         for each in directory:
             each.close()
