@@ -1,4 +1,4 @@
-"""What one rank finds out, all ranks know, so that none waits for another that has given up."""
+"""Shares one rank's outcome with all, so that none waits for a rank that has given up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def on_rank_zero(function: Callable[[], Any]) -> Any:
-    """Runs a function on rank 0; what it returns is returned, and what it raises raised, on every rank."""
+    """Run a function on rank 0, and return its result or raise its error on every rank; all ranks call."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""Trains a model:
+"""Train a model:
 
     deepspeed train/main.py --config configs/ereg.json [section.key=value ...]
     python train/main.py --config configs/ereg.json --dry-run
@@ -71,7 +71,7 @@ def dry_run(options: argparse.Namespace) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train/main.py",
-        description="Trains an entropy-guided softmax-only transformer, or any architecture of its paper.",
+        description="Train an entropy-guided softmax-only transformer, or any architecture of its paper.",
         epilog="Every key with its meaning and default: python -m train.describe",
     )
     parser.add_argument(

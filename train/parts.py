@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: groups, model, engine, data."""
+"""Builds the parts of a run from its configuration: process groups, stage, engine, data stream, micro-batches."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ from train.config import Config
 
 
 def build_groups(config: Config) -> Groups:
-    """Joins the process group and creates the groups of the grid's axes."""
+    """Join the process group and create the groups of the grid's axes; all ranks call."""
     initialize_distributed()
     return initialize_groups(config.grid(dist.get_world_size(), dist.get_rank()))
 
@@ -28,8 +28,11 @@ def build_groups(config: Config) -> Groups:
 def build_stage(
     config: Config, vocab_size: int, dtype: torch.dtype = torch.float32, groups: Groups | None = None
 ) -> tuple[Stage, Groups]:
-    """Builds this rank's part of the model with its part of the regularizer; joins the process group first, unless this
-    process has `groups` from an earlier call.
+    """Build this rank's part of the model with its part of the regularizer.
+
+    Args:
+        dtype: of the parameters; training needs float32.
+        groups: from an earlier call in this process; None joins the process group first.
     """
     parallel, training, device = config.parallel, config.training, local_device()
     groups = groups or build_groups(config)
@@ -51,12 +54,12 @@ def build_stage(
 
 
 def build_engine(config: Config, vocab_size: int, groups: Groups | None = None) -> Engine:
-    """This rank's stage with its optimizer; `groups` as in `build_stage`."""
+    """Build this rank's stage and its optimizer; `groups` as in `build_stage`."""
     return add_optimizer(*build_stage(config, vocab_size, groups=groups), config)
 
 
 def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
-    """An engine for a stage, whose weights it takes as they are."""
+    """Build the engine of a stage, keeping its weights."""
     training = config.training
     engine_config = EngineConfig(
         parallel=config.parallel,
@@ -74,7 +77,7 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
 
 
 def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | None:
-    """The regularizer of this rank's heads and layers, or None where the architecture has none."""
+    """Build the regularizer of this rank's heads and layers; None if the architecture has none."""
     if not config.model.regularized:
         return None
     return ShardedRegularizer(
@@ -88,7 +91,7 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
 
 
 def layout_of(config: Config, grid: RankGrid) -> Layout:
-    """The run's layout, as `parallel.compare` takes it."""
+    """Return the run's layout in the form that `parallel.compare` takes."""
     return Layout(
         tp=grid.tp,
         pp=grid.pp,
@@ -101,7 +104,7 @@ def layout_of(config: Config, grid: RankGrid) -> Layout:
 
 
 def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int | None = None) -> TokenStream:
-    """This data-parallel rank's stream; its tensor-, pipeline- and context-parallel ranks read the same samples."""
+    """Open this data-parallel rank's stream; ranks that share a replica read the same samples."""
     data = config.data
     return TokenStream(
         load_dataset(data.path, data.read_options()),
@@ -129,7 +132,7 @@ def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> 
 
 
 def dataset_identity(manifest: Manifest) -> dict[str, str | int]:
-    """What a checkpoint remembers of its dataset."""
+    """Return what a checkpoint records of its dataset."""
     return {
         "vocab_size": manifest.vocab_size,
         "tokenizer_sha256": manifest.tokenizer_sha256,

@@ -1,15 +1,15 @@
-"""Where a run's wall time goes, over all its restarts.
+"""Counts where a run's wall time goes, over all its restarts.
 
     steps         forward, backward, optimizer of steps whose result the run still stands on
     data          waiting for the next batch
-    save          training held up by a checkpoint
+    save          waiting for a checkpoint
     evaluation
     start_up      from the start of the process to the end of its first step, which compiles
     lost          steps done again after a failure or after going back
     down          from the last record of one process to the start of the next
     other         logging and what is left
 
-Goodput is the share of steps. goodput.json keeps the seconds; rank 0 counts, since all ranks share the wall.
+Goodput is the share of `steps`. goodput.json keeps the seconds. Rank 0 counts for all ranks, since they run in step.
 """
 
 import json
@@ -30,7 +30,7 @@ class Goodput:
 
     Args:
         folder: run directory that has goodput.json; None counts without a file.
-        lost_s: time of steps that an earlier process of this run did and this one does again.
+        lost_s: seconds of steps that an earlier process of this run did and this one repeats.
     """
 
     def __init__(self, folder: Path | None, lost_s: float = 0.0) -> None:
@@ -45,7 +45,7 @@ class Goodput:
         self._marked = process_started
 
     def spent(self, category: str, of_which_data_s: float = 0.0) -> None:
-        """What passed since the last call went into `category`, but for the given wait for data."""
+        """Count the time since the last call as `category`, except for the given wait for data."""
         now = time.time()
         passed, self._marked = now - self._marked, now
         data_s = min(passed, of_which_data_s)
@@ -53,7 +53,7 @@ class Goodput:
         self.seconds["data"] += data_s
 
     def lose(self, seconds: float) -> None:
-        """Steps that took so long have to be done again."""
+        """Count this many seconds of steps as lost, since they have to be done again."""
         moved = min(seconds, self.seconds["steps"])
         self.seconds["steps"] -= moved
         self.seconds["lost"] += moved

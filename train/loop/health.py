@@ -1,11 +1,13 @@
-"""Says what a step's numbers may be for it to change the weights, and when leaving steps out is no longer enough.
+"""Decides which steps may change the weights, and when skipping steps no longer helps.
 
-A step is refused where its loss or gradient norm is not finite, or lies far above recent steps. Far is counted in
-robust standard deviations (1.4826 times the median absolute deviation) of the last accepted steps, of the loss in nats
-and of the logarithm of the norm; a floor under the deviation keeps a very quiet run from calling ripples spikes. The
-device compares a step with limits made before it, so that nothing waits; every rank makes the same limits, from numbers
-which are already reduced over all of them. Limits never see the step just before, also where its numbers happen to be
-there already; and what they see is saved. So a resumed run refuses what an uninterrupted one does.
+A step is refused if its loss or gradient norm is not finite, or lies far above those of recent accepted steps. Distance
+is counted in robust standard deviations (1.4826 times the median absolute deviation) of the loss in nats and of the
+logarithm of the norm. A floor under the deviation keeps a very quiet run from calling ripples spikes.
+
+The device compares a step with limits that were computed before it, so nothing waits. Every rank computes the same
+limits, because the numbers are already reduced over all ranks. Limits never use the step just before, even if its
+numbers are there already, and what they use is saved. So a resumed run refuses the steps that an uninterrupted run
+would.
 """
 
 import math
@@ -17,14 +19,14 @@ from typing import Any
 from parallel.engine.telemetry import FINITE, StepLimits, StepReport
 from train.config.sections import RECENT_STEPS, HealthConfig
 
-UNSEEN_STEPS = 1  # before the one that limits are made for: still on the device
+UNSEEN_STEPS = 1  # just before the step that limits are for: still running on the device
 LEAST_LOSS_DEVIATION_NATS = 0.05
 LEAST_LOG_NORM_DEVIATION = 0.125
 MOST_LOG_NORM = 700.0  # its exponential is still a float
 
 
 class Health:
-    """A run's memory of its steps."""
+    """The recent steps of a run, and what follows from them."""
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
@@ -35,13 +37,13 @@ class Health:
         self.forget()
 
     def forget(self) -> None:
-        """Starts without a history, as after going back; how often the run went back is remembered."""
+        """Clear the history, as after going back; how often the run went back is kept."""
         self._accepted: deque[tuple[int, float, float]] = deque(maxlen=self.config.window + UNSEEN_STEPS)
         """Step, loss, logarithm of the gradient norm."""
         self._refused: deque[bool] = deque(maxlen=RECENT_STEPS)
 
     def limits(self, step: int) -> StepLimits:
-        """For `step`, from accepted ones before the one before it."""
+        """Return the limits for `step`, computed from accepted steps up to two before it."""
         seen = [each for each in self._accepted if each[0] < step - UNSEEN_STEPS][-self.config.window :]
         if not self.config.spike_factor or len(seen) < max(2, self.config.window // 4):
             return FINITE
@@ -50,14 +52,14 @@ class Health:
         return StepLimits(loss, math.exp(min(log_norm, MOST_LOG_NORM)))
 
     def remember(self, step: int, report: StepReport, limits: StepLimits) -> None:
-        """What a step measured that ran under these limits."""
+        """Record what a step measured that ran under these limits."""
         self.reason = None if report.accepted else reason_against(report, limits)
         self._refused.append(not report.accepted)
         if report.accepted:
             self._accepted.append((step, report.loss, math.log(max(report.gradient_norm, 1e-30))))
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, for a checkpoint."""
+        """Return the history, for a checkpoint."""
         return {"accepted": [list(each) for each in self._accepted], "refused": list(self._refused)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -72,15 +74,15 @@ class Health:
 
     @property
     def in_trouble(self) -> bool:
-        """Whether the last step was refused: no moment to save."""
+        """Whether the last step was refused, so that this is no moment to save."""
         return self.reason is not None
 
     def first_refused(self, step: int) -> int:
-        """The first of the recent refused steps, where `step` was the last."""
+        """Return the first of the recent refused steps; `step` is the last step run."""
         return step - len(self._refused) + 1 + list(self._refused).index(True)
 
     def may_go_back(self, step: int) -> bool:
-        """Counts a return from `step`; False where the run has gone back too often for one trouble."""
+        """Count a return from `step`; False if the run has gone back too often for the same trouble."""
         if step > self._trouble_step + RECENT_STEPS:
             self._rollbacks = 0
         self._trouble_step = max(step, self._trouble_step)
@@ -89,7 +91,7 @@ class Health:
 
 
 def reason_against(report: StepReport, limits: StepLimits) -> str:
-    """Why a refused step was refused."""
+    """Say why a step was refused."""
     if not math.isfinite(report.loss):
         return f"the loss is {report.loss}"
     if not math.isfinite(report.gradient_norm):

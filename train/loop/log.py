@@ -1,4 +1,4 @@
-"""Everything rank 0 writes while training: JSON lines, the journal, TensorBoard, the terminal."""
+"""Writes what rank 0 records while training: JSON lines, the journal, TensorBoard, the terminal."""
 
 import sys
 from pathlib import Path
@@ -23,11 +23,11 @@ SLOW_IN_A_ROW = 3
 
 
 class RunLog:
-    """The logs of a run that starts or goes on after `first_step`; what they hold of later steps is cut.
+    """The logs of a run that starts, or resumes after `first_step`; rows of later steps are removed.
 
     Args:
-        faults: of checkpoints newer than the one it goes on from.
-        changed: [old, new] of each setting that is not what that was trained with.
+        faults: what is wrong with checkpoints newer than the one resumed from.
+        changed: [old, new] of each setting that differs from those the checkpoint was trained with.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RunLog:
     def steps(
         self, rows: list[dict[str, Any]], heads: HeadSnapshot, rank_times: dict[str, Any], goodput: Goodput
     ) -> None:
-        """Rows since the last logging step, and the heads and ranks at the last of them."""
+        """Write the rows since the last logging step, and the heads and ranks as of the last of them."""
         rows[-1].update(
             goodput=goodput.share,
             slowest_rank=rank_times["slowest_rank"],
@@ -75,7 +75,7 @@ class RunLog:
                 self.board.images(head_row, self.config.model.seq_length)
 
     def rows(self, rows: list[dict[str, Any]]) -> None:
-        """Rows of steps, in their files when this returns."""
+        """Write rows of steps; they are in their files when this returns."""
         for row in rows:
             self.metrics.write(row)
             if self.board is not None:
@@ -97,7 +97,7 @@ class RunLog:
             self.board.evaluation(row)
 
     def verified(self, worst: BlockError, blocks: list[CompiledBlock]) -> None:
-        """The comparison of this rank's compiled blocks with themselves uncompiled, and the time of the latter."""
+        """Record how close compiled blocks are to themselves uncompiled, and how long the latter took."""
         seconds = sum(block.uncompiled_s for block in blocks)
         self.event(
             "compiled blocks verified",
@@ -109,13 +109,13 @@ class RunLog:
         )
 
     def refused(self, step: int, reason: str, report: TroubleReport, row: dict[str, Any]) -> None:
-        """A step that did not change the weights."""
+        """Warn of a step that did not change the weights."""
         self.warn(
             "skipped step", f"step {step} skipped: {reason}; {report.words}", reason=reason, **row, **report.fields
         )
 
     def went_back(self, from_step: int, to_step: int, first_refused: int, next_sample: int) -> None:
-        """Forgets rows and curves after the step that the run went back to; the journal keeps everything."""
+        """Remove rows and curves after the step that the run went back to; the journal keeps everything."""
         text = (
             f"went back from step {from_step} to the checkpoint of step {to_step}, going on with sample {next_sample}"
         )
@@ -125,7 +125,7 @@ class RunLog:
         self._open(to_step)
 
     def end(self, step: int, signal: str | None, error: BaseException | None, goodput: Goodput, mfu_words: str) -> None:
-        """How the run ended, and where its time went."""
+        """Record how the run ended and where its time went."""
         goodput.write()
         fields: dict[str, Any] = {"step": step, "goodput": goodput.share, "seconds": goodput.seconds}
         if error is not None:
@@ -138,18 +138,18 @@ class RunLog:
             self.event("finished", "\n".join(filter(None, [mfu_words, str(goodput)])), **fields)
 
     def event(self, event: str, say: str | None = None, **fields: Any) -> None:
-        """A line of the journal and, where `say` is given, of the terminal."""
+        """Write a line to the journal and, if `say` is given, to the terminal."""
         self.journal.write(event, **fields)
         if say is not None:
             self.display.say(say)
 
     def warn(self, event: str, text: str, **fields: Any) -> None:
-        """The same for what a person should look at, on standard error."""
+        """Write an event that a person should look at to the journal and to standard error."""
         self.journal.write(event, **fields)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def saving(self, event: str, **fields: Any) -> None:
-        """What a finished save tells, on the thread that wrote it."""
+        """Record how a save ended; called on the thread that wrote it."""
         if event == "save failed":
             self.warn(event, f"{fields['reason']}; trying again at the next save", **fields)
         else:
@@ -160,7 +160,7 @@ class RunLog:
         self.display.close()
 
     def _tell_collapse(self, heads: dict[str, Any]) -> None:
-        """Once for each layer."""
+        """Warn of newly collapsed layers, once for each."""
         entropies, seq_length = heads["entropy_nats"], self.config.model.seq_length
         fallen = fallen_layers(entropies, seq_length)
         if set(fallen) - set(self._collapsed):
@@ -169,7 +169,7 @@ class RunLog:
         self._collapsed = fallen
 
     def _tell_slow(self, times: dict[str, Any]) -> None:
-        """Once, when the same rank has been slow at three logging steps in a row."""
+        """Name a rank once it has been slow at three logging steps in a row."""
         words = slow_words(times)
         if words is None or self._slow[-1:] != [times["slowest_rank"]]:
             self._slow = []
@@ -193,12 +193,12 @@ class RunLog:
 
 
 def seconds_after(folder: Path, step: int) -> float:
-    """Time of the steps in metrics.jsonl that come after `step`: work to be done again."""
+    """Add up the seconds of logged steps after `step`, which have to be done again."""
     rows = read_rows(folder / "metrics.jsonl")
     return sum(row["step_time_s"] for row in rows if row["step"] > step and "step_time_s" in row)
 
 
 def is_validated(folder: Path, step: int, tokens: int) -> bool:
-    """Whether metrics.jsonl has a validation over at least `tokens` tokens at `step`."""
+    """Whether a validation over at least `tokens` tokens was logged at `step`."""
     rows = read_rows(folder / "metrics.jsonl")
     return any(row["step"] == step and row.get("validation_tokens", 0) >= tokens for row in rows)

@@ -1,4 +1,4 @@
-"""Metrics of a run: a row for every step, its time taken without waiting for the device."""
+"""Collects a row of metrics for every step, timed without waiting for the device."""
 
 import statistics
 from typing import Any
@@ -13,7 +13,7 @@ from train.loop.clock import StepClock
 
 
 class StepMetrics:
-    """Collects what each step leaves behind; rows come out at logging steps, when their times are known."""
+    """Collects rows as steps are read; `flush` returns them at logging steps, when their times are known."""
 
     def __init__(self, config: Config, vocab_size: int, clock: StepClock) -> None:
         self.tokens_per_step = config.tokens_per_step
@@ -32,7 +32,7 @@ class StepMetrics:
         refused: str | None,
         data_wait_s: float,
     ) -> None:
-        """What the step that read samples from `first_sample` on measured, and why it was refused if it was."""
+        """Add the row of a step that read samples from `first_sample` on; `refused` says why, if it was refused."""
         self._rows.append(
             {
                 "step": step,
@@ -48,7 +48,7 @@ class StepMetrics:
         )
 
     def flush(self) -> list[dict[str, Any]]:
-        """Rows of the steps since the last flush, each of which has been recorded."""
+        """Return the rows of all steps since the last flush; each must have been recorded."""
         times_s = self._clock.step_times_s()
         memory = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
         rows, self._rows = self._rows, []
@@ -64,5 +64,5 @@ class StepMetrics:
 
     @property
     def last_row(self) -> dict[str, Any]:
-        """Of the last step recorded."""
+        """The row of the last step recorded, without its time."""
         return self._rows[-1]

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar with the time left on a terminal, plain lines elsewhere."""
+"""Shows a run's progress: a bar with the time left on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class ProgressDisplay:
-    """Shows steps; `first_step` is where a resumed run starts."""
+    """Shows steps as they are logged; `first_step` is where a resumed run starts."""
 
     def __init__(self, train_steps: int, first_step: int) -> None:
         self._started_s, self._first_step, self._train_steps = time.monotonic(), first_step, train_steps
@@ -17,7 +17,7 @@ class ProgressDisplay:
             self._bar = tqdm(total=train_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def show_step(self, row: dict[str, Any]) -> None:
-        """A logged step, a row of metrics.jsonl."""
+        """Show a logged step, given its row of metrics.jsonl."""
         numbers = f"loss {row['loss']:.4f}  tokens/s {row['tokens_per_second']:,.0f}"
         if self._bar is not None:
             self._bar.update(row["step"] - self._bar.n)
@@ -29,7 +29,7 @@ class ProgressDisplay:
             )
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a line that stays, above the bar."""
         if self._bar is not None:
             self._bar.write(text)
         else:
@@ -45,7 +45,7 @@ class ProgressDisplay:
 
 
 def format_duration(seconds: float) -> str:
-    """'0:42', '12:05', '3:07:10'."""
+    """Format seconds as '0:42', '12:05' or '3:07:10'."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds_left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"

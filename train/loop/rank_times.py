@@ -1,8 +1,8 @@
-"""How long each rank computes, so that a slow one can be named.
+"""Measures how long each rank computes, so that a slow one can be named.
 
-All ranks' steps take equally long, since the fast wait for the slow. What tells them apart is a rank's own work: its
-forward passes and its wait for data. Inside a tensor-parallel group the forward pass waits for the slowest too, so
-there the group is named rather than the rank.
+All ranks' steps take equally long, since fast ranks wait for slow ones. What differs is a rank's own work: its forward
+passes and its wait for data. Inside a tensor-parallel group the forward pass waits for the slowest rank too. There the
+group is found rather than the rank.
 """
 
 import platform
@@ -21,7 +21,7 @@ SLOW = 1.5
 
 
 class RankTimes:
-    """Times forward passes of what this rank runs; all ranks hold one and gather together."""
+    """Times this rank's forward passes and waits for data; every rank has one, and they gather together."""
 
     def __init__(self, module: nn.Module) -> None:
         self._clock = StepClock()
@@ -37,7 +37,7 @@ class RankTimes:
         self._data_wait_s += data_wait_s
 
     def gather(self) -> dict[str, Any]:
-        """Mean seconds a step of every rank since the last call, and the slowest by their sum."""
+        """Return every rank's mean seconds per step since the last call, and which rank is slowest by their sum."""
         own = torch.tensor([sum(self._clock.step_times_s()), self._data_wait_s], dtype=torch.float64)
         own /= max(1, self._steps)
         self._steps, self._data_wait_s = 0, 0.0
@@ -58,7 +58,7 @@ class RankTimes:
 
 
 def slow_words(times: dict[str, Any]) -> str | None:
-    """A line naming the slowest rank, where it holds the others up."""
+    """Name the slowest rank in one line; return None if it does not hold the others up."""
     if len(times["forward_s"]) == 1 or times["slowest_over_median"] < SLOW:
         return None
     rank = times["slowest_rank"]

@@ -9,9 +9,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this rank was asked to stop; every rank hears of it through the step's report.
+    """Records whether this rank was asked to stop; the other ranks learn of it through the step's report.
 
-    Handlers are installed until `close`. Ask again and the process ends with status 128 + signal, as it would without.
+    Signal handlers stay installed until `close`. A second signal ends the process with status 128 + signal, as the
+    first would without handlers.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: scalars in groups, head and threshold maps, histograms, hyperparameters."""
+"""Writes a run to TensorBoard: scalars in groups, head and threshold maps, histograms, hyperparameters."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ RESULTS = ("validation/validation_loss", "validation/validation_perplexity")
 
 
 class TensorBoardLog:
-    """Writes rows of metrics.jsonl and entropy.jsonl; continues a resumed run's curves without doubled steps."""
+    """Writes rows of metrics.jsonl and entropy.jsonl; a resumed run continues its curves without duplicate steps."""
 
     def __init__(self, folder: Path, config: Config, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,7 @@ class TensorBoardLog:
             self._writer.add_scalar(tag, row[tag.partition("/")[2]], row["step"])
 
     def heads(self, row: dict[str, Any]) -> None:
-        """Each layer's mean over heads (entropy in nats, threshold, temperature) and its alpha and beta."""
+        """Write each layer's mean over heads (entropy in nats, threshold, temperature) and its alpha and beta."""
         for key, group in LAYER_MEANS.items():
             for layer, values in enumerate(row[key] or []):
                 self._writer.add_scalar(f"{group}/layer_{layer:02d}", sum(values) / len(values), row["step"])
@@ -49,10 +49,10 @@ class TensorBoardLog:
                 self._writer.add_scalar(f"{key}/layer_{layer:02d}", value, row["step"])
 
     def images(self, row: dict[str, Any], seq_length: int) -> None:
-        """The head map, the threshold map, and histograms over all heads of entropies, thresholds and temperatures.
+        """Draw the head map and the threshold map, and histograms of all heads' entropies, thresholds, temperatures.
 
-        A head's temperature is its mean over positions; the extremes over positions are in entropy.jsonl. Images and
-        histograms need tags of their own: of two kinds under one tag TensorBoard shows one.
+        A head's temperature is its mean over positions; entropy.jsonl has the extremes. Images and histograms have tags
+        of their own, because TensorBoard shows only one of two kinds under the same tag.
         """
         from train.pictures.maps import head_map_figure, threshold_map_figure
 
@@ -67,14 +67,14 @@ class TensorBoardLog:
                 self._writer.add_histogram(f"heads/{key}", values, step)
 
     def flush(self) -> None:
-        """Writes out what is buffered, so that a process that is killed leaves no gap."""
+        """Write buffered rows, so that a killed process leaves no gap."""
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
     def _hyperparameters(self, config: Config) -> None:
-        """In the run itself; the writer's own add_hparams would open a second run for them."""
+        """Write them to the run itself; the writer's own add_hparams would open a second run."""
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(flat_hyperparameters(config), dict.fromkeys(RESULTS, 0.0)):
@@ -82,7 +82,7 @@ class TensorBoardLog:
 
 
 def flat_hyperparameters(config: Config) -> dict[str, Any]:
-    """'section.key' -> value of what makes a run what it is, as TensorBoard takes it: no null, no list."""
+    """Flatten the sections that define a run to 'section.key' -> value; TensorBoard takes no null and no list."""
     tree = config.as_dict()
     return {
         f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
@@ -92,7 +92,7 @@ def flat_hyperparameters(config: Config) -> dict[str, Any]:
 
 
 def chart_layout() -> dict[str, Any]:
-    """All layers of a quantity in one chart, on the tab "Custom scalars"."""
+    """Put all layers of a quantity in one chart, on the tab "Custom scalars"."""
     groups = [*LAYER_MEANS.values(), *LAYER_VALUES]
     return {
         "layers": {group: ["Multiline", [f"{group}/layer_.*"]] for group in groups},

@@ -1,7 +1,7 @@
-"""Limits on how long a part of a run may take: past one, every rank leaves its stacks behind and exits.
+"""Limits how long each section of a run may take; a rank that exceeds a limit writes its stacks and exits.
 
-A rank that hangs keeps the others waiting in a collective, inside the same section, so each passes its own limit at
-about the same time; a rank that died is what the launcher notices at once.
+If one rank hangs, the others wait for it in a collective of the same section, so all exceed their limits at about the
+same time. A rank that died is noticed by the launcher at once.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from train.run.journal import Journal
 
 SECTIONS = ("start", "step", "save", "evaluation")
 GRACE_S = 30.0
-"""After this much more, the interpreter's C code dumps and exits, in case Python itself is stuck."""
+"""Seconds after which the interpreter's C code dumps the stacks and exits, in case Python itself is stuck."""
 REARM_S = 15.0
-"""How often that is put off: it costs a thread, which is too much for every step."""
+"""Seconds between postponements of that: each costs a thread, which is too much for every step."""
 
 
 class TimeLimits:
-    """Watches the section that this rank is in; stacks go to run_dir/stacks/rank_00000.txt and to standard error."""
+    """Watches the section that this rank is in; writes stacks to run_dir/stacks/rank_00000.txt and standard error."""
 
     def __init__(self, config: Config, rank: int) -> None:
         self._file, self._rank = Path(config.run_dir) / "stacks" / f"rank_{rank:05d}.txt", rank
@@ -39,7 +39,7 @@ class TimeLimits:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Inside, as many seconds are allowed as the configuration says; of nested sections the inner one counts."""
+        """Limit a section to health.<name>_limit_s seconds; of nested sections only the inner one is limited."""
         outer, limit_s = self._section, self._limits_s[name]
         self._enter((name, limit_s, time.monotonic() + limit_s))
         try:
@@ -59,7 +59,7 @@ class TimeLimits:
         faulthandler.cancel_dump_traceback_later()
 
     def _enter(self, section: tuple[str, float, float] | None) -> None:
-        self._section = section  # the watcher looks often enough; waking it at every step would cost more
+        self._section = section  # the watcher polls; waking it at every step would cost more
         now = time.monotonic()
         if section is None:
             self._armed = ("", 0.0)

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: a step, then whatever is due after it."""
 
 import contextlib
 from collections import deque
@@ -37,14 +37,14 @@ from train.run.folder import RunDirectory
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; one clear line."""
+    """Training cannot go on: the numbers went wrong, and going back to a checkpoint did not help."""
 
 
 class DeviceMemoryError(RuntimeError):
     """The device's memory is too small."""
 
     def __init__(self, config: Config, error: torch.OutOfMemoryError) -> None:
-        cause = ". ".join(str(error).split(". ")[:2])  # what was asked for, and what there is
+        cause = ". ".join(str(error).split(". ")[:2])  # how much was requested, and how much there is
         super().__init__(
             f"the device's memory does not hold training.micro_batch_size = {config.training.micro_batch_size} "
             f"({cause}); lower that, set training.activation_recompute to 'selective' or 'full', or split the model "
@@ -58,7 +58,12 @@ class StartMemoryError(DeviceMemoryError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run ended; `validation` is of the whole split, None where this process did not train to the last step."""
+    """Where a run ended.
+
+    Attributes:
+        step: the last step trained.
+        validation: over the whole split; None if this process did not train to the last step.
+    """
 
     step: int
     validation: Validation | None
@@ -66,10 +71,14 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step that was handed to the device."""
+    """A step that was launched on the device and whose results have not been read yet.
+
+    Attributes:
+        samples: the first sample it read, and the first that it did not read any more.
+    """
 
     step: int
-    samples: tuple[int, int]  # the first, and the first after it
+    samples: tuple[int, int]
     learning_rate: float
     limits: StepLimits
     report: PendingReport
@@ -80,8 +89,8 @@ class StepInFlight:
 class Trainer:
     """A run from its first or its resumed step to its last.
 
-    The device always has a step to work on while the host looks at the one before: numbers of a step are read, and
-    answered, one step late, but for steps at which something is due (a log, an evaluation, a checkpoint).
+    The device works on one step while the host reads the results of the step before. So a refused step is answered one
+    step late. Only where something is due after a step (a log, an evaluation, a checkpoint) does the host wait for it.
 
     Args:
         config: resolved.
@@ -106,7 +115,7 @@ class Trainer:
                 self.stream.load_state_dict(saved.marker["data_state"])
             except DataError as error:
                 raise CheckpointError(f"{saved.folder.address}: {error}") from None
-            if "health_state" in saved.marker:  # of a run begun before that was saved, it is not
+            if "health_state" in saved.marker:  # earlier versions did not save it
                 self.health.load_state_dict(saved.marker["health_state"])
         self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
         is_first = rank() == 0
@@ -128,16 +137,18 @@ class Trainer:
         self.validated: tuple[int, float] | None = None
 
     def train(self) -> Validation | None:
-        """Trains to the last step and returns the validation over the whole split; None where the run was complete
-        before, or was asked to stop before its end.
+        """Train to the last step.
+
+        Returns:
+            The validation over the whole split; None if the run was complete before, or was asked to stop early.
         """
         end, samples = self.config.train_steps, self.config.training.evaluation_samples
         if self.step > end or (self.step == end and not self._lacks_validation(None)):
             return None
         if self._evaluation_is_due() and self._lacks_validation(samples):
-            self._evaluate(samples)  # which was left out for a stop
+            self._evaluate(samples)  # the earlier process was stopped before it
         self.clock.steps.mark()
-        with self.clock.limits.section("step"):  # what has no section of its own
+        with self.clock.limits.section("step"):  # limits what has no section of its own
             while self.step < end and not self.is_stopping:
                 self._train_step()
                 if self.health.must_go_back:
@@ -154,7 +165,7 @@ class Trainer:
         return self._evaluate(None) if self.step == end else None
 
     def close(self, error: BaseException | None) -> None:
-        """Releases everything; after an error nothing here waits for another rank."""
+        """Release everything; after an error, without waiting for another rank."""
         self.stream.close()
         if error is None:
             self.saver.close()
@@ -165,26 +176,26 @@ class Trainer:
                 self.log.close()
 
     def _lacks_validation(self, limit_samples: int | None) -> bool:
-        """Whether none over so many samples (all for None) was logged at this step: the run was stopped or killed."""
+        """Whether this step has no logged validation over so many samples (None: all), since the run was stopped."""
         tokens = validation_tokens(self.manifest, self.config, limit_samples)
         return not on_rank_zero(lambda: is_validated(self.folder, self.step, tokens))
 
     def _due(self, interval: int) -> bool:
-        """Whether a thing done every `interval` steps (0: at the end only) is due now; everything is due at the end."""
+        """Whether a thing done every `interval` steps (0: only at the end) is due now. At the end everything is."""
         return self.step == self.config.train_steps or every(interval, self.step)
 
     def _evaluation_is_due(self) -> bool:
-        """Whether one on a part of the split is; that on the whole comes after the last step."""
+        """Whether a validation on part of the split is due; that on the whole split comes after the last step."""
         return 0 < self.step < self.config.train_steps and every(self.config.training.evaluation_interval, self.step)
 
     def _something_is_due(self) -> bool:
-        """Whether this step is followed by anything but the next."""
+        """Whether anything else is due before the next step."""
         config = self.config
         intervals = config.logging.interval, config.training.evaluation_interval, config.checkpoint.interval
         return self.is_stopping or self.save_is_due or any(map(self._due, intervals))
 
     def _train_step(self) -> None:
-        """Hands a step to the device, then looks at the one before; at this one too if something is due."""
+        """Launch a step, then read the results of the one before; of this one too if something is due after it."""
         rate = learning_rate(self.config.optimizer, self.step, self.config.train_steps)
         bounds = self.health.limits(self.step + 1)
         first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
@@ -205,14 +216,14 @@ class Trainer:
         self.is_first_step = False
 
     def _check_first_step(self, statistics: StageStatistics, report: PendingReport) -> None:
-        """Stops the run if the step did not give every parameter the gradient that it should have."""
+        """Stop the run if the step did not give every parameter its gradient."""
         entropy_LN = statistics.entropy_LN / statistics.sequences
         worst = self.first_step.finish(report.wait(), entropy_LN)
         if self.log is not None and worst is not None:
             self.log.verified(worst, compiled_blocks(self.engine.stage.transformer))
 
     def _settle(self, all_but: int = 0) -> None:
-        """Reads what the steps in flight measured, but for the last `all_but`, and journals those refused."""
+        """Read what the steps in flight measured, except the last `all_but`, and journal refused ones."""
         while len(self.in_flight) > all_but:
             done = self.in_flight.popleft()
             report = done.report.wait()
@@ -251,14 +262,14 @@ class Trainer:
         return validation
 
     def _save_if_due(self) -> None:
-        """Saves at intervals, at the end and when asked to stop; what falls on a refused step waits for a good one."""
+        """Save at intervals, at the end and when asked to stop. After a refused step, wait for an accepted one."""
         is_last = self.is_stopping or self.step == self.config.train_steps
         self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
         if not self.save_is_due or (self.health.in_trouble and not is_last):
             return
         loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
         with self.clock.section("save"):
-            self._write_rows()  # a resumed run goes on after them, so they are there before the checkpoint is
+            self._write_rows()  # before the checkpoint, since a resumed run goes on after them
             self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
         self.save_is_due = False
 
@@ -267,7 +278,7 @@ class Trainer:
             self.saver.finish()
 
     def _go_back(self) -> None:
-        """Restore the state before the first of the steps refused lately, and go on with samples not read yet.
+        """Restore a checkpoint from before the recent refused steps, and go on with samples not read yet.
 
         Raises:
             TrainingError: going back has not helped, or there is nothing to go back to.
@@ -303,12 +314,18 @@ class Trainer:
 
 
 def every(interval: int, step: int) -> bool:
-    """Whether a thing done every `interval` steps (0: never) is due."""
+    """Whether a thing done every `interval` steps (0: never) is due after `step`."""
     return interval > 0 and step % interval == 0
 
 
 def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
-    """One run on this process's rank; resources are released in any case."""
+    """Run this process's rank from start to end, and release its resources in any case.
+
+    Raises:
+        TrainingError: the numbers went wrong, and going back did not help.
+        DeviceMemoryError: the device's memory is too small.
+        And what `train.faults.FAULTS` lists.
+    """
     clock = Clock(config, rank())
     directory: list[RunDirectory] = []
     trainer: Trainer | None = None

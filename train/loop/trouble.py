@@ -1,4 +1,4 @@
-"""What is known of a step that went wrong: its samples and shards, every head, and which layer fell first."""
+"""Reports on a step that went wrong: its samples and shards, every head, and which layer collapsed first."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ REMEMBERED_STEPS = 8
 
 @dataclass(frozen=True)
 class TroubleReport:
-    """Words for people, fields for the journal."""
+    """A report for people (`words`) and for the journal (`fields`)."""
 
     words: str
     fall: Fall | None
@@ -26,14 +26,14 @@ class TroubleReport:
 
 
 class TroubleReporter:
-    """Remembers what the last steps measured; nothing is fetched or reduced until a report is asked for."""
+    """Keeps what the last steps measured; reads and reduces nothing until a report is requested."""
 
     def __init__(self, engine: Engine, stream: TokenStream, seq_length: int, options: ReadOptions) -> None:
         self._engine, self._stream, self._seq_length, self._options = engine, stream, seq_length, options
         self._steps: deque[tuple[int, int, int, StageStatistics]] = deque(maxlen=REMEMBERED_STEPS)
 
     def remember(self, step: int, samples: tuple[int, int], statistics: StageStatistics) -> None:
-        """A step that read the samples from `samples[0]` up to but not including `samples[1]`."""
+        """Keep a step that read samples `samples[0]` up to but not including `samples[1]`."""
         self._steps.append((step, *samples, statistics))
 
     @property
@@ -41,7 +41,7 @@ class TroubleReporter:
         return self._steps[-1][3]
 
     def report(self) -> TroubleReport:
-        """The last step remembered, but for thresholds and temperatures, which are those of now; all ranks call."""
+        """Report on the last step kept, with the thresholds and temperatures of now; all ranks call."""
         snapshots = [
             (step, head_snapshot(self._engine.stage, statistics, self._engine.groups))
             for step, _, _, statistics in self._steps
@@ -61,7 +61,7 @@ class TroubleReporter:
         return TroubleReport(words if fall is None else f"{fall}; {words}", fall, fields)
 
     def _shards(self, first: int, end: int) -> list[str]:
-        """Names of the shards that the samples come from, found by a reader of its own: the stream's reads ahead."""
+        """Name the shards that samples come from, with a reader of its own, since the stream's has read ahead."""
         state = self._stream.state_dict()
         shape = state["seq_length"], state["seed"], state["window_shards"]
         reader = open_reader(self._stream.manifest, "train", *shape, self._options)

@@ -1,4 +1,4 @@
-"""Plain cross-entropy and head entropies on the validation split, over all ranks."""
+"""Measures cross-entropy and head entropies on the validation split, over all ranks."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,13 @@ from train.parts import micro_batches, open_stream
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean cross-entropy in nats per token (the regularizer acts only in training), and every head."""
+    """What a validation measured.
+
+    Attributes:
+        loss: mean cross-entropy in nats per token, without the regularizer, which acts only in training.
+        tokens: how many were predicted.
+        heads: entropies and parameters of every head.
+    """
 
     loss: float
     tokens: int
@@ -31,10 +37,10 @@ Evaluate = Callable[[Iterator[MicroBatch], list[int]], StageStatistics]
 
 
 def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | None, evaluate: Evaluate) -> Validation:
-    """Reads the first `limit_samples` validation sequences (all for None), each once; all ranks call.
+    """Evaluate the first `limit_samples` validation sequences (None: all), each once; all ranks call.
 
     Args:
-        evaluate: runs micro-batches through the stage's layout, told how many rows of each count.
+        evaluate: runs micro-batches through the stage; its second argument says how many rows of each count.
     """
     grid = groups.grid
     stream = open_stream(config, grid, "validation", limit_samples)
@@ -48,6 +54,6 @@ def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | 
 
 
 def validation_tokens(manifest: Manifest, config: Config, limit_samples: int | None) -> int:
-    """Tokens that `validate` predicts."""
+    """Return how many tokens `validate` predicts."""
     samples = manifest.num_samples("validation", config.model.seq_length)
     return (samples if limit_samples is None else min(samples, limit_samples)) * config.model.seq_length
