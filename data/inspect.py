@@ -23,10 +23,10 @@ import numpy as np
 from data.arguments import whole_number
 from data.errors import DamagedShardError, DataError, printable, run_command
 from data.fetch.sources import ReadOptions, Source
-from data.shards.manifest import SPLITS, Manifest, ShardInfo, load_manifest
+from data.shards.manifest import SPLITS, Manifest, ShardInfo
 from data.shards.text_shard import read_text_sidecar
 from data.shards.tokenizer import Tokenizer
-from data.stream.mixture import Mixture
+from data.stream.dataset import open_dataset
 from data.stream.samples import open_shard
 from data.stream.token_stream import DEFAULT_WINDOW_SHARDS, open_reader
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         _take_from_run(options)
     if options.path is None:
         raise DataError("name a dataset, or a run with --run")
-    manifest = load_manifest(options.path, ReadOptions.of(options.reading))
+    manifest = open_dataset(options.path, ReadOptions.of(options.reading))
     if options.step is not None:
         _require(options, "seq_length", "global_batch_size")
         first = first_sample_of(options.step, options.global_batch_size, options.run)
@@ -160,22 +160,20 @@ def _require(options: argparse.Namespace, *names: str) -> None:
 def _print_summary(manifest: Manifest) -> None:
     print(f"fingerprint {manifest.fingerprint}")
     print(f"tokenizer   {manifest.tokenizer_sha256}, {manifest.vocab_size} pieces")
-    for dataset in manifest.datasets if isinstance(manifest, Mixture) else (manifest,):
+    for dataset in manifest.datasets:
         print(printable(f"{dataset.source.describe('')} ({dataset.content})"))
         for split in SPLITS:
             shards = dataset.shards[split]
             size_gb = sum(shard.num_bytes for shard in shards) / 1e9
             print(f"  {split}: {len(shards)} shards, {dataset.num_tokens(split)} tokens, {size_gb:.3f} GB")
-    if isinstance(manifest, Mixture):
-        for stage in manifest.stages:
-            print(f"from {stage.from_tokens} tokens on, weights {', '.join(map(str, stage.weights))}")
+    for stage in manifest.stages:
+        print(f"from {stage.from_tokens} tokens on, weights {', '.join(map(str, stage.weights))}")
 
 
 def _verify(manifest: Manifest) -> None:
     damaged = 0
-    datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
-    shards = [(dataset, shard) for dataset in datasets for split in SPLITS for shard in dataset.shards[split]]
-    for dataset in datasets:
+    shards = [(dataset, shard) for dataset in manifest.datasets for split in SPLITS for shard in dataset.shards[split]]
+    for dataset in manifest.datasets:
         _ = dataset.tokenizer_path  # reading it checks it
     for dataset, shard in shards:
         try:

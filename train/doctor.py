@@ -124,10 +124,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
     """Runs every check on every rank; all ranks get all rows, and each rank's host."""
-    from data.shards.manifest import load_manifest
+    from data.stream.dataset import open_dataset
     from parallel.launch import initialize_distributed
 
-    manifest_vocab = load_manifest(config.data.path, config.data.read_options()).vocab_size
+    manifest_vocab = open_dataset(config.data.path, config.data.read_options()).vocab_size
     choose_accelerator()
     import torch.distributed as dist
 

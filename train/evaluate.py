@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]:
     """The row of evaluation.json for a run's newest checkpoint; raises one of the errors `main` reports."""
-    from data.shards.manifest import load_manifest
+    from data.stream.dataset import open_dataset
     from parallel.engine.engine import evaluate_stage
     from parallel.launch import initialize_distributed
     from parallel.state.training_state import load_weights
@@ -71,7 +71,7 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
         print(f"warning: {fault}; the one before is evaluated", file=sys.stderr)
     if saved is None:
         raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
-    manifest = load_manifest(config.data.path, config.data.read_options())
+    manifest = open_dataset(config.data.path, config.data.read_options())
     identity = dataset_identity(manifest)
     checkpoint.check_fits(saved, config, {key: identity[key] for key in ("vocab_size", "tokenizer_sha256")})
     stage, groups = build_stage(config, manifest.vocab_size)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from data.shards.manifest import Manifest, load_dataset
+from data.shards.manifest import Manifest
+from data.stream.dataset import open_dataset_once
 from data.stream.token_stream import TokenStream
 from parallel.engine.compiled import compile_blocks
 from parallel.engine.engine import Engine, EngineConfig
@@ -107,7 +108,7 @@ def open_stream(config: Config, grid: RankGrid, split: str, limit_samples: int |
     """Open this data-parallel rank's stream; ranks that share a replica read the same samples."""
     data = config.data
     return TokenStream(
-        load_dataset(data.path, data.read_options()),
+        open_dataset_once(data.path, data.read_options()),
         split,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,

@@ -17,7 +17,6 @@ A manifest is data from elsewhere: names cannot leave the dataset's folder, size
 other, and its own `fingerprint` covers every field that the order or the content of samples depends on.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -63,6 +62,14 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The weights of a mixture's datasets from a number of tokens on."""
+
+    from_tokens: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A prepared dataset as its manifest describes it; making one opens no shard.
 
@@ -81,6 +88,16 @@ class Manifest:
     text_key: str
     shards: dict[str, tuple[ShardInfo, ...]]
     fingerprint: str
+
+    @property
+    def datasets(self) -> "tuple[Manifest, ...]":
+        """The datasets that samples are read from: this one, unless it is a mixture."""
+        return (self,)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """How a mixture weighs its datasets; empty for a dataset that is not one."""
+        return ()
 
     @property
     def tokenizer_path(self) -> Path:
@@ -107,17 +124,16 @@ class Manifest:
 
 
 def load_manifest(path: str | Path, options: ReadOptions | None = None, shards_address: str | None = None) -> Manifest:
-    """Read and check the manifest of the dataset at `path`: a folder, an address (data/fetch/sources.py) or a mixture's
-    .json.
+    """Read and check the manifest of one prepared dataset; `data.stream.dataset.open_dataset` opens mixtures too.
 
-    `shards_address` is where the shards are if not beside the manifest. Raises DataError with one line that names the
-    field, what it holds and the remedy.
+    Args:
+        path: a folder or an address (data/fetch/sources.py).
+        shards_address: where the shards are, if not beside the manifest.
+
+    Raises:
+        DataError: one line that names the field, what it holds and the remedy.
     """
     options = options or ReadOptions()
-    if str(path).endswith(".json"):
-        from data.stream.mixture import load_mixture
-
-        return load_mixture(Path(path), options)
     source = open_source(path, options)
     raw = source.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     where = source.describe(MANIFEST_NAME)
@@ -127,10 +143,6 @@ def load_manifest(path: str | Path, options: ReadOptions | None = None, shards_a
         raise DataError(f"{where}: damaged, not JSON ({error}); prepare or copy the dataset again") from error
     shard_source = source if shards_address is None else open_source(shards_address, options)
     return _parse(fields, source, shard_source, where)
-
-
-load_dataset = functools.lru_cache(maxsize=2)(load_manifest)
-"""`load_manifest`, but once a process: what is put in a dataset's place meanwhile is not what a run began with."""
 
 
 def manifest_json(

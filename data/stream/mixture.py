@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.fetch.sources import ReadOptions
-from data.shards.manifest import SPLITS, Manifest, ShardInfo, load_manifest
+from data.shards.manifest import SPLITS, Manifest, ShardInfo, Stage, load_manifest
 from data.stream.order import permute
 from data.stream.samples import SampleReader
 
@@ -38,19 +38,19 @@ _MOST_TOKENS = 1 << 60
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The weights that hold from a number of tokens on."""
-
-    from_tokens: int
-    weights: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Mixture(Manifest):
     """A mixture seen as one dataset: sizes are sums, source and tokenizer are the first dataset's."""
 
-    datasets: tuple[Manifest, ...]
-    stages: tuple[Stage, ...]
+    mixed: tuple[Manifest, ...]
+    mixed_stages: tuple[Stage, ...]
+
+    @property
+    def datasets(self) -> tuple[Manifest, ...]:
+        return self.mixed
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.mixed_stages
 
 
 def load_mixture(path: Path, options: ReadOptions) -> Mixture:
@@ -75,8 +75,8 @@ def load_mixture(path: Path, options: ReadOptions) -> Mixture:
             "shards": {split: tuple(shard for each in datasets for shard in each.shards[split]) for split in SPLITS},
             "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
         },
-        datasets=datasets,
-        stages=stages,
+        mixed=datasets,
+        mixed_stages=stages,
     )
 
 

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.fetch.sources import ReadOptions
-from data.shards.manifest import SPLITS, Manifest, load_manifest
+from data.shards.manifest import SPLITS, Manifest
+from data.stream.dataset import open_dataset
 from data.stream.document_starts import document_starts
-from data.stream.mixture import ConcatenatedOrder, Mixture, MixtureOrder, MixtureReader
+from data.stream.mixture import ConcatenatedOrder, MixtureOrder, MixtureReader
 from data.stream.order import SampleOrder
 from data.stream.samples import SampleReader
 
@@ -81,7 +82,7 @@ class TokenStream:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise DataError(f"data_parallel_rank is {data_parallel_rank}, expected 0 to {data_parallel_size - 1}")
         options = options or ReadOptions()
-        self.manifest = dataset if isinstance(dataset, Manifest) else load_manifest(dataset, options)
+        self.manifest = dataset if isinstance(dataset, Manifest) else open_dataset(dataset, options)
         self.seq_length, self.micro_batch_size, self.seed = seq_length, micro_batch_size, seed
         self._rank, self._group = data_parallel_rank, micro_batch_size * data_parallel_size
         self._prefetch, self._window_shards = prefetch, window_shards
@@ -177,8 +178,7 @@ def open_reader(
     manifest: Manifest, split: str, seq_length: int, seed: int, window_shards: int, options: ReadOptions
 ) -> SampleReader | MixtureReader:
     """What reads the samples of a split by their position in the run; raises DataError if there is none to read."""
-    datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
-    shuffle = split == "train"
+    datasets, is_mixture, shuffle = manifest.datasets, bool(manifest.stages), split == "train"
     readers = []
     for number, dataset in enumerate(datasets):
         samples_per_shard = [shard.num_samples(seq_length) for shard in dataset.shards[split]]
@@ -187,11 +187,11 @@ def open_reader(
                 f"{dataset.source.describe('')}: the {split} split holds {dataset.num_tokens(split)} tokens, too few "
                 f"for one sample of seq_length {seq_length}; prepare more text or shorten the sequence"
             )
-        own_seed = f"{seed}/{number}" if isinstance(manifest, Mixture) else seed
+        own_seed = f"{seed}/{number}" if is_mixture else seed
         order = SampleOrder(samples_per_shard, own_seed, window_shards, shuffle)
         readers.append(SampleReader(dataset, split, seq_length, order, window_shards, options))
     _require_room_in_cache(sum(reader.cached_bytes for reader in readers), options)
-    if not isinstance(manifest, Mixture):
+    if not is_mixture:
         return readers[0]
     if shuffle:
         return MixtureReader(MixtureOrder(manifest.stages, seq_length, seed), readers)

@@ -402,8 +402,8 @@ def broken(tmp_path: Path, name: str, content: bytes) -> str:
     return str(tmp_path / name)
 
 
-CUT_GZIP = gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20]
-CUT_ZSTD = zstandard.compress(os.urandom(100_000).hex().encode())[:-50_000]
+CUT_GZIP = gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-20]
+CUT_ZSTD = zstandard.compress(random.Random(0).randbytes(100_000).hex().encode())[:-50_000]  # the same in each process
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ import torch
 
 from data.arguments import whole_number
 from data.errors import DataError
-from data.shards.manifest import Manifest, load_dataset
+from data.shards.manifest import Manifest
+from data.stream.dataset import open_dataset_once
 from model.config import ModelConfig
 from train.benchmark import report as benchmark_report
 from train.benchmark.timing import (
@@ -192,7 +193,7 @@ def step_of(run: Callable[..., torch.Tensor], batches: Iterator[Any]) -> Callabl
 def dataset(config: Config) -> Manifest | None:
     """The dataset, or None where there is none that can be read, which is said."""
     try:
-        return load_dataset(config.data.path, config.data.read_options())
+        return open_dataset_once(config.data.path, config.data.read_options())
     except DataError as error:
         print(f"random tokens: no dataset at data.path = {config.data.path} ({error})")
         return None

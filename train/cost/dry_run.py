@@ -4,7 +4,8 @@ import json
 from collections import Counter
 
 from data.errors import DataError
-from data.shards.manifest import SPLITS, Manifest, load_manifest
+from data.shards.manifest import SPLITS, Manifest
+from data.stream.dataset import open_dataset
 from model.config import ModelConfig
 from model.initialize import global_shapes
 from parallel.config import padded_vocab_size
@@ -89,7 +90,7 @@ def dataset_if_there(config: Config) -> Manifest | None:
         ConfigError: neither the dataset nor data.planned_vocab_size tells the vocabulary.
     """
     try:
-        return load_manifest(config.data.path, config.data.read_options())
+        return open_dataset(config.data.path, config.data.read_options())
     except DataError as error:
         if config.data.planned_vocab_size is None:
             raise ConfigError([f"{error} (or set data.planned_vocab_size to plan without the dataset)"]) from None

@@ -116,7 +116,7 @@ def _folder_name(text: str) -> str:
 
 def make_plan(options: argparse.Namespace) -> int:
     from data.errors import DataError
-    from data.shards.manifest import load_manifest
+    from data.stream.dataset import open_dataset
 
     for option in ("architectures", "rates"):
         given = getattr(options, option)
@@ -126,7 +126,7 @@ def make_plan(options: argparse.Namespace) -> int:
     vocab_size = options.vocab_size
     if vocab_size is None:
         try:
-            vocab_size = load_manifest(options.data).vocab_size
+            vocab_size = open_dataset(options.data).vocab_size
         except DataError as error:
             raise LadderError(f"{error}; or say --vocab-size") from None
     rungs = plan(

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from data.errors import DataError
-from data.shards.manifest import SPLITS, load_manifest
-from data.stream.mixture import Mixture
+from data.shards.manifest import SPLITS
+from data.stream.dataset import open_dataset
 from data.stream.samples import open_shard
 from model.initialize import global_shapes
 from parallel.launch import local_device
@@ -174,9 +174,8 @@ def data(config: Config, all_shards: bool) -> Finding:
     """Whether shards can be reached and are what the manifest says; the ranks take turns through them."""
     finding, started, num_bytes = Finding("data", "MB/s"), time.perf_counter(), 0
     try:
-        manifest = load_manifest(config.data.path, config.data.read_options())
-        datasets = manifest.datasets if isinstance(manifest, Mixture) else (manifest,)
-        shards = [(each, shard) for each in datasets for split in SPLITS for shard in each.shards[split]]
+        manifest = open_dataset(config.data.path, config.data.read_options())
+        shards = [(each, shard) for each in manifest.datasets for split in SPLITS for shard in each.shards[split]]
         step = 1 if all_shards else max(1, len(shards) // (SAMPLE_SHARDS * dist.get_world_size()))
         for dataset, shard in shards[::step][dist.get_rank() :: dist.get_world_size()]:
             opened = open_shard(dataset, shard)

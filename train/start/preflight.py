@@ -1,6 +1,7 @@
 """What can be said against a run before any device is touched."""
 
-from data.shards.manifest import Manifest, load_dataset
+from data.shards.manifest import Manifest
+from data.stream.dataset import open_dataset_once
 from train.checkpoint.folder import Folder
 from train.config import Config, ConfigError, dataset_faults, world_faults
 
@@ -12,7 +13,7 @@ def preflight(config: Config, world_size: int) -> Manifest:
         ConfigError: they do not; a line for each fault.
         DataError: the dataset cannot be read.
     """
-    manifest = load_dataset(config.data.path, config.data.read_options())
+    manifest = open_dataset_once(config.data.path, config.data.read_options())
     faults = world_faults(config, world_size) + dataset_faults(config, manifest) + checkpoint_faults(config)
     if faults:
         raise ConfigError(faults)

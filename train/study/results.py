@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from data.errors import DataError
-from data.shards.manifest import load_manifest
+from data.stream.dataset import open_dataset
 from model.config import ModelConfig
 from model.initialize import global_shapes
 from train.config import Config
@@ -106,7 +106,7 @@ def vocabulary(noted: dict[str, Any], config: Config) -> int:
     if type(size) is int and 0 < size < 2**31:
         return size
     try:
-        return int(load_manifest(config.data.path).vocab_size)
+        return int(open_dataset(config.data.path).vocab_size)
     except DataError:
         return config.data.planned_vocab_size or 0
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, printable
-from data.shards.manifest import load_dataset
+from data.stream.dataset import open_dataset_once
 from train.run.folder import RunError, read_config, read_fingerprint, read_rows, write_atomically
 from train.study.suite import PlannedRun, Stage, Suite
 
@@ -99,7 +99,7 @@ def is_other_data(stage: Stage) -> bool:
     """
     theirs = read_fingerprint(stage.folder)
     try:
-        ours = load_dataset(stage.config.data.path, stage.config.data.read_options()).fingerprint
+        ours = open_dataset_once(stage.config.data.path, stage.config.data.read_options()).fingerprint
     except DataError:
         return False
     return theirs is not None and theirs != ours

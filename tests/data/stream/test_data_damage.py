@@ -238,12 +238,12 @@ def test_verify_names_every_damaged_shard(made: Path, capsys: pytest.CaptureFixt
     assert SHARD in printed and "train-000002.tar" in printed and "train-000000.tar: " not in printed
 
 
-BOMB = gzip.compress(b" " * 10**7 + b'[0, "a.txt"]\n')
-LIST = gzip.compress(b'[0, "a.txt"]\n' * 100)
+BOMB = gzip.compress(b" " * 10**7 + b'[0, "a.txt"]\n', mtime=0)
+LIST = gzip.compress(b'[0, "a.txt"]\n' * 100, mtime=0)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"junk", BOMB, LIST[:-9], LIST[:20] + b"x" + LIST[21:], gzip.compress(b"[0]")]
+    "content", [b"", b"junk", BOMB, LIST[:-9], LIST[:20] + b"x" + LIST[21:], gzip.compress(b"[0]", mtime=0)]
 )
 def test_a_damaged_or_exploding_list_of_documents_is_one_clear_line(
     made: Path, content: bytes, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.inspect import main as inspect
-from data.shards.manifest import _fingerprint, load_manifest
+from data.shards.manifest import _fingerprint
+from data.stream.dataset import open_dataset
 from data.stream.mixture import BLOCK, MixtureOrder, Stage
 from data.stream.token_stream import TokenStream
 from tests.data.made import SEQ_LENGTH, make_dataset
@@ -54,7 +55,7 @@ def write(folder: Path, fields: Any) -> Path:
 
 
 def test_a_mixture_is_streamed_resumed_and_seen_as_one_dataset(mixed: Path) -> None:
-    manifest = load_manifest(mixed)
+    manifest = open_dataset(mixed)
     assert manifest.num_samples("train", SEQ_LENGTH) == 560
     assert manifest.num_tokens("validation") == 13 + 9 + 9
     stream = TokenStream(mixed, "train", SEQ_LENGTH, 8)
@@ -73,9 +74,9 @@ def test_validation_reads_every_dataset_once(mixed: Path) -> None:
 
 
 def test_weights_and_members_change_the_fingerprint(mixed: Path) -> None:
-    before = load_manifest(mixed).fingerprint
+    before = open_dataset(mixed).fingerprint
     write(mixed.parent, {"datasets": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]})
-    assert load_manifest(mixed).fingerprint != before
+    assert open_dataset(mixed).fingerprint != before
 
 
 def test_inspect_shows_a_mixture_and_finds_its_samples(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,14 +120,14 @@ def test_a_bad_mixture_is_one_clear_line(
     monkeypatch.setattr("tests.data.made.TOKENIZER", b"another")
     make_dataset(mixed.parent / "c", [3])
     with pytest.raises(DataError, match=message) as caught:
-        load_manifest(write(mixed.parent, fields))
+        open_dataset(write(mixed.parent, fields))
     assert "\n" not in str(caught.value)
 
 
 def test_nesting_without_end_is_one_clear_line(mixed: Path) -> None:
     mixed.write_text("[" * 200_000)
     with pytest.raises(DataError, match="no mixture"):
-        load_manifest(mixed)
+        open_dataset(mixed)
 
 
 def test_datasets_of_different_vocabularies_are_refused_though_they_name_one_tokenizer(mixed: Path) -> None:
@@ -135,4 +136,4 @@ def test_datasets_of_different_vocabularies_are_refused_though_they_name_one_tok
     manifest["vocab_size"] = 99
     file.write_text(json.dumps({**manifest, "fingerprint": _fingerprint(manifest)}))
     with pytest.raises(DataError, match="b has vocab_size 99, the first has 2147483648"):
-        load_manifest(mixed)
+        open_dataset(mixed)
