@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store
 
-from data.errors import DataError, first_line
+from parallel.deepspeed_internals import leave_out_shared_memory
 
 PORTS = (15_000, 32_000)
 POLL_INTERVAL_S = 0.05
@@ -25,7 +25,11 @@ _met: list[Store] = []  # the store of `meet`, until the process group takes it 
 
 
 class LaunchError(RuntimeError):
-    """The processes cannot find each other; one clear line."""
+    """The processes cannot find each other."""
+
+
+class EnvironmentValueError(LaunchError):
+    """The launcher has set an environment variable to something that is no number."""
 
 
 def choose_accelerator() -> None:
@@ -51,10 +55,12 @@ def rank() -> int:
 
 
 def _launched_with(name: str, default: str) -> int:
-    """A number that the launcher has set in the environment; raises DataError where it is none."""
+    """A number that the launcher has set in the environment; raises EnvironmentValueError if it is none."""
     text = os.environ.get(name, default)
     if not text.isdecimal():
-        raise DataError(f"{name} = {text!r} in the environment: expected a whole number; unset it or mend the launcher")
+        raise EnvironmentValueError(
+            f"{name} = {text!r} in the environment: expected a whole number; unset it or fix the launcher"
+        )
     return int(text)
 
 
@@ -157,19 +163,18 @@ def _place(timeout: timedelta) -> dict[str, Any]:
 
 
 def _cannot_join(error: Exception) -> LaunchError:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return LaunchError(
-        f"rank {rank()} of {world_size()} cannot join the others at {address} ({first_line(error)}); if the port is "
+        f"rank {rank()} of {world_size()} cannot join the others at {address} ({first_line}); if the port is "
         "taken, choose another with deepspeed --master_port"
     )
 
 
 def _join_deepspeed() -> None:
     import deepspeed
-    import deepspeed.ops
 
-    # Else the CPU backend compiles a shared-memory operator at start (50 s) and leaves its segments behind.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

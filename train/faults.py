@@ -48,11 +48,13 @@ FAULTS = {
     "DifferenceError": Fault(REFUSED),
     "DeepSpeedSectionError": Fault(REFUSED),
     "GradientError": Fault(REFUSED),
+    "LibraryChangedError": Fault(REFUSED),
     "TrainingError": Fault(DIVERGED),
     "SaveError": Fault(FAILED),
     "LateError": Fault(TIMED_OUT),
     # one node's network or disk may be the cause
     "LaunchError": Fault(FAILED, Reporter.EACH_NODE),
+    "EnvironmentValueError": Fault(REFUSED, Reporter.EACH_NODE),
     # one rank may meet these alone
     "BlockCompileError": Fault(REFUSED, Reporter.EACH_RANK),
     "CaptureError": Fault(REFUSED, Reporter.EACH_RANK),

@@ -1,14 +1,14 @@
-"""Takes a micro-batch's gradients up into DeepSpeed's float32 sums together, and averages those where they lie.
+"""Accumulates a micro-batch's gradients into float32 sums all at once, and averages the sums in place.
 
-DeepSpeed's bf16 optimizer widens and adds gradients one parameter after the other: two kernels each, over twice the
-bytes, so that a model of 12 layers launches 224 a micro-batch. Here the first micro-batch of a step is one copy, and
-further ones a kernel a parameter: PyTorch adds lists of one type only at once. The price is that a micro-batch's
-gradients all live in bf16 when its backward pass ends, its activations gone.
+DeepSpeed's bf16 optimizer widens and adds gradients one parameter after the other, with two kernels each over twice the
+bytes: 224 launches per micro-batch for a model of 12 layers. Here the first micro-batch of a step is one multi-tensor
+copy, and further ones a kernel per parameter, because PyTorch adds lists of one type only at once. The price: all bf16
+gradients of a micro-batch live until its backward pass ends. Its activations are gone by then.
 
-To average over replicas DeepSpeed joins the sums in a copy, rounds that to bf16 (which is what they were kept in
-float32 against), sums it on every replica and copies it back twice; over one replica too. ZeRO-1's optimizer steps a
-part of the weights on each replica, so the average of that part is all that a replica needs: a reduce-scatter in
-float32 sends what an all-reduce in bf16 does.
+To average over replicas, DeepSpeed joins the sums in a copy, rounds it to bf16, sums it on every replica and copies it
+back twice, even for one replica. Rounding defeats the float32 accumulation. ZeRO-1 steps one part of the weights on
+each replica, so a replica needs only the average of that part. A float32 reduce-scatter sends as many bytes as a bf16
+all-reduce.
 """
 
 from typing import Any
@@ -16,28 +16,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.deepspeed_internals import gradient_groups, hand_over_gradient, replace_accumulation, replace_averaging
+
 
 def accumulate_together(optimizer: Any) -> None:
-    """Replaces how a `BF16_Optimizer` without `immediate_grad_update` takes up gradients after each backward pass.
+    """Replace how a `BF16_Optimizer` without `immediate_grad_update` accumulates gradients after a backward pass.
 
-    The bf16 gradients are released at once: no other code may read them later, and none are left to clear before the
-    next backward pass. DeepSpeed's clearing has to go: in a pipeline's last stage a hook of the stage's output does it,
-    by which time the loss has given the head its gradients. Nor are sums set to zero after a step: the next one's first
-    micro-batch overwrites them.
+    The bf16 gradients are released at once, so no other code may read them later, and none need clearing before the
+    next backward pass. DeepSpeed's own clearing has to go: in a pipeline's last stage a hook of the stage's output does
+    it, after the loss has given the head its gradients. Sums are not set to zero after a step either, since the next
+    step's first micro-batch overwrites them.
     """
 
     @torch.no_grad()
-    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+    def accumulate(clear_lp_grads: bool = False) -> None:
         first: list[tuple[torch.Tensor, torch.Tensor]] = []  # of a step
         further: list[tuple[torch.Tensor, torch.Tensor]] = []
         without: list[torch.Tensor] = []
-        for group, parameters in enumerate(optimizer.bf16_groups):
-            known = optimizer.fp32_groups_has_gradients[group]
-            for index, parameter in enumerate(parameters):
-                total = optimizer.fp32_groups_gradients[group][index]
+        for group in gradient_groups(optimizer):
+            known = group.has_gradient
+            for index, (parameter, total) in enumerate(zip(group.parameters, group.totals, strict=True)):
                 if parameter.grad is not None:
                     (further if known[index] else first).append((total, parameter.grad.view(total.shape)))
-                    parameter._hp_grad, parameter.grad, known[index] = total, None, True
+                    hand_over_gradient(parameter, total)
+                    known[index] = True
                 elif not known[index]:
                     without.append(total)
         for together, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
@@ -46,56 +48,44 @@ def accumulate_together(optimizer: Any) -> None:
         if without:
             torch._foreach_zero_(without)
 
-    def clear_hp_grads() -> None:
-        for known in optimizer.fp32_groups_has_gradients:
-            known[:] = [False] * len(known)
+    def begin_step() -> None:
+        for group in gradient_groups(optimizer):
+            group.has_gradient[:] = [False] * len(group.has_gradient)
 
-    optimizer.update_hp_grads = update_hp_grads
-    optimizer.clear_hp_grads = clear_hp_grads
-    optimizer.backward_prologue = lambda: None
+    replace_accumulation(optimizer, accumulate, begin_step, lambda: None)
 
 
 def scatter_averages(engine: Any) -> None:
-    """Replaces how an engine around a `BF16_Optimizer` averages a step's gradients over replicas: each gets the average
-    of the part whose weights it steps, in place, and finds in the rest nothing that it may use.
+    """Replace how an engine with a `BF16_Optimizer` averages a step's gradients over replicas.
 
-    They are sent as DeepSpeed's `communication_data_type` says. What DeepSpeed takes norms of becomes the parts, so
-    that the sum of squares is one over all ranks (see `parallel.engine.clipping.global_norm`).
+    Each replica gets, in place, the average of the part whose weights it steps; the rest of its sums is then useless.
+    They are sent in the type of DeepSpeed's `communication_data_type`. Norms are taken of the parts, so that the sum of
+    squares is one over all ranks (see `parallel.engine.clipping.global_norm`).
     """
-    optimizer = engine.optimizer
-    groups = optimizer.real_dp_process_group
-    own_parts = optimizer.fp32_groups_gradient_flat_partition
-    owned = {
-        id(total): _overlap(total, own)
-        for totals, own in zip(optimizer.fp32_groups_gradients, own_parts, strict=True)
-        for total in totals
-    }
-    get_grads_for_norm = optimizer.get_grads_for_norm
+    groups = gradient_groups(engine.optimizer)
+    owned = {id(total): _overlap(total, group.own) for group in groups for total in group.totals}
 
     @torch.no_grad()
-    def buffered_allreduce_fallback(grads: Any = None, elements_per_buffer: int = 0) -> None:
-        for flat, own, replicas in zip(optimizer.fp32_groups_gradients_flat, own_parts, groups, strict=True):
+    def average() -> None:
+        for group in groups:
+            flat, own, replicas = group.flat, group.own, group.replicas
             if replicas.size() > 1:
                 sent = flat.div_(replicas.size()).to(engine.communication_data_type)  # itself, if that is its type
                 received = sent.narrow(0, own.storage_offset(), own.numel())
                 dist.reduce_scatter_tensor(received, sent, group=replicas)
                 if sent is not flat:
                     own.copy_(received)
-        for known in optimizer.fp32_groups_has_gradients:
-            known[:] = [True] * len(known)  # another replica may have had one that this one had not
+            # another replica may have had a gradient that this one had not
+            group.has_gradient[:] = [True] * len(group.has_gradient)
 
-    def own_grads_for_norm(for_clipping: bool = False) -> tuple[list[torch.Tensor], Any]:
-        assert not for_clipping, "DeepSpeed's own clipping is off"
-        totals, of_experts = get_grads_for_norm()
-        parts = (owned[id(total)] for total in totals)
-        return [part for part in parts if part.numel()], of_experts
+    def parts_of(totals: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [part for total in totals if (part := owned[id(total)]).numel()]
 
-    engine.buffered_allreduce_fallback = buffered_allreduce_fallback
-    optimizer.get_grads_for_norm = own_grads_for_norm
+    replace_averaging(engine, average, parts_of)
 
 
 def _overlap(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """What of a parameter's gradient lies in a part of the flat buffer that both are views of."""
+    """Return what of a parameter's gradient lies in a part of the flat buffer that both are views of."""
     start = total.storage_offset()
     begin, end = part.storage_offset() - start, part.storage_offset() + part.numel() - start
     return total[max(begin, 0) : max(end, 0)]

@@ -15,6 +15,7 @@ from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.transformer import Block
 from parallel.config import ParallelConfig
+from parallel.deepspeed_internals import adam, check_installed, gradient_norm
 from parallel.engine.accumulation import accumulate_together, scatter_averages
 from parallel.engine.clipping import decide_on_device, leave_norms_on_device
 from parallel.engine.compiled import compiled_blocks
@@ -58,9 +59,11 @@ class Engine:
 
     Raises:
         DeepSpeedSectionError: `config.deepspeed` is not what DeepSpeed takes.
+        LibraryChangedError: the installed DeepSpeed lacks what this project relies on.
     """
 
     def __init__(self, stage: Stage, groups: Groups, config: EngineConfig) -> None:
+        check_installed()
         import deepspeed
 
         self.stage, self.groups, self.config = stage, groups, config
@@ -126,9 +129,7 @@ class Engine:
     def _measure(self) -> PendingReport:
         """The step's report, made where it is first asked for: after the backward pass, before the optimizer."""
         if self._report is None:
-            norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
-            norm = float("inf") if getattr(self.engine.optimizer, "overflow", False) or norm is None else norm
-            told = self.stop_requested, self._limits
+            norm, told = gradient_norm(self.engine.optimizer), (self.stop_requested, self._limits)
             self._report = PendingReport(self.stage.complete_statistics(), self.groups, norm, *told)
         return self._report
 
@@ -156,7 +157,7 @@ class Engine:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW, over this rank's float32 masters."""
-        return self.engine.optimizer.optimizer
+        return adam(self.engine.optimizer)
 
     @property
     def device(self) -> torch.device:

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.initialize import named_parameters
+from parallel.deepspeed_internals import whole_shape
 from parallel.engine.compiled import BlockError, compiled_blocks
 from parallel.engine.engine import Engine
 from parallel.engine.telemetry import StepReport
 from parallel.names import by_layer, kind_of, listed
-from parallel.state.training_state import local_shape, piece_of, source
+from parallel.state.training_state import piece_of, source
 
 LEAST_ENTROPY_NATS = 1e-6
 """Mean entropy of a layer's heads under which every token attends to one position."""
@@ -47,7 +48,7 @@ class FirstStepCheck:
         self.is_due = True
         parameters = list(named_parameters(engine.stage.transformer))
         self._names = [name for name, _ in parameters]
-        self._is_single = [local_shape(parameter).numel() == 1 for _, parameter in parameters]
+        self._is_single = [whole_shape(parameter).numel() == 1 for _, parameter in parameters]
         self._is_recorded = False
         self._squares = torch.zeros(len(parameters), dtype=torch.float64, device=engine.device)
         self._pieces = self._places(parameters)

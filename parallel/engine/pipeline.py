@@ -7,6 +7,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parallel.deepspeed_internals import count_once
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage
@@ -39,7 +40,7 @@ class PipelineStage(PipelineModule):
         self.embedding_ends = groups.embedding_ends
         tied = self.stage.tied_weight
         for parameter in stage.parameters():
-            parameter.ds_pipe_replicated = parameter is tied and not grid.is_first_stage
+            count_once(parameter, is_copy=parameter is tied and not grid.is_first_stage)
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """What the next stage gets: hidden states and, where it came with the tokens, where documents begin."""

@@ -4,9 +4,9 @@ A quantity that several ranks hold enters from one of them, a mean over replicas
 and a quantity split over ranks enters from each in its place; the sum then is the global value.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.deepspeed_internals import gathered
 from parallel.grid import RankGrid
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage, StageStatistics
@@ -215,16 +216,6 @@ def _head_parameters(attention: torch.nn.Module) -> Tensor:
     return values
 
 
-@contextlib.contextmanager
-def whole_vectors(stage: Stage) -> Iterator[None]:
-    """Inside, vectors and scalars that ZeRO-3 has partitioned are whole; without ZeRO-3 nothing happens. All ranks
-    enter.
-    """
-    small = [p for name, p in stage.named_parameters() if hasattr(p, "ds_id") and not name.endswith("weight")]
-    if not small:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(small):
-        yield
+def whole_vectors(stage: Stage) -> AbstractContextManager[None]:
+    """Make vectors and scalars that ZeRO-3 has partitioned whole while the context lasts; all ranks enter."""
+    return gathered([parameter for name, parameter in stage.named_parameters() if not name.endswith("weight")])

@@ -29,6 +29,7 @@ from model.initialize import named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.transformer import Block, Embedding, Head, Transformer
 from parallel.config import HEAD_SHARDED, sees_part
+from parallel.deepspeed_internals import whole_shape
 from parallel.sharding import megatron
 from parallel.sharding.collectives import gather_positions, name_of, sum_both_ways, take_positions
 from parallel.sharding.exchange import features_for_positions
@@ -114,7 +115,7 @@ def cut(model: Transformer, groups: Groups) -> Callable[[str, Tensor], Tensor]:
         dim = parameters[name].partition_dim
         if dim is None:
             return whole
-        size = getattr(parameters[name], "ds_shape", parameters[name].shape)[dim]  # ZeRO-3 leaves the shape empty
+        size = whole_shape(parameters[name])[dim]
         start = min(size * groups.grid.tp_rank, whole.shape[dim])
         return whole.narrow(dim, start, min(size, whole.shape[dim] - start))
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.initialize import named_parameters
+from parallel.deepspeed_internals import is_partitioned, partition
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage
 
@@ -35,7 +36,7 @@ def check_replicas(stage: Stage, groups: Groups) -> None:
         ReplicaError: on every rank, if any rank found copies that differ.
     """
     parameters = dict(named_parameters(stage.transformer))
-    whole = {name: p for name, p in parameters.items() if not hasattr(p, "ds_tensor")}
+    whole = {name: p for name, p in parameters.items() if not is_partitioned(p)}
     not_split = {name: local_values(p, groups) for name, p in parameters.items() if p.partition_dim is None}
     found = [
         *_differing(whole, groups.data, "replica (data- and context-parallel)"),
@@ -57,11 +58,10 @@ def check_replicas(stage: Stage, groups: Groups) -> None:
 
 def local_values(parameter: nn.Parameter, groups: Groups) -> Tensor:
     """The parameter, or of one that ZeRO-3 has partitioned this replica's part without what pads it."""
-    if not hasattr(parameter, "ds_tensor"):
+    if not is_partitioned(parameter):
         return parameter
-    size = parameter.ds_tensor.ds_numel
-    held = min(size, max(0, parameter.ds_numel - groups.grid.replica * size))
-    return parameter.ds_tensor.flatten()[:held]
+    held = partition(parameter)
+    return held.values.flatten()[: min(held.size, max(0, held.whole - groups.grid.replica * held.size))]
 
 
 def _differing(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, kind: str) -> list[str]:

@@ -21,6 +21,15 @@ from torch import Tensor, nn
 
 from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
 from model.normalized_weights import update_spectral_norms
+from parallel.deepspeed_internals import (
+    adam,
+    flat_masters,
+    fragment,
+    is_partitioned,
+    partition,
+    partition_state,
+    whole_shape,
+)
 from parallel.sharding.megatron import Groups
 from parallel.state.chunks import Chunk, chunks_of_range, whole_chunk
 
@@ -71,7 +80,7 @@ class StateMap:
         """Where this rank's weights are to be loaded; ZeRO-3's, which are partitioned, come from their masters."""
         chunks: list[Chunk] = []
         for name, parameter in named_parameters(self.stage.transformer):
-            if not hasattr(parameter, "ds_tensor"):
+            if not is_partitioned(parameter):
                 chunks += self._range_chunks("model", name, parameter, 0, parameter.detach().view(-1))
         return chunks
 
@@ -86,7 +95,7 @@ class StateMap:
                 yield from self._range_chunks(kind, name, parameter, piece.start, flat)
 
     def _range_chunks(self, kind: str, name: str, parameter: nn.Parameter, start: int, flat: Tensor) -> Iterator[Chunk]:
-        name, shape, dim = source(name, self.stage), local_shape(parameter), parameter.partition_dim
+        name, shape, dim = source(name, self.stage), whole_shape(parameter), parameter.partition_dim
         offsets = [0] * len(shape)
         if dim is not None:
             offsets[dim] = shape[dim] * self.groups.grid.tp_rank
@@ -120,12 +129,12 @@ def load_training_state(stage: nn.Module, wrapper: Any, groups: Groups, saved: S
     """
     create_moments(wrapper, saved.adam_step)
     state = StateMap(stage, groups, vocab_size)
-    targets = state.optimizer_chunks(wrapper.optimizer) + state.weight_chunks()
+    targets = state.optimizer_chunks(adam(wrapper)) + state.weight_chunks()
     _load(stage, state, saved, targets)
     for _, parameter in named_parameters(stage.transformer):
-        piece = piece_of(parameter, wrapper.optimizer, groups) if hasattr(parameter, "ds_tensor") else None
+        piece = piece_of(parameter, adam(wrapper), groups) if is_partitioned(parameter) else None
         if piece is not None:
-            parameter.ds_tensor[: piece.master.numel()].copy_(piece.master)
+            partition(parameter).values[: piece.master.numel()].copy_(piece.master)
 
 
 @torch.no_grad()
@@ -147,27 +156,24 @@ def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Ch
 
 def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: Groups) -> Piece | None:
     """This data-parallel rank's piece of a parameter, or None where it holds none."""
-    if hasattr(parameter, "ds_tensor"):
+    if is_partitioned(parameter):
         return _piece_of_stage_3(parameter, groups)
-    mapping = parameter._hp_mapping
-    if mapping is None:
+    held = fragment(parameter)
+    if held is None:
         return None
-    flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-    address = mapping.hp_fragment_address
-    moments = {kind: optimizer.state[flat][kind].narrow(0, address.start, address.numel) for kind in MOMENTS}
-    return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
+    flat = optimizer.param_groups[held.group]["params"][0]
+    moments = {kind: optimizer.state[flat][kind].narrow(0, held.flat_start, held.size) for kind in MOMENTS}
+    return Piece(held.start, held.master, moments)
 
 
 def _piece_of_stage_3(parameter: nn.Parameter, groups: Groups) -> Piece | None:
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-    size = parameter.ds_tensor.ds_numel
-    start = groups.grid.replica * size
-    length = min(size, parameter.ds_numel - start)
+    held = partition(parameter)
+    start = groups.grid.replica * held.size
+    length = min(held.size, held.whole - start)
     if length <= 0:
         return None
-    moments = {kind: safe_get_local_optimizer_state(parameter, kind).flatten()[:length] for kind in MOMENTS}
-    return Piece(start, safe_get_local_fp32_param(parameter).flatten()[:length], moments)
+    moments = {kind: partition_state(parameter, kind)[:length] for kind in MOMENTS}
+    return Piece(start, partition_state(parameter, None)[:length], moments)
 
 
 def create_moments(wrapper: Any, adam_step: float) -> None:
@@ -176,7 +182,7 @@ def create_moments(wrapper: Any, adam_step: float) -> None:
     Args:
         wrapper: DeepSpeed's optimizer around AdamW.
     """
-    optimizer = wrapper.optimizer
+    optimizer = adam(wrapper)
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for flat in flat_masters(wrapper):
         state = optimizer.state[flat]
@@ -184,12 +190,6 @@ def create_moments(wrapper: Any, adam_step: float) -> None:
             if kind not in state:
                 state[kind] = torch.zeros_like(flat)
         state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=flat.device if on_device else "cpu")
-
-
-def flat_masters(wrapper: Any) -> list[Tensor]:
-    """This rank's flat float32 partitions; ZeRO-3 hands them to AdamW only while it steps."""
-    groups = wrapper.optimizer.param_groups
-    return getattr(wrapper, "fp32_partitioned_groups_flat", [flat for group in groups for flat in group["params"]])
 
 
 def adam_step(optimizer: torch.optim.Optimizer) -> float:
@@ -200,7 +200,3 @@ def adam_step(optimizer: torch.optim.Optimizer) -> float:
 def source(name: str, stage: nn.Module) -> str:
     """The saved name of a parameter: a tied head held apart from the embedding was saved as the embedding."""
     return TIED_HEAD_SOURCE if name == "head.weight" and stage.transformer.config.tied_head else name
-
-
-def local_shape(parameter: nn.Parameter) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

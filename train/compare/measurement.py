@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from data.stream.document_starts import document_starts
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
+from parallel.deepspeed_internals import whole_shape
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
 from parallel.micro_batch import MicroBatch, micro_batch
 from parallel.sharding.stage import StageStatistics
-from parallel.state.training_state import local_shape, piece_of, source
+from parallel.state.training_state import piece_of, source
 from train.config import Config
 
 CONFIGURED = "configured"
@@ -242,7 +243,7 @@ def _local_gradients(step: Step) -> LocalGradients:
     for name, parameter in named_parameters(step.stage.transformer):
         piece, dim = step.gradient(parameter), parameter.partition_dim
         if piece is not None:
-            place, shape = 0 if dim is None else grid.tp_rank, tuple(local_shape(parameter))
+            place, shape = 0 if dim is None else grid.tp_rank, tuple(whole_shape(parameter))
             held[source(name, step.stage)] = GradientPiece(shape, dim, place, piece[0], piece[1].detach().cpu().clone())
     return held
 

@@ -20,6 +20,12 @@ def _fake() -> Any:
         bf16_groups=[[torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in shapes]],
         fp32_groups_gradients=[[torch.zeros(shape).flatten() for shape in shapes]],
         fp32_groups_has_gradients=[[False] * len(shapes)],
+        fp32_groups_gradients_flat=[None],
+        fp32_groups_gradient_flat_partition=[None],
+        real_dp_process_group=[None],
+        update_hp_grads=lambda clear_lp_grads=False: None,
+        clear_hp_grads=lambda: None,
+        backward_prologue=lambda: None,
         autoep_folding_tp_group=None,
     )
 

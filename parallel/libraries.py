@@ -1,0 +1,76 @@
+"""Keeps an eye on the private parts of other libraries: what is relied on is checked, and replaced in one way only.
+
+DeepSpeed's private names are in parallel/deepspeed_internals.py, megatron-core's in parallel/sharding/megatron.py, and
+nowhere else. Each file checks its names against the installed version before anything is built.
+"""
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+SUPPORTED = {"deepspeed": ">=0.19.8,<0.20", "megatron-core": ">=0.16.1,<0.17"}
+"""Versions that are tested; pyproject.toml states the same."""
+
+
+class LibraryChangedError(RuntimeError):
+    """The installed version of a library lacks something that this project relies on."""
+
+    def __init__(self, library: str, what: str) -> None:
+        super().__init__(
+            f"{library} {_version(library)} {what}, on which this project relies; "
+            f"install a supported version: pip install '{library}{SUPPORTED[library]}'"
+        )
+
+
+def require(library: str, owner: Any, name: str, parameters: str | None = None) -> None:
+    """Check that a module, class or object has an attribute, and that its parameters are the expected ones.
+
+    Args:
+        library: a key of SUPPORTED.
+        parameters: names as in a signature, without `self`: "grads, elements_per_buffer"; None skips the check.
+
+    Raises:
+        LibraryChangedError: it has not.
+    """
+    if not hasattr(owner, name):
+        raise LibraryChangedError(library, f"has no {_named(owner)}.{name}")
+    if parameters is not None and (found := _parameters(getattr(owner, name))) != parameters:
+        raise LibraryChangedError(library, f"has {_named(owner)}.{name}({found}), not {name}({parameters})")
+
+
+def require_assigned(library: str, owner: type, *names: str) -> None:
+    """Check that a class sets attributes on its instances: its source assigns each to `self`.
+
+    Raises:
+        LibraryChangedError: it does not.
+    """
+    text = inspect.getsource(owner)
+    for name in names:
+        if f"self.{name} " not in text and f"self.{name}:" not in text:
+            raise LibraryChangedError(library, f"sets no attribute {name} in {_named(owner)}")
+
+
+def replace(library: str, owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put a function of ours in the place of a library's; both must take the same parameters.
+
+    Raises:
+        LibraryChangedError: there is nothing of that name, or it takes other parameters.
+    """
+    require(library, owner, name, _parameters(function))
+    setattr(owner, name, function)
+
+
+def _parameters(function: Callable[..., Any]) -> str:
+    return ", ".join(name for name in inspect.signature(function).parameters if name != "self")
+
+
+def _named(owner: Any) -> str:
+    return str(getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__)
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "(unknown version)"
