@@ -17,7 +17,7 @@ import torch
 
 from parallel.launch import free_port
 
-PRELOADED = "train.compare.preload"
+PRELOADED = "parallel.preload"
 POLL_INTERVAL_S = 0.05
 GRACE_AFTER_FAILURE_S = 5.0
 
