@@ -59,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dry_run(options: argparse.Namespace) -> int:
     """Print what would run."""
-    from train.cost.dry_run import print_plan
+    from train.plan import print_dry_run
 
     config = load_config(options.config, options.overrides)
-    print_plan(config, options.world_size)
+    print_dry_run(config, options.world_size)
     if text := fast_start(config):
         print(f"warning: {text}", file=sys.stderr)
     return DONE

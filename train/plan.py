@@ -1,54 +1,30 @@
-"""Plans a job on paper: memory of each stage, traffic, step time and MFU, and which layouts fit.
+"""Predict a job's memory, traffic, step time and MFU without a GPU, and list the layouts that fit.
 
     python -m train.plan --config configs/ereg_1b.json --gpus 64 --gpu h100
     python -m train.plan --config configs/ereg_1b.json --gpus 64 --gpu h100 parallel.tensor_parallel_size=2
 
-Counts are those of bf16 training with compiled blocks. Rates are assumptions, printed below the plan. Without --gpus a
-plan is for the fewest ranks that the configuration's layout takes. Exit status: 0 if the configuration's own layout
-fits, 1 if not, 2 if it cannot be planned.
+Memory and traffic are counted for bf16 training with compiled blocks. Step times follow from assumed rates, which are
+printed below the plan.
+
+Exit status: 0 if the configuration's own layout fits, 1 if not, 2 if it cannot be planned.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from data.arguments import whole_number
 from data.errors import run_command
-from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
-from parallel.counting.volume import Volume, volume
-from train.config import Config, ConfigError, load_config, section_faults, world_faults
-from train.cost.dry_run import dataset_if_there, vocabulary
-from train.cost.flops import training_flops_per_token
-from train.cost.step_time import GPUS, Assumptions, Gpu, StepTime, step_time
-
-GIB = 2**30
-OUTSIDE_ALLOCATOR_GIB = 1.5  # the CUDA context and NCCL's buffers
-FRAGMENTATION = 1.08  # memory reserved for a gibibyte allocated
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One layout of a job: its stages' footprints and the slowest stage's step."""
-
-    config: Config
-    ranks: int
-    stages: list[Footprint]
-    volumes: list[Volume]
-    time: StepTime
-    tokens_per_second: float
-    mfu: float
-
-    @property
-    def peak_gib(self) -> float:
-        return max(stage.peak for stage in self.stages) / GIB
-
-    def fits(self, gpu: Gpu) -> bool:
-        return self.peak_gib * FRAGMENTATION + OUTSIDE_ALLOCATOR_GIB <= gpu.memory_gib
+from data.shards.manifest import SPLITS
+from parallel.config import padded_vocab_size
+from train.config import Config, ConfigError, dataset_faults, load_config, world_faults
+from train.config.schedule import warmup_steps
+from train.config.vocabulary import dataset_if_there, vocabulary
+from train.cost.layouts import GIB, Plan, by_recompute, kinds_of_stage, layouts, make_plan
+from train.cost.parameters import parameter_counts
+from train.cost.step_time import GPUS, Assumptions, Gpu
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,88 +56,72 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if plan.fits(gpu) else 1
 
 
+def print_dry_run(config: Config, world_size: int | None) -> None:
+    """Print what a training command would run: configuration, parameters, steps and ranks.
+
+    Args:
+        world_size: number of processes; None means the fewest that the layout allows.
+
+    Raises:
+        ConfigError: the sizes do not fit the world size or the dataset, or the vocabulary is unknown.
+    """
+    ranks = config.parallel.ranks_per_batch if world_size is None else world_size
+    manifest = dataset_if_there(config)
+    faults = world_faults(config, ranks) + ([] if manifest is None else dataset_faults(config, manifest))
+    if faults:
+        raise ConfigError(faults)
+    vocab_size, source = vocabulary(config, manifest)
+    grid = config.grid(ranks)
+    counts = parameter_counts(config.model, vocab_size)
+    print(json.dumps(config.as_dict(), indent=2))
+    padded = padded_vocab_size(vocab_size, grid.tp)
+    print(f"\nvocabulary        {vocab_size:,} tokens (from {source}), padded to {padded:,}")
+    print(f"parameters        {sum(counts.values()):,}")
+    for kind, count in counts.items():
+        print(f"  {kind:<18}{count:>16,}")
+    print(
+        f"steps             {config.train_steps:,} ({warmup_steps(config.optimizer, config.train_steps):,} of warm-up)"
+    )
+    print(f"tokens            {config.train_steps * config.tokens_per_step:,} ({config.tokens_per_step:,} a step)")
+    if manifest is not None:
+        train, validation = (manifest.num_samples(split, config.model.seq_length) for split in SPLITS)
+        epochs = config.train_steps * config.training.global_batch_size / max(train, 1)
+        print(f"samples           {train:,} to train on ({epochs:.2f} epochs), {validation:,} to validate on")
+    print(
+        f"a step            {config.training.global_batch_size} sequences = {config.num_micro_batches(ranks)} "
+        f"micro-batches of "
+        f"{config.training.micro_batch_size} on {grid.dp} data-parallel ranks"
+    )
+    print(
+        f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.cp} context shards x "
+        f"{grid.tp} tensor shards\n"
+    )
+    print(grid.table(config.model.num_layers))
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
-    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs")
-    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="which GPU (default h100)")
     parser.add_argument(
-        "--layouts", type=whole_number(1), default=10, metavar="N", help="layouts that fit to list (default 10)"
+        "--gpus", type=int, metavar="N", help="number of GPUs (default: the fewest that the layout allows)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="GPU model (default: h100)")
+    parser.add_argument(
+        "--layouts",
+        type=whole_number(1),
+        default=10,
+        metavar="N",
+        help="list the N fastest layouts that fit (default: 10)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
     return parser.parse_intermixed_args(arguments)
 
 
-def make_plan(config: Config, ranks: int, vocab_size: int, gpu: Gpu, assumed: Assumptions) -> Plan:
-    """Plans a configuration whose sizes fit `ranks`."""
-    stages = [workload(config, ranks, stage, vocab_size) for stage in kinds_of_stage(config)]
-    slowest = max((step_time(stage, gpu, assumed) for stage in stages), key=lambda time: time.total)
-    tokens_per_second = config.tokens_per_step / slowest.total
-    flops = training_flops_per_token(config.model, vocab_size)
-    return Plan(
-        config,
-        ranks,
-        [footprint(stage) for stage in stages],
-        [volume(stage, ELEMENT_BYTES, GRADIENT_BYTES) for stage in stages],
-        slowest,
-        tokens_per_second,
-        tokens_per_second * flops / (ranks * gpu.peak_flops),
-    )
-
-
-def kinds_of_stage(config: Config) -> list[int]:
-    """The first stage, one between and the last: the first stages have most layers and most micro-batches in flight."""
-    return sorted({0, min(1, config.parallel.pipeline_parallel_size - 1), config.parallel.pipeline_parallel_size - 1})
-
-
-def workload(config: Config, ranks: int, stage: int, vocab_size: int) -> Workload:
-    """What a rank of one stage does."""
-    per_stage = ranks // config.parallel.pipeline_parallel_size
-    return Workload(
-        config.model,
-        config.parallel,
-        config.grid(ranks, stage * per_stage),
-        vocab_size,
-        config.training.micro_batch_size,
-        config.num_micro_batches(ranks),
-        config.training.activation_recompute,
-        per_head=bool(config.model.regularized) and config.regularizer.granularity == "per_head",
-        cuda_graphs=config.training.cuda_graphs == "auto",
-    )
-
-
-def layouts(config: Config, ranks: int) -> Iterator[Config]:
-    """Every layout of the ranks that the model allows, the global batch unchanged."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= ranks]
-    micro_batches = [
-        size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size <= config.training.global_batch_size
-    ]
-    axes = itertools.product(sizes[:4], sizes, sizes[:4], (1, 2, 3), ("none", "selective", "full"), micro_batches)
-    for tp, pp, cp, zero, recompute, micro_batch_size in axes:
-        parallel = dataclasses.replace(
-            config.parallel,
-            tensor_parallel_size=tp,
-            pipeline_parallel_size=pp,
-            context_parallel_size=cp,
-            sequence_parallel=tp > 1,
-            zero_stage=zero,  # type: ignore[arg-type]
-            fused_ffn="auto",
-        )
-        training = dataclasses.replace(
-            config.training,
-            micro_batch_size=micro_batch_size,
-            activation_recompute=recompute,  # type: ignore[arg-type]
-        )
-        layout = dataclasses.replace(config, parallel=parallel, training=training)
-        if ranks % parallel.ranks_per_batch == 0 and not section_faults(layout) and not world_faults(layout, ranks):
-            yield layout
-
-
 def as_dict(plan: Plan, gpu: Gpu) -> dict[str, Any]:
-    """What a program wants of a plan."""
+    """Return a plan as `--json` prints it."""
     training = plan.config.training
     return {
         "ranks": plan.ranks,
@@ -179,7 +139,7 @@ def as_dict(plan: Plan, gpu: Gpu) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, gpu: Gpu, vocab_size: int, source: str) -> None:
-    """The configuration's own layout in full."""
+    """Print the configuration's own layout in full."""
     config = plan.config
     print(
         f"{config.model.architecture}, {config.model.num_layers} layers of width {config.model.hidden_size}, T = "
@@ -214,19 +174,8 @@ def print_plan(plan: Plan, gpu: Gpu, vocab_size: int, source: str) -> None:
     )
 
 
-def by_recompute(plan: Plan) -> dict[str, float]:
-    """GiB of kept activations of the fullest stage under each way to recompute them."""
-    found = {}
-    for how in ("none", "selective", "full"):
-        training = dataclasses.replace(plan.config.training, activation_recompute=how)  # type: ignore[arg-type]
-        config = dataclasses.replace(plan.config, training=training)
-        stages = [footprint(workload(config, plan.ranks, stage, 1)) for stage in kinds_of_stage(config)]
-        found[how] = max(stage.activations for stage in stages) / GIB
-    return found
-
-
 def print_layouts(plans: list[Plan], tried: int, gpu: Gpu) -> None:
-    """Layouts that fit, fastest first."""
+    """Print the layouts that fit, fastest first."""
     if not plans:
         print(f"\nnone of {tried} layouts fits: take more GPUs, or GPUs with more memory")
         return
@@ -240,7 +189,7 @@ def print_layouts(plans: list[Plan], tried: int, gpu: Gpu) -> None:
 
 
 def layout_name(config: Config, ranks: int) -> str:
-    """A layout in the words of its configuration keys."""
+    """Name a layout by its sizes: "tp=2 pp=1 cp=1 dp=4 zero=1 sp micro_batch_size=8"."""
     parallel, training = config.parallel, config.training
     grid = config.grid(ranks)
     sizes = f"tp={grid.tp} pp={grid.pp} cp={grid.cp} dp={grid.dp} zero={parallel.zero_stage}"

@@ -22,7 +22,8 @@ from data.arguments import whole_number
 from data.errors import run_command
 from model.config import ModelConfig
 from train.config import ConfigError, load_config
-from train.cost.flops import ffn_width, nonlinear_operations
+from train.cost.flops import nonlinear_operations
+from train.cost.parameters import ffn_width
 from train.paper import MEASUREMENTS, Measurement
 
 Array = NDArray[np.float64]

@@ -8,9 +8,9 @@ import pytest
 
 from train import paper
 from train.config import load_config
-from train.cost.dry_run import print_plan
 from train.cost.flops import forward_flops, nonlinear_operations, printed_gflops
 from train.paper import MEASUREMENTS, ROWS, rows_at
+from train.plan import print_dry_run
 from train.study.table import operations_text
 
 # Printed in Tables 3, 4, 7 and 8 beside the perplexities, here as they stand there: FFN, fused FFN, attention.
@@ -57,7 +57,7 @@ def test_every_row_is_a_configuration_that_would_run(tmp_path: Path, capsys: pyt
     for file in files:
         config = load_config(file)
         assert config == ROWS[file.stem].config()
-    print_plan(load_config(tmp_path / "codeparrot-12L-T128.SM+WN-QKVO+FFN.json"), None)
+    print_dry_run(load_config(tmp_path / "codeparrot-12L-T128.SM+WN-QKVO+FFN.json"), None)
     assert "steps" in capsys.readouterr().out
 
 

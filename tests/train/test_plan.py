@@ -8,7 +8,8 @@ import pytest
 
 from parallel.counting.footprint import footprint
 from train.config import load_config
-from train.plan import main, workload
+from train.cost.layouts import workload
+from train.plan import main
 
 ROOT = Path(__file__).parents[2]
 ONE_BATCH = ["training.global_batch_size=8", "training.micro_batch_size=8"]

@@ -12,7 +12,7 @@ from data.shards.writer import write_shard
 from parallel.local_ranks import run_ranks
 from tests.train.test_run import _evaluate, rows, run_main
 from train.config import ConfigError, load_config
-from train.cost.dry_run import print_plan
+from train.plan import print_dry_run
 
 SHORT = (
     "training.train_steps=3",
@@ -84,7 +84,7 @@ def test_a_mixture_from_afar_is_trained_evaluated_and_traced(
     assert [line.split(":")[0] for line in traced] == [f"sample {position}" for position in range(8, 16)]
     assert any(": pipe:cat" in line for line in traced) and all(".py" in line for line in traced)
     assert run_ranks(_evaluate, 1, str(tmp_path / "run")) == [0]
-    print_plan(load_config(tiny_config, settings), None)
+    print_dry_run(load_config(tiny_config, settings), None)
     assert "epochs" in capsys.readouterr().out
 
 

@@ -47,6 +47,7 @@ from parallel.names import listed
 from train.compare.comparison import ROUNDING_FACTOR, TOLERANCE, Allowance, Comparison, compare
 from train.compare.measurement import CONFIGURED, END_OF_DOCUMENT, Measured, measure
 from train.config import Config, ConfigError, load_config, section_faults, world_faults
+from train.config.vocabulary import dataset_if_there, vocabulary
 from train.run.folder import finite_or_none
 
 DOCUMENTS_A_SEQUENCE = 4  # on average
@@ -338,8 +339,6 @@ def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
     The vocabulary is the dataset's, or without one data.planned_vocab_size. For attention within documents, documents
     end at random positions.
     """
-    from train.cost.dry_run import dataset_if_there, vocabulary
-
     vocab_size, _ = vocabulary(config, dataset_if_there(config))
     shape = (count, config.training.global_batch_size, config.model.seq_length + 1)
     generator = torch.Generator().manual_seed(config.training.seed)

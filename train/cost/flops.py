@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 from model.config import ModelConfig
+from train.cost.parameters import block_matrix_parameters, ffn_parameters, ffn_width
 
 # Dense bf16 peaks in TFLOP/s from the makers' data sheets, which often print twice that, with sparsity. Names are those
 # of torch.cuda.get_device_name, matched whole: a slice of a device or a laptop's namesake is another device.
@@ -122,18 +123,8 @@ def training_flops_per_token(model: ModelConfig, vocab_size: int) -> int:
         vocab_size: V, unpadded.
     """
     width = model.hidden_size
-    matrices = model.num_layers * (4 * width**2 + ffn_parameters(model)) + width * vocab_size
+    matrices = model.num_layers * block_matrix_parameters(model) + width * vocab_size
     return 6 * matrices + 6 * model.num_layers * model.seq_length * width
-
-
-def ffn_parameters(model: ModelConfig) -> int:
-    """Elements of one layer's FFN matrices: one d x d where fused, else d x f and f x d."""
-    return model.hidden_size**2 if model.fused_ffn else 2 * model.hidden_size * ffn_width(model)
-
-
-def ffn_width(model: ModelConfig) -> int:
-    """f in features."""
-    return model.ffn_hidden_size if model.ffn_hidden_size is not None else 4 * model.hidden_size
 
 
 def device_peak_tflops(device_name: str) -> float | None:

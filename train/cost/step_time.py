@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Workload, held_parameters
 from parallel.counting.volume import Volume, volume
-from train.cost.flops import DEVICE_PEAK_TFLOPS, ffn_width
+from train.cost.flops import DEVICE_PEAK_TFLOPS
+from train.cost.parameters import block_matrix_parameters, ffn_width
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,8 @@ def link_rate(work: Workload, gpu: Gpu, assumed: Assumptions, ranks: int, stride
 
 def block_products(work: Workload) -> float:
     """Elements of one block's matrices that multiply a token's activations on a rank."""
-    model, grid = work.model, work.grid
-    if model.fused_ffn:  # replicated under sequence parallelism, but for 1 / tp of the tokens
-        return (4 + 1) * model.hidden_size**2 / grid.tp
-    return (4 * model.hidden_size**2 + 2 * model.hidden_size * ffn_width(model)) / grid.tp
+    # A fused FFN may be replicated under sequence parallelism, but then each rank multiplies 1/tp of the tokens.
+    return block_matrix_parameters(work.model) / work.grid.tp
 
 
 def ffn_share(work: Workload) -> float:

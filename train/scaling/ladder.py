@@ -15,7 +15,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from train.cost.flops import training_flops_per_token
-from train.study.results import count_parameters
+from train.cost.parameters import body_parameters, total_parameters
 
 HEAD_WIDTH = 64
 DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
@@ -73,15 +73,14 @@ def batch_size(tokens: float, seq_length: int) -> int:
 
 def rung(model: ModelConfig, vocab_size: int, tokens: Sequence[float]) -> Rung:
     """One model and the token counts it is to be evaluated at."""
-    total, body = count_parameters(model, vocab_size)
     sequences = batch_size(max(tokens), model.seq_length)
     step_tokens = sequences * model.seq_length
     budgets = tuple(sorted({max(10, round(count / step_tokens)) * step_tokens for count in tokens}))
     trained = max(budgets) + DECAY_FRACTION * sum(budgets[:-1])  # the longest branch goes on from the trunk's end
     return Rung(
         model=model,
-        parameters=total,
-        body_parameters=body,
+        parameters=total_parameters(model, vocab_size),
+        body_parameters=body_parameters(model, vocab_size),
         budgets_tokens=budgets,
         global_batch_size=sequences,
         learning_rate=learning_rate(model.num_layers, model.hidden_size),
@@ -133,7 +132,8 @@ def _tokens(
     models: Sequence[ModelConfig], vocab_size: int, ratios: Sequence[float], counted: str, levels: int
 ) -> list[list[float]]:
     """Token counts of each model."""
-    bases = [count_parameters(model, vocab_size)[counted == "body"] for model in models]
+    count = body_parameters if counted == "body" else total_parameters
+    bases = [count(model, vocab_size) for model in models]
     if not levels:
         return [[ratio * base for ratio in ratios] for base in bases]
     costs = [training_flops_per_token(model, vocab_size) for model in models]

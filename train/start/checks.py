@@ -22,11 +22,11 @@ from data.errors import DataError
 from data.shards.manifest import SPLITS
 from data.stream.dataset import open_dataset
 from data.stream.samples import open_shard
-from model.initialize import global_shapes
 from parallel.launch import local_device
 from parallel.sharding.megatron import Groups
 from train.checkpoint.folder import Folder, verify_file
 from train.config import Config
+from train.cost.parameters import total_parameters
 from train.run.folder import description
 
 ON_GPU = torch.cuda.is_available()
@@ -153,7 +153,7 @@ def remove_empty(folders: list[Path]) -> None:
 def free_space(config: Config, vocab_size: int) -> Finding:
     """Room for the checkpoints that are kept at one time, and one being written."""
     finding = Finding("free space", "GB")
-    parameters = sum(shape.numel() for shape in global_shapes(config.model, vocab_size).values())
+    parameters = total_parameters(config.model, vocab_size)
     kept = config.checkpoint.keep + 1 + int(config.checkpoint.keep_best)
     if config.checkpoint.keep_every:
         kept += config.train_steps // config.checkpoint.keep_every

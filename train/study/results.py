@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 from data.errors import DataError
 from data.stream.dataset import open_dataset
 from model.config import ModelConfig
-from model.initialize import global_shapes
 from train.config import Config
 from train.cost.flops import training_flops_per_token
+from train.cost.parameters import body_parameters, total_parameters
 from train.paper import Row
 from train.private_inference import PrivateInferenceCost, private_inference_cost
 from train.study.runner import State, read_state
@@ -81,7 +80,7 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     config = stage.config
     noted = {} if state.word == "other" else description(stage.folder)
     vocab_size = vocabulary(noted, config)
-    total, body = count_parameters(config.model, vocab_size)
+    known_size = max(vocab_size, 1)
     tokens = state.step * config.tokens_per_step
     return Record(
         label=run.label,
@@ -94,8 +93,8 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
         tokens=tokens,
         data=config.data.path,
         vocab_size=vocab_size,
-        parameters=total,
-        body_parameters=body,
+        parameters=total_parameters(config.model, known_size),
+        body_parameters=body_parameters(config.model, known_size),
         flops=float(tokens) * training_flops_per_token(config.model, vocab_size),
     )
 
@@ -117,19 +116,6 @@ def description(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-@cache
-def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
-    """All parameters, and those of the blocks and the final norm alone."""
-    shapes = global_shapes(model, max(vocab_size, 1))
-    if model.tied_head:
-        shapes.pop("head.weight", None)
-    outside = sum(
-        shape.numel() for name, shape in shapes.items() if name.startswith("embedding.") or name == "head.weight"
-    )
-    total = sum(shape.numel() for shape in shapes.values())
-    return total, total - outside
 
 
 @dataclass(frozen=True)

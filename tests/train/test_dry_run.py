@@ -12,15 +12,16 @@ from model.config import ModelConfig
 from model.initialize import global_shapes
 from tests.model.reference import PLACEMENTS, RECIPES
 from train.config import ConfigError, load_config
-from train.cost.dry_run import KINDS, parameter_counts, print_plan
+from train.cost.parameters import KINDS, parameter_counts
+from train.plan import print_dry_run
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
 
 
 def plan(capsys: pytest.CaptureFixture[str], name: str, *overrides: str, world: int | None = None) -> str:
     arguments = ["data.path=not/prepared/yet", *overrides]
-    print_plan(load_config(ROOT / "configs" / name, arguments), world)
+    print_dry_run(load_config(ROOT / "configs" / name, arguments), world)
     return capsys.readouterr().out
 
 
@@ -84,6 +85,7 @@ def test_every_parameter_has_a_kind(architecture: str, tied: bool) -> None:
         keys = {"weight_norm": placement} if architecture == "SM+WN" else {}
         model = ModelConfig(architecture, 2, 16, 4, 8, tied_head=tied, **keys).resolved()
         shapes = global_shapes(model, 29)
+        assert "other" not in parameter_counts(model, 29)
         assert sum(parameter_counts(model, 29).values()) == sum(shape.numel() for shape in shapes.values())
 
 
@@ -106,7 +108,7 @@ def test_world_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 def test_vocabulary_from_nowhere() -> None:
     config = load_config(ROOT / "configs" / "ereg.json", ["data.path=not/prepared/yet", "data.planned_vocab_size=null"])
     with pytest.raises(ConfigError, match=r"not/prepared/yet.*data\.planned_vocab_size"):
-        print_plan(config, None)
+        print_dry_run(config, None)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,120 @@
+"""Predicts what a layout of a job costs, and lists the layouts that a job could take.
+
+Counts are those of bf16 training with compiled blocks.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
+from parallel.counting.volume import Volume, volume
+from train.config import Config, section_faults, world_faults
+from train.cost.flops import training_flops_per_token
+from train.cost.step_time import Assumptions, Gpu, StepTime, step_time
+
+GIB = 2**30
+OUTSIDE_ALLOCATOR_GIB = 1.5  # the CUDA context and NCCL's buffers
+FRAGMENTATION = 1.08  # bytes that the allocator reserves for each byte in use
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted cost of one layout: the footprint of each kind of stage, and the step of the slowest."""
+
+    config: Config
+    ranks: int
+    stages: list[Footprint]
+    volumes: list[Volume]
+    time: StepTime
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def peak_gib(self) -> float:
+        return max(stage.peak for stage in self.stages) / GIB
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Return whether the fullest rank fits in the GPU's memory."""
+        return self.peak_gib * FRAGMENTATION + OUTSIDE_ALLOCATOR_GIB <= gpu.memory_gib
+
+
+def make_plan(config: Config, ranks: int, vocab_size: int, gpu: Gpu, assumed: Assumptions) -> Plan:
+    """Predict the cost of a configuration whose sizes fit `ranks` processes."""
+    stages = [workload(config, ranks, stage, vocab_size) for stage in kinds_of_stage(config)]
+    slowest = max((step_time(stage, gpu, assumed) for stage in stages), key=lambda time: time.total)
+    tokens_per_second = config.tokens_per_step / slowest.total
+    flops = training_flops_per_token(config.model, vocab_size)
+    return Plan(
+        config,
+        ranks,
+        [footprint(stage) for stage in stages],
+        [volume(stage, ELEMENT_BYTES, GRADIENT_BYTES) for stage in stages],
+        slowest,
+        tokens_per_second,
+        tokens_per_second * flops / (ranks * gpu.peak_flops),
+    )
+
+
+def kinds_of_stage(config: Config) -> list[int]:
+    """Return the pipeline stages that differ in cost: the first, the second and the last.
+
+    Stages between the second and the last are no fuller than the second: earlier stages have at least as many layers
+    and micro-batches in flight.
+    """
+    return sorted({0, min(1, config.parallel.pipeline_parallel_size - 1), config.parallel.pipeline_parallel_size - 1})
+
+
+def workload(config: Config, ranks: int, stage: int, vocab_size: int) -> Workload:
+    """Return what a rank of one pipeline stage works on."""
+    per_stage = ranks // config.parallel.pipeline_parallel_size
+    return Workload(
+        config.model,
+        config.parallel,
+        config.grid(ranks, stage * per_stage),
+        vocab_size,
+        config.training.micro_batch_size,
+        config.num_micro_batches(ranks),
+        config.training.activation_recompute,
+        per_head=bool(config.model.regularized) and config.regularizer.granularity == "per_head",
+        cuda_graphs=config.training.cuda_graphs == "auto",
+    )
+
+
+def layouts(config: Config, ranks: int) -> Iterator[Config]:
+    """Yield every layout of `ranks` processes that the model allows. The global batch size stays the same."""
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= ranks]
+    micro_batches = [
+        size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size <= config.training.global_batch_size
+    ]
+    axes = itertools.product(sizes[:4], sizes, sizes[:4], (1, 2, 3), ("none", "selective", "full"), micro_batches)
+    for tp, pp, cp, zero, recompute, micro_batch_size in axes:
+        parallel = dataclasses.replace(
+            config.parallel,
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            context_parallel_size=cp,
+            sequence_parallel=tp > 1,
+            zero_stage=zero,  # type: ignore[arg-type]
+            fused_ffn="auto",
+        )
+        training = dataclasses.replace(
+            config.training,
+            micro_batch_size=micro_batch_size,
+            activation_recompute=recompute,  # type: ignore[arg-type]
+        )
+        layout = dataclasses.replace(config, parallel=parallel, training=training)
+        if ranks % parallel.ranks_per_batch == 0 and not section_faults(layout) and not world_faults(layout, ranks):
+            yield layout
+
+
+def by_recompute(plan: Plan) -> dict[str, float]:
+    """Return GiB of kept activations of the fullest stage, for each value of `training.activation_recompute`."""
+    found = {}
+    for how in ("none", "selective", "full"):
+        training = dataclasses.replace(plan.config.training, activation_recompute=how)  # type: ignore[arg-type]
+        config = dataclasses.replace(plan.config, training=training)
+        stages = [footprint(workload(config, plan.ranks, stage, 1)) for stage in kinds_of_stage(config)]
+        found[how] = max(stage.activations for stage in stages) / GIB
+    return found
