@@ -39,7 +39,7 @@ def test_another_torch_keeps_all_pins_but_its_own() -> None:
 
 
 def test_the_page_of_versions_lists_them() -> None:
-    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \|", (ROOT / "docs/versions.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \|", (ROOT / "docs/reference/versions.md").read_text(), re.MULTILINE)
     assert rows == torch_versions()
 
 
