@@ -5,6 +5,7 @@
 # make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
 # make test-gpu     train every layout that this machine's GPUs hold and compare each with one GPU
 # make check        tests, format, lint, types
+# make docs         build the documentation into site/; dead links and faults of docstrings fail
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ OTHER_VERSIONS := $(shell $(PYTHON) -m tests.versions others)
 VERSION := $(firstword $(OTHER_VERSIONS))
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check clean
+.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check docs clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-check: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(DATASET)/manifest.json: | install
@@ -83,5 +88,8 @@ check: $(VENV)/.installed-check test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-torch-* runs datasets
+	rm -rf $(VENV) .venv-torch-* runs datasets site
