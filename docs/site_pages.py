@@ -81,8 +81,8 @@ def configuration() -> str:
     lines = [
         "# Configuration",
         "",
-        "A configuration is a JSON file with these sections. Defaults < file < `section.key=value` on the command line. "
-        "An unknown key is an error that suggests the nearest name. The same list in a terminal: "
+        "A configuration is a JSON file with these sections. A value on the command line, `section.key=value`, wins "
+        "over the file, and the file over the defaults. An unknown key is an error. The same list in a terminal: "
         "`python -m train.describe`.",
     ]
     hints = typing.get_type_hints(Config)
@@ -154,7 +154,7 @@ print(json.dumps(texts))
 
 
 def help_of(calls: list[list[str]]) -> list[str]:
-    """Return what `python -m NAME [SUBCOMMAND] --help` prints for each call; in one process, since imports take long."""
+    """Return what `python -m NAME [SUBCOMMAND] --help` prints for each call, all in one process."""
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PRINT_HELP, json.dumps(calls)]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)

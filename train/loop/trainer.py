@@ -324,7 +324,7 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
     Raises:
         TrainingError: the numbers went wrong, and going back did not help.
         DeviceMemoryError: the device's memory is too small.
-        And what `train.faults.FAULTS` lists.
+        Exception: what else `train.faults.FAULTS` lists.
     """
     clock = Clock(config, rank())
     directory: list[RunDirectory] = []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 COLLAPSE_SHARE = 0.05
 OVERLOAD_SHARE = 0.98
 Entropies = list[list[float]]
-"""[L][N] mean entropy of each head in nats."""
+"""Mean entropy of each head in nats, `[L][N]`."""
 
 
 @dataclass(frozen=True)
