@@ -156,7 +156,7 @@ print(json.dumps(texts))
 def help_of(calls: list[list[str]]) -> list[str]:
     """Return what `python -m NAME [SUBCOMMAND] --help` prints for each call, all in one process."""
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PRINT_HELP, json.dumps(calls)]
+    command = [sys.executable, "-W", "ignore", "-c", PRINT_HELP, json.dumps(calls)]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     texts: list[str] = json.loads(done.stdout.splitlines()[-1])
     missing = [" ".join(call) for call, text in zip(calls, texts, strict=True) if not text]
