@@ -4,10 +4,14 @@ import dataclasses
 import difflib
 import json
 import sys
+import sysconfig
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
+
+SHARED = "share/entropy-guided-transformer"
+"""Where an installed wheel keeps configs/, below the environment."""
 
 
 class ConfigError(ValueError):
@@ -18,7 +22,17 @@ class ConfigError(ValueError):
         self.faults = faults
 
 
+def shipped(path: Path) -> Path:
+    """Return the file that comes with the project if `path` names one, `configs/...`, and is not here itself."""
+    if path.parts[:1] == ("configs",) and not path.exists():
+        for root in (Path(__file__).resolve().parents[2], Path(sysconfig.get_path("data"), SHARED)):
+            if (root / path).exists():
+                return root / path
+    return path
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    path = shipped(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except ConfigError as error:

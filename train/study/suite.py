@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config, ConfigError, config_from_dict
-from train.config.tree import apply_override, read_json
+from train.config.tree import apply_override, read_json, shipped
 from train.paper import Row, places, rows_at
 
 Tree = dict[str, Any]
@@ -123,6 +123,7 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     Raises:
         SuiteError: every fault of the file and of the configurations it makes.
     """
+    path = shipped(path)
     if not path.exists():
         raise SuiteError(f"{path}: no such suite file; shipped ones are configs/suites/*.json")
     try:
