@@ -83,17 +83,14 @@ def crowded(root: Path) -> list[str]:
     return [f"{folder.relative_to(root)}: {count} files" for folder, count in counts.items() if count > MAX_FILES]
 
 
-@pytest.mark.xfail(reason="parallel.launch still imports data.errors")
 def test_packages_import_only_what_they_may() -> None:
     assert forbidden(imports(ROOT)) == []
 
 
-@pytest.mark.xfail(reason="data.shards and data.stream still import each other")
 def test_files_form_no_circle() -> None:
     assert circle(imports(ROOT)) == []
 
 
-@pytest.mark.xfail(reason="data.shards and data.stream still import each other")
 def test_rooms_form_no_circle() -> None:
     assert circle(by_room(imports(ROOT))) == []
 
