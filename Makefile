@@ -5,6 +5,7 @@
 # make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
 # make test-gpu     train every layout that this machine's GPUs hold and compare each with one GPU
 # make check        tests, format, lint, types
+# make dev          install what contributors need
 # make docs         build the documentation into site/; dead links and faults of docstrings fail
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ OTHER_VERSIONS := $(shell $(PYTHON) -m tests.versions others)
 VERSION := $(firstword $(OTHER_VERSIONS))
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check docs clean
+.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check dev docs clean
 
 install: $(VENV)/.installed
 
@@ -82,6 +83,8 @@ test-slurm: $(VENV)/.installed-test
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m train.layout_test
+
+dev: $(VENV)/.installed-check
 
 check: $(VENV)/.installed-check test
 	$(BIN)/ruff format --check .
