@@ -1,11 +1,11 @@
 # make quickstart   install, prepare text, train on two processes, evaluate, draw
-# make test         install what tests need and run them
-# make test-torch   run the tests that depend on torch under another version, in an environment of its own: VERSION=2.11.0
-# make golden       write the golden losses under every tested version of torch
-# make test-slurm   run the job scripts on a private Slurm, where its Debian packages are installed (.ci/run names them)
-# make test-gpu     train every layout that this machine's GPUs hold and compare each with one GPU
+# make test         install what the tests need and run them
+# make test-torch   run the tests that depend on torch under another version, in its own environment: VERSION=2.11.0
+# make golden       write the golden losses of every tested version of torch
+# make test-slurm   run the job scripts on a private Slurm cluster; needs the Debian packages that .ci/run installs
+# make test-gpu     train every layout that fits this machine's GPUs and compare each with one GPU
 # make check        tests, format, lint, types
-# make dev          install what contributors need
+# make dev          install what contributors need: tests, ruff, mypy, pre-commit
 # make docs         build the documentation into site/; dead links and faults of docstrings fail
 PYTHON ?= python3
 VENV := .venv
@@ -55,7 +55,7 @@ test: $(VENV)/.installed-test
 other-versions:
 	@echo $(OTHER_VERSIONS)
 
-# Unconstrained, so that nothing but the download can fail. pip need not keep several gigabytes twice.
+# Without constraints, so only the download can fail. Without a cache, which would keep several gigabytes twice.
 $(OTHER)/.torch:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet --no-cache-dir torch==$(VERSION)

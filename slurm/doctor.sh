@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks the nodes before a big job: GPUs, interconnect, disk, data, clocks, versions.
-#   sbatch --nodes=16 slurm/doctor.sh [section.key=value ...]              CONFIG=... as in slurm/train_1b.sh
+# Check the nodes before a big job: GPUs, interconnect, disk, data, clocks, versions.
+#   sbatch --nodes=16 slurm/doctor.sh [section.key=value ...]
+#   CONFIG=configs/ereg.json sbatch --nodes=2 slurm/doctor.sh
 #
 ##SBATCH --partition=gpu
 ##SBATCH --account=PROJECT

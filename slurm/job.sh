@@ -1,20 +1,22 @@
 # shellcheck shell=bash
-# What the job scripts share; sourced, never submitted.
+# Functions that the job scripts share. Source this file; do not submit it.
 #
-# A job's life: snapshot the code (once), srun one task a rank, wait. Then, by how it ended:
-#   all ranks exit 0, nobody asked to stop      the run is complete
+# A job copies the code into the run's folder (once), starts one task per rank with srun, and waits for the ranks to end.
+# What it does next depends on how they ended:
+#   status 0, nobody asked to stop              the run is complete: exit
 #   USR1: the time limit is near                the ranks have saved: requeue
-#   TERM: cancelled, preempted, a node failed   leave it to Slurm, which requeues all but the cancelled by itself
-#   exit status 2 or 3                          cannot start as asked, or numbers went wrong: a restart would not help
-#                                               (most of it is found before srun: a rank that is quick to refuse has Slurm
-#                                               kill the slow ones, whose status then hides its own)
+#   TERM: cancelled, preempted, a node failed   exit; Slurm requeues the job by itself unless it was cancelled
+#   status 2 (the run cannot start as asked)    exit: a restart would not help
+#   status 3 (the numbers went wrong)           exit: a restart would not help
 #   anything else (a rank died, a hang)         requeue
-# A requeue is refused after MAX_RESTARTS in all, and after MAX_STALLED starts in a row that saved nothing new.
+# At start the ranks compare what they run, so all of them end with status 2 if one refuses.
+#
+# A job is not requeued after MAX_RESTARTS restarts, or after MAX_STALLED starts in a row that saved nothing new.
 
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_STALLED=${MAX_STALLED:-3}
 
-# A site's environment: modules, container, interface of the fast network. For example:
+# Set up your site here: modules, container, network interface. For example:
 #   module load cuda/13 nccl
 #   export NCCL_SOCKET_IFNAME=ib0
 #   LAUNCH=(srun --container-image=IMAGE --container-mounts="$PWD:$PWD")
@@ -22,27 +24,27 @@ LAUNCH=(srun)
 
 say() { echo "[$(date '+%F %T') job ${SLURM_JOB_ID:-none}, start $((${SLURM_RESTART_COUNT:-0} + 1))] $*"; }
 
-find_python() { # the environment that `make install` leaves, else whatever is active
+find_python() { # prints $PYTHON, else the interpreter of `make install`, else the active one
     if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; elif [ -x .venv/bin/python ]; then echo "$PWD/.venv/bin/python"; else command -v python3; fi
 }
 
-# Runs a command once per task with the environment that torch.distributed expects; srun passes on its exit status.
+# launch COMMAND: runs it once per task with the variables that torch.distributed reads; returns srun's exit status.
 launch() {
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export MASTER_ADDR=$first MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-    # shellcheck disable=SC2016  # the task's own shell expands them
+    # shellcheck disable=SC2016  # the shell of each task expands the variables
     "${LAUNCH[@]}" --kill-on-bad-exit=1 --label \
         bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' task "$@"
 }
 
-last_saved_step() { # of the run in $1; -1 before the first checkpoint
+last_saved_step() { # RUN_DIR: prints the step of its newest checkpoint, -1 before the first
     local step
     step=$(sed -n 's/.*"event": "saved", "step": \([0-9]*\).*/\1/p' "$1/journal.jsonl" 2>/dev/null | tail -n 1)
     echo "${step:--1}"
 }
 
-# train CONFIG [section.key=value ...]: trains until done, over as many starts as it takes.
+# train CONFIG [section.key=value ...]: trains until the run is complete, over as many starts as that takes.
 train() {
     local config=$1 python run_dir status
     shift
@@ -51,8 +53,8 @@ train() {
     last_saved_step "$run_dir" >> "$run_dir/starts.txt"
     say "training in $run_dir on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks; newest checkpoint: step $(tail -n 1 "$run_dir/starts.txt")"
     asked=""
-    trap 'asked=USR1; say "time is nearly up: saving"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # to the ranks alone
-    trap 'asked=${asked:-TERM}; say "asked to end"' TERM # Slurm has sent it to the ranks too, and a second signal would end them at once
+    trap 'asked=USR1; say "time is nearly up: saving"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # signals the ranks only
+    trap 'asked=${asked:-TERM}; say "asked to end"' TERM # the ranks got it from Slurm; a second signal would kill them before they save
     launch "$python" "$run_dir/code/train/main.py" --config "$run_dir/resolved.json" &
     wait_for $!
     say "ranks ended with status $status"
@@ -63,7 +65,7 @@ train() {
     esac
 }
 
-wait_for() { # sets status; `wait` returns early for a trap
+wait_for() { # PID: waits for it and sets status; loops because `wait` returns early after a trap
     while :; do
         wait "$1"
         status=$?
@@ -84,7 +86,7 @@ requeue() {
         exit 1
     fi
     say "requeued; newest checkpoint: step $now"
-    trap '' TERM USR1 # Slurm ends this script now
+    trap '' TERM USR1 # requeueing makes Slurm end this script
     if scontrol requeue "$SLURM_JOB_ID"; then
         sleep 600
         exit 0

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Prepare a dataset on many machines. Each stage of data.prepare is a job, divided over an array of tasks where that helps.
+# Prepare a dataset on many machines. Each stage of data.prepare is one job; scan, encode and pack are arrays of TASKS tasks.
 #
 #   slurm/prepare.sh TASKS [sbatch options] -- [arguments of python -m data.prepare]
 #   slurm/prepare.sh 16 --partition=cpu --cpus-per-task=8 -- --input /data/text --output /data/set --vocab-size 32000
 #
-# The folders have to be on a file system that all nodes see; relative paths start from this repository. After a failure
-# run the same command again: finished parts are kept. PYTHON names the interpreter (default: .venv/bin/python of this repository).
+# All nodes must see the folders. Relative paths start from this repository. After a failure, run the same command again:
+# it keeps the parts that are finished. PYTHON names the interpreter (default: .venv/bin/python of this repository).
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -21,7 +21,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
 command=$(printf '%q ' "$python" -m data.prepare "$@")
 
-submit() { # STAGE LAST_TASK [job to wait for]
+submit() { # STAGE LAST_TASK [JOB TO WAIT FOR]: prints the number of the job
     sbatch --parsable --job-name="prepare-$1" --chdir="$repository" --array="0-$2" \
         ${3:+--dependency=afterok:$3 --kill-on-invalid-dep=yes} "${sbatch_options[@]}" \
         --wrap "exec $command --stage $1 --task \$SLURM_ARRAY_TASK_ID/$(($2 + 1)) --workers \${SLURM_CPUS_PER_TASK:-1}"

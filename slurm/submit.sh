@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Submits a configuration with the resources that it needs, checked before it waits in a queue:
+# Submit a configuration with the number of GPUs that it needs, after checking it:
 #   slurm/submit.sh configs/ereg.json [section.key=value ...]             the fewest nodes that hold one replica
-#   NODES=4 GPUS_PER_NODE=8 slurm/submit.sh configs/ereg_1b.json          that many
-# SBATCH_OPTIONS="--partition=gpu --time=2:00:00" are passed on.
+#   NODES=4 GPUS_PER_NODE=8 slurm/submit.sh configs/ereg_1b.json          4 nodes
+# Further options go to sbatch through the environment: SBATCH_OPTIONS="--partition=gpu --time=2:00:00"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/job.sh

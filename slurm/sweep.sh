@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains one configuration an array task, each in a run directory of its own:
+# Train several configurations, one per array task, each in its own run directory:
 #   sbatch --array=0-2 slurm/sweep.sh configs/ereg.json configs/baseline.json configs/quickstart.json
-# Overrides of every run go into the environment: OVERRIDES="training.train_steps=1000 data.path=datasets/mine"
-# Each task goes on over time limits and failures by itself, as slurm/train_1b.sh does.
+# Overrides for every run go into the environment: OVERRIDES="training.train_steps=1000 data.path=datasets/mine"
+# Each task continues after time limits and failures, as slurm/train_1b.sh does.
 #
 ##SBATCH --partition=gpu
 ##SBATCH --account=PROJECT
@@ -23,7 +23,7 @@ source slurm/job.sh
 configs=("$@")
 config=${configs[${SLURM_ARRAY_TASK_ID:?submit with --array=0-N}]:-}
 if [ -z "$config" ]; then
-    say "array task $SLURM_ARRAY_TASK_ID has no configuration: ${#configs[@]} were given"
+    say "array task $SLURM_ARRAY_TASK_ID has no configuration: ${#configs[@]} were given; submit with --array=0-$((${#configs[@]} - 1))"
     exit 2
 fi
 read -ra overrides <<< "${OVERRIDES:-}"

@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Fixtures that several test modules share."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared dataset of this project's own sources, vocabulary 400."""
+    """Prepare a dataset from this project's own sources, with a vocabulary of 400."""
     return prepare_sources(tmp_path_factory.mktemp("dataset"), 400)
 
 
@@ -43,7 +43,7 @@ def prepare_sources(folder: Path, vocab_size: int) -> Path:
 
 @pytest.fixture
 def tiny_config(tmp_path: Path, dataset: Path) -> Path:
-    """A configuration file that trains in a second; its run_dir is below tmp_path."""
+    """Write a configuration that trains in a second; its run_dir is below tmp_path."""
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps({**TINY, "data": {"path": str(dataset)}, "run_dir": str(tmp_path / "run")}))
     return file
@@ -51,14 +51,14 @@ def tiny_config(tmp_path: Path, dataset: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process() -> "Iterator[Groups]":
-    """The groups of a world of one, for stages and engines in the tests' own process."""
+    """Build the groups of one rank, for stages and engines in the process of the tests."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     from tests.parallel.tiny import tiny_config as config
     from train.parts import build_groups
 
-    with mock.patch.dict(os.environ):  # a rank's place, which processes started later must not take for theirs
+    with mock.patch.dict(os.environ):  # processes that later tests start must not inherit RANK and the like
         yield build_groups(config())
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The tested versions of torch are stated once, and everything that repeats or pins them agrees."""
+"""Check that everything which repeats or pins the tested versions of torch agrees with pyproject.toml."""
 
 import re
 

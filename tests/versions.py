@@ -1,8 +1,8 @@
-"""The versions of torch that the project is tested with, as pyproject.toml states them; needs Python alone.
+"""Read the tested versions of torch from pyproject.toml; needs the standard library only.
 
-The Makefile asks:
+The Makefile runs:
 
-    python -m tests.versions others               # the tested versions but for the one that constraints.txt pins
+    python -m tests.versions others               # the tested versions without the one in constraints.txt
     python -m tests.versions tests                # the tests that run under each of them
     python -m tests.versions constraints 2.11.0   # constraints.txt for an environment with this torch
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PINNED_BY_TORCH = {"torch", "triton", "setuptools"}
-"""Packages of which each torch asks for versions of its own."""
+"""Packages whose version depends on the version of torch."""
 
 
 def pyproject() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def pyproject() -> dict[str, Any]:
 
 
 def settings() -> dict[str, Any]:
-    """Read the project's own table of pyproject.toml."""
+    """Read the table [tool.entropy-guided-transformer] of pyproject.toml."""
     return pyproject()["tool"]["entropy-guided-transformer"]
 
 
@@ -34,18 +34,18 @@ def torch_versions() -> list[str]:
 
 
 def pins() -> dict[str, str]:
-    """Return the lines of constraints.txt that pin a version, by the package's name."""
+    """Return the lines of constraints.txt by name of the package."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return {line.partition("==")[0]: line for line in lines if "==" in line}
 
 
 def other_versions() -> list[str]:
-    """Return the tested versions that the default environment does not have."""
+    """Return the tested versions other than the one in constraints.txt."""
     return [version for version in torch_versions() if pins()["torch"] != f"torch=={version}"]
 
 
 def constraints(version: str) -> list[str]:
-    """Return the lines of constraints.txt as they are for another torch."""
+    """Return the lines of constraints.txt for another version of torch."""
     needs = settings()["torch-needs"].get(version, [])
     own = PINNED_BY_TORCH | {re.split("[=<>~!]", need)[0] for need in needs}
     return [line for name, line in pins().items() if name not in own] + [f"torch=={version}", *needs]

@@ -1,23 +1,24 @@
-"""The first losses of a shipped configuration: measured, kept in the repository, compared.
+"""Measure the first losses of each shipped configuration and compare them with those kept in the repository.
 
-`<configuration>.json` beside this file holds a section for each tested version of torch: cross-entropy and entropy
-loss in nats a token, and the gradient norm before clipping, of the first `STEPS` steps. One CPU process trains in
-float32, uncompiled, through the engine.
+`<configuration>.json` beside this file has a section for each tested version of torch. A section holds cross-entropy
+and entropy loss in nats per token, and the gradient norm before clipping, for each of the first `STEPS` steps. One CPU
+process trains through the engine in float32, uncompiled.
 
-TOLERANCE is eight times what rounding does. `python -m tests.golden.spread` measures the greatest relative distance
-from the golden numbers over one and two threads. On an Intel Xeon with AVX-512 it printed, under each of the versions:
+TOLERANCE is eight times the effect of rounding. `python -m tests.golden.spread` measures that effect: the largest
+relative difference from the golden numbers over one and two threads. On an Intel Xeon with AVX-512 it printed, under
+each version:
 
     instructions    baseline    ereg       ereg_1b    quickstart
     portable        1.8e-07     2.3e-07    1.7e-07    1.5e-07
     AVX2            1.8e-07     1.8e-07    1.3e-07    1.2e-07
     all             9.2e-08     9.1e-08    1.7e-07    9.3e-08
 
-On one thread with all instructions the versions agree in every digit. Compiled blocks are 9.3e-08 away (quickstart).
-The penalty jumps at the edge of its margin, where rounding would show, but no entropy comes within 0.001 nats of an
+On one thread with all instructions the versions agree in every digit. Compiled blocks differ by 9.3e-08 (quickstart).
+The penalty jumps at the edge of its margin, where rounding could be amplified. No entropy comes within 0.001 nats of an
 edge in these steps.
 
-A mistake moves the numbers further, by 1.5e-05 at least of those in `test_golden_losses.py`. A smaller one that goes
-unnoticed: tanh's approximation of GELU, 2.0e-06, since the activations of a new network are small.
+Each mistake in `test_golden_losses.py` moves the numbers by 1.5e-05 or more. The tanh approximation of GELU goes
+unnoticed: it moves them by 2.0e-06, since the activations of a new network are small.
 """
 
 import json
@@ -33,14 +34,14 @@ from train.config import Config
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 2e-6
-DIGITS = 9  # tell any two float32 numbers apart
+DIGITS = 9  # enough to distinguish any two float32 numbers
 
 Losses = dict[str, list[float]]
-"""'cross_entropy', 'entropy_loss' and 'gradient_norm', a number for each step."""
+"""'cross_entropy', 'entropy_loss' and 'gradient_norm', each with one number per step."""
 
 
 def first_losses(name: str, *overrides: str, threads: int = 1) -> Losses:
-    """Train the small version of a configuration for `STEPS` steps; runs in a process of its own (`run_ranks`)."""
+    """Train the small version of a configuration for `STEPS` steps; call it in its own process (`run_ranks`)."""
     from train.config.schedule import learning_rate
     from train.parts import build_engine
 
@@ -63,7 +64,7 @@ def micro_batches(batch_BT: torch.Tensor, config: Config) -> Iterator[MicroBatch
 
 
 def distance(found: Losses, golden: Losses) -> float:
-    """Return the greatest relative difference of any number from its golden one; infinite where only one is 0."""
+    """Return the largest relative difference of a number from its golden one; infinite if only the golden one is 0."""
     differences = [
         abs(a - b) / abs(b) if b else math.inf
         for quantity in golden
@@ -74,18 +75,18 @@ def distance(found: Losses, golden: Losses) -> float:
 
 
 def torch_release() -> str:
-    """Return the version of the torch that runs, without its build: '2.11.0' of 2.11.0+cu130."""
+    """Return the installed version of torch without its build: '2.11.0' for 2.11.0+cu130."""
     return torch.__version__.partition("+")[0]
 
 
 def read_sections(name: str) -> dict[str, Losses]:
-    """Read the golden losses of a configuration by version of torch; empty where none were written."""
+    """Read the golden losses of a configuration by version of torch; empty if there are none."""
     file = FOLDER / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def write_section(name: str, version: str, losses: Losses) -> None:
-    """Replace one version's section; a quantity is one line, so that a diff shows which of them moved."""
+    """Replace the section of one version, with one line per quantity, so that a diff shows which of them moved."""
     sections = {**read_sections(name), version: losses}
     parts = []
     for release in sorted(sections, key=lambda text: [int(number) for number in text.split(".")]):

@@ -1,4 +1,4 @@
-"""Small changes of the arithmetic, one at a time: what the golden losses must notice."""
+"""Change the arithmetic slightly, one mistake at a time; the golden losses must notice each."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from tests.golden.losses import Losses, first_losses
 
 
 def weight_decay_of_everything() -> Any:
-    """Biases, temperatures, thresholds, alpha and beta decay too."""
+    """Apply weight decay to biases, temperatures, thresholds, alpha and beta too."""
     from parallel.engine import engine
 
     real = engine.parameter_groups
@@ -22,7 +22,7 @@ def weight_decay_of_everything() -> Any:
 
 
 def penalty_summed_over_layers() -> Any:
-    """The regularizer without its 1 / L."""
+    """Leave out the 1 / L of the regularizer."""
     from parallel.sharding.regularizer import ShardedRegularizer
 
     real = ShardedRegularizer.__init__
@@ -35,7 +35,7 @@ def penalty_summed_over_layers() -> Any:
 
 
 def residual_of_one_layer_not_scaled() -> Any:
-    """A layer without its beta, which is 1 before training."""
+    """Remove beta from one layer; beta is 1 before training."""
     from train import parts as setup
 
     real = setup.build_transformer
@@ -49,6 +49,7 @@ def residual_of_one_layer_not_scaled() -> Any:
 
 
 def rate_of_the_next_step() -> Any:
+    """Use the learning rate one step early."""
     from train.config import schedule
 
     real = schedule.learning_rate
@@ -56,11 +57,11 @@ def rate_of_the_next_step() -> Any:
 
 
 def smaller_epsilon_of_layer_norms() -> Any:
-    """1e-6 instead of torch's 1e-5."""
+    """Use 1e-6 instead of torch's 1e-5."""
     return mock.patch("torch.nn.LayerNorm", functools.partial(LayerNorm, eps=1e-6))
 
 
 def losses_with(mistake: str, name: str) -> Losses:
-    """Like `first_losses` with a mistake of this module."""
+    """Return `first_losses` with a mistake of this module."""
     with globals()[mistake]():
         return first_losses(name)

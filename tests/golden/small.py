@@ -1,4 +1,4 @@
-"""The shipped configurations, shrunk to train on one CPU core in seconds, and tokens with something to learn."""
+"""Shrink the shipped configurations to train on one CPU core in seconds, and draw tokens that can be learned."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ VOCAB_SIZE = 256
 
 ALWAYS = [
     f"data.planned_vocab_size={VOCAB_SIZE}",
-    f"training.train_steps={2 * STEPS}",  # the steps measured see the warm-up, the peak and half of the decay
+    f"training.train_steps={2 * STEPS}",  # so the first STEPS cover the warm-up, the peak and half of the decay
     "training.precision=fp32",
     "training.compile=off",
     "parallel.tensor_parallel_size=1",
 ]
-"""What changes in every configuration besides its sizes; all else is as in the file."""
+"""Overrides of every configuration besides its sizes; everything else is as in the file."""
 
 SIZES = {
     "baseline": {
@@ -40,7 +40,7 @@ SIZES = {
         "training.global_batch_size": 8,
     },
     "ereg_1b": {
-        "model.num_layers": 14,  # more than 12, so initialization still divides by the depth
+        "model.num_layers": 14,  # more than 12, so initialization depends on the depth
         "model.hidden_size": 80,
         "model.num_attention_heads": 5,
         "model.seq_length": 64,
@@ -57,9 +57,9 @@ SIZES = {
         "training.global_batch_size": 8,
     },
 }
-"""Small sizes by the file's name. Heads are 16 wide, and a configuration that accumulates micro-batches still does.
+"""Small sizes by the name of the file. Heads have width 16. A configuration that accumulates micro-batches still does.
 
-The widths put gradient norms around 1, so that clipping acts on some steps and not on others.
+The widths give gradient norms around 1, so clipping acts on some steps and not on others.
 """
 
 
@@ -67,7 +67,7 @@ def small_config(name: str, *overrides: str) -> Config:
     """Load a shipped configuration at its small size.
 
     Args:
-        name: the file's, without `.json`.
+        name: name of the file without `.json`.
         overrides: further changes, `section.key=value`.
     """
     assert name in SIZES, f"configs/{name}.json has no small sizes; add them to SIZES in tests/golden/small.py"
@@ -78,7 +78,7 @@ def small_config(name: str, *overrides: str) -> Config:
 def learnable_tokens(config: Config) -> Tensor:
     """Draw a global batch for each step: [STEPS, global batch, T + 1].
 
-    Three tokens of four follow from the token before. The others are random, small numbers more often than large ones.
+    Three of four tokens are determined by the previous one. The others are random; small numbers are more frequent.
     """
     generator = torch.Generator().manual_seed(20)
     shape = STEPS, config.training.global_batch_size, config.model.seq_length + 1

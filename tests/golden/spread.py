@@ -1,8 +1,8 @@
-"""Measure how far the golden losses move on this machine, over configurations, threads and instruction sets:
+"""Measure how far rounding moves the golden losses, over configurations, threads and instruction sets:
 
     python -m tests.golden.spread
 
-The tolerance in `tests/golden/losses.py` comes from what this prints under each tested version of torch.
+The tolerance in `tests/golden/losses.py` comes from its output under each tested version of torch.
 """
 
 import itertools
@@ -19,7 +19,7 @@ INSTRUCTION_SETS = {
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "all": {},
 }
-"""What torch, MKL and oneDNN read when they start, so that one CPU computes as others do."""
+"""Variables that torch, MKL and oneDNN read at start; with them one CPU computes as others do."""
 THREADS = 1, 2
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def moved(instruction_set: str) -> str:
-    """Measure in this process's environment; return a line with each configuration's greatest distance."""
+    """Measure in this environment; return a line with the largest distance of each configuration."""
     distances = dict.fromkeys(SHIPPED, 0.0)
     for name, threads in itertools.product(SHIPPED, THREADS):
         (losses,) = run_ranks(losses_with, 1, name, threads)

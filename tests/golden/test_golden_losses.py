@@ -1,4 +1,4 @@
-"""The first losses of every shipped configuration are the golden ones, and small changes of arithmetic are noticed."""
+"""Compare the first losses of every shipped configuration with the golden ones, and check that mistakes show."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ from tests.golden.small import SHIPPED, STEPS, small_config
 from tests.versions import torch_versions
 
 on_cpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="golden losses are of a CPU; hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+    torch.cuda.is_available(), reason="golden losses are those of a CPU; hide the GPUs with CUDA_VISIBLE_DEVICES=''"
 )
 compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile on a CPU needs g++ or $CXX"
 )
-OVERRIDDEN = [  # with how far each moved the numbers
+OVERRIDDEN = [  # each with the relative change that it caused
     ("optimizer.epsilon=1e-7", "ereg"),  # 6.8e-05
     ("optimizer.gradient_clipping=1.01", "baseline"),  # 5.6e-04
     ("optimizer.gradient_clipping=1.01", "ereg"),  # 1.5e-05
@@ -51,7 +51,7 @@ def test_the_first_losses_are_the_golden_ones(name: str) -> None:
     moved = distance(found, expected)
     assert moved < TOLERANCE, (
         f"the first losses of configs/{name}.json moved by {moved:.1e}, more than {TOLERANCE:.0e}; if the arithmetic "
-        "was meant to change, run `python -m tests.golden.write` under each tested version of torch and commit the diff"
+        "was meant to change, run `make golden` and commit the diff"
     )
 
 
@@ -81,7 +81,7 @@ def test_a_mistake_is_noticed(mistake: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_tested_version_has_a_section_and_they_agree(name: str) -> None:
-    """A section written while one version computed wrongly would differ from the others."""
+    """A section that was written while one version computed wrongly would differ from the others."""
     sections = read_sections(name)
     assert list(sections) == torch_versions(), f"{name}.json holds {list(sections)}; run `python -m tests.golden.write`"
     first = sections[torch_versions()[0]]
@@ -96,7 +96,7 @@ def test_no_golden_losses_are_left_of_a_configuration_that_is_gone() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_small_model_learns(name: str) -> None:
-    """Else the losses would show the initialization alone."""
+    """If the model did not learn, the losses would depend on the initialization alone."""
     for losses in read_sections(name).values():
         assert losses["cross_entropy"][-1] < losses["cross_entropy"][0] - 0.1
         if small_config(name).model.regularized:

@@ -1,8 +1,8 @@
-"""Write the golden losses of the torch that runs this:
+"""Write the golden losses of the installed torch; `make golden` does it for every tested version:
 
     python -m tests.golden.write
 
-The diff of the JSON files then says what a change of arithmetic did; commit it with the change.
+The diff of the JSON files shows the effect of a change of arithmetic; commit it with the change.
 """
 
 from parallel.local_ranks import run_ranks
