@@ -4,13 +4,11 @@ MkDocs calls the functions named on_*. Nothing is written into docs/.
 """
 
 import ast
-import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +72,8 @@ def api(room: str, modules: list[str]) -> str:
 
 
 def configuration() -> str:
-    """Return every key with its type, default and meaning."""
-    from train.config import Config
-    from train.config.tree import describe_type
+    """Return every key with its default, type and meaning."""
+    from train.describe import sections
 
     lines = [
         "# Configuration",
@@ -85,32 +82,11 @@ def configuration() -> str:
         "over the file, and the file over the defaults. An unknown key is an error. The same list in a terminal: "
         "`python -m train.describe`.",
     ]
-    hints = typing.get_type_hints(Config)
-    single = [field for field in dataclasses.fields(Config) if not dataclasses.is_dataclass(hints[field.name])]
-    for section in dataclasses.fields(Config):
-        if section in single:
-            continue
-        cls = hints[section.name]
-        lines += ["", f"## {section.name}", "", (cls.__doc__ or "").splitlines()[0]]
-        types = typing.get_type_hints(cls)
-        keys = [(f"{section.name}.{key.name}", key, types[key.name]) for key in dataclasses.fields(cls)]
-        lines += definitions(keys, describe_type)
-    lines += ["", "## Keys without a section"]
-    lines += definitions([(key.name, key, hints[key.name]) for key in single], describe_type)
+    for section in sections():
+        lines += ["", f"## {section.name}", "", section.meaning]
+        for key in section.keys:
+            lines += ["", f"`{key.name}` = `{key.default}` ({key.type})", f":   {key.meaning}"]
     return "\n".join(lines) + "\n"
-
-
-def definitions(keys: list[tuple[str, Any, Any]], describe_type: Any) -> list[str]:
-    """Return a Markdown definition list of keys."""
-    lines = []
-    for name, key, annotation in keys:
-        default = key.default if key.default is not dataclasses.MISSING else {}
-        lines += [
-            "",
-            f"`{name}` = `{json.dumps(default)}` ({describe_type(annotation)})",
-            f":   {key.metadata['help']}",
-        ]
-    return lines
 
 
 def commands() -> str:
