@@ -18,9 +18,10 @@ from data.arguments import can_write, whole_number
 from data.errors import DataError, print_faults, run_command
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
-from train.run.folder import RunError, read_config, write_atomically
-
-EVALUATION = "evaluation.json"
+from train.run.folder import write_atomically
+from train.run.names import CONFIG, EVALUATION
+from train.run.reader import RunError, RunReader
+from train.run.same_run import Use
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,9 +56,9 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     from train.loop.validation import validate
     from train.parts import build_stage, dataset_identity
 
-    tree = read_config(run)
+    tree = RunReader(run).config()
     if tree is None:
-        raise RunError(f"{run}: holds no run (no config.json)")
+        raise RunError(f"{run}: holds no run (no {CONFIG})")
     if not can_write(run / EVALUATION):
         raise RunError(f"{run / EVALUATION}: cannot be written; remove what is in its place, or copy the run")
     tree.pop("health", None)  # has no say here, and earlier versions took values of it that are refused now
@@ -72,8 +73,7 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     if saved is None:
         raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
     manifest = open_dataset(config.data.path, config.data.read_options())
-    identity = dataset_identity(manifest)
-    checkpoint.check_fits(saved, config, {key: identity[key] for key in ("vocab_size", "tokenizer_sha256")})
+    checkpoint.check_fits(saved, config, dataset_identity(manifest), Use.WEIGHTS)
     stage, groups = build_stage(config, manifest.vocab_size)
     load_weights(stage, groups, saved, manifest.vocab_size)
     result = validate(stage, groups, config, samples, partial(evaluate_stage, stage))
@@ -101,7 +101,7 @@ def summary(row: dict[str, Any], run: Path) -> str:
         f"({row['validation_loss']:.4f} nats a token over {row['validation_tokens']:,} tokens)",
         f"mean entropy of the heads by layer, in nats (ln T = {row['max_entropy_nats']:.2f}): "
         + " ".join(f"{mean:.2f}" for mean in means),
-        f"written: {run}/evaluation.json; pictures: python -m train.figures --run {run}; curves: tensorboard "
+        f"written: {run / EVALUATION}; pictures: python -m train.figures --run {run}; curves: tensorboard "
         f"--logdir {run}",
     ]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from pathlib import Path
 from data.errors import run_command
 from train.config import ConfigError, load_config
 from train.run.folder import COMMIT, git_commit, write_atomically
+from train.run.names import CODE, RESOLVED
 from train.start.preflight import preflight
 
 PACKAGES = ("model", "parallel", "data", "train", "configs", "slurm")
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir = Path(config.run_dir)
         take(run_dir)
         resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
-        write_atomically(run_dir / "resolved.json", json.dumps(resolved, indent=2) + "\n")
+        write_atomically(run_dir / RESOLVED, json.dumps(resolved, indent=2) + "\n")
     except ConfigError as error:
         return _failed(str(error))
     except OSError as error:
@@ -45,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def take(run_dir: Path) -> None:
     """Copies the packages to run_dir/code unless that is there; a copy cut short is not taken for one."""
-    code, root = run_dir / "code", Path(__file__).resolve().parents[1]
+    code, root = run_dir / CODE, Path(__file__).resolve().parents[1]
     if code.exists():
         return
-    partial = run_dir / f"code.{os.getpid()}.tmp"
+    partial = run_dir / f"{CODE}.{os.getpid()}.tmp"
     for package in PACKAGES:
         if (root / package).exists():
             shutil.copytree(root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from train.figures import comparison_figures, load_run, main, run_figures
-from train.pictures.maps import entropy_ceiling_nats, head_map_figure, head_maps_figure, threshold_map_figure
+from train.figures import comparison_figures, main, run_figures
+from train.pictures.maps import head_map_figure, head_maps_figure, threshold_map_figure
 from train.pictures.plots import bins_figure, head_shares, layer_entropy_figure, scales_figure
+from train.pictures.run import load_run
+from train.run.entropy_words import ceiling_nats
 
 LAYERS, HEADS, SEQ_LENGTH = 3, 4, 128
 
@@ -84,7 +86,7 @@ def test_shares_without_any_finite_head_are_unknown() -> None:
 @pytest.mark.parametrize("seq_length", [1, 2, 128, 512])
 def test_the_ceiling_is_the_mean_of_ln_i(seq_length: int) -> None:
     expected = sum(math.log(i) for i in range(1, seq_length + 1)) / seq_length
-    assert entropy_ceiling_nats(seq_length) == pytest.approx(expected, rel=1e-12)
+    assert ceiling_nats(seq_length) == pytest.approx(expected, rel=1e-12)
 
 
 def test_head_map_shows_the_given_entropies_under_the_ceiling() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from train.benchmark import report as benchmark_report
 from train.config import load_config
-from train.run.folder import read_rows
+from train.run.reader import RunReader
 from train.start.preflight import preflight
 
 COMPUTATIONS = ("fused", "reference")
@@ -96,8 +96,7 @@ def use_reference() -> None:
 
 def validations(run: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics that have a validation loss."""
-    rows = read_rows(run / "metrics.jsonl")
-    return [row for row in rows if "validation_loss" in row]
+    return [row for row in RunReader(run).metrics() if "validation_loss" in row]
 
 
 def as_table(report: dict[str, Any]) -> str:
@@ -124,7 +123,7 @@ def plot(folder: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name in COMPUTATIONS:
-        rows = read_rows(folder / name / "metrics.jsonl")
+        rows = RunReader(folder / name).metrics()
         steps = [row for row in rows if "ce_loss" in row]
         axes.plot([row["step"] for row in steps], [row["ce_loss"] for row in steps], linewidth=0.7, label=name)
     axes.set_xlabel("step")

@@ -20,7 +20,9 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-MARKER, TENSORS = "checkpoint.json", "tensors.json"
+from train.run.names import MARKER
+
+TENSORS = "tensors.json"
 FORMAT = 3
 NEEDED = {"format", "step", "adam_step", "data_state", "config", "dataset", "files"}
 PIECE_BYTES = 1 << 24

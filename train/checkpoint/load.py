@@ -20,10 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.errors import first_line
 from parallel.agreement import on_rank_zero
 from parallel.state.chunks import Chunk, ChunkLoadPlanner
-from train.checkpoint.folder import MARKER, DamagedFileError, Folder, read_marker, verify_file
+from train.checkpoint.folder import DamagedFileError, Folder, read_marker, verify_file
 from train.checkpoint.tensors import Reader
 from train.config import Config
-from train.run.journal import read_journal
+from train.run import same_run
+from train.run.names import JOURNAL, MARKER, checkpoint_name, step_of
+from train.run.reader import RunReader
+from train.run.same_run import Use
 
 VERIFYING_THREADS = 4
 
@@ -61,8 +64,8 @@ def checkpoint_group(timeout_s: float) -> ProcessGroup:
 
 def steps_saved(root: Folder) -> list[int]:
     """Steps of the complete checkpoints below a folder, oldest first."""
-    steps = [int(name[5:]) for name in root.names() if name.startswith("step_") and name[5:].isdecimal()]
-    return sorted(step for step in steps if root.child(folder_name(step)).exists(MARKER))
+    steps = [step for name in root.names() if (step := step_of(name)) is not None]
+    return sorted(step for step in steps if root.child(checkpoint_name(step)).exists(MARKER))
 
 
 def newest_sound(
@@ -75,7 +78,7 @@ def newest_sound(
     (steps,) = _from_rank_zero([steps_saved(root)] if dist.get_rank() == 0 else [None], group)
     faults: list[str] = []
     for step in reversed([step for step in steps if before is None or step < before]):
-        folder = root.child(folder_name(step))
+        folder = root.child(checkpoint_name(step))
         marker, fault = _verified_marker(folder, group)
         if fault is None:
             saved, fault = _opened(folder, marker, group)
@@ -103,8 +106,7 @@ def newest_to_resume(
     if saved is None:
         on_rank_zero(lambda: check_not_lost(root, Path(config.run_dir)))
     else:
-        check_fits(saved, config, dataset)
-        check_same_batches(saved, config)
+        check_fits(saved, config, dataset, Use.RESUME)
     return saved, faults
 
 
@@ -149,56 +151,47 @@ def _fault_of(folder: Folder, names: list[str], files: dict[str, Any]) -> str | 
         return next((fault for fault in threads.map(check, names) if fault is not None), None)
 
 
-def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any]) -> None:
-    """Raises CheckpointError where the checkpoint is of another model or dataset."""
-    for key, value in config.as_dict()["model"].items():
-        there = saved.marker["config"]["model"].get(key)
-        if there != value:
-            raise CheckpointError(
-                f"{saved.folder.address}: written with model.{key} = {there!r}, but the configuration has {value!r}; "
-                "use the same value or another run_dir"
-            )
-    for key, value in dataset.items():
-        there = saved.marker["dataset"].get(key)
-        if there != value:
-            raise CheckpointError(
-                f"{saved.folder.address}: trained on a dataset with {key} = {there!r}, but {config.data.path} has "
-                f"{value!r}; use the same dataset or another run_dir"
-            )
+def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any], use: Use) -> None:
+    """Check that a checkpoint can be used for what is wanted of it.
+
+    Args:
+        dataset: identity of the dataset here (train.parts.dataset_identity).
+        use: Use.WEIGHTS or Use.RESUME; train/run/same_run.py says what each asks for.
+
+    Raises:
+        CheckpointError: it is of another model or dataset, or its steps have another size.
+    """
+    there = {**saved.marker["config"], "dataset": saved.marker["dataset"]}
+    differing = same_run.same_run(there, {**config.as_dict(), "dataset": dataset}, use)
+    if not differing:
+        return
+    first, address = differing[0], saved.folder.address
+    if first.key.startswith("dataset."):
+        key = first.key.removeprefix("dataset.")
+        raise CheckpointError(
+            f"{address}: trained on a dataset with {key} = {first.there!r}, but {config.data.path} has {first.here!r}; "
+            "use the same dataset or another run_dir"
+        )
+    done = "written" if first.key.startswith("model.") else "trained"
+    raise CheckpointError(
+        f"{address}: {done} with {first.key} = {first.there!r}, but the configuration has {first.here!r}; "
+        "use the same value or another run_dir"
+    )
 
 
 def check_not_lost(root: Folder, run_dir: Path) -> None:
-    """Raises CheckpointError where a run without checkpoints has saved some: starting anew would cut its curve."""
-    saved = [row["step"] for row in read_journal(run_dir) if row.get("event") == "saved"]
+    """Raise CheckpointError if a run without checkpoints has saved some: starting anew would cut its curve."""
+    saved = [row["step"] for row in RunReader(run_dir).journal() if row.get("event") == "saved"]
     if saved:
         raise CheckpointError(
             f"{root.address}: holds no checkpoint, but the run in {run_dir} saved one at step {saved[-1]} "
-            "(journal.jsonl); set checkpoint.path to where that is, or choose another run_dir to start anew"
-        )
-
-
-def check_same_batches(saved: SavedCheckpoint, config: Config) -> None:
-    """Raises CheckpointError where steps have another size than those before, on which tokens and rates depend."""
-    there, here = saved.marker["config"]["training"]["global_batch_size"], config.training.global_batch_size
-    if there != here:
-        raise CheckpointError(
-            f"{saved.folder.address}: trained with training.global_batch_size = {there}, but the configuration has "
-            f"{here}; use the same value or another run_dir"
+            f"({JOURNAL}); set checkpoint.path to where that is, or choose another run_dir to start anew"
         )
 
 
 def changed_settings(saved: SavedCheckpoint, config: Config) -> dict[str, list[Any]]:
-    """[old, new] of each setting that is not what the checkpoint was trained with; earlier versions knew fewer keys."""
-    there, here = _flat(saved.marker["config"]), _flat(config.as_dict())
-    known = {key for key in here if key in there or key.startswith("deepspeed.")} - {"run_dir"}
-    return {key: [there.get(key), here[key]] for key in sorted(known) if there.get(key) != here[key]}
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """section.key -> value; of the deepspeed section, each of its own keys."""
-    sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
-    keys = {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
-    return {**{name: value for name, value in tree.items() if name not in sections}, **keys}
+    """Return [old, new] of each setting that is not what the checkpoint was trained with."""
+    return same_run.changed_settings(saved.marker["config"], config.as_dict())
 
 
 def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
@@ -209,7 +202,3 @@ def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
 def first_failure(error: CheckpointException) -> str:
     rank, (cause, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {first_line(cause)}"
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"

@@ -20,11 +20,12 @@ from data.errors import first_line
 from parallel.engine.engine import Engine
 from parallel.state.chunks import Chunk, ChunkSavePlanner
 from train.checkpoint.folder import DamagedFileError, Folder, read_marker
-from train.checkpoint.load import CheckpointError, first_failure, folder_name, steps_saved
+from train.checkpoint.load import CheckpointError, first_failure, steps_saved
 from train.checkpoint.staging import Staging
 from train.checkpoint.tensors import Writer
 from train.config import Config
 from train.run.folder import description, finite_or_none
+from train.run.names import checkpoint_name, step_of
 
 FAILURES_IN_A_ROW = 2
 
@@ -100,7 +101,7 @@ class CheckpointSaver:
         """Deletes checkpoints of later steps, after the run went back to `step`."""
         if dist.get_rank() == 0:
             for later in (saved for saved in steps_saved(self._root) if saved > step):
-                self._root.child(folder_name(later)).remove()
+                self._root.child(checkpoint_name(later)).remove()
 
     def close(self) -> None:
         """Lets the background thread end; a save that is not finished is finished first."""
@@ -122,7 +123,7 @@ class CheckpointSaver:
 
     def _write(self, chunks: list[Chunk], state: dict[str, Any], blocked_s: float) -> None:
         started = time.perf_counter()
-        folder = self._root.child(folder_name(state["step"]))
+        folder = self._root.child(checkpoint_name(state["step"]))
         try:
             writer = Writer(folder, dist.get_rank(), state)
             dcp.save({}, storage_writer=writer, planner=ChunkSavePlanner(chunks), process_group=self._group)
@@ -151,10 +152,12 @@ def prune(root: Folder, config: Config, newest: int) -> None:
     if config.checkpoint.keep_every:
         kept |= {step for step in steps if step % config.checkpoint.keep_every == 0}
     if config.checkpoint.keep_best:
-        losses = {step: loss for step in steps if (loss := _validation_loss(root.child(folder_name(step)))) is not None}
+        losses = {
+            step: loss for step in steps if (loss := _validation_loss(root.child(checkpoint_name(step)))) is not None
+        }
         kept |= {min(losses, key=lambda step: (losses[step], -step))} if losses else set()
     for name in root.names():
-        if name.startswith("step_") and (not name[5:].isdecimal() or int(name[5:]) not in kept):
+        if name.startswith("step_") and step_of(name) not in kept:
             _remove_quietly(root.child(name))
 
 

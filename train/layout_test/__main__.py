@@ -32,6 +32,7 @@ from train.config import ConfigError, load_config, world_faults
 from train.layout_test.cases import ARITHMETICS, FAMILIES, Case, cases, with_references
 from train.layout_test.launch import Job, run_all
 from train.layout_test.results import Trained, judge, read_run
+from train.run.names import LOG
 
 SMALL = [
     "model.num_layers=4",
@@ -138,7 +139,7 @@ def job(case: Case, options: argparse.Namespace, work: Path) -> Job:
     if faults:
         raise ConfigError([f"{case.name}: {fault}" for fault in faults])
     folder.mkdir(parents=True, exist_ok=True)
-    return Job(case.name, case.layout.world_size, ["--config", options.config, *overrides], folder / "log.txt")
+    return Job(case.name, case.layout.world_size, ["--config", options.config, *overrides], folder / LOG)
 
 
 def prepare(work: Path) -> None:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from parallel.names import listed
 from train.checkpoint.folder import Folder
-from train.checkpoint.load import folder_name
 from train.checkpoint.tensors import Reader
 from train.compare.comparison import ROUNDING as ROUNDINGS
 from train.compare.comparison import gradient_errors, gradient_limits, lost_gradients, worst_of
-from train.run.folder import read_rows
+from train.run.names import CHECKPOINTS
+from train.run.reader import RunReader
 
 ROUNDING = ROUNDINGS["bf16"]
 FIRST_MOMENT = "exp_avg."
@@ -46,8 +46,9 @@ class Trained:
 
 def read_run(folder: Path) -> Trained:
     """Reads a run and deletes its checkpoints, which may be large."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-    reader = Reader(Folder(str(folder / "checkpoints" / folder_name(1))))
+    run = RunReader(folder)
+    rows = [row for row in run.metrics() if "loss" in row]
+    reader = Reader(Folder(str(run.checkpoint(1))))
     saved = reader.read_metadata().state_dict_metadata
     moments: dict[str, Any] = {
         name: torch.empty(entry.size) for name, entry in saved.items() if name.startswith(FIRST_MOMENT)
@@ -55,7 +56,7 @@ def read_run(folder: Path) -> Trained:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process only
         dcp.load(moments, storage_reader=reader, no_dist=True)
-    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / CHECKPOINTS)
     plain = {name.removeprefix(FIRST_MOMENT): moment for name, moment in moments.items()}
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]  # JSON has no NaN
     return Trained(plain, losses, rows[0]["grad_norm"])

@@ -15,13 +15,13 @@ Goodput is the share of `steps`. goodput.json keeps the seconds. Rank 0 counts f
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from train.run.folder import write_atomically
+from train.run.names import GOODPUT
+from train.run.reader import RunReader
 
-NAME = "goodput.json"
 CATEGORIES = ("steps", "data", "save", "evaluation", "start_up", "lost", "down", "other")
 
 
@@ -34,10 +34,10 @@ class Goodput:
     """
 
     def __init__(self, folder: Path | None, lost_s: float = 0.0) -> None:
-        path = self._path = folder / NAME if folder is not None else None
+        self._path = folder / GOODPUT if folder is not None else None
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         process_started = psutil.Process().create_time()
-        kept = _read(path)
+        kept = RunReader(folder).goodput() if folder is not None else None
         if kept is not None:
             self.seconds.update({key: kept["seconds"][key] for key in CATEGORIES})
             self.seconds["down"] += max(0.0, process_started - kept["updated"])
@@ -71,11 +71,3 @@ class Goodput:
         total = max(sum(self.seconds.values()), 1e-9)
         rest = ", ".join(f"{key} {value / total:.1%}" for key, value in self.seconds.items() if key != "steps")
         return f"goodput {self.share:.1%} of {total:,.0f} s; {rest}"
-
-
-def _read(path: Path | None) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(path.read_text()) if path is not None else None
-        return kept if kept is None or {"updated", "seconds"} <= kept.keys() else None
-    except (OSError, ValueError):
-        return None

@@ -15,9 +15,11 @@ from train.loop.rank_times import slow_words
 from train.loop.tensorboard import TensorBoardLog
 from train.loop.trouble import TroubleReport
 from train.loop.validation import Validation
+from train.run import names
 from train.run.entropy_words import describe, fallen_layers
-from train.run.folder import JsonLines, read_rows
+from train.run.folder import JsonLines
 from train.run.journal import Journal
+from train.run.reader import RunReader
 
 SLOW_IN_A_ROW = 3
 
@@ -179,11 +181,11 @@ class RunLog:
                 self.display.say(words)
 
     def _open(self, step: int) -> None:
-        self.metrics = JsonLines(self.folder / "metrics.jsonl", step)
-        self.heads = JsonLines(self.folder / "entropy.jsonl", step)
-        self.ranks = JsonLines(self.folder / "ranks.jsonl", step)
+        self.metrics = JsonLines(self.folder / names.METRICS, step)
+        self.heads = JsonLines(self.folder / names.ENTROPY, step)
+        self.ranks = JsonLines(self.folder / names.RANKS, step)
         wanted = self.config.logging.tensorboard
-        self.board = TensorBoardLog(self.folder / "tensorboard", self.config, step) if wanted else None
+        self.board = TensorBoardLog(self.folder / names.TENSORBOARD, self.config, step) if wanted else None
 
     def _close_curves(self) -> None:
         for file in (self.metrics, self.heads, self.ranks):
@@ -194,11 +196,11 @@ class RunLog:
 
 def seconds_after(folder: Path, step: int) -> float:
     """Add up the seconds of logged steps after `step`, which have to be done again."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = RunReader(folder).metrics()
     return sum(row["step_time_s"] for row in rows if row["step"] > step and "step_time_s" in row)
 
 
 def is_validated(folder: Path, step: int, tokens: int) -> bool:
     """Whether a validation over at least `tokens` tokens was logged at `step`."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = RunReader(folder).metrics()
     return any(row["step"] == step and row.get("validation_tokens", 0) >= tokens for row in rows)

@@ -17,14 +17,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from train.pictures.style import INK, MISSING, PALETTE, Array, new_figure, tidy, tidy_bar
+from train.run.entropy_words import ceiling_nats
 
 LARGEST_MAP_IN = (15.0, 12.0)  # width, height of the cells of one map, in inches
 POINTS_PER_INCH = 72
-
-
-def entropy_ceiling_nats(seq_length: int) -> float:
-    """Largest mean entropy of a causal head, ln(T!)/T nats: query i attends to i positions and so reaches only ln i."""
-    return math.lgamma(seq_length + 1) / seq_length
 
 
 def head_map_figure(entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
@@ -47,7 +43,7 @@ def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) 
     title_in = 0.085 * max(len(line) for title in maps for line in title.split("\n"))
     width_in = max(width_in, title_in - 0.75)
     figure = new_figure(columns * (width_in + 0.75) + 1.1, rows * (height_in + 0.95))
-    ceiling = max(entropy_ceiling_nats(length) for length in seq_lengths)
+    ceiling = max(ceiling_nats(length) for length in seq_lengths)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, title, array in zip(panels, maps, arrays, strict=False):
         image = _draw_map(axes, array, (0.0, ceiling), (width_in / array.shape[1], height_in / array.shape[0]))

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from train.pictures.maps import entropy_ceiling_nats
 from train.pictures.style import (
     GRID,
     INK,
@@ -25,9 +24,8 @@ from train.pictures.style import (
     step_axis,
     tidy,
 )
+from train.run.entropy_words import QUARTERS, ceiling_nats
 
-# Quarters of the largest head entropy, from the lowest: the two ends are the two failures, the middle two are healthy.
-QUARTERS = ("collapsed: 0 to 1/4 of max", "healthy: 1/4 to 1/2", "healthy: 1/2 to 3/4", "overloaded: 3/4 to max")
 QUARTER_COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#E69F00")
 
 
@@ -63,7 +61,7 @@ def layer_entropy_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: 
     figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     layer_means_SL = np.asarray(entropy_nats, dtype=float).mean(axis=2)
-    ceiling = entropy_ceiling_nats(seq_length)
+    ceiling = ceiling_nats(seq_length)
     axes.axhline(ceiling, color=MUTED, linestyle="--", linewidth=1)
     axes.annotate(
         f"largest possible, ln(T!)/T = {ceiling:.2f}",

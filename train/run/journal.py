@@ -1,4 +1,4 @@
-"""journal.jsonl: what happened to a run, one JSON object an event, never cut back.
+"""Record in journal.jsonl what happens to a run: one JSON object an event, never cut back.
 
     {"time": "2026-01-31T12:00:00+00:00", "event": "skipped step", "step": 1234, "reason": "...", ...}
 
@@ -12,39 +12,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from train.run import names
 from train.run.folder import finite_or_none
-
-NAME = "journal.jsonl"
+from train.run.reader import RunReader
 
 
 class Journal:
-    """Appends events; rank 0 holds one, and a checkpoint's thread may write while training does."""
+    """Appends events. Rank 0 holds one; the thread that saves a checkpoint may write while training does."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._lock = folder / NAME, threading.Lock()
+        self._path, self._lock = folder / names.JOURNAL, threading.Lock()
         if self._path.exists() and not (b"\n" + self._path.read_bytes()).endswith(b"\n"):
             with self._path.open("a") as file:  # after a line that a crash cut off
                 file.write("\n")
 
     def write(self, event: str, **fields: Any) -> None:
+        """Append an event with its time; fields that are not finite become null."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         row = {"time": now, "event": event, **{key: _plain(value) for key, value in fields.items()}}
         with self._lock, self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All events so far; a line that a crash cut off is left out."""
-        return read_journal(self._path.parent)
-
-
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    path, rows = folder / NAME, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+        """Return all events so far; a line that a crash cut off is left out."""
+        return RunReader(self._path.parent).journal()
 
 
 def _plain(value: Any) -> Any:

@@ -124,7 +124,7 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
 
 def holds_others(suite: Suite, only: str | None = None) -> bool:
     """Whether a folder of the suite has a run of another configuration, which training would mix with this one."""
-    from train.study.runner import read_state
+    from train.study.state import read_state
 
     for planned in suite.runs:
         for stage in planned.stages if only in (None, planned.name, planned.label) else ():
@@ -162,7 +162,8 @@ def report(suite: Suite, options: argparse.Namespace) -> int:
 
 
 def slurm(suite: Suite, options: argparse.Namespace) -> int:
-    from train.study.runner import next_stage, prepare
+    from train.study.stages import prepare
+    from train.study.state import next_stage
 
     if holds_others(suite):
         return 2

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike
 
-from train.pictures.maps import entropy_ceiling_nats
-from train.pictures.plots import QUARTER_COLOURS, QUARTERS, head_shares
+from train.pictures.plots import QUARTER_COLOURS, head_shares
 from train.pictures.style import INK, LINE_STYLES, MUTED, PALETTE, depth_bar, lines_by_depth, new_figure, tidy
+from train.run.entropy_words import QUARTERS, ceiling_nats
 
 
 def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:
@@ -68,9 +68,9 @@ def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_
     for axes, (title, (steps, entropy)), length in zip(panels, runs.items(), seq_lengths, strict=False):
         means_SL = np.asarray(entropy, dtype=float).mean(axis=2)
         layers = max(layers, means_SL.shape[1])
-        axes.axhline(entropy_ceiling_nats(length), color=MUTED, linestyle="--", linewidth=0.8)
+        axes.axhline(ceiling_nats(length), color=MUTED, linestyle="--", linewidth=0.8)
         lines_by_depth(axes, steps, means_SL)
-        axes.set_ylim(0, 1.08 * entropy_ceiling_nats(length))
+        axes.set_ylim(0, 1.08 * ceiling_nats(length))
         axes.set_title(title, fontsize=9, color=INK)
         axes.set_ylabel("mean entropy (nats)")
     for axes in panels[len(runs) :]:

@@ -1,16 +1,17 @@
 """The report of a suite: its table beside the paper's numbers, and its pictures."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.figures import FigureError, Run, as_array, load_run, validation_curve
+from train.pictures.run import Array, FigureError, Run, as_array, load_run
+from train.run.reader import RunError, read_object
 from train.study.document import Document
 from train.study.results import Group, Record, description, grouped, records
-from train.study.runner import nan_heads
+from train.study.runner import ENVIRONMENT
+from train.study.state import nan_heads
 from train.study.suite import Suite
 from train.study.table import at_published_size, title_of, write_table
 
@@ -36,8 +37,8 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     tokens = sum(record.tokens for record in found)
     lines = [f"{len(found)} results ({counts}); {tokens / 1e6:,.1f} million tokens seen by them in all."]
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged: the report lacks it
-        machine = json.loads((suite.output / "environment.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(RunError, LookupError):  # missing or damaged: the report lacks it
+        machine = read_object(suite.output / ENVIRONMENT) or {}
         lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
     begun = [description(record.folder) for record in found if record.state.word != "other"]
     commits = {str(commit) for noted in begun if (commit := noted.get("git_commit"))}
@@ -69,13 +70,12 @@ def _divergences(document: Document, found: list[Record]) -> None:
 
 
 def _pictures(document: Document, groups: list[Group]) -> None:
-    from train.pictures import maps as map_plots
-    from train.pictures import plots
+    from train.pictures import maps, plots
     from train.study import pictures
 
     drawn = [(group, run) for group in groups if (run := _loaded(group.first)) is not None]
     _stability(document, _last_budget(drawn))
-    curves = {title_of(group): curve for group, run in drawn if (curve := validation_curve(run, "tokens")) is not None}
+    curves = {title_of(group): curve for group, run in drawn if (curve := run.validation_curve("tokens")) is not None}
     if curves:
         document.heading("Validation loss")
         document.picture(
@@ -86,18 +86,12 @@ def _pictures(document: Document, groups: list[Group]) -> None:
     if not shown:
         return
     document.heading("Entropy of the heads")
-    maps = {f"{title_of(group)}, step {run.head_rows[-1]['step']}": _last_heads(run) for group, run in shown}
+    newest = {f"{title_of(group)}, step {run.head_rows[-1]['step']}": _last_heads(run) for group, run in shown}
     lengths = [run.seq_length for _, run in shown]
     left_out = len(_last_budget(drawn)) - len(shown)
     more = f" ({left_out} more not drawn)" if left_out else ""
-    document.picture("head_maps", map_plots.head_maps_figure(maps, lengths), f"Mean entropy of every head{more}")
-    layers = {
-        title_of(group): (
-            as_array([row["step"] for row in run.head_rows]),
-            as_array([row["entropy_nats"] for row in run.head_rows]),
-        )
-        for group, run in shown
-    }
+    document.picture("head_maps", maps.head_maps_figure(newest, lengths), f"Mean entropy of every head{more}")
+    layers = {title_of(group): run.head_history() for group, run in shown}
     document.picture(
         "layer_entropies", pictures.layer_entropies_figure(layers, lengths), "Layer-wise mean entropy against step"
     )
@@ -144,7 +138,7 @@ def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
 
 def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
     """The map of the first regularized run."""
-    from train.pictures import maps as map_plots
+    from train.pictures import maps
 
     for group, run in shown:
         threshold = run.head_rows[-1].get("threshold")
@@ -152,7 +146,7 @@ def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
             values = as_array(threshold)
             found = f"mean {np.nanmean(values):.3f}, from {np.nanmin(values):.2f} to {np.nanmax(values):.2f}"
             caption = f"Learned thresholds of {title_of(group)}: {found} (the paper: mean 0.366, from 0.20 to 0.52)"
-            document.picture("thresholds", map_plots.threshold_map_figure(values, title_of(group)), caption)
+            document.picture("thresholds", maps.threshold_map_figure(values, title_of(group)), caption)
             return
 
 
@@ -196,7 +190,7 @@ def _loaded(record: Record) -> Run | None:
     return run
 
 
-def _last_heads(run: Run) -> Any:
+def _last_heads(run: Run) -> Array:
     """The last row's entropies; those of a diverged run are NaN, and the picture says so."""
     return as_array(run.head_rows[-1]["entropy_nats"])
 

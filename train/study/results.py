@@ -1,6 +1,5 @@
 """What the runs of a suite gave: one record for each result, from its folder and from counting."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from train.cost.flops import training_flops_per_token
 from train.cost.parameters import body_parameters, total_parameters
 from train.paper import Row
 from train.private_inference import PrivateInferenceCost, private_inference_cost
-from train.study.runner import State, read_state
+from train.run.reader import RunError, RunReader
+from train.study.state import State, read_state
 from train.study.suite import PlannedRun, Stage, Suite
 
 
@@ -111,10 +111,10 @@ def vocabulary(noted: dict[str, Any], config: Config) -> int:
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """What a run's config.json holds; nothing where it has not begun or the file is damaged."""
+    """Return a run's config.json; empty if the run has not begun or the file is damaged."""
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return RunReader(folder).description() or {}
+    except RunError:
         return {}
 
 

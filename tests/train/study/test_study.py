@@ -19,14 +19,17 @@ import pytest
 
 from tests.conftest import TINY, prepare_sources
 from train.config import Config
-from train.run.folder import RunDirectory, read_rows
+from train.run.folder import RunDirectory
+from train.run.reader import RunReader
 from train.scaling.__main__ import main as scaling
 from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
+from train.study.launch import forked
 from train.study.pictures import ParetoPoint, largest_rise, undominated
 from train.study.results import Group, records
-from train.study.runner import branch_off, complete_steps, forked, is_locked, next_stage, prepare, read_state
+from train.study.stages import branch_off, prepare
+from train.study.state import next_stage, read_state
 from train.study.suite import SuiteError, load_suite, merged
 from train.study.table import _baseline, gap_text, relative
 
@@ -119,8 +122,8 @@ def test_a_branch_is_the_run_its_own_schedule_would_have_been(finished: Path, tm
     }
     file = write_suite(tmp_path, [{"name": "whole", "config": sections}], dataset)
     assert main(["run", str(file)]) == 0
-    whole = read_rows(tmp_path / "runs" / "whole" / "seed1" / "metrics.jsonl")
-    mine = read_rows(Path(branch.run_dir) / "metrics.jsonl")
+    whole = RunReader(tmp_path / "runs" / "whole" / "seed1").metrics()
+    mine = RunReader(Path(branch.run_dir)).metrics()
     times = {"step_time_s", "tokens_per_second", "data_wait_s", "mfu", "goodput"}
     kept = [{key: value for key, value in row.items() if key not in times} for row in mine if "loss" in row]
     expected = [{key: value for key, value in row.items() if key not in times} for row in whole if "loss" in row]
@@ -133,9 +136,9 @@ def test_the_trunk_goes_on_from_where_the_first_branch_left_it(finished: Path) -
     assert [(stage.folder.name, stage.config.train_steps, stage.is_result) for stage in stages] == [
         ("trunk", 8, False), ("tokens2560", 10, True), ("trunk", 16, False), ("tokens5120", 20, True),
     ]  # fmt: skip
-    rates = [row["learning_rate"] for row in read_rows(stages[2].folder / "metrics.jsonl") if "loss" in row]
+    rates = [row["learning_rate"] for row in RunReader(stages[2].folder).metrics() if "loss" in row]
     assert len(rates) == 16 and len(set(rates[1:])) == 1, "the trunk's rate stays at the peak"
-    long = [row["step"] for row in read_rows(stages[3].folder / "metrics.jsonl") if "loss" in row]
+    long = [row["step"] for row in RunReader(stages[3].folder).metrics() if "loss" in row]
     assert long == list(range(1, 21))
 
 
@@ -181,7 +184,7 @@ def test_a_kill_while_branching_off_loses_nothing(copied: Path, monkeypatch: pyt
         patch.setattr(shutil, "copyfile", Mock(side_effect=KeyboardInterrupt))
         branch_off(stage)
     branch_off(stage)
-    assert complete_steps(stage.folder) == [12] and read_rows(stage.folder / "entropy.jsonl")
+    assert RunReader(stage.folder).complete_steps() == [12] and RunReader(stage.folder).entropies()
 
 
 @pytest.mark.parametrize(
@@ -367,16 +370,16 @@ def test_a_study_asked_to_end_has_its_training_save_and_end(tmp_path: Path, data
     state = read_state(stage)
     last = errors.splitlines()[-1]  # a CUDA build of torch warns of a missing GPU first
     assert study.returncode == 1 and last.startswith("stopped; the same command goes on")
-    assert state.word == "partial" and state.step in complete_steps(stage.folder)
+    assert state.word == "partial" and state.step in RunReader(stage.folder).complete_steps()
 
 
 def test_a_look_at_a_run_does_not_keep_it_from_starting(tmp_path: Path) -> None:
     with (tmp_path / "run.lock").open("w") as look:
         fcntl.flock(look, fcntl.LOCK_SH)
-        assert not is_locked(tmp_path)
+        assert not RunReader(tmp_path).is_training()
         Timer(0.2, look.close).start()
         directory = RunDirectory(tmp_path, Config())
-    assert is_locked(tmp_path)
+    assert RunReader(tmp_path).is_training()
     directory.close()
 
 
