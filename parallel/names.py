@@ -1,7 +1,8 @@
 """Parameter names in error messages and tables."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 MOST_NAMES = 12
 
@@ -29,3 +30,17 @@ def by_layer(name: str) -> tuple[str, str, int]:
 def kind_of(name: str) -> str:
     """A parameter's name in any layer: 'layers.3.ffn.alpha' -> 'layers.*.ffn.alpha'."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def zero_by_chance(zero: Iterable[str], singles: Iterable[str]) -> set[str]:
+    """Return the single numbers whose gradient may be exactly zero in one step without being lost.
+
+    The few terms of such a gradient (of alpha or beta) may cancel in bf16, but hardly in every layer at once.
+
+    Args:
+        zero: names of single numbers with a gradient of zero.
+        singles: names of all single numbers.
+    """
+    zero = list(zero)
+    layers, zeros = Counter(map(kind_of, singles)), Counter(map(kind_of, zero))
+    return {name for name in zero if zeros[kind_of(name)] < layers[kind_of(name)] or zeros[kind_of(name)] == 1}

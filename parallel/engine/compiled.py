@@ -29,6 +29,12 @@ GRADIENT_FLOOR = 1e-2
 """Of the norm of all of a block's gradients: what is smaller is compared with this."""
 
 
+NOT_COMPILED = (
+    "training.compile asks for compiled blocks, and torch.compile compiled nothing; unset TORCHDYNAMO_DISABLE and "
+    "TORCH_COMPILE_DISABLE in the environment, or set training.compile=off"
+)
+
+
 class BlockCompileError(RuntimeError):
     """A block cannot be compiled as one graph; one line."""
 
@@ -74,6 +80,10 @@ class CompiledBlock:
                 f"layer {self.layer} cannot be compiled as one graph by torch {torch.__version__} "
                 f"({_reason(error)}); set training.compile=off"
             ) from error
+        except RuntimeError as error:
+            if "found no compiled frames" in str(error):
+                raise BlockCompileError(NOT_COMPILED) from error
+            raise
 
     def errors(self) -> list[BlockError]:
         """What the comparison found; waits for the device. Empty before it."""
@@ -119,6 +129,15 @@ def compile_blocks(transformer: Transformer, verify: bool = False) -> None:
 def compiled_blocks(transformer: Transformer) -> list[CompiledBlock]:
     """The compiled blocks of a stage, none where it is not compiled."""
     return [block.forward for block in transformer.layers.values() if isinstance(block.forward, CompiledBlock)]
+
+
+def was_compiled(transformer: Transformer) -> bool:
+    """Return whether the compiler ran, and every block goes through it. Call this after the stage's first pass.
+
+    An environment variable can turn the compiler off. Blocks then run as they are, and equal themselves.
+    """
+    wrapped = len(compiled_blocks(transformer)) == len(transformer.layers)
+    return wrapped and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def _gradients(function: BlockFunction, inputs: dict[str, Tensor], *document_start: Tensor) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Each tensor-parallel rank's shard is judged by itself; only of the vocabulary's,
 the sum over ranks is.
 """
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from model.initialize import named_parameters
 from parallel.deepspeed_internals import whole_shape
-from parallel.engine.compiled import BlockError, compiled_blocks
+from parallel.engine.compiled import NOT_COMPILED, BlockError, compiled_blocks, was_compiled
 from parallel.engine.engine import Engine
 from parallel.engine.telemetry import StepReport
-from parallel.names import by_layer, kind_of, listed
+from parallel.names import by_layer, listed, zero_by_chance
 from parallel.state.training_state import piece_of, source
 
 LEAST_ENTROPY_NATS = 1e-6
@@ -41,10 +40,11 @@ class FirstStepCheck:
         is_new: whether the run begins with this step. Then a gradient that is not finite is a fault as well; in a
             resumed run such a step is skipped as it would have been, and the next one is looked at.
         layout: in words, for the error message.
+        compiles: whether the configuration asks for compiled blocks. That none was compiled is a fault as well.
     """
 
-    def __init__(self, engine: Engine, is_new: bool, layout: str) -> None:
-        self.engine, self.is_new, self.layout = engine, is_new, layout
+    def __init__(self, engine: Engine, is_new: bool, layout: str, compiles: bool = False) -> None:
+        self.engine, self.is_new, self.layout, self.compiles = engine, is_new, layout, compiles
         self.is_due = True
         parameters = list(named_parameters(engine.stage.transformer))
         self._names = [name for name, _ in parameters]
@@ -73,9 +73,11 @@ class FirstStepCheck:
             return None
         self.is_due = False
         self._hook.remove()
-        blocks = [error for block in compiled_blocks(self.engine.stage.transformer) for error in block.errors()]
+        transformer = self.engine.stage.transformer
+        is_uncompiled = self.compiles and not was_compiled(transformer)
+        blocks = [error for block in compiled_blocks(transformer) for error in block.errors()]
         wrong = [error.name for error in blocks if not error.relative <= error.allowed]
-        self._raise_on_all_ranks({"lost": [] if wild else lost, "not finite": wild, "wrong": wrong})
+        self._raise_on_all_ranks({"lost": [] if wild else lost, "not finite": wild, "wrong": wrong}, is_uncompiled)
         return max(blocks, key=lambda error: error.relative, default=None)
 
     def _places(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[int, int, int]]:
@@ -112,13 +114,9 @@ class FirstStepCheck:
             )
             if (whole if name in VOCABULARY else own) == 0 and name not in may_lack
         ]
-        # The few terms of a single number (alpha, beta) may cancel in bf16, but hardly in every layer at once.
-        kinds = Counter(
-            kind_of(name) for name, is_single in zip(self._names, self._is_single, strict=True) if is_single
-        )
-        zeros = Counter(kind_of(name) for name, is_single in zero if is_single)
-        by_chance = {kind for kind, count in zeros.items() if count < kinds[kind] or count == 1}
-        return [source(name, stage) for name, is_single in zero if not (is_single and kind_of(name) in by_chance)]
+        singles = [name for name, is_single in zip(self._names, self._is_single, strict=True) if is_single]
+        by_chance = zero_by_chance((name for name, is_single in zero if is_single), singles)
+        return [source(name, stage) for name, _ in zero if name not in by_chance]
 
     def _not_finite(self) -> list[str]:
         if not self._is_recorded:  # ZeRO leaves the optimizer out
@@ -126,11 +124,13 @@ class FirstStepCheck:
         finite = self._squares.isfinite().tolist()
         return [name for name, is_finite in zip(self._names, finite, strict=True) if not is_finite]
 
-    def _raise_on_all_ranks(self, faults: dict[str, list[str]]) -> None:
+    def _raise_on_all_ranks(self, faults: dict[str, list[str]], is_uncompiled: bool) -> None:
         """Raises on every rank if any has a fault, all with the same error message."""
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, faults)
-        named = {kind: sorted({name for rank in found for name in rank[kind]}, key=by_layer) for kind in faults}
+        dist.all_gather_object(found, (faults, is_uncompiled))
+        if any(uncompiled for _, uncompiled in found):
+            raise GradientError(f"{NOT_COMPILED}. Nothing was saved")
+        named = {kind: sorted({name for rank, _ in found for name in rank[kind]}, key=by_layer) for kind in faults}
         said = {
             "lost": "the gradient is exactly zero of",
             "not finite": "the gradient is not finite of",

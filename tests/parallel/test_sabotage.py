@@ -8,8 +8,8 @@ from parallel.layout import parse_layout
 from parallel.local_ranks import RankError, run_ranks
 from tests.parallel.sabotage import measure_with
 from tests.parallel.tiny import tiny_config
-from train.compare.command import apply_layout, global_batches, reference_layout
 from train.compare.comparison import TOLERANCE, compare
+from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import Measured, assemble
 
 BUGS = [

@@ -13,8 +13,8 @@ from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
-from train.compare.command import apply_layout, global_batches, reference_layout
 from train.compare.comparison import TOLERANCE, compare
+from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import END_OF_DOCUMENT, Measured, measure
 from train.config import Config
 from train.config.sections import DataConfig, TrainingConfig

@@ -163,7 +163,14 @@ def with_compiler(arguments: list[str], fault: str) -> Output:
     faults = {"none": lambda x: x, "input lost": torch.Tensor.detach, "input scaled": Scaled.apply}
 
     def compile_wrongly(function: Any, **options: Any) -> Any:
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1  # as the compiler does
         return lambda x, *others: function(faults[fault](x), *others)
 
     torch.compile = compile_wrongly
+    return main_output(arguments)
+
+
+def without_compiler(arguments: list[str]) -> Output:
+    """The compiler is turned off, as an environment variable does."""
+    torch.compile = lambda function, **options: function
     return main_output(arguments)

@@ -30,13 +30,12 @@ Exit status: 0 all within what is allowed, 1 beyond it, 2 not comparable as aske
 """
 
 import argparse
-import dataclasses
 import json
-from functools import cached_property
+import re
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.arguments import output_file, real_number, whole_number
 from data.errors import print_faults
@@ -44,13 +43,12 @@ from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.names import listed
-from train.compare.comparison import ROUNDING_FACTOR, TOLERANCE, Allowance, Comparison, compare
-from train.compare.measurement import CONFIGURED, END_OF_DOCUMENT, Measured, measure
-from train.config import Config, ConfigError, load_config, section_faults, world_faults
-from train.config.vocabulary import dataset_if_there, vocabulary
+from train.compare.comparison import ROUNDING_FACTOR, TOLERANCE
+from train.compare.layouts import apply_layout, global_batches, reference_layout
+from train.compare.measurement import CONFIGURED
+from train.compare.reference import OneProcess, OneProcessAsTrained
+from train.config import Config, ConfigError, load_config
 from train.run.folder import finite_or_none
-
-DOCUMENTS_A_SEQUENCE = 4  # on average
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,20 +61,57 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(["--tolerance: in the configured arithmetic one process sets it; name a --dtype too"])
         layouts = [parse_layout(text) for text in options.layouts.split(",")]
         reference = reference_layout(config, layouts)
-        configured = options.dtype == CONFIGURED
-        configs = [apply_layout(config, layout, reference, configured) for layout in layouts]
+        configs = [apply_layout(config, layout, reference, options.dtype == CONFIGURED) for layout in layouts]
         check_devices(layouts)
-        vocab_size, batches = global_batches(config, options.batches)
+        plain = measure_reference(config, reference, options)
     except ValueError as error:
         print_faults(error)
         return 2
-    one = apply_layout(config, reference, reference, configured)
-    plain: OneProcess
-    if configured:
-        plain = OneProcessAsTrained(one, apply_layout(config, reference, reference), vocab_size, batches)
-    else:
-        plain = OneProcess(one, vocab_size, batches, options.dtype, options.tolerance)
-    print(f"{plain.words}, global batches of {config.training.global_batch_size} random sequences; one process:")
+    except RankError as error:
+        print(
+            f"error: the one process that layouts are compared with did not run: {reason(str(error))}", file=sys.stderr
+        )
+        return 2
+    print_reference(plain, config.training.global_batch_size)
+    lines = compare_layouts(plain, layouts, configs, options.dtype)
+    if options.json is not None:
+        whole = [{key: finite_or_none(value) for key, value in line.items()} for line in lines]
+        options.json.write_text("".join(json.dumps(line) + "\n" for line in whole))
+    print_summary(plain, lines)
+    return 0 if all(line["passed"] for line in lines) else 1
+
+
+def measure_reference(config: Config, reference: Layout, options: argparse.Namespace) -> OneProcess:
+    """Measure the one process that layouts are compared with.
+
+    Raises:
+        ConfigError: the vocabulary is unknown.
+        RankError: the process failed.
+    """
+    vocab_size, batches = global_batches(config, options.batches)
+    exact = apply_layout(config, reference, reference)
+    if options.dtype == CONFIGURED:
+        as_trained = apply_layout(config, reference, reference, as_configured=True)
+        return OneProcessAsTrained(as_trained, exact, vocab_size, batches)
+    return OneProcess(exact, vocab_size, batches, options.dtype, options.tolerance)
+
+
+def compare_layouts(
+    plain: OneProcess, layouts: list[Layout], configs: list[Config], dtype: str
+) -> list[dict[str, Any]]:
+    """Run every layout, print a table row for each as it ends, and return the lines of the JSON file."""
+    width = max(6, *(len(str(layout)) for layout in layouts))
+    print(f"\n{'layout':<{width}}  ranks     loss  grad norm  entropies  gradients  worst parameter")
+    lines: list[dict[str, Any]] = []
+    for layout, applied in zip(layouts, configs, strict=True):
+        named = {"layout": str(layout), "ranks": layout.world_size, "dtype": dtype}
+        lines.append({**named, "tolerance": plain.tolerance, **plain.try_layout(applied, layout)})
+        print(f"{layout!s:<{width}}  {layout.world_size:5d}  {row(lines[-1])}", flush=True)
+    return lines
+
+
+def print_reference(plain: OneProcess, global_batch_size: int) -> None:
+    print(f"{plain.words}, global batches of {global_batch_size} random sequences; one process:")
     for batch, (cross_entropy, entropy_loss, norm) in enumerate(plain.measured.losses.tolist()):
         print(
             f"  batch {batch}: loss {cross_entropy + entropy_loss:.8f}, of which the regularizer {entropy_loss:.3e}; "
@@ -84,132 +119,28 @@ def main(arguments: list[str] | None = None) -> int:
         )
     for warning in plain.warnings:
         print(f"  {warning}")
-    width = max(6, *(len(str(layout)) for layout in layouts))
-    print(f"\n{'layout':<{width}}  ranks     loss  grad norm  entropies  gradients  worst parameter")
-    lines: list[dict[str, Any]] = []
-    for layout, applied in zip(layouts, configs, strict=True):
-        named = {"layout": str(layout), "ranks": layout.world_size, "dtype": options.dtype}
-        lines.append({**named, "tolerance": plain.tolerance, **plain.try_layout(applied, layout)})
-        print(f"{layout!s:<{width}}  {layout.world_size:5d}  {row(lines[-1])}", flush=True)
-    if options.json is not None:
-        whole = [{key: finite_or_none(value) for key, value in line.items()} for line in lines]
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in whole))
-    failed = sum(not line["passed"] for line in lines)
-    print(f"\n{len(layouts) - failed} of {len(layouts)} layouts equal one process within {plain.limit_words}")
+
+
+def print_summary(plain: OneProcess, lines: list[dict[str, Any]]) -> None:
+    passed = sum(line["passed"] for line in lines)
+    print(f"\n{passed} of {len(lines)} layouts equal one process within {plain.limit_words}")
     if lost := next((line["rounding"] for line in lines if line["passed"] and line["rounding"]), None):
         print(
             f"rounding: within {ROUNDING_FACTOR:g} times what float32 loses on one process against float64, up to "
             f"{lost['gradient']:.1e} of {lost['worst_parameter']}; --dtype float64 shows more"
         )
-    return 1 if failed else 0
 
 
-class OneProcess:
-    """What layouts are held to.
-
-    Args:
-        config: of one process.
-        tolerance: the largest error, if the user names one; then float32's rounding is no excuse.
-    """
-
-    def __init__(
-        self, config: Config, vocab_size: int, batches: Tensor, dtype: str, tolerance: float | None = None
-    ) -> None:
-        self.config, self.vocab_size, self.batches, self.dtype = config, vocab_size, batches, dtype
-        self.tolerance: float | None = TOLERANCE[dtype] if tolerance is None else tolerance
-        self.excused = dtype == "float32" and tolerance is None
-        self.measured = self.measure(config, 1, dtype)
-
-    def measure(self, config: Config, world_size: int, dtype: str) -> Measured:
-        """What a layout finds in the same batches."""
-        return measure(config, world_size, self.vocab_size, self.batches, dtype)
-
-    @property
-    def words(self) -> str:
-        """What one process and the layouts run in."""
-        return self.dtype
-
-    @property
-    def limit_words(self) -> str:
-        return f"{self.tolerance:g}"
-
-    @property
-    def warnings(self) -> list[str]:
-        """What keeps layouts from being judged, or from being judged closely."""
-        return []
-
-    @cached_property
-    def rounding(self) -> Comparison | None:
-        """What float32 loses on one process; None where it is no excuse, or float64 does not run."""
-        try:
-            return compare(self.measured, self.measure(self.config, 1, "float64")) if self.excused else None
-        except RankError:
-            return None
-
-    def try_layout(self, config: Config, layout: Layout) -> dict[str, Any]:
-        """A layout's errors and whether they are within what is allowed, or how it failed to run."""
-        try:
-            found = self.measure(config, layout.world_size, self.dtype)
-        except RankError as error:
-            return {"error": str(error).strip(), "rounding": None, "passed": False}
-        return {**self.judge(found), "sent_bytes": found.sent_bytes}
-
-    def judge(self, found: Measured) -> dict[str, Any]:
-        """Errors and verdict."""
-        assert self.tolerance is not None
-        result = compare(found, self.measured)
-        rounding = None if result.within(self.tolerance) else self.rounding
-        passed = result.within(self.tolerance, rounding)
-        return {**dataclasses.asdict(result), "rounding": rounding and dataclasses.asdict(rounding), "passed": passed}
-
-
-class OneProcessAsTrained(OneProcess):
-    """One process in float64, and what layouts may be off in the arithmetic of training: as much as one process there.
-
-    Args:
-        config: of one process, as it would train.
-        exact: the same, uncompiled and in float32 at least.
-    """
-
-    def __init__(self, config: Config, exact: Config, vocab_size: int, batches: Tensor) -> None:
-        self.config, self.vocab_size, self.batches, self.dtype = config, vocab_size, batches, CONFIGURED
-        self.tolerance, self.excused = None, False
-        self.truth_dtype = "float64"
-        try:
-            self.measured = self.measure(exact, 1, "float64")
-        except RankError:  # too large, for instance
-            self.truth_dtype = "float32"
-            self.measured = self.measure(exact, 1, "float32")
-        self.precision = config.training.resolved_precision(torch.cuda.is_available())
-        self.allowance = Allowance.of(self.measure(config, 1, CONFIGURED), self.measured, self.precision)
-
-    @property
-    def words(self) -> str:
-        compiled = "compiled" if self.config.training.compiles(torch.cuda.is_available()) else "not compiled"
-        return f"layouts in {self.precision}, {compiled}, as they train, against {self.truth_dtype}"
-
-    @property
-    def limit_words(self) -> str:
-        return "its own rounding in that arithmetic"
-
-    @property
-    def warnings(self) -> list[str]:
-        lost, unseen = self.allowance.lost, self.allowance.unseen
-        said = [f"LOST by one process as it trains, so that no layout passes: {listed(lost)}"] if lost else []
-        small = f"too small to be seen in {self.precision}, unless lost (--dtype float64 shows more): {listed(unseen)}"
-        return [*said, small] if unseen else said
-
-    def judge(self, found: Measured) -> dict[str, Any]:
-        result = compare(found, self.measured, self.allowance)
-        allowed = self.allowance.gradient[result.worst_parameter]
-        passed = self.allowance.covers(result)
-        one_process = {"lost_by_one_process": self.allowance.lost, "unseen": self.allowance.unseen}
-        return {**dataclasses.asdict(result), "allowed": allowed, **one_process, "rounding": None, "passed": passed}
+def reason(text: str) -> str:
+    """Return the last line of a failed rank's traceback. The class of an error of this project is left out."""
+    last = text.strip().splitlines()[-1]
+    return re.sub(r"^(data|model|parallel|train)\.[\w.]+: ", "", last)
 
 
 def row(line: dict[str, Any]) -> str:
+    """Format one layout's errors and verdict for the table."""
     if "error" in line:
-        return f"FAILED  {line['error'].splitlines()[-1]}"
+        return f"FAILED  {reason(line['error'])}"
     verdict = "  BEYOND" if not line["passed"] else "  rounding" if line["rounding"] else ""
     if line["lost"]:
         verdict = f"  LOST: {listed(line['lost'])}"
@@ -267,83 +198,3 @@ def check_devices(layouts: list[Layout]) -> None:
     ]
     if faults:
         raise ConfigError(faults)
-
-
-def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
-    """The one process that all `layouts` are compared with; micro-batches equal, and no larger than configured.
-
-    `per_head` averages a head's entropy over one micro-batch of all data-parallel ranks before it squares, so its value
-    depends on micro_batch_size x dp, and layouts are comparable at one number of micro-batches only.
-
-    Raises:
-        ConfigError: the granularity is per_head and the layouts differ in their number of micro-batches.
-    """
-    batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
-    default = next(acc for acc in range(1, batch + 1) if batch % acc == 0 and batch // acc <= micro_batch)
-    counts = sorted({layout.acc or default for layout in layouts})
-    if not (config.model.regularized and config.regularizer.granularity == "per_head"):
-        return Layout(acc=default)
-    if len(counts) > 1:
-        raise ConfigError(
-            [
-                f"regularizer.granularity = 'per_head' averages over micro_batch_size x dp sequences before squaring, "
-                f"so layouts must agree in acc, not have {counts}; give all of them one acc, or compare per_query"
-            ]
-        )
-    return Layout(acc=counts[0])
-
-
-def apply_layout(config: Config, layout: Layout, reference: Layout, as_configured: bool = False) -> Config:
-    """The run's configuration under a layout: the global batch stays, the micro-batch follows from acc and dp.
-
-    Args:
-        as_configured: whether precision and compiling stay too; else float32, not compiled.
-
-    Raises:
-        ConfigError: the sizes do not fit together, with every reason.
-    """
-    acc, batch = layout.acc or reference.acc or 1, config.training.global_batch_size
-    if batch % (acc * layout.dp):
-        raise ConfigError(
-            [
-                f"layout {layout}: training.global_batch_size = {batch} is not a multiple of acc({acc}) * "
-                f"dp({layout.dp}) = {acc * layout.dp}; change one of them"
-            ]
-        )
-    parallel = dataclasses.replace(
-        config.parallel,
-        tensor_parallel_size=layout.tp,
-        pipeline_parallel_size=layout.pp,
-        context_parallel_size=layout.cp,
-        sequence_parallel=bool(layout.sp),
-        zero_stage=layout.zero,  # type: ignore[arg-type]
-        fused_ffn=config.parallel.fused_ffn if layout.sp else "auto",
-    )
-    training = dataclasses.replace(
-        config.training,
-        micro_batch_size=batch // (acc * layout.dp),
-        activation_recompute=layout.recompute,  # type: ignore[arg-type]
-        precision=config.training.precision if as_configured else "fp32",
-        compile=config.training.compile if as_configured else "off",
-    )
-    applied = dataclasses.replace(config, parallel=parallel, training=training)
-    faults = section_faults(applied) + world_faults(applied, layout.world_size)
-    if faults:
-        raise ConfigError([f"layout {layout}: {fault}" for fault in faults])
-    return applied
-
-
-def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
-    """The vocabulary, and `count` global batches of random tokens: [count, batch, T + 1] int64.
-
-    The vocabulary is the dataset's, or without one data.planned_vocab_size. For attention within documents, documents
-    end at random positions.
-    """
-    vocab_size, _ = vocabulary(config, dataset_if_there(config))
-    shape = (count, config.training.global_batch_size, config.model.seq_length + 1)
-    generator = torch.Generator().manual_seed(config.training.seed)
-    tokens = torch.randint(0, vocab_size, shape, generator=generator)
-    if config.data.attention_within_documents:
-        ends = torch.rand(shape, generator=generator) < DOCUMENTS_A_SEQUENCE / config.model.seq_length
-        tokens = torch.where(ends, END_OF_DOCUMENT, tokens)
-    return vocab_size, tokens

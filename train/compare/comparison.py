@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from parallel.names import kind_of
+from parallel.names import kind_of, zero_by_chance
 from train.compare.measurement import Measured
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -151,6 +151,15 @@ def gradient_errors(found: Gradients, expected: Gradients) -> dict[str, float]:
 def lost_gradients(found: Gradients, expected: Gradients) -> list[str]:
     """Names whose gradient is exactly zero, missing or not finite, and expected to be something."""
     return [name for name, gradient in expected.items() if gradient.any() and not _is_there(found.get(name), gradient)]
+
+
+def lost_in_one_step(found: Gradients, expected: Gradients) -> list[str]:
+    """Return `lost_gradients` without single numbers that may be zero by chance (`zero_by_chance`)."""
+    lost = lost_gradients(found, expected)
+    singles = [name for name, gradient in expected.items() if gradient.numel() == 1 and gradient.any()]
+    present = [name for name in singles if name in found and found[name].numel() == 1]
+    by_chance = zero_by_chance([name for name in present if not found[name].any()], singles)
+    return [name for name in lost if name not in by_chance]
 
 
 def gradient_limits(errors: dict[str, float], expected: Gradients, rounding: float) -> dict[str, float]:

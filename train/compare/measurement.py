@@ -212,7 +212,7 @@ def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: st
         heads = head_snapshot(step.stage, statistics, step.groups)
         entropies.append(torch.tensor(heads.entropy_nats, dtype=torch.float64))
         counted = {} if traffic is None else dict(traffic.bytes)
-    if dtype == CONFIGURED:
+    if dtype == CONFIGURED and config.training.compiles(torch.cuda.is_available()):
         _check_compiled(step.stage)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
@@ -223,9 +223,11 @@ def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: st
 
 
 def _check_compiled(stage: Any) -> None:
-    """Raises RankError if a compiled block ran otherwise, or has other gradients than the same block uncompiled."""
-    from parallel.engine.compiled import compiled_blocks
+    """Raise RankError if blocks ran uncompiled, or have other gradients than the same blocks uncompiled."""
+    from parallel.engine.compiled import NOT_COMPILED, compiled_blocks, was_compiled
 
+    if not was_compiled(stage.transformer):
+        raise RankError(NOT_COMPILED)
     for block in compiled_blocks(stage.transformer):
         errors = block.errors()
         if not errors:

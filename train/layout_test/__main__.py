@@ -11,12 +11,7 @@ Prints a table, and writes JSON. Exit status: 0 all layouts passed, 1 some did n
 """
 
 import argparse
-import dataclasses
-import json
 import os
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -26,13 +21,11 @@ import torch
 
 from data.arguments import whole_number
 from data.errors import print_faults, run_command
-from parallel.layout import Layout, parse_layout
-from train.benchmark.report import machine
-from train.config import ConfigError, load_config, world_faults
-from train.layout_test.cases import ARITHMETICS, FAMILIES, Case, cases, with_references
+from train.layout_test.cases import ARITHMETICS, FAMILIES, Case
+from train.layout_test.jobs import choose, job, prepare
 from train.layout_test.launch import Job, run_all
-from train.layout_test.results import Trained, judge, read_run
-from train.run.names import LOG
+from train.layout_test.report import row, table, write
+from train.layout_test.results import Trained, read_run
 
 SMALL = [
     "model.num_layers=4",
@@ -43,7 +36,6 @@ SMALL = [
     "optimizer.warmup_steps=100",
 ]
 """Over configs/ereg.json, unless another configuration is named."""
-VOCAB_SIZE = 4096
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,63 +86,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def choose(options: argparse.Namespace) -> list[Case]:
-    """The runs that were asked for.
-
-    Raises:
-        ValueError: a layout does not read as one, or does not fit the devices.
-    """
-    if options.only is None:
-        return cases(options.devices)
-    layouts = [parse_layout(text) for text in options.only.split(",")]
-    too_large = [
-        f"layout {layout} needs {layout.world_size} devices"
-        for layout in layouts
-        if layout.world_size > options.devices
-    ]
-    if too_large:
-        raise ConfigError([f"{fault}, and --devices is {options.devices}" for fault in too_large])
-    return with_references([Case(options.family, layout, "trained") for layout in layouts if layout != Layout()])
-
-
-def job(case: Case, options: argparse.Namespace, work: Path) -> Job:
-    """The run as a command.
-
-    Raises:
-        ConfigError: it cannot be trained so.
-    """
-    folder = work / case.name.replace(" ", "_").replace("=", "").replace(":", "_")
-    overrides = [
-        "training.train_tokens=null",
-        f"training.train_steps={options.steps}",
-        "training.evaluation_interval=0",
-        "checkpoint.interval=1",
-        f"checkpoint.keep={options.steps}",
-        "checkpoint.keep_best=false",
-        "logging.interval=1",
-        "logging.tensorboard=false",
-        f"data.path={options.dataset or work / 'dataset'}",
-        *options.overrides,
-        f"run_dir={folder}",
-    ]
-    micro_batch_size = load_config(options.config, overrides).training.micro_batch_size
-    overrides += case.overrides(micro_batch_size)
-    faults = world_faults(load_config(options.config, overrides), case.layout.world_size)
-    if faults:
-        raise ConfigError([f"{case.name}: {fault}" for fault in faults])
-    folder.mkdir(parents=True, exist_ok=True)
-    return Job(case.name, case.layout.world_size, ["--config", options.config, *overrides], folder / LOG)
-
-
-def prepare(work: Path) -> None:
-    """Makes a dataset of Python's standard library."""
-    command = [sys.executable, "-m", "data.prepare", "--output", str(work / "dataset"), "--vocab-size", str(VOCAB_SIZE)]
-    command += ["--max-megabytes", "6", "--include", "*.py", "--exclude", "site-packages", "--skip-bad-text"]
-    command += ["--input", sysconfig.get_path("stdlib")]
-    print("preparing text of Python's standard library", flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def run(jobs: dict[Case, Job], options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Runs everything; a row for each layout, written as they come."""
     if not torch.cuda.is_available():
@@ -173,57 +108,6 @@ def run(jobs: dict[Case, Job], options: argparse.Namespace, work: Path) -> list[
         said = "trained" if trained is not None else f"failed: {ended.last_words}"
         print(f"{done}/{len(jobs)}  {case.name}: {said}  ({ended.seconds:.0f} s, {left:.0f} s left)", flush=True)
     return rows
-
-
-def row(
-    case: Case, job: Job, trained: Trained | None, references: dict[tuple[str, str], Trained | None]
-) -> dict[str, Any]:
-    """A line of the table, as JSON takes it."""
-    named = {
-        "family": case.family,
-        "layout": str(case.layout),
-        "devices": case.layout.world_size,
-        "seconds": job.seconds,
-    }
-    truth, baseline = (references.get((case.reference_family, each)) for each in ARITHMETICS)
-    if trained is None:
-        return {**named, "passed": False, "verdict": f"FAILED {job.last_words}"}
-    if truth is None or baseline is None:
-        return {**named, "passed": False, "verdict": "FAILED its reference did not train"}
-    verdict = judge(trained, truth, baseline)
-    return {**named, "verdict": verdict.words, **dataclasses.asdict(verdict)}
-
-
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    file = options.json
-    if file is None and torch.cuda.is_available():
-        card = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
-        file = f"docs/benchmarks/layouts_{card}_x{options.devices}.json"
-    if file is not None:
-        about = {
-            **machine(),
-            "command": "python -m train.layout_test " + " ".join(sys.argv[1:]),
-            "steps": options.steps,
-        }
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps({"machine": about, "layouts": rows}, indent=1) + "\n")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Fixed columns, a line for each layout."""
-    width = max(len(f"{row['family']} {row['layout']}") for row in rows)
-    lines = [f"{'layout':<{width}}  devices  gradient (limit)     loss, nats (limit)   norm    worst parameter"]
-    for each in rows:
-        name = f"{each['family']} {each['layout']}"
-        if "gradient_error" not in each:
-            lines.append(f"{name:<{width}}  {each['devices']:7d}  {each['verdict']}")
-            continue
-        lines.append(
-            f"{name:<{width}}  {each['devices']:7d}  {each['gradient_error']:.1e} ({each['gradient_limit']:.1e})    "
-            f"{each['loss_error_nats']:.1e} ({each['loss_limit_nats']:.1e})    {each['gradient_norm']:.4f}  "
-            f"{each['worst_parameter']}  {'' if each['passed'] else each['verdict']}".rstrip()
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

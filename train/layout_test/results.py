@@ -27,7 +27,7 @@ from parallel.names import listed
 from train.checkpoint.folder import Folder
 from train.checkpoint.tensors import Reader
 from train.compare.comparison import ROUNDING as ROUNDINGS
-from train.compare.comparison import gradient_errors, gradient_limits, lost_gradients, worst_of
+from train.compare.comparison import gradient_errors, gradient_limits, lost_in_one_step, worst_of
 from train.run.names import CHECKPOINTS
 from train.run.reader import RunReader
 
@@ -90,8 +90,8 @@ def judge(found: Trained, truth: Trained, baseline: Trained) -> Verdict:
     """Compares a layout with the truth, and with how far one process as it trains is from that."""
     allowed = gradient_limits(gradient_errors(baseline.moments, truth.moments), truth.moments, ROUNDING)
     errors = gradient_errors(found.moments, truth.moments)
-    lost, worst = lost_gradients(found.moments, truth.moments), worst_of(errors, allowed)
-    lost_by_one_process = lost_gradients(baseline.moments, truth.moments)
+    lost, worst = lost_in_one_step(found.moments, truth.moments), worst_of(errors, allowed)
+    lost_by_one_process = lost_in_one_step(baseline.moments, truth.moments)
     loss_limit = _largest_difference(baseline.losses, truth.losses) + ROUNDING**2 * truth.losses[0]
     loss_error = _largest_difference(found.losses, baseline.losses)
     within = errors[worst] <= allowed[worst] and loss_error <= loss_limit

@@ -130,7 +130,8 @@ class Trainer:
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
         self.rank_times = RankTimes(self.engine.engine.module)
         layout = layout_of(config, self.engine.groups.grid)
-        self.first_step = FirstStepCheck(self.engine, self.step == 0, f"layout {layout}")
+        compiles = config.training.compiles(on_gpu=local_device().type == "cuda")
+        self.first_step = FirstStepCheck(self.engine, self.step == 0, f"layout {layout}", compiles)
         self.in_flight: deque[StepInFlight] = deque()
         self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
         self.last_refusal = ""

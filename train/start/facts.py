@@ -20,6 +20,7 @@ Facts = dict[str, str]
 
 PLACES = {
     "data.cache_dir",  # a node's own disk
+    "data.cache_gigabytes",  # the room on it
     "data.path",  # may be a node's own copy: its fingerprint is compared instead
 }
 SOURCES = ("model", "parallel", "data", "train")

@@ -8,7 +8,7 @@ from parallel.counting.footprint import ELEMENT_BYTES, Workload, block_bytes
 from parallel.layout import parse_layout
 from parallel.local_ranks import run_ranks
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config
-from train.compare.command import apply_layout, reference_layout
+from train.compare.layouts import apply_layout, reference_layout
 from train.config import Config
 
 SEQUENCES = 64  # by which activations are larger than every matrix

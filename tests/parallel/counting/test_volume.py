@@ -10,7 +10,7 @@ from parallel.counting.volume import Volume, block_volume, volume
 from parallel.grid import RankGrid
 from parallel.layout import Layout, parse_layout
 from tests.parallel.tiny import EREG, VOCAB_SIZE, measured, tiny_config
-from train.compare.command import apply_layout, reference_layout
+from train.compare.layouts import apply_layout, reference_layout
 from train.config import Config, load_config
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2

@@ -13,7 +13,7 @@ from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
 from parallel.micro_batch import MicroBatch
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
-from train.compare.command import apply_layout
+from train.compare.layouts import apply_layout
 
 
 def parameters() -> list[torch.nn.Parameter]:

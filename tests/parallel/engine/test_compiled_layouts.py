@@ -14,8 +14,8 @@ import torch
 from parallel.layout import parse_layout
 from parallel.local_ranks import run_ranks
 from tests.parallel.tiny import BATCHES, EREG, plain, tiny_config, training_with
-from train.compare.command import apply_layout, global_batches, reference_layout
 from train.compare.comparison import TOLERANCE, compare
+from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import Measured, assemble
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [

@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from parallel.layout import parse_layout
 from parallel.local_ranks import run_ranks
 from tests.parallel.tiny import plain_model, tiny_config
-from train.compare.command import apply_layout, global_batches, reference_layout
+from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.config import Config
 
 SEQUENCES = 5  # of micro-batches of four sequences in all

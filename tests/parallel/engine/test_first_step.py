@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from parallel.names import listed
-from tests.train.faulty import with_bad_samples, with_compiler, with_lost_gradient
+from tests.train.faulty import with_bad_samples, with_compiler, with_lost_gradient, without_compiler
 from tests.train.runs import journal, rows, run_faulty, run_main
 
 ONE_STEP = ["training.train_steps=1", "training.evaluation_interval=0"]
@@ -70,6 +70,16 @@ def test_a_compiled_block_with_other_gradients_is_named(tiny_config: Path, fault
     )
     assert answer.statuses == [2, 2]
     assert "the compiled block's gradient is not the uncompiled block's of layers.{0,1}.input" in answer.stderr
+
+
+@pytest.mark.parametrize("verify", ["true", "false"])
+def test_a_compiler_that_is_turned_off_is_one_message(tiny_config: Path, tmp_path: Path, verify: str) -> None:
+    keys = ["training.compile=on", f"health.verify_first_step={verify}"]
+    answer = run_faulty(without_compiler, 2, tiny_config, keys)
+    assert answer.statuses == [2, 2]
+    assert "unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE" in answer.stderr
+    assert answer.stderr.count("error: ") == 1 and "Traceback" not in answer.stderr
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
 def test_without_the_comparison_what_the_optimizer_gets_still_tells(tiny_config: Path) -> None:

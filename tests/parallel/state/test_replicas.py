@@ -10,7 +10,7 @@ from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
 from parallel.state.replicas import CHUNK, fingerprint
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config
-from train.compare.command import apply_layout
+from train.compare.layouts import apply_layout
 
 
 def _check(layout: Layout, odd_rank: int, name: str | None) -> str | None:

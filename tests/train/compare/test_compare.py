@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,11 +17,15 @@ from hypothesis import strategies as st
 
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import RankError
-from tests.parallel.sabotage import measure_losing_a_gradient, measure_losing_as_trained, measure_never_compiled
+from tests.parallel.sabotage import (
+    measure_losing_a_gradient,
+    measure_losing_as_trained,
+    measure_never,
+    measure_never_compiled,
+)
 from tests.parallel.tiny import EREG, SIZES, assert_layout, tiny_config, training_with
-from train.compare import command as compare
-from train.compare import measurement
-from train.compare.comparison import Allowance, Comparison, gradient_limits, lost_gradients, worst_of
+from train.compare import command, measurement
+from train.compare.comparison import Allowance, Comparison, compare, gradient_limits, lost_gradients, worst_of
 from train.compare.measurement import GradientPiece, Measured, assemble
 
 
@@ -35,7 +42,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def run(config_file: Path, *arguments: str) -> int:
-    return compare.main(["--config", str(config_file), *arguments])
+    return command.main(["--config", str(config_file), *arguments])
 
 
 def test_the_table_and_the_lines_beside_it(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,14 +147,14 @@ def test_a_gradient_that_one_process_loses_is_named(config_file: Path, capsys: p
 )
 def test_what_runs_by_default(named: dict[str, Any], on_gpu: bool, expected: str) -> None:
     with mock.patch("torch.cuda.is_available", lambda: on_gpu):
-        assert compare.default_dtype(training_with(tiny_config(), **named)) == expected
+        assert command.default_dtype(training_with(tiny_config(), **named)) == expected
 
 
 def test_blocks_that_were_to_be_compiled_and_were_not_are_told() -> None:
     config = training_with(tiny_config(vocab_size=50), compile="on")
     with (
         mock.patch("train.compare.measurement._measure_on_rank", measure_never_compiled),
-        pytest.raises(RankError, match="layer 0 was to be compiled, and did not run so"),
+        pytest.raises(RankError, match="compiled nothing; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"),
     ):
         measurement.measure(config, 1, 50, torch.randint(50, (1, 8, 17)), "configured")
 
@@ -175,7 +182,7 @@ def test_a_single_number_is_lost_if_it_is_zero_in_every_batch() -> None:
     """In bf16 two ranks' parts of a small one cancel now and then, which is no fault; of a vector not all elements."""
     expected = of_gradients({"alpha": 1e-6, "v": [1.0, 1.0]}, {"alpha": 2e-6, "v": [1.0, 1.0]})
     lost = [
-        compare.compare(of_gradients({"alpha": first, "v": [1.0, 1.0]}, {"alpha": second, "v": vector}), expected).lost
+        compare(of_gradients({"alpha": first, "v": [1.0, 1.0]}, {"alpha": second, "v": vector}), expected).lost
         for first, second, vector in [
             (1e-6, 0.0, [1.0, 1.0]),
             (0.0, 0.0, [1.0, 1.0]),
@@ -185,17 +192,17 @@ def test_a_single_number_is_lost_if_it_is_zero_in_every_batch() -> None:
     ]
     assert lost == [[], ["alpha"], ["alpha"], ["v"]]
     one_batch = of_gradients({"alpha": 1e-6}), of_gradients({"alpha": 0.0})
-    assert compare.compare(one_batch[1], one_batch[0]).lost == ["alpha"]
+    assert compare(one_batch[1], one_batch[0]).lost == ["alpha"]
 
 
 def test_what_one_process_loses_fails_every_layout_and_small_gradients_are_named() -> None:
     truth = of_gradients({"a": [1.0, 1.0], "small": [1e-6, 1e-6]})
     allowance = Allowance.of(truth, truth, "bf16")
-    assert allowance.covers(compare.compare(truth, truth, allowance)) and allowance.unseen == ["small"]
+    assert allowance.covers(compare(truth, truth, allowance)) and allowance.unseen == ["small"]
     # off by 1, as what is lost is, and thus within 1.5 times the error of the process that lost it
     losing, doubling = (of_gradients({"a": a, "small": [1e-6, 1e-6]}) for a in ([0.0, 0.0], [2.0, 2.0]))
     allowance = Allowance.of(losing, truth, "bf16")
-    assert allowance.lost == ["a"] and not allowance.covers(compare.compare(doubling, truth, allowance))
+    assert allowance.lost == ["a"] and not allowance.covers(compare(doubling, truth, allowance))
 
 
 def test_what_counts_as_lost() -> None:
@@ -231,13 +238,41 @@ def test_what_cannot_be_compared_is_said_in_a_line(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["configured", "float32"])
+def test_one_process_that_does_not_run_is_one_message(
+    config_file: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    with mock.patch("train.compare.measurement._measure_on_rank", measure_never):
+        assert run(config_file, "--layouts", "tp=2", "--dtype", dtype) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        "error: the one process that layouts are compared with did not run: MemoryError: no room for the model\n"
+    )
+
+
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_compiler_that_is_turned_off_is_no_equality(config_file: Path, variable: str) -> None:
+    command = [sys.executable, "-m", "parallel.compare", "--config", str(config_file), "--layouts", "dp=2"]
+    result = subprocess.run(
+        [*command, "--batches", "1", "model.num_layers=1", "training.compile=on", "training.precision=fp32"],
+        env={**os.environ, variable: "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE" in result.stderr
+    assert result.stderr.count("\n") == 1 and "equal" not in result.stdout
+
+
 def test_a_gradient_of_nan_is_never_within() -> None:
     gradient = {"a": torch.ones(2), "b": torch.ones(2)}
     expected = Measured(torch.ones(1, 3), [gradient], [torch.ones(1, 1)], {})
     found = dataclasses.replace(expected, gradients=[{**gradient, "a": torch.tensor([1.0, torch.nan])}])
-    result = compare.compare(found, expected)
+    result = compare(found, expected)
     assert result.worst_parameter == "a" and not result.within(1.0)
-    assert compare.compare(expected, expected).within(0.0)
+    assert compare(expected, expected).within(0.0)
 
 
 def test_gradients_are_put_together_and_disagreement_is_told() -> None:
@@ -260,7 +295,7 @@ def test_a_batch_that_micro_batches_do_not_divide(config_file: Path, capsys: pyt
 
 def test_a_vocabulary_of_one_token_has_neither_loss_nor_gradient() -> None:
     nothing = Measured(torch.zeros(1, 3), [{"a": torch.zeros(2)}], [torch.zeros(1, 1)], {})
-    assert compare.compare(nothing, nothing).within(0.0)
+    assert compare(nothing, nothing).within(0.0)
 
 
 @pytest.mark.parametrize("text", ["tp=2:pp=2:dp=2:cp=2:sp=1:zero=1:acc=4:recompute=selective", "tp=1", "cp=4:zero=3"])

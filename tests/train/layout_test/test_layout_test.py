@@ -13,9 +13,11 @@ import torch
 from parallel.layout import Layout
 from train.config import load_config
 from train.layout_test import launch
-from train.layout_test.__main__ import choose, job, main, parse, row, table
+from train.layout_test.__main__ import main, parse
 from train.layout_test.cases import ARITHMETICS, FAMILIES, cases
+from train.layout_test.jobs import choose, job
 from train.layout_test.launch import Job, run_all
+from train.layout_test.report import row, table
 from train.layout_test.results import Trained, Verdict, judge
 
 GRADIENTS = {"layers.0.w": torch.ones(4), "layers.1.w": torch.ones(4), "head.weight": torch.full((2, 2), 2.0)}
@@ -43,6 +45,20 @@ def test_a_layout_as_far_off_as_one_process_passes() -> None:
 def test_a_gradient_that_is_gone_is_named(values: torch.Tensor | None) -> None:
     verdict = judged("layers.1.w", values)
     assert not verdict.passed and verdict.words == "LOST layers.1.w"
+
+
+def test_a_single_number_that_cancels_in_one_layer_is_not_lost() -> None:
+    """As in a run's first step: in bf16 its few terms may cancel, but hardly in every layer at once."""
+    alphas = [f"layers.{layer}.ffn.alpha" for layer in range(3)]
+    truth = dataclasses.replace(TRUTH, moments={**GRADIENTS, **dict.fromkeys(alphas, torch.tensor(1e-6))})
+
+    def verdict(*values: float) -> Verdict:
+        found = {**BASELINE.moments, **dict(zip(alphas, map(torch.tensor, values), strict=True))}
+        return judge(dataclasses.replace(BASELINE, moments=found), truth, dataclasses.replace(truth, losses=LOSSES))
+
+    assert verdict(1e-6, 0.0, 1e-6).lost == [] and verdict(1e-6, 0.0, 0.0).lost == []
+    assert verdict(0.0, 0.0, 0.0).lost == alphas
+    assert verdict(1e-6, math.nan, 1e-6).lost == [alphas[1]]
 
 
 def test_a_gradient_beyond_its_limit() -> None:

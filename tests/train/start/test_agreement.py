@@ -171,7 +171,7 @@ def test_every_key_of_the_configuration_is_compared() -> None:
     tree = Config().as_dict()
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)}
     expected = {f"{name}.{key}" for name, keys in sections.items() for key in keys} | {"run_dir", "deepspeed"}
-    assert expected - set(facts) == {"data.path", "data.cache_dir"}
+    assert expected - set(facts) == {"data.path", "data.cache_dir", "data.cache_gigabytes"}
 
 
 def test_every_source_file_is_compared(tmp_path: Path) -> None:
