@@ -44,6 +44,7 @@ def home() -> str:
     """Return README.md with its links as they are inside docs/; files of the code lead to their API."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = "---\nhide: [navigation]\n---\n" + re.sub(r"\]\(docs/", "](", text)
+    text = re.sub(r"\[([A-Z]+(?:\.md)?)\]\(\1\)", r"`\1`", text)  # files beside README.md
     return re.sub(r"\]\(([\w/]+)\.py\)", lambda link: f"]({api_address(link[1])})", text)
 
 
