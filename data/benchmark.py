@@ -21,8 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.arguments import real_number, whole_number
-from data.errors import run_command
+from data.command_line import real_number, run_command, whole_number
 from data.shards.manifest import manifest_json
 from data.shards.writer import write_shard
 from data.stream.token_stream import TokenStream

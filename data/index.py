@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.arguments import whole_number
-from data.errors import DataError, run_command
+from data.command_line import run_command, whole_number
+from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME, LocalSource, ReadOptions, open_source
 from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
 from data.shards.tar_layout import CHUNK_BYTES, chunk_digest, token_dtype_for

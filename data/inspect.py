@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.arguments import whole_number
-from data.errors import DamagedShardError, DataError, printable, run_command
+from data.command_line import run_command, whole_number
+from data.errors import DamagedShardError, DataError, printable
 from data.fetch.sources import ReadOptions, Source
 from data.shards.manifest import SPLITS, Manifest, ShardInfo
 from data.shards.text_shard import read_text_sidecar

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.arguments import real_number, whole_number
-from data.errors import DataError, run_command
+from data.command_line import real_number, run_command, whole_number
+from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.shards.manifest import SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 This is the only file of `parallel/` that imports anything of `train/`.
 """
 
-from data.errors import run_command
+from data.command_line import run_command
 from train.compare.command import main
 
 __all__ = ["main"]

@@ -13,7 +13,7 @@ import textwrap
 import typing
 from dataclasses import dataclass
 
-from data.errors import run_command
+from data.command_line import run_command
 from train.config import Config
 from train.config.tree import describe_type
 

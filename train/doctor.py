@@ -22,8 +22,8 @@ from typing import Any
 if not __package__:  # run as a file: the packages lie beside train/, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.arguments import can_write
-from data.errors import DataError, print_faults, run_command
+from data.command_line import can_write, print_faults, run_command
+from data.errors import DataError
 from parallel.launch import LaunchError, choose_accelerator, world_size
 from train.config import Config, ConfigError, load_config, world_faults
 from train.start.facts import config_facts

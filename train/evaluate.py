@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.arguments import can_write, whole_number
-from data.errors import DataError, print_faults, run_command
+from data.command_line import can_write, print_faults, run_command, whole_number
+from data.errors import DataError
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
 from train.run.folder import write_atomically

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import run_command
+from data.command_line import run_command
 from train.pictures.run import Array, FigureError, Run, as_array, load_run
 from train.run.names import FIGURES
 from train.run.reader import Row

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.errors import run_command
+from data.command_line import run_command
 from train.config import Config, config_from_dict
 
 CODEPARROT_TOKENS = 16_700_000 * 128  # the paper's 16.7 million examples of 128 tokens

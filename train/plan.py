@@ -15,8 +15,7 @@ import json
 import sys
 from typing import Any
 
-from data.arguments import whole_number
-from data.errors import run_command
+from data.command_line import run_command, whole_number
 from data.shards.manifest import SPLITS
 from parallel.config import padded_vocab_size
 from train.config import Config, ConfigError, dataset_faults, load_config, world_faults

@@ -18,8 +18,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from data.arguments import whole_number
-from data.errors import run_command
+from data.command_line import run_command, whole_number
 from model.config import ModelConfig
 from train.config import ConfigError, load_config
 from train.cost.flops import nonlinear_operations

@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.errors import run_command
+from data.command_line import run_command
 from train.config import ConfigError, load_config
 from train.run.folder import COMMIT, git_commit, write_atomically
 from train.run.names import CODE, RESOLVED

@@ -9,7 +9,7 @@ Each says more with --help.
 
 import sys
 
-from data.errors import print_faults, run_command
+from data.command_line import print_faults, run_command
 from parallel.engine.deepspeed_section import DeepSpeedSectionError
 from train.benchmark import attention as benchmark_attention
 from train.benchmark import learning as benchmark_learning

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.arguments import whole_number
+from data.command_line import whole_number
 from model.entropy_attention import entropy_attention
 from train.benchmark import report as benchmark_report
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.arguments import whole_number
+from data.command_line import whole_number
 from data.errors import DataError
 from data.shards.manifest import Manifest
 from data.stream.dataset import open_dataset_once

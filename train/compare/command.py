@@ -37,8 +37,7 @@ from typing import Any
 
 import torch
 
-from data.arguments import output_file, real_number, whole_number
-from data.errors import print_faults
+from data.command_line import output_file, print_faults, real_number, whole_number
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from data.arguments import whole_number
-from data.errors import print_faults, run_command
+from data.command_line import print_faults, run_command, whole_number
 from train.layout_test.cases import ARITHMETICS, FAMILIES, Case
 from train.layout_test.jobs import choose, job, prepare
 from train.layout_test.launch import Job, run_all

@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.arguments import real_number, whole_number
-from data.errors import print_faults, run_command
+from data.command_line import print_faults, real_number, run_command, whole_number
 from model.config import ARCHITECTURES
 from train.config.overrides import parse_with_overrides
 from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree

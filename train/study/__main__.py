@@ -19,8 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.arguments import real_number, whole_number
-from data.errors import print_faults, run_command
+from data.command_line import print_faults, real_number, run_command, whole_number
 from train.config.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
 

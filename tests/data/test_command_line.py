@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from data import benchmark, index, inspect, prepare
-from data.arguments import real_number, whole_number
+from data.command_line import real_number, whole_number
 from train import describe, evaluate, plan, private_inference
 from train.compare import command as compare
 

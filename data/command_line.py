@@ -1,0 +1,98 @@
+"""What every command-line tool of this project shares: argparse types, and how a command ends."""
+
+import argparse
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from data.errors import DataError
+
+N = TypeVar("N", int, float)
+_LARGEST_WHOLE_NUMBER = 10**15
+_LARGEST_NUMBER = 1e15
+
+
+def whole_number(least: int, most: int = _LARGEST_WHOLE_NUMBER) -> Callable[[str], int]:
+    """Return an argparse type that accepts a whole number from `least` to `most`."""
+    return lambda text: _bounded(text, int, "a whole number", least, most)
+
+
+def real_number(least: float, most: float = _LARGEST_NUMBER) -> Callable[[str], float]:
+    """Return an argparse type that accepts a number from `least` to `most`; it rejects nan and infinity."""
+    return lambda text: _bounded(text, float, "a number", least, most)
+
+
+def output_file(text: str) -> Path:
+    """Parse an output file (an argparse type); reject a path that cannot be written before any work is done."""
+    if not can_write(Path(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file in a folder that exists and can be written")
+    return Path(text)
+
+
+def can_write(file: Path) -> bool:
+    """Return whether `file` can be created or replaced; its folder must exist."""
+    return file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()
+
+
+def print_faults(error: Exception) -> None:
+    """Print each line of an error's message to stderr as an error of its own."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's `main` and exit with the status that it returns, or 0 for None.
+
+    | what ends it         | exit status | on stderr                 |
+    |----------------------|-------------|---------------------------|
+    | DataError            | 2           | the message, in one line  |
+    | OSError (full disk)  | 1           | the message               |
+    | closed pipe (`head`) | 141         | nothing                   |
+    | Ctrl-C               | 130         | "interrupted"             |
+
+    141 is the status that a shell gives a command that SIGPIPE ended. Characters that the terminal's encoding lacks are
+    printed with backslashes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
+            status = 128 + signal.SIGPIPE
+        else:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def _bounded(text: str, kind: Callable[[str], N], name: str, least: N, most: N) -> N:
+    with contextlib.suppress(ValueError):
+        if least <= (value := kind(text)) <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected {name} from {_text(least)} to {_text(most)}")
+
+
+def _text(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
+def _reader_is_gone() -> bool:
+    """Return whether the broken pipe is stdout, not a pipe to another process."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
