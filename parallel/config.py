@@ -8,20 +8,6 @@ from model.config import ModelConfig, explained
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
 
-HEAD_SHARDED = ("query_bias", "key_bias", "temperature_parameter", "threshold")
-"""Vectors of an attention layer that have a row for each head, split with the heads."""
-
-
-def sees_part(name: str, model: ModelConfig, sequence_parallel: bool) -> bool:
-    """Whether a parameter that every tensor-parallel rank holds gets only a part of its gradient on each.
-
-    Under sequence parallelism those are all but the embedding's, which come before the cut into positions; and always
-    the gain, the divisor and the diagonal of a column-split matrix, since each rank has only some columns.
-    """
-    if sequence_parallel:
-        return not name.startswith("embedding.")
-    return name.endswith((".gain", "ffn.alpha")) or (name.endswith("ffn.beta") and model.ffn_holds_residual)
-
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """The vocabulary rounded up so that every tensor-parallel rank holds a multiple of 128 rows."""

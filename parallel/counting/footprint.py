@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.cross_entropy import CHUNK_BYTES
 from model.initialize import TIED_HEAD_SOURCE, global_shapes
-from parallel.config import HEAD_SHARDED, ParallelConfig, padded_vocab_size, sees_part
+from parallel.config import ParallelConfig, padded_vocab_size
 from parallel.grid import RankGrid
+from parallel.sharding.plan import ShardingPlan, sharding_plan
 
 ELEMENT_BYTES = 2  # bfloat16
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # float32: weight, Adam's two moments, accumulated gradient
 LOGITS_AT_ONCE = 3.1  # copies of one chunk's logits alive at the peak of the cross-entropy
 BACKWARD_WIDTHS = 6  # gradients of width D a token, alive while one block runs backward
-ROWS_SPLIT = ("query_key_value", "ffn.up")
-SPLIT_MATRICES = ("query_key_value.weight", "attention.output.weight", "ffn.up.weight", "ffn.down.weight")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,12 @@ class Workload:
         return self.micro_batch_size * self.model.seq_length // self.grid.cp
 
     @property
+    def plan(self) -> ShardingPlan:
+        return sharding_plan(self.model, self.parallel, self.grid.tp, self.tokens * self.num_micro_batches)
+
+    @property
     def replicates_fused_ffn(self) -> bool:
-        tokens_per_step = self.tokens * self.num_micro_batches
-        return self.grid.tp == 1 or self.parallel.replicates_fused_ffn(self.model.hidden_size, tokens_per_step)
+        return self.plan.replicates_fused_ffn
 
     @property
     def padded_vocab_size(self) -> int:
@@ -78,14 +80,14 @@ def held_parameters(work: Workload) -> dict[str, int]:
     grid, model = work.grid, work.model
     layers = {str(layer) for layer in grid.layers(model.num_layers)}
     ends = {"embedding": grid.is_first_stage, "head": grid.is_last_stage}
-    sizes = dict(_whole_sizes(model, work.padded_vocab_size))
+    sizes, plan = dict(_whole_sizes(model, work.padded_vocab_size)), work.plan
     if model.tied_head and grid.pp > 1:
         sizes["head.weight"] = sizes[TIED_HEAD_SOURCE]
     held = {}
     for name, size in sizes.items():
         part, _, rest = name.partition(".")
         if ends.get(part, rest.split(".")[0] in layers):
-            held[name] = size // (grid.tp if _is_split(name, work) else 1)
+            held[name] = size if plan.split_dim(name) is None else size // grid.tp
     return held
 
 
@@ -96,19 +98,8 @@ def _whole_sizes(model: ModelConfig, padded_vocab_size: int) -> dict[str, int]:
 
 def replicated_elements(work: Workload) -> int:
     """Elements of what every tensor-parallel rank holds but sees only in part: its gradient is summed once a step."""
-    if work.grid.tp == 1:
-        return 0
-    whole = {name: size for name, size in held_parameters(work).items() if not _is_split(name, work)}
-    return sum(size for name, size in whole.items() if sees_part(name, work.model, work.parallel.sequence_parallel))
-
-
-def _is_split(name: str, work: Workload) -> bool:
-    if name.endswith("ffn.fused.weight"):
-        return not work.replicates_fused_ffn
-    if name.endswith(".gain"):
-        return name.rsplit(".", 1)[0].endswith(ROWS_SPLIT)
-    vocabulary = name in (TIED_HEAD_SOURCE, "head.weight")
-    return vocabulary or name.endswith(SPLIT_MATRICES) or name.rsplit(".", 1)[-1] in HEAD_SHARDED
+    plan = work.plan
+    return sum(size for name, size in held_parameters(work).items() if plan.has_partial_gradient(name))
 
 
 def footprint(work: Workload) -> Footprint:

@@ -17,6 +17,7 @@ from model.transformer import Transformer
 from parallel.config import ParallelConfig, padded_vocab_size
 from parallel.sharding.context import apply_context_parallel
 from parallel.sharding.megatron import Groups
+from parallel.sharding.plan import sharding_plan
 from parallel.sharding.regularizer import ShardedRegularizer
 from parallel.sharding.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
 
@@ -148,25 +149,25 @@ def build_transformer(
 
     The order matters: shapes first (nothing allocated), then sharding, then memory, then values, then gradient hooks.
     """
-    grid, sequence_parallel = groups.grid, parallel.sequence_parallel
+    grid, padded = groups.grid, padded_vocab_size(vocab_size, groups.grid.tp)
     tokens_per_step = micro_batch_size * num_micro_batches * len(grid.positions(model.seq_length))
-    replicate_fused_ffn = parallel.replicates_fused_ffn(model.hidden_size, tokens_per_step)
+    plan = sharding_plan(model, parallel, grid.tp, tokens_per_step)
     with torch.device("meta"):
         transformer = Transformer(
             model,
             vocab_size,
-            padded_vocab_size=padded_vocab_size(vocab_size, grid.tp),
+            padded_vocab_size=padded,
             layers=grid.layers(model.num_layers),
             first=grid.is_first_stage,
             last=grid.is_last_stage,
         )
-        split = apply_tensor_parallel(transformer, groups, sequence_parallel, replicate_fused_ffn)
+        apply_tensor_parallel(transformer, groups, plan)
         apply_context_parallel(transformer, groups)
     transformer.to(dtype).to_empty(device=device)
     transformer.tie_head()
-    mark_split(transformer, split)
+    mark_split(transformer, plan, padded)
     initialize(transformer, model, vocab_size, seed, cut(transformer, groups))
-    sum_replicated_gradients(transformer, groups, sequence_parallel, num_micro_batches)
+    sum_replicated_gradients(transformer, groups, plan, num_micro_batches)
     return transformer
 
 

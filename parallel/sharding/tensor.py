@@ -25,63 +25,56 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from model.cross_entropy import VocabularyShard, linear_cross_entropy
-from model.initialize import named_parameters
+from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
-from model.transformer import Block, Embedding, Head, Transformer
-from parallel.config import HEAD_SHARDED, sees_part
+from model.transformer import Block, Embedding, Head, Linear, Transformer
 from parallel.deepspeed_internals import whole_shape
 from parallel.sharding import megatron
 from parallel.sharding.collectives import gather_positions, name_of, sum_both_ways, take_positions
 from parallel.sharding.exchange import features_for_positions
 from parallel.sharding.megatron import Groups
+from parallel.sharding.plan import ShardingPlan
 
 
-def apply_tensor_parallel(
-    model: Transformer, groups: Groups, sequence_parallel: bool, replicate_fused_ffn: bool
-) -> dict[str, int]:
-    """Replaces layers by their sharded forms, weights uninitialized.
-
-    Args:
-        replicate_fused_ffn: whether every rank keeps a fused FFN whole; only under sequence parallelism.
-
-    Returns:
-        The dimension along which each split parameter is split, by global name.
-    """
-    if groups.grid.tp == 1:
-        return {}
-    split: dict[int, int] = {}
-    if model.embedding is not None:
-        _split_embedding(model.embedding, groups, sequence_parallel)
-        split[id(model.embedding.word.weight)] = 0
-    for block in model.layers.values():
-        split.update(_split_block(block, groups, sequence_parallel, replicate_fused_ffn))
-    if model.head is not None:
-        model.head = VocabularyParallelHead(model.head, groups, sequence_parallel)
-        model.tie_head()
-        split[id(model.head.weight)] = 0
-    return {name: split[id(parameter)] for name, parameter in named_parameters(model) if id(parameter) in split}
-
-
-def mark_split(model: Transformer, split: dict[str, int]) -> None:
-    """Marks every parameter: `partition_dim` is the split dimension or None; DeepSpeed's norms go by
-    `tensor_model_parallel`.
-    """
-    for name, parameter in named_parameters(model):
-        parameter.partition_dim = split.get(name)
-        parameter.tensor_model_parallel = name in split
-
-
-def sum_replicated_gradients(
-    model: Transformer, groups: Groups, sequence_parallel: bool, num_micro_batches: int
-) -> None:
-    """Adds up gradients of parameters that every tensor-parallel rank holds but sees only in part, once a step.
-
-    `sees_part` says which. Call once parameters are final.
-    """
-    if groups.grid.tp == 1:
+def apply_tensor_parallel(model: Transformer, groups: Groups, plan: ShardingPlan) -> None:
+    """Replace layers by the sharded forms that the plan asks for; their weights are uninitialized."""
+    if plan.tp == 1:
         return
+    if model.embedding is not None:
+        _split_embedding(model.embedding, groups, plan.sequence_parallel)
+    for layer, block in model.layers.items():
+        _split_block(f"layers.{layer}", block, groups, plan)
+    if model.head is not None:
+        model.head = VocabularyParallelHead(model.head, groups, plan.sequence_parallel)
+        model.tie_head()
+
+
+def mark_split(model: Transformer, plan: ShardingPlan, padded_vocab_size: int) -> None:
+    """Mark every parameter with the plan's split, after asserting that its layer holds just that share.
+
+    `partition_dim` is the split dimension or None. DeepSpeed's gradient norm reads `tensor_model_parallel`.
+    """
+    shapes = global_shapes(plan.model, padded_vocab_size)
     for name, parameter in named_parameters(model):
-        if parameter.partition_dim is None and sees_part(name, model.config, sequence_parallel):
+        dim = plan.split_dim(name)
+        expected = list(shapes[TIED_HEAD_SOURCE if name == "head.weight" and plan.model.tied_head else name])
+        if dim is not None:
+            expected[dim] //= plan.tp
+        assert list(parameter.shape) == expected, (
+            f"{name} has shape {list(parameter.shape)} here, and parallel/sharding/plan.py says {expected} (split "
+            f"dimension {dim}, tp={plan.tp}); its layer or its row is wrong"
+        )
+        parameter.partition_dim = dim
+        parameter.tensor_model_parallel = dim is not None
+
+
+def sum_replicated_gradients(model: Transformer, groups: Groups, plan: ShardingPlan, num_micro_batches: int) -> None:
+    """Sum partial gradients over tensor-parallel ranks once a step; call once parameters are final.
+
+    `ShardingPlan.has_partial_gradient` says which parameters need it.
+    """
+    for name, parameter in named_parameters(model):
+        if plan.has_partial_gradient(name):
             parameter.register_hook(_SumOncePerStep(groups.tensor, num_micro_batches))
 
 
@@ -153,35 +146,29 @@ def _split_embedding(embedding: Embedding, groups: Groups, sequence_parallel: bo
         embedding.register_forward_hook(lambda module, inputs, x_TBD: scatter(x_TBD))
 
 
-def _split_block(block: Block, groups: Groups, sequence_parallel: bool, replicate_fused_ffn: bool) -> dict[int, int]:
-    """Shards one block and returns the split dimension of each split parameter by its id."""
-    attention, ffn, split = block.attention, block.ffn, {}
-
-    def replace(parent: nn.Module, name: str, layer: nn.Module, dim: int) -> None:
-        _move_normalization(getattr(parent, name), layer, dim, groups)
-        setattr(parent, name, layer)
-        split.update({id(parameter): dim for parameter in layer.parameters() if parameter.dim() == 2})
-        split.update({id(p): 0 for n, p in layer.named_parameters() if n.endswith("gain") and dim == 0})
-
-    column = partial(megatron.column_parallel, groups=groups, sequence_parallel=sequence_parallel)
-    row = partial(megatron.row_parallel, groups=groups, sequence_parallel=sequence_parallel, input_is_parallel=True)
-    replace(attention, "query_key_value", column(attention.query_key_value), 0)
-    replace(attention, "output", row(attention.output), 1)
-    if ffn.fused is None:
-        replace(ffn, "up", column(ffn.up), 0)
-        replace(ffn, "down", row(ffn.down), 1)
-    elif not replicate_fused_ffn:
-        replace(ffn, "fused", row(ffn.fused, input_is_parallel=sequence_parallel), 1)
-        if sequence_parallel:
-            exchange = partial(features_for_positions, group=name_of(groups.tensor), ranks=groups.grid.tp)
-            ffn.fused.register_forward_pre_hook(lambda module, inputs: exchange(*inputs))
-    for name in HEAD_SHARDED:
-        parameter = getattr(attention, name)
-        if parameter is not None:
-            local = nn.Parameter(torch.empty_like(parameter.chunk(groups.grid.tp)[0]))
-            setattr(attention, name, local)
-            split[id(local)] = 0
-    return split
+def _split_block(name: str, block: Block, groups: Groups, plan: ShardingPlan) -> None:
+    """Replace a block's linear layers and per-head vectors by this rank's shards."""
+    linears = [(path, module) for path, module in block.named_modules() if isinstance(module, Linear)]
+    for path, linear in linears:
+        dim = plan.split_dim(f"{name}.{path}.weight")
+        if dim is None:
+            continue
+        layer: nn.Module
+        if dim == 0:
+            layer = megatron.column_parallel(linear, groups, plan.sequence_parallel)
+        else:
+            # A fused FFN's input has all features. Under sequence parallelism an exchange gives each rank its own.
+            takes_features = path != "ffn.fused" or plan.sequence_parallel
+            layer = megatron.row_parallel(linear, groups, plan.sequence_parallel, input_is_parallel=takes_features)
+        _move_normalization(linear, layer, dim, groups)
+        parent, _, attribute = path.rpartition(".")
+        setattr(block.get_submodule(parent), attribute, layer)
+        if path == "ffn.fused" and plan.sequence_parallel:
+            exchange = partial(features_for_positions, group=name_of(groups.tensor), ranks=plan.tp)
+            layer.register_forward_pre_hook(lambda module, inputs, exchange=exchange: exchange(*inputs))
+    for attribute, parameter in list(block.attention.named_parameters(recurse=False)):
+        if plan.split_dim(f"{name}.attention.{attribute}") == 0:
+            setattr(block.attention, attribute, nn.Parameter(torch.empty_like(parameter.chunk(plan.tp)[0])))
 
 
 def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups) -> None:

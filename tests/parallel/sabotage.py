@@ -46,8 +46,8 @@ def split_parameters_not_marked() -> Any:
 
     real = stage.mark_split
 
-    def mark(model: Any, split: dict[str, int]) -> None:
-        real(model, split)
+    def mark(model: Any, *args: Any) -> None:
+        real(model, *args)
         for parameter in model.parameters():
             parameter.tensor_model_parallel = False
 
@@ -175,12 +175,14 @@ def diagonal_of_the_first_columns() -> Any:
 
 def diagonal_taken_for_whole() -> Any:
     """Each rank keeps the gradient of beta from its own columns."""
-    from parallel.config import sees_part
+    from parallel.sharding.plan import ShardingPlan
 
-    def sees(name: str, *args: Any) -> bool:
-        return sees_part(name, *args) and not name.endswith("ffn.beta")
+    real = ShardingPlan.has_partial_gradient
 
-    return mock.patch("parallel.sharding.tensor.sees_part", sees)
+    def has_partial_gradient(self: Any, name: str) -> bool:
+        return real(self, name) and not name.endswith("ffn.beta")
+
+    return mock.patch.object(ShardingPlan, "has_partial_gradient", has_partial_gradient)
 
 
 def features_of_other_ranks() -> Any:
