@@ -1,9 +1,9 @@
-"""Parallelism applied from outside: which rank holds what, and how shards become one model again."""
+"""Parallelism, applied to a model from outside: which rank holds what, and how the shards train as one model."""
 
 import os
 import sys
 
-# `python -m parallel.compare` looks in the working directory first, and so does a worker ("-c"). If this package lies
-# elsewhere, so do its neighbours: a folder of the user's named `data` or `model` must not hide them.
+# `python -m parallel.compare` searches the working directory first, and so does a worker ("-c"). If this package lies
+# elsewhere, so do its neighbours, and a user's folder named `data` or `model` must not hide them.
 if sys.argv[:1] in (["-m"], ["-c"]) and sys.path[0] in ("", os.getcwd()) and not os.path.exists("parallel/__init__.py"):
     sys.path.append(sys.path.pop(0))

@@ -1,4 +1,4 @@
-"""Shares one rank's outcome with all, so that none waits for a rank that has given up."""
+"""Share one rank's result or error with all ranks, so that none waits for a rank that has failed."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
-"""The door of `python -m parallel.compare`; the comparison itself needs configurations and lies in train/compare/.
+"""The command `python -m parallel.compare`; the comparison needs configurations, so its code is in train/compare/.
 
-This is the only file of `parallel/` that imports anything of `train/`.
+No other file of `parallel/` imports anything of `train/`.
 """
 
 from data.command_line import run_command

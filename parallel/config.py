@@ -1,4 +1,4 @@
-"""How a model is laid out over ranks."""
+"""Configuration of how a model is laid out over ranks, and the faults that a layout can have."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,28 +6,30 @@ from typing import Literal
 from model.config import ModelConfig, explained
 
 VOCAB_MULTIPLE = 128
-"""Rows of each rank's vocabulary shard come in multiples of this, since matrix products are fastest so."""
+"""Rows of each rank's vocabulary shard are a multiple of this, which makes matrix products fastest."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary rounded up so that every tensor-parallel rank holds a multiple of 128 rows."""
+    """Round the vocabulary up so that every tensor-parallel rank holds a multiple of 128 rows."""
     multiple = VOCAB_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the parallel axes; the data-parallel size is what remains of the world."""
+    """Sizes of the parallel axes. The data-parallel size is the world size divided by the others."""
 
     tensor_parallel_size: int = explained(1, "Ranks that share each layer, split by heads; keep it within one node.")
     pipeline_parallel_size: int = explained(1, "Stages that share the layers; each holds a contiguous range of them.")
     context_parallel_size: int = explained(
         1,
-        "Ranks that share each sequence by positions, for long contexts: attention exchanges positions for heads "
-        "(Ulysses), so tp * cp must divide the heads.",
+        "Ranks that share each sequence by positions, for long contexts. Attention exchanges positions for heads "
+        "(Ulysses), so tp * cp must divide the number of heads.",
     )
     sequence_parallel: bool = explained(
-        False, "Split activations between the tensor-parallel regions by position: 1/tp of their memory, same traffic."
+        False,
+        "Split activations between tensor-parallel regions by position. They take 1/tp of the memory; traffic stays "
+        "the same.",
     )
     zero_stage: Literal[1, 2, 3] = explained(
         1,
@@ -37,38 +39,41 @@ class ParallelConfig:
 
     fused_ffn: Literal["auto", "replicated", "split"] = explained(
         "auto",
-        "Under sequence parallelism a fused FFN is 'replicated' (no activation traffic, tp times the memory) or "
-        "'split' over tensor-parallel ranks; 'auto' takes what moves fewer bytes. Without it, always split.",
+        "How sequence parallelism holds a fused FFN: 'replicated' (no activation traffic, tp times the memory) or "
+        "'split' over tensor-parallel ranks. 'auto' takes the one that moves fewer bytes. Without sequence "
+        "parallelism it is always split.",
     )
     replica_check_interval: int = explained(
         0,
-        "Steps between checks that copies of a parameter on several ranks are still identical to the last bit; 0 for "
-        "none.",
+        "Steps between checks that copies of a parameter on several ranks are bit-identical; 0 for no checks.",
     )
 
     @property
     def ranks_per_batch(self) -> int:
-        """Ranks that work on the same sequences."""
+        """The number of ranks that work on the same sequences."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     def passes_stay_local(self, data_parallel_size: int, per_head: bool) -> bool:
-        """Whether no rank needs another between the start of a forward pass and the end of its backward pass.
+        """Return whether forward and backward passes run without any communication between ranks.
 
         Args:
+            data_parallel_size: ranks that hold other sequences.
             per_head: whether the regularizer averages entropies over data-parallel ranks.
         """
         sizes = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
         return max(sizes) == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
 
     def replicates_fused_ffn(self, hidden_size: int, tokens_per_step: int) -> bool:
-        """Whether every tensor-parallel rank keeps a fused FFN whole.
+        """Return whether every tensor-parallel rank keeps a fused FFN whole.
 
-        A whole matrix costs an all-reduce of its gradient a step, 2 (tp-1)/tp D^2 elements a rank. A split one costs a
-        reduce-scatter and an all-to-all of activations forward and their like backward, 2 (tp-1)/tp (1 + 1/tp) D
-        elements a token.
+        'auto' takes the form that sends fewer elements a rank and step, for width D and t tokens:
+
+            whole    2 (tp-1)/tp D^2             one all-reduce of the gradient
+            split    2 (tp-1)/tp (1 + 1/tp) D t  a reduce-scatter and an all-to-all of activations, forward and backward
 
         Args:
-            tokens_per_step: of one replica, over all its micro-batches.
+            hidden_size: D.
+            tokens_per_step: t, tokens of one replica over all its micro-batches.
         """
         if not self.sequence_parallel or self.fused_ffn == "split":
             return False
@@ -76,7 +81,7 @@ class ParallelConfig:
         return cheaper or self.fused_ffn == "replicated"
 
     def faults(self, model: ModelConfig) -> list[str]:
-        """Every reason why `model` cannot be laid out so, each with the numbers and the remedy."""
+        """Return every reason why `model` cannot be laid out this way, each with its numbers and its remedy."""
         faults = [
             f"parallel.{name} = {getattr(self, name)} must be at least {least}"
             for name, least in (
@@ -90,7 +95,7 @@ class ParallelConfig:
         return faults or [*self._size_faults(model), *self._combination_faults(model)]
 
     def _size_faults(self, model: ModelConfig) -> list[str]:
-        """What the axes do not divide."""
+        """Return sizes that the axes do not divide."""
         tp, pp, cp = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
         faults = []
         if model.num_attention_heads % tp:
@@ -132,7 +137,7 @@ class ParallelConfig:
         return faults
 
     def _combination_faults(self, model: ModelConfig) -> list[str]:
-        """What cannot be had together."""
+        """Return options that exclude each other."""
         faults = []
         if self.zero_stage > 1 and self.pipeline_parallel_size > 1:
             faults.append(

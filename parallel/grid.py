@@ -1,7 +1,8 @@
-"""The rank grid, written once: `arange(world).reshape(pp, dp, cp, tp)`.
+"""The rank grid: `arange(world).reshape(pp, dp, cp, tp)`, written here and nowhere else.
 
-Tensor-parallel neighbours are consecutive ranks (one node), then context parallel, then data parallel, then pipeline
-stages: Megatron's order. For 8 ranks with tp=2, pp=2, dp=2 and for 8 ranks with tp=2, cp=2, dp=2:
+Tensor-parallel neighbours are consecutive ranks, which share a node. Context-parallel ranks come next, then
+data-parallel ranks, then pipeline stages. This is Megatron's order. Two grids of 8 ranks, with tp=2, pp=2, dp=2 and
+with tp=2, cp=2, dp=2:
 
     rank                0 1 2 3 4 5 6 7        0 1 2 3 4 5 6 7
     pipeline stage      0 0 0 0 1 1 1 1        0 0 0 0 0 0 0 0
@@ -9,8 +10,8 @@ stages: Megatron's order. For 8 ranks with tp=2, pp=2, dp=2 and for 8 ranks with
     context rank        0 0 0 0 0 0 0 0        0 0 1 1 0 0 1 1
     tensor rank         0 1 0 1 0 1 0 1        0 1 0 1 0 1 0 1
 
-Context-parallel ranks hold the same weights as data-parallel ranks do, and other tokens. To the engine, which averages
-gradients and shards optimizer state, the two axes are one: the dp x cp replicas.
+Context-parallel ranks, like data-parallel ranks, hold the same weights and different tokens. The engine treats the two
+axes as one: it averages gradients and shards optimizer state over the dp x cp replicas.
 """
 
 import itertools
@@ -65,12 +66,12 @@ class RankGrid:
 
     @property
     def replicas(self) -> int:
-        """Ranks with the same weights and other tokens: what gradients are averaged over and ZeRO shards over."""
+        """The number of ranks with the same weights and different tokens; gradients are averaged over them."""
         return self.dp * self.cp
 
     @property
     def replica(self) -> int:
-        """This rank's place among its replicas."""
+        """This rank's index among its replicas."""
         return self.dp_rank * self.cp + self.cp_rank
 
     @property
@@ -82,22 +83,22 @@ class RankGrid:
         return self.stage == self.pp - 1
 
     def layers(self, num_layers: int) -> range:
-        """The layers of this rank's stage; the first stages take one more where pp does not divide."""
+        """Return the layers of this rank's stage (see `stage_layers`)."""
         return stage_layers(num_layers, self.pp)[self.stage]
 
     def heads(self, num_heads: int) -> range:
-        """The heads whose attention this rank computes: tp divides them, and cp what tp leaves."""
+        """Return the heads whose attention this rank computes; tp and cp divide them."""
         held = num_heads // (self.tp * self.cp)
         first = (self.tp_rank * self.cp + self.cp_rank) * held
         return range(first, first + held)
 
     def positions(self, seq_length: int) -> range:
-        """The positions of each sequence that this rank holds outside attention."""
+        """Return the positions of each sequence that this rank holds outside attention."""
         held = seq_length // self.cp
         return range(self.cp_rank * held, (self.cp_rank + 1) * held)
 
     def table(self, num_layers: int) -> str:
-        """A line for each rank: its coordinates and layers."""
+        """Return a table with a line for each rank: its coordinates and layers."""
         lines = ["rank  stage  data  context  tensor  layers"]
         for rank in range(self.world_size):
             place = replace(self, rank=rank)
@@ -110,7 +111,10 @@ class RankGrid:
 
 
 def stage_layers(num_layers: int, pp: int) -> list[range]:
-    """Contiguous layer ranges of the stages, sizes differing by at most one: 7 layers on 3 stages give 3, 2, 2."""
+    """Divide the layers into contiguous ranges, one a stage; the first stages take one more where pp does not divide.
+
+    7 layers on 3 stages give 3, 2 and 2.
+    """
     assert 1 <= pp <= num_layers, (pp, num_layers)
     bounds = np.cumsum([0] + [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)])
     return [range(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]

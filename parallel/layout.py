@@ -1,4 +1,4 @@
-"""A layout as one word of a command line, `tp=2:pp=2:sp=1:acc=4`."""
+"""A layout as one command-line argument: `tp=2:pp=2:sp=1:acc=4`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes and what else may change without changing the result; acc None means the configuration's."""
+    """Sizes of the axes and other settings that do not change the result; acc=None keeps the configuration's."""
 
     tp: int = 1
     pp: int = 1
@@ -40,10 +40,10 @@ class Layout:
 
 
 def parse_layout(text: str) -> Layout:
-    """'tp=2:sp=1' -> Layout(tp=2, sp=1).
+    """Parse a layout: 'tp=2:sp=1' -> Layout(tp=2, sp=1).
 
     Raises:
-        ValueError: an unknown key or a value that it cannot have; one line a fault.
+        ValueError: a key is unknown or repeated, or a value is not allowed; one line a fault.
     """
     values: dict[str, Any] = {}
     faults = []
@@ -64,7 +64,7 @@ def parse_layout(text: str) -> Layout:
 
 
 def _value_fault(key: str, value: str) -> str | None:
-    """What the value should be, or None if it is."""
+    """Describe the values that are allowed; return None if this one is."""
     choices = {"recompute": RECOMPUTE, "sp": ("0", "1"), "zero": ("1", "2", "3")}
     if key in choices:
         return None if value in choices[key] else "one of " + ", ".join(choices[key])

@@ -1,7 +1,7 @@
-"""Runs a function on several ranks of this machine, each a process of its own.
+"""Run a function on several ranks of this machine, each in its own process.
 
-On a CPU a fork server imports the heavy libraries once and every rank is forked from it in milliseconds. With GPUs each
-rank is spawned afresh, since a process that has touched CUDA cannot be forked.
+On a CPU a fork server imports the heavy libraries once, and each rank is forked from it in milliseconds. With GPUs each
+rank is spawned, since a process that has used CUDA cannot be forked.
 """
 
 import multiprocessing
@@ -23,16 +23,21 @@ GRACE_AFTER_FAILURE_S = 5.0
 
 
 class RankError(AssertionError):
-    """A rank failed or did not end in time; the message holds its traceback."""
+    """A rank failed or did not end in time; the message contains its traceback."""
 
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, use_gpu: bool = False, time_limit_s: float = 300.0
 ) -> list[Any]:
-    """`[function(*args) on rank 0, on rank 1, ...]`, each with RANK, WORLD_SIZE, MASTER_PORT and the like set.
+    """Run a function on every rank and return the results in the order of ranks.
 
     Args:
-        function: importable by name from the started processes; what it returns is saved with torch.save.
+        function: importable by name from the started processes. Its result is passed back with torch.save. RANK,
+            WORLD_SIZE, MASTER_PORT and the other variables of a launcher are set when it runs.
+        world_size: number of ranks.
+        args: of the function.
+        use_gpu: whether the ranks use GPUs.
+        time_limit_s: until ranks that still run are killed.
 
     Raises:
         RankError: a rank failed, died, or was still running after `time_limit_s`.
@@ -52,7 +57,7 @@ def run_ranks(
 def start_ranks(
     function: Callable[..., Any], world_size: int, folder: str, *args: Any, use_gpu: bool = False
 ) -> list[Any]:
-    """The started processes of the ranks, which leave their answers in `folder`."""
+    """Start the ranks' processes, which write their results to `folder`, and return them."""
     context: Any = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
     if not use_gpu:
         context.set_forkserver_preload([PRELOADED])
@@ -67,7 +72,7 @@ def start_ranks(
 
 
 def _wait(processes: list[Any], time_limit_s: float) -> None:
-    """Until all ranks have ended; a rank that failed leaves the others waiting for it, so they get a little longer."""
+    """Wait until all ranks have ended; after a failure the others, which may wait for that rank, get a few seconds."""
     end = time.monotonic() + time_limit_s
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         if any(process.exitcode for process in processes):
@@ -106,8 +111,8 @@ def _rank_main(
         result = (False, f"rank {rank}: {traceback.format_exc()}")
     partial = Path(folder, f"{rank}.partial")
     torch.save(result, partial)
-    partial.rename(Path(folder, str(rank)))  # an answer is there whole or not at all
+    partial.rename(Path(folder, str(rank)))  # so that a result is never read half-written
     if not result[0]:
-        os._exit(1)  # without the collectives of an orderly end, in which the others might hang
+        os._exit(1)  # skips the collectives of an orderly exit, in which the others might hang
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Parameter names in error messages and tables."""
+"""How error messages and tables show parameter names."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ MOST_NAMES = 12
 
 
 def listed(names: list[str]) -> str:
-    """Names with layers joined: 'layers.{0,1,2}.ffn.alpha, head.weight (2 parameters more)'."""
+    """Join names, with a parameter's layers together: 'layers.{0,1,2}.ffn.alpha, head.weight and 2 kinds more'."""
     layers: dict[str, list[str]] = defaultdict(list)
     for name in names:
         match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
@@ -22,13 +22,13 @@ def listed(names: list[str]) -> str:
 
 
 def by_layer(name: str) -> tuple[str, str, int]:
-    """Sorts by kind and layer, what belongs to no layer first."""
+    """Return a key that sorts by kind, then layer; parameters outside layers come first."""
     match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
     return ("layers", match[2], int(match[1])) if match else ("", name, 0)
 
 
 def kind_of(name: str) -> str:
-    """A parameter's name in any layer: 'layers.3.ffn.alpha' -> 'layers.*.ffn.alpha'."""
+    """Return a parameter's name without its layer: 'layers.3.ffn.alpha' -> 'layers.*.ffn.alpha'."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 

@@ -1,1 +1,1 @@
-"""Counting ahead what a layout costs (memory, traffic), and counting while it runs."""
+"""Memory and traffic of a layout: predicted from formulas, and counted while it runs."""

@@ -1,7 +1,7 @@
-"""What a rank holds, by counting: parameters, and bytes of training state, kept activations and the peak around them.
+"""Predict what a rank holds: parameters, bytes of training state and kept activations, and the peak of a step.
 
-Counts are those of bf16 training on GPUs with compiled blocks. The terms were read off tensors kept for the backward
-pass on one GPU; what ZeRO 2 and 3 hold follows DeepSpeed's design.
+The formulas describe bf16 training on GPUs with compiled blocks. Their terms come from the tensors that were kept for
+the backward pass on one GPU. What ZeRO 2 and 3 hold follows DeepSpeed's design.
 
 Symbols: t tokens of a micro-batch on this rank, D model width, F FFN width, N heads.
 """
@@ -24,7 +24,15 @@ BACKWARD_WIDTHS = 6  # gradients of width D a token, alive while one block runs 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, how it is laid out, and what a step feeds it."""
+    """A model, its layout, and the batches of a step.
+
+    Attributes:
+        grid: with this rank's place in it.
+        vocab_size: without padding.
+        recompute: activation recomputation: none, selective or full.
+        per_head: whether the regularizer averages entropies over replicas.
+        cuda_graphs: whether passes are replayed as CUDA graphs wherever they can be.
+    """
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -34,11 +42,11 @@ class Workload:
     num_micro_batches: int
     recompute: str = "none"
     per_head: bool = False
-    cuda_graphs: bool = True  # wherever passes can be replayed
+    cuda_graphs: bool = True
 
     @property
     def tokens(self) -> int:
-        """t: tokens of one micro-batch on a rank."""
+        """t, the tokens of one micro-batch on a rank."""
         return self.micro_batch_size * self.model.seq_length // self.grid.cp
 
     @property
@@ -56,27 +64,41 @@ class Workload:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the fullest rank of one stage."""
+    """Bytes on the fullest rank of one stage.
 
-    parameters: int  # elements
+    Attributes:
+        parameters: elements, not bytes.
+        weights: in bf16.
+        gradients: accumulated over micro-batches.
+        optimizer: float32 masters and Adam's moments.
+        activations: of all micro-batches in flight.
+        loss: logits and gradients while the cross-entropy runs; 0 on all but the last stage.
+        backward: extra while one block runs backward.
+        waiting: activations of the other micro-batches in flight, after one has run backward.
+        micro_batch_gradients: of one micro-batch in bf16, until ZeRO-1 adds them to `gradients`.
+    """
+
+    parameters: int
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # of all micro-batches in flight
-    loss: int  # logits and gradients while the cross-entropy runs; the last stage has it
-    backward: int  # while one block runs backward
-    waiting: int  # of the other micro-batches in flight, when one has run backward
-    taken_up: int  # gradients of one micro-batch in bf16, which ZeRO-1 takes up when it has run backward
+    activations: int
+    loss: int
+    backward: int
+    waiting: int
+    micro_batch_gradients: int
 
     @property
     def peak(self) -> int:
-        begins, ends = self.activations + max(self.loss, self.backward), self.waiting + self.backward + self.taken_up
-        return self.weights + self.gradients + self.optimizer + max(begins, ends)
+        """Bytes at the fullest moment: at the start of a backward pass or at its end."""
+        start = self.activations + max(self.loss, self.backward)
+        end = self.waiting + self.backward + self.micro_batch_gradients
+        return self.weights + self.gradients + self.optimizer + max(start, end)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def held_parameters(work: Workload) -> dict[str, int]:
-    """Elements of each parameter that a rank of the grid's stage holds, by global name; ZeRO-3 is left out."""
+    """Return the elements of each parameter that a rank of the grid's stage holds, by global name, before ZeRO-3."""
     grid, model = work.grid, work.model
     layers = {str(layer) for layer in grid.layers(model.num_layers)}
     ends = {"embedding": grid.is_first_stage, "head": grid.is_last_stage}
@@ -97,13 +119,13 @@ def _whole_sizes(model: ModelConfig, padded_vocab_size: int) -> dict[str, int]:
 
 
 def replicated_elements(work: Workload) -> int:
-    """Elements of what every tensor-parallel rank holds but sees only in part: its gradient is summed once a step."""
+    """Return the elements of parameters whose gradients are summed over tensor-parallel ranks once a step."""
     plan = work.plan
     return sum(size for name, size in held_parameters(work).items() if plan.has_partial_gradient(name))
 
 
 def footprint(work: Workload) -> Footprint:
-    """What a rank of the grid's stage holds at the peak of a step."""
+    """Return what a rank of the grid's stage holds during a step."""
     grid, stage = work.grid, work.parallel.zero_stage
     parameters = sum(held_parameters(work).values())
     replicas = grid.replicas
@@ -122,26 +144,26 @@ def footprint(work: Workload) -> Footprint:
         loss=_loss_bytes(work) if grid.is_last_stage else 0,
         backward=rerun + BACKWARD_WIDTHS * _hidden_bytes(work),
         waiting=(in_flight - 1) * activations,
-        taken_up=ELEMENT_BYTES * parameters if stage == 1 else 0,
+        micro_batch_gradients=ELEMENT_BYTES * parameters if stage == 1 else 0,
     )
 
 
 def block_bytes(work: Workload, recompute: str) -> int:
-    """Bytes that one block keeps of one micro-batch for its backward pass."""
+    """Return the bytes that one block keeps of one micro-batch for its backward pass."""
     model, grid = work.model, work.grid
-    whole = 1 / grid.tp if work.parallel.sequence_parallel else 1.0  # of widths that only sequence parallelism splits
+    whole = 1 / grid.tp if work.parallel.sequence_parallel else 1.0  # share of what only sequence parallelism splits
     split = 1 / grid.tp
     if recompute == "full":
         return round(whole * work.tokens * model.hidden_size * ELEMENT_BYTES)
     widths = 2 * whole + 3 * split  # the block's input, the FFN's, and query, key and value
     if model.norm == "layernorm":
-        widths += 2 * whole  # what the norms give
+        widths += 2 * whole  # the norms' outputs
     ffn = (model.ffn_hidden_size or 4 * model.hidden_size) / model.hidden_size
     if not model.fused_ffn:
         widths += ffn * split  # the first matrix's output
     elif not work.replicates_fused_ffn:
-        widths += split - whole  # its columns of what it multiplies, not the whole
-    formed = 0  # the matrix that is multiplied by, where it is not the weight itself
+        widths += split - whole  # it keeps its own columns of the input only
+    formed = 0  # the matrix of the product, if it is not the weight itself
     if model.ffn_holds_residual or (model.scaled_ffn and (model.fused_ffn or recompute == "none")):
         whole_fused = model.fused_ffn and work.replicates_fused_ffn
         rows = model.hidden_size if model.fused_ffn else ffn * model.hidden_size
@@ -150,12 +172,12 @@ def block_bytes(work: Workload, recompute: str) -> int:
     if recompute == "none":
         widths += (1 + (grid.cp > 1)) * split  # attention's output, exchanged under context parallelism
         widths += ffn * split if model.activation == "gelu" else 0
-        statistics = 8 * work.tokens * model.num_attention_heads // grid.tp  # entropy and logarithm of each row's sum
+        statistics = 8 * work.tokens * model.num_attention_heads // grid.tp  # each row's entropy and log-sum-exp
     return round(widths * work.tokens * model.hidden_size * ELEMENT_BYTES) + formed + statistics
 
 
 def _penalty_bytes(work: Workload) -> int:
-    """Entropies of a layer once more, float32, and which of them are beyond the margin."""
+    """Return the bytes that the penalty keeps of a layer: float32 entropies, and a mask of those beyond the margin."""
     each = 4 + (1 if work.model.regularized and not work.per_head else 0)
     return each * work.tokens * work.model.num_attention_heads // work.grid.tp
 
@@ -165,9 +187,9 @@ def _hidden_bytes(work: Workload) -> int:
 
 
 def _loss_bytes(work: Workload) -> int:
-    """Gradients of hidden states and head, and one chunk's logits."""
+    """Return the bytes of the gradients of hidden states and head, and of one chunk's logits."""
     rows = work.padded_vocab_size // work.grid.tp
     chunks = -(-work.tokens // max(1, CHUNK_BYTES // (ELEMENT_BYTES * rows)))
     logits = -(-work.tokens // chunks) * rows * ELEMENT_BYTES
-    entered = work.grid.tp > 1 and work.parallel.sequence_parallel  # gathered positions
-    return round((1 + entered) * _hidden_bytes(work) + 4 * rows * work.model.hidden_size + LOGITS_AT_ONCE * logits)
+    gathered = work.grid.tp > 1 and work.parallel.sequence_parallel  # the head's input, all positions
+    return round((1 + gathered) * _hidden_bytes(work) + 4 * rows * work.model.hidden_size + LOGITS_AT_ONCE * logits)

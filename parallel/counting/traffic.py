@@ -1,11 +1,14 @@
-"""Counts what collectives move, by the axis of the grid whose group they run over.
+"""Count the bytes that collectives send, by the axis of the grid whose group they run over.
 
     with TrafficCounter(groups) as traffic:
         engine.train_step(...)
     traffic.bytes["tensor"]
 
-Bytes are those that one rank sends under ring algorithms, of n ranks and a tensor of s bytes: all-reduce 2 s (n-1)/n,
-reduce-scatter and all-to-all s (n-1)/n, all-gather (result s) s (n-1)/n, broadcast and point to point s.
+Bytes are those that one rank sends under ring algorithms, for n ranks and a tensor of s bytes:
+
+    all-reduce                                           2 s (n-1)/n
+    reduce-scatter, all-to-all, all-gather (result s)      s (n-1)/n
+    broadcast, point to point                              s
 """
 
 from collections import Counter
@@ -29,9 +32,9 @@ COPIES = ("broadcast_", "send")
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Collects `bytes` and `calls` of this rank by axis; a group that is no axis of the grid counts as 'other'.
+    """Counts this rank's `bytes` and `calls` by axis; a group that is no axis of the grid counts as 'other'.
 
-    `batch` is used by the averaged entropies alone.
+    Only the averaged entropies run over `batch`.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -40,11 +43,11 @@ class TrafficCounter(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         held = {axis: group for axis in AXES if (group := getattr(groups, axis)) is not None}
         self._axis = {group.group_name: axis for axis, group in held.items()}
-        # DeepSpeed's pipeline makes groups of its own; `batch` is left out, so that it means entropies alone.
+        # DeepSpeed's pipeline makes its own groups, known by their ranks. `batch` is left out: only entropies use it.
         self._by_ranks = {_ranks(group): axis for axis, group in held.items() if axis != "batch"}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator.namespace == NAMESPACE:  # what it calls is seen by this mode only if that is entered anew
+        if operator.namespace == NAMESPACE:  # entered again, or the collectives inside would not be counted
             with self:
                 return IMPLEMENTATIONS[operator._schema.name](*args, **(kwargs or {}))
         if operator.namespace == "c10d":
@@ -62,8 +65,8 @@ class TrafficCounter(TorchDispatchMode):
             **dict.fromkeys(COPIES, 1.0),
         }.get(name)
         if share is None:
-            return  # barriers, receptions
-        # The first two arguments are results and inputs: of gathers the results are the larger, of scatters the inputs.
+            return  # barriers, receives
+        # The first two arguments are outputs and inputs. Gathers have larger outputs, scatters larger inputs.
         size = max(_size_bytes(arg) for arg in args[:2])
         axis = "pipeline" if name == "send" else self._axis.get(group.group_name)
         axis = axis or self._by_ranks.get(_ranks(group), "other")

@@ -1,19 +1,19 @@
-"""Bytes that one rank sends in a step on each axis, by counting; `parallel.counting.traffic` counts the same while
-running.
+"""Predict the bytes that one rank sends in a step on each axis; `parallel.counting.traffic` counts them while running.
 
-Under ring algorithms over n ranks and a tensor of s bytes: all-reduce 2 s (n-1)/n; reduce-scatter, all-gather and
-all-to-all s (n-1)/n; point to point s. With A the bytes of all hidden states of a micro-batch, and every factor times
-(tp-1)/tp, a block moves over tensor-parallel ranks
+Bytes are those of ring algorithms, for n ranks and a tensor of s bytes: all-reduce 2 s (n-1)/n; reduce-scatter,
+all-gather and all-to-all s (n-1)/n; point to point s.
+
+Let A be the bytes of a micro-batch's hidden states. A block then sends over tensor-parallel ranks, times (tp-1)/tp:
 
     attention                       4 A: an all-reduce forward, one backward
-      with sequence parallelism     5 A: gather and scatter forward, their like backward, inputs gathered again for
-      weights
+      with sequence parallelism     5 A: a gather and a scatter forward, both again backward, and the inputs gathered
+                                    once more for the weights' gradients
     FFN of two matrices             as attention
     fused FFN, columns split        3 A: an all-reduce forward, a gather backward
-      with sequence parallelism     2 A (1 + 1/tp): an exchange and a scatter forward, their like backward
-      replicated                    0, and its gradient summed once a step
+      with sequence parallelism     2 A (1 + 1/tp): an exchange and a scatter forward, both again backward
+      replicated                    0; its gradient is summed once a step
 
-Left out: what weight and spectral normalization sum over the columns of a split matrix, some D numbers a layer.
+Not counted: the sums of weight and spectral normalization over a split matrix's columns, about D numbers a layer.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from parallel.counting.footprint import Workload, held_parameters, replicated_el
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes sent in a step."""
+    """Bytes that one rank sends in a step, by axis; `entropy` is the average of entropies over data-parallel ranks."""
 
     tensor: float = 0.0
     context: float = 0.0
@@ -38,11 +38,11 @@ class Volume:
 
 
 def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
-    """What a rank of the grid's stage sends.
+    """Return what a rank of the grid's stage sends in a step.
 
     Args:
         element_bytes: of weights and activations.
-        gradient_bytes: of the gradients that replicas average.
+        gradient_bytes: of the gradients averaged over replicas.
     """
     grid, model, micro_batches = work.grid, work.model, work.num_micro_batches
     hidden = work.tokens * model.hidden_size * element_bytes
@@ -66,10 +66,14 @@ def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
 
 
 def block_volume(work: Workload, hidden: float) -> float:
-    """Bytes that one block sends over tensor-parallel ranks for one micro-batch, `hidden` bytes of activations."""
+    """Return the bytes that one block sends over tensor-parallel ranks for one micro-batch.
+
+    Args:
+        hidden: bytes of one micro-batch's hidden states.
+    """
     tp, sequence_parallel, again = work.grid.tp, work.parallel.sequence_parallel, work.recompute == "full"
     two_matrices = 5 if sequence_parallel else 4
-    # what is repeated where the block is recomputed: until all is there that was kept, before the FFN's last sum
+    # Recomputation repeats the forward exchanges up to the last kept activation, which is before the FFN's last sum.
     forward = 2
     ffn: float
     ffn_forward: float
@@ -85,7 +89,7 @@ def block_volume(work: Workload, hidden: float) -> float:
 
 
 def _ends(work: Workload, hidden: float) -> float:
-    """Embedding and head, of the stages that have them, for one micro-batch."""
+    """Return the bytes that embedding and head send for one micro-batch, on the stages that have them."""
     grid, sequence_parallel = work.grid, work.parallel.sequence_parallel
     total = 0.0
     if grid.is_first_stage:
@@ -96,11 +100,12 @@ def _ends(work: Workload, hidden: float) -> float:
 
 
 def _data_bytes(work: Workload, element_bytes: int, gradient_bytes: int) -> int:
-    """Bytes a parameter, times (n-1)/n, that replicas exchange in a step.
+    """Return the bytes per parameter, before the factor (n-1)/n, that replicas exchange in a step.
 
-    ZeRO-1 and 2 all-reduce gradients, 2 each micro-batch, and gather weights; in bf16 ZeRO-1 scatters gradients, which
-    it sums in a wider type. ZeRO-3 scatters gradients and gathers weights for each forward and each backward pass, at
-    most: it keeps what it soon needs again.
+    ZeRO-1 all-reduces gradients once a step; in bf16, where they are accumulated in a wider type, it reduce-scatters
+    them. ZeRO-2 all-reduces gradients after every micro-batch. Both gather weights once. ZeRO-3 reduce-scatters
+    gradients and gathers weights for each forward and each backward pass. For ZeRO-3 this is an upper bound, since it
+    keeps weights that it needs again soon.
     """
     micro_batches = work.num_micro_batches
     scattered = gradient_bytes > element_bytes

@@ -1,1 +1,1 @@
-"""Training a stage: DeepSpeed's engine, the pipeline, compiled blocks, CUDA graphs, and what a step measures."""
+"""Training of one stage: the engine, the pipeline, compiled blocks, CUDA graphs, and what a step measures."""

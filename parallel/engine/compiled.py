@@ -1,10 +1,11 @@
-"""Compiles a stage's blocks and, in the first training pass, compares each with itself uncompiled.
+"""Compile a stage's blocks, and compare each with itself uncompiled in the first training pass.
 
-A compiler can lose a gradient without an error, and the loss of the first step is right all the same. So the first time
-that a block runs in training it runs four passes more, on the same input: forward and backward compiled and forward
-and backward uncompiled, with the same random gradient coming in. The gradients of its input and of each of its
-parameters must agree. That costs about one more micro-batch, once, and the memory of one block; it needs no
-communication of its own, holds under every layout, and comes before a CUDA graph is captured.
+A compiler can lose a gradient without an error, while the loss of the first step is still right. So the first time that
+a block trains, it runs forward and backward twice more on the same input, compiled and uncompiled, with the same random
+gradient of its output. The gradients of its input and of each parameter must agree.
+
+That costs about one micro-batch, once, and the memory of one block. It works under every layout, without communication
+of its own, and happens before a CUDA graph is captured.
 """
 
 import contextlib
@@ -23,10 +24,10 @@ from model.transformer import Block, Transformer
 BlockFunction = Callable[..., tuple[Tensor, Tensor]]
 
 LARGEST_ERROR = {torch.bfloat16: 0.1, torch.float32: 1e-2, torch.float64: 1e-6}
-"""Relative, of a gradient. Rounding differs by far less; a gradient that is lost or counted twice is off by 1."""
+"""Largest relative error of a gradient. Rounding stays far below; a lost or doubled gradient is off by 1."""
 RECOMPILE_LIMIT = 256
 GRADIENT_FLOOR = 1e-2
-"""Of the norm of all of a block's gradients: what is smaller is compared with this."""
+"""Share of the norm of all of a block's gradients; the error of a smaller gradient is taken relative to this."""
 
 
 NOT_COMPILED = (
@@ -36,35 +37,41 @@ NOT_COMPILED = (
 
 
 class BlockCompileError(RuntimeError):
-    """A block cannot be compiled as one graph; one line."""
+    """A block cannot be compiled as one graph; the message is one line."""
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far the gradients of a compiled block lie from those of the same block uncompiled."""
+    """The error of one gradient of a compiled block, relative to the uncompiled block's.
 
-    name: str  # of the parameter, or of the block's input
-    relative: float  # infinite where the compiled block gives none
+    Attributes:
+        name: of the parameter, or of the block's input.
+        relative: infinite if the compiled block gives no gradient.
+        allowed: the largest relative error that rounding may cause.
+    """
+
+    name: str
+    relative: float
     allowed: float
 
 
 class CompiledBlock:
-    """Takes the place of a block's `forward`.
+    """A block's compiled `forward`, which replaces its own.
 
     Args:
         layer: the block's number, for error messages.
-        verify: whether the first training pass is compared.
+        verify: whether to compare the first training pass with the uncompiled block.
     """
 
     def __init__(self, layer: str, block: Block, verify: bool) -> None:
         self.layer, self.block, self.eager = layer, block, block.forward
-        # A graph that breaks is an error: where it breaks, gradients may get lost.
+        # A graph break is an error, since gradients may be lost at it.
         self._compiled: BlockFunction = torch.compile(block.forward, fullgraph=True)
         self._is_due = verify
         self._names: list[str] = []
         self._errors: Tensor | None = None
         self.uncompiled_s = 0.0
-        """Time of the uncompiled passes."""
+        """Seconds that the uncompiled passes of the comparison took."""
 
     def __call__(self, x_TBD: Tensor, *document_start: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_due and self.block.training and torch.is_grad_enabled():
@@ -86,7 +93,7 @@ class CompiledBlock:
             raise
 
     def errors(self) -> list[BlockError]:
-        """What the comparison found; waits for the device. Empty before it."""
+        """Return the comparison's errors, none before it has run; waits for the device."""
         if self._errors is None:
             return []
         allowed = LARGEST_ERROR[next(self.block.parameters()).dtype]
@@ -110,24 +117,24 @@ class CompiledBlock:
 
 
 def compile_blocks(transformer: Transformer, verify: bool = False) -> None:
-    """Compiles each block by itself, as one graph; blocks are alike, so one compilation serves all.
+    """Compile each block by itself, as one graph; blocks are alike, so one compilation serves all.
 
-    Communication is in the graph as operators (`parallel.sharding.collectives`), ZeRO-3's hooks are around it
+    Communication is inside the graph, as operators (`parallel.sharding.collectives`). ZeRO-3's hooks stay outside
     (`parallel.engine.engine.gather_by_block`).
 
     Args:
-        verify: whether a block's first training pass is compared with itself uncompiled.
+        verify: whether to compare each block's first training pass with the uncompiled block.
     """
-    # Blocks with normalized weights compile one by one, shapes and modes too; beyond its limit Dynamo would give up.
+    # Blocks with normalized weights compile one by one, and again for each shape and mode. Dynamo gives up at a limit.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    # it warns that it cannot try out products whose bias is computed, which nobody asked it to
+    # Silences a warning that products with a computed bias cannot be autotuned; autotuning is off.
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     for layer, block in transformer.layers.items():
         block.forward = CompiledBlock(layer, block, verify)
 
 
 def compiled_blocks(transformer: Transformer) -> list[CompiledBlock]:
-    """The compiled blocks of a stage, none where it is not compiled."""
+    """Return a stage's compiled blocks, none if it is not compiled."""
     return [block.forward for block in transformer.layers.values() if isinstance(block.forward, CompiledBlock)]
 
 
@@ -141,7 +148,7 @@ def was_compiled(transformer: Transformer) -> bool:
 
 
 def _gradients(function: BlockFunction, inputs: dict[str, Tensor], *document_start: Tensor) -> dict[str, Any]:
-    """Gradients of a block's inputs by name, None where there is none, for random gradients of its outputs."""
+    """Return the gradients of a block's inputs by name for random gradients of its outputs; None if there is none."""
     outputs = [each for each in function(inputs["input"], *document_start) if each.requires_grad]
     if not outputs:
         return dict.fromkeys(inputs)
@@ -153,7 +160,7 @@ def _gradients(function: BlockFunction, inputs: dict[str, Tensor], *document_sta
 
 @contextlib.contextmanager
 def _own_parameters(block: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Puts parameters of their own, over the same memory, into a block: no gradient hook of the real ones runs."""
+    """Give a block other parameters over the same memory, so that no gradient hook of the real ones runs."""
     places = [(module, name) for module in block.modules() for name, p in module._parameters.items() if p is not None]
     real = [module._parameters[name] for module, name in places]
     try:
@@ -171,7 +178,7 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 def _distance(found: Tensor | None, expected: Tensor) -> Tensor:
-    """|found - expected|, infinite where nothing was found for a gradient that is not zero."""
+    """Return |found - expected|, or infinity if a gradient that is not zero was not found."""
     if found is None:
         return torch.where(_norm(expected) > 0, torch.inf, 0.0)
     exact = torch.promote_types(expected.dtype, torch.float32)

@@ -1,10 +1,9 @@
-"""A training pass through a stage as two CUDA graphs, forward and backward, so that the host launches two things where
-it launched some eight hundred.
+"""Replay a stage's training pass as two CUDA graphs, forward and backward.
 
-What a graph replays is kernels: no Python runs, addresses stay what they were, and results of the last replay are
-overwritten. So a pass is captured as a function of tensors alone, from a micro-batch to its loss and what it measured,
-and everything that changes from step to step stays outside: gradients are taken up, reduced and used by the engine as
-ever, rates and limits are the optimizer's.
+The host then launches two graphs instead of about eight hundred kernels. A replay runs kernels only: no Python runs,
+addresses stay the same, and each replay overwrites the last one's results. So a pass is captured as a function of
+tensors, from a micro-batch to its loss and its statistics. Whatever changes between steps stays outside: the engine
+accumulates and reduces gradients as usual, and the optimizer has learning rates and limits.
 """
 
 from collections.abc import Callable
@@ -18,11 +17,11 @@ Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., tuple[Tensor, 
 
 
 class CaptureError(RuntimeError):
-    """A training pass does something that a graph cannot hold; one clear line."""
+    """A training pass does something that a CUDA graph cannot hold; the message is one line."""
 
 
 class _TrainingPass(nn.Module):
-    """A stage's forward pass that returns tensors only: the loss, the entropies, and each scalar of `names`."""
+    """A stage's forward pass as a function of tensors: returns the loss, the entropies, and each scalar of `names`."""
 
     def __init__(self, stage: Stage, forward: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -31,25 +30,26 @@ class _TrainingPass(nn.Module):
         self.names: tuple[str, ...] = ()
 
     def forward(self, *micro_batch: Tensor) -> tuple[Tensor, ...]:
-        self.let_go()
+        self.release_graph()
         so_far, self.stage.statistics = self.stage.statistics, None
         self._loss = self._forward(*micro_batch)
         measured, self.stage.statistics = self.stage.take_statistics(), so_far
         self.names = tuple(measured.sums)
         return self._loss, measured.entropy_LN, *measured.sums.values()
 
-    def let_go(self) -> None:
-        """Ends the last pass's autograd graph, which whoever captured it holds on to: its gradient nodes would be those
-        of every later pass too, and belong to the stream that it was captured on.
+    def release_graph(self) -> None:
+        """Release the last pass's autograd graph, which the capturing code keeps alive.
+
+        Later passes would otherwise share its gradient nodes, which belong to the capture's stream.
         """
         if self._loss is not None:
             self._loss.detach_()
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
-    """A CaptureError in place of what a refused capture raises; anything else as it is."""
+    """Return a CaptureError for a refused capture, and any other error unchanged."""
     ended = isinstance(error.__context__, RuntimeError) and "during capture" in str(error)
-    cause = error.__context__ if ended else error  # how a capture ended hides what ended it
+    cause = error.__context__ if ended else error  # the error of the ended capture hides what ended it
     assert isinstance(cause, RuntimeError)
     if isinstance(cause, torch.OutOfMemoryError) or "captur" not in f"{cause} {error}":
         return cause
@@ -60,13 +60,17 @@ def _explained(error: RuntimeError) -> RuntimeError:
 
 
 def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_graphed_callables) -> None:
-    """Lets `stage` capture its first training pass and replay it for every further one; evaluation runs as before.
+    """Make `stage` capture its first training pass and replay it from then on; evaluation runs as before.
 
-    Micro-batches of other shapes are captured once more. A pass must have run backward before the next runs forward,
-    and must not communicate.
+    Each shape of micro-batches is captured once. A pass must run backward before the next one runs forward, and must
+    not communicate.
 
-    Raises, from the pass that is captured:
-        CaptureError: it waits for the device, for instance.
+    Args:
+        stage: on a GPU.
+        capture: takes a module and example inputs, and returns a callable that replays it.
+
+    Raises (from the pass that is captured):
+        CaptureError: the pass cannot be captured, for example because it waits for the device.
     """
     eager = stage.forward
     captured: dict[tuple[torch.Size, ...], tuple[_TrainingPass, Callable[..., tuple[Tensor, ...]]]] = {}
@@ -82,7 +86,7 @@ def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_grap
                 captured[shapes] = one, capture(one, static)
             except RuntimeError as error:
                 raise _explained(error) from None
-            one.let_go()
+            one.release_graph()
         one, replay = captured[shapes]
         loss, *measured = replay(*micro_batch)
         entropy_LN, *scalars = (each.detach().clone() for each in measured)

@@ -1,5 +1,6 @@
-"""The configuration handed to DeepSpeed, which ignores top-level keys that it does not know and raises pydantic's
-errors for those below: both become one line here.
+"""Check the user's `deepspeed` section, so that a wrong key or value gives one clear error line.
+
+DeepSpeed ignores unknown top-level keys, and reports unknown nested keys with pydantic's errors.
 """
 
 import contextlib
@@ -12,11 +13,11 @@ import pydantic
 
 
 class DeepSpeedSectionError(ValueError):
-    """The section `deepspeed` of a configuration is not what DeepSpeed takes; a line for each fault."""
+    """DeepSpeed does not accept the section `deepspeed` of a configuration; one line a fault."""
 
 
 class _WatchedDict(dict[str, Any]):
-    """Remembers which of its keys anybody asked for; so do its copies."""
+    """Records which of its keys were read, also through its copies."""
 
     def __init__(self, items: dict[str, Any], asked: set[Any]) -> None:
         super().__init__(items)
@@ -35,7 +36,7 @@ class _WatchedDict(dict[str, Any]):
         return super().get(key, default)
 
     def keys(self) -> Any:
-        return self  # DeepSpeed asks `key in config.keys()`
+        return self  # so that `key in config.keys()`, as DeepSpeed asks, is recorded
 
     def __deepcopy__(self, memo: Any) -> "_WatchedDict":
         return _WatchedDict({key: copy.deepcopy(value, memo) for key, value in self.items()}, self.asked)
@@ -43,14 +44,15 @@ class _WatchedDict(dict[str, Any]):
 
 @contextlib.contextmanager
 def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """DeepSpeed's configuration while it is read.
+    """Yield the configuration for DeepSpeed to read, and check that it reads every key of the user's.
 
     Args:
+        config: the whole configuration.
         own: the user's part of it.
 
     Raises:
-        DeepSpeedSectionError: at the start, if DeepSpeed refuses something; at the end, if it has not asked for some of
-            the user's keys.
+        DeepSpeedSectionError: at the start, if DeepSpeed refuses a value; at the end, if it has not read one of the
+            user's keys.
     """
     _check_values(config, own)
     watched = _WatchedDict(config, set())
@@ -59,14 +61,14 @@ def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[st
     if unknown:
         raise DeepSpeedSectionError(
             "\n".join(
-                f"deepspeed.{key} = {own[key]!r} is no key that DeepSpeed reads; mend its spelling or remove it"
+                f"deepspeed.{key} = {own[key]!r} is no key that DeepSpeed reads; fix its spelling or remove it"
                 for key in unknown
             )
         )
 
 
 def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
-    """Has DeepSpeed read the configuration; it takes some values of the wrong type, which its engine fails on later."""
+    """Let DeepSpeed parse the configuration, and check types that it accepts here but fails on later."""
     if not own:
         return
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -76,7 +78,7 @@ def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
     except pydantic.ValidationError as error:
         raise DeepSpeedSectionError("\n".join(_line(error.title, fault) for fault in error.errors())) from None
     except Exception as error:
-        text = f"deepspeed: of {json.dumps(own)} DeepSpeed says '{error}'; mend or remove what it names"
+        text = f"deepspeed: of {json.dumps(own)} DeepSpeed says '{error}'; fix or remove what it names"
         raise DeepSpeedSectionError(text) from None
     defaults = DeepSpeedConfig({key: value for key, value in config.items() if key not in own})
     switches = [key for key in own if isinstance(getattr(defaults, key, None), bool)]
@@ -91,4 +93,4 @@ def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
 
 def _line(model: str, fault: Any) -> str:
     place = ".".join(map(str, fault["loc"]))
-    return f"deepspeed: {place} = {fault['input']!r} of {model}: {fault['msg']}; mend it or remove it"
+    return f"deepspeed: {place} = {fault['input']!r} of {model}: {fault['msg']}; fix it or remove it"

@@ -1,3 +1,4 @@
-"""What each rank holds and how it computes with it: tensor, sequence and context parallelism, the sharded regularizer,
-the stage.
+"""What each rank holds and how it computes with it.
+
+Tensor, sequence and context parallelism, the sharded regularizer, and the pipeline stage that they make up.
 """

@@ -1,22 +1,22 @@
-"""Collectives as operators: to autograd and to the compiler each is one call with a registered gradient.
+"""Collectives as operators: autograd and the compiler see each as one call with a registered gradient.
 
-A collective in a `torch.autograd.Function` cannot be compiled safely. Dynamo of torch 2.11 traces into the function,
-and where its forward changes a new tensor in place (`received = torch.empty_like(x)`, then a collective into it) the
-result no longer requires a gradient: everything before it silently stops learning. torch 2.13 does not do that. The
-functions of megatron-core are of this kind. An operator is never traced into, so blocks compile as one graph with the
-communication inside it (`tests/parallel/sharding/test_compiled_functions.py`).
+A collective inside a `torch.autograd.Function` cannot be compiled safely. Dynamo of torch 2.11 traces into the
+function. If its forward fills a new tensor in place (`received = torch.empty_like(x)`, then a collective into it), the
+result no longer requires a gradient, and everything before it silently stops learning. megatron-core's functions are of
+this kind; torch 2.13 compiles them correctly. An operator is never traced into, so a block compiles as one graph with
+its communication inside (`tests/parallel/sharding/test_compiled_functions.py`).
 
     operator            forward                                      gradient
-    all_reduce          sum over ranks                               unchanged: every rank already has the whole
+    all_reduce          sum over ranks                               unchanged, since every rank has the whole gradient
     sum_both_ways       sum over ranks                               sum over ranks
     gather_positions    [T / p, ...] -> [T, ...]                     reduce-scatter
     scatter_sum         sum over ranks, [T, ...] -> [T / p, ...]     gather
     take_positions      this rank's rows of [T, ...]                 gather
     take_features       this rank's columns of [..., D]              gather
-    all_to_all          part r of dimension 0 goes to rank r         the way back, which is the same exchange
+    all_to_all          part r of dimension 0 goes to rank r         the same exchange
     column_linear       X W^T of all positions for this rank's rows  see `column_linear`
 
-Groups are passed by name, since an operator takes no objects; `name_of` registers a group.
+Groups are passed by name, since operators take no objects; `name_of` registers a group.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from torch.distributed import ProcessGroup
 
 NAMESPACE = "sharded"
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-"""What an operator runs, by its full name, for whoever counts the collectives within."""
+"""The function that each operator runs, by the operator's full name; counting collectives needs them."""
 
 _groups: dict[str, ProcessGroup] = {}
 
 
 def name_of(group: ProcessGroup) -> str:
-    """Registers a process group and returns the name by which the operators know it."""
+    """Register a process group and return the name by which the operators know it."""
     _groups[group.group_name] = group
     return group.group_name
 
@@ -45,14 +45,14 @@ def _size(group: str) -> int:
 
 
 def _operator(function: Callable[..., Any]) -> Any:
-    """Makes an operator of a function on tensors and a group's name."""
+    """Turn a function of tensors and a group's name into an operator."""
     name = f"{NAMESPACE}::{function.__name__.lstrip('_')}"
     IMPLEMENTATIONS[name] = function
     return torch.library.custom_op(name, mutates_args=())(function)
 
 
 def _differentiable(operator: Any, gradient: Callable[[Tensor, str], Tensor]) -> None:
-    """Registers the gradient of an operator of (tensor, group)."""
+    """Register the gradient of an operator of (tensor, group)."""
 
     def keep_group(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.group = inputs[1]
@@ -62,19 +62,19 @@ def _differentiable(operator: Any, gradient: Callable[[Tensor, str], Tensor]) ->
 
 @_operator
 def all_reduce(x: Tensor, group: str) -> Tensor:
-    """Sums over ranks. Its gradient passes through: what follows computes the same on every rank."""
+    """Sum over ranks; the gradient passes through, since the layers that follow are the same on every rank."""
     return _summed(x, group)
 
 
 @_operator
 def sum_both_ways(x: Tensor, group: str) -> Tensor:
-    """Sums over ranks, and sums gradients too: for a total on which each rank's own output depends."""
+    """Sum over ranks, and sum gradients too: each rank's own output depends on the total."""
     return _summed(x, group)
 
 
 @_operator
 def gather_positions(x: Tensor, group: str) -> Tensor:
-    """Joins all ranks' positions, [T / p, ...] -> [T, ...]."""
+    """Gather all ranks' positions, [T / p, ...] -> [T, ...]."""
     whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))
     dist.all_gather_into_tensor(whole, x.contiguous(), group=_groups[group])
     return whole
@@ -82,7 +82,7 @@ def gather_positions(x: Tensor, group: str) -> Tensor:
 
 @_operator
 def scatter_sum(x: Tensor, group: str) -> Tensor:
-    """Sums over ranks and keeps this rank's positions, [T, ...] -> [T / p, ...]."""
+    """Sum over ranks and keep this rank's positions, [T, ...] -> [T / p, ...]."""
     own = x.new_empty((x.shape[0] // _size(group), *x.shape[1:]))
     dist.reduce_scatter_tensor(own, x.contiguous(), group=_groups[group])
     return own
@@ -90,19 +90,19 @@ def scatter_sum(x: Tensor, group: str) -> Tensor:
 
 @_operator
 def take_positions(x: Tensor, group: str) -> Tensor:
-    """Keeps this rank's positions of what every rank holds, [T, ...] -> [T / p, ...]."""
+    """Keep this rank's positions of a tensor that every rank holds, [T, ...] -> [T / p, ...]."""
     return x.chunk(_size(group))[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
 
 
 @_operator
 def take_features(x: Tensor, group: str) -> Tensor:
-    """Keeps this rank's features of what every rank holds, [..., D] -> [..., D / p]."""
+    """Keep this rank's features of a tensor that every rank holds, [..., D] -> [..., D / p]."""
     return x.chunk(_size(group), dim=-1)[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
 
 
 @_operator
 def all_to_all(parts: Tensor, group: str) -> Tensor:
-    """Sends part r of dimension 0 to rank r."""
+    """Send part r of dimension 0 to rank r."""
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=_groups[group])
@@ -111,13 +111,14 @@ def all_to_all(parts: Tensor, group: str) -> Tensor:
 
 @_operator
 def column_linear(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tensor:
-    """Y = X W^T with the rows of W split over ranks: [T, B, D] -> [T, B, rows].
+    """Compute Y = X W^T with the rows of W split over ranks: [T, B, D] -> [T, B, rows].
 
-    The backward pass sums the gradient of X over ranks while the gradient of W is computed, and under sequence
-    parallelism gathers X anew rather than keeping it whole.
+    The backward pass sums the gradient of X over ranks while it computes the gradient of W. Under sequence parallelism
+    it gathers X again instead of keeping all positions.
 
     Args:
-        gathers: whether x holds this rank's positions, [T / p, B, D], to be gathered first (sequence parallelism).
+        gathers: whether x holds only this rank's positions, [T / p, B, D], and must be gathered first (sequence
+            parallelism).
     """
     return (gather_positions(x, group) if gathers else x) @ weight.t()
 
@@ -126,7 +127,7 @@ def column_linear(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tenso
 def _column_linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, group: str, gathers: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight; each exchange runs behind a product, if the device allows."""
+    """Return the gradients of x and of the weight; each exchange overlaps with a product if the device allows."""
     grad, whole, ranks = grad.contiguous(), x, _groups[group]
     if gathers:
         whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))

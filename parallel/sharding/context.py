@@ -1,15 +1,13 @@
-"""Context parallelism in the manner of Ulysses (Jacobs et al. 2023), applied from outside to a model built for one
-process.
+"""Context parallelism as in DeepSpeed-Ulysses (Jacobs et al. 2023), applied from outside to a model for one process.
 
-Each of the cp ranks holds T / cp positions of every sequence, except inside attention: there queries, keys and values
-are exchanged so that each rank has all T positions of 1 / cp of the heads, and the output is exchanged back.
+Each of the cp ranks holds T / cp positions of every sequence. Attention needs all T, so queries, keys and values are
+exchanged before it: each rank gets all positions of 1 / cp of the heads. The output is exchanged back.
 
     [T / cp, B, N, H] -all-to-all-> [T, B, N / cp, H] -attention-> [T, B, N / cp, H] -all-to-all-> [T / cp, B, N, H]
 
-What belongs to a head follows it: its temperatures are taken where its attention is computed, and entropies stay there,
-with the head's threshold (see parallel.sharding.regularizer). Every parameter sees a part of the tokens or of the heads
-on each rank, so its gradient is a part of a sum, exactly as over data-parallel ranks; the engine averages over both
-alike.
+A head's temperatures are applied on the rank that computes its attention. Its entropies stay there and meet its
+threshold (see parallel.sharding.regularizer). On each rank every parameter sees part of the tokens or of the heads, so
+its gradient is a part of a sum, as over data-parallel ranks. The engine averages over both axes together.
 """
 
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from parallel.sharding.megatron import Groups
 
 
 def apply_context_parallel(model: Transformer, groups: Groups) -> None:
-    """Replaces what attention does between its projections, and tells the embedding which positions it has."""
+    """Replace attention between its projections, and set the first position that the embedding holds."""
     grid = groups.grid
     if grid.cp == 1:
         return
@@ -42,7 +40,16 @@ class ContextParallelCore(nn.Module):
     def forward(
         self, qkv_TBN3H: Tensor, temperature: Tensor | None, document_start_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Positions of this rank, heads of all cp ranks -> output likewise; entropy [B, N / cp, T] of its own heads."""
+        """Run attention on this rank's positions and the heads of all cp ranks.
+
+        Args:
+            qkv_TBN3H: query, key and value of each head, [T / cp, B, N, 3, H].
+            temperature: [N] or [N, T], or None.
+            document_start_BT: [B, T] over the whole sequence, or None.
+
+        Returns:
+            The output [T / cp, B, N, H], and the entropy in nats of this rank's heads, [B, N / cp, T].
+        """
         width = qkv_TBN3H.shape[-1]
         qkv_TBN3H = heads_for_positions(qkv_TBN3H.flatten(3), self.group, self.ranks).unflatten(3, (3, width))
         if temperature is not None:

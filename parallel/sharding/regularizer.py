@@ -6,29 +6,30 @@ micro-batches that all data-parallel ranks process at the same time), the whole 
     per_query   P = 1/(L N S T) sum_lnst f(H_lnst - theta_ln ln T)          f(x) = x^2 where |x| > margin ln T, else 0
     per_head    P = 1/(L N) sum_ln f(E_ln - theta_ln ln T),                 E_ln = 1/(S T) sum_st H_lnst
 
-What a rank holds, and what that asks for:
+What a rank holds along each axis, and which communication that needs:
 
-    tensor parallel     heads with their theta     nothing: its terms of the sum; the constant keeps the global N
-    pipeline parallel   layers with their theta    nothing: its terms of the sum; the constant keeps the global L
-    sequence parallel   all positions              nothing: positions are split only outside attention
-    context parallel    heads, all positions       nothing: attention has exchanged positions for heads; theta is held
-                                                   whole, and each rank uses its heads' part
-    data parallel       sequences                  per_query: nothing, averaging over ranks is the mean over S
+    tensor parallel     heads with their theta     none: the rank's terms of the sum, divided by the global N
+    pipeline parallel   layers with their theta    none: the rank's terms of the sum, divided by the global L
+    sequence parallel   all positions              none: positions are split only outside attention
+    context parallel    heads, all positions       none: attention has exchanged positions for heads; every rank holds
+                                                   theta whole and uses its own heads' part
+    data parallel       sequences                  per_query: none, averaging over ranks is the mean over S
                                                    per_head: E is averaged over ranks before f
 
-The engine averages gradients over the dp x cp replicas. Data-parallel ranks each contribute P_r with P = mean_r P_r, as
-the average wants. Context-parallel ranks each contribute the terms of their heads, whose sum is wanted: they enter
-times cp. For per_head every data-parallel rank has the same E = mean_r E_r, and wants dP/dw = P'(E) mean_r dE_r/dw:
-each gives P'(E) dE_r/dw, so the averaging reduction passes gradients through unchanged and the engine's average does
-the rest.
+The engine averages gradients over the dp x cp replicas. That fits data-parallel ranks, since P is the mean of their
+P_r. Context-parallel ranks hold different terms of a sum, so their terms are multiplied by cp.
 
-One reduction a stage and micro-batch serves all its layers: their E sit in one vector. It is started when the stage's
-layers have run and waited for in the backward pass, so that the head's products or the next stage's hide it. The
-penalty never waits for the last stage: it is attached to the stage's output, where the backward pass picks it up with a
+For per_head every data-parallel rank has the same E = mean_r E_r, and the gradient is dP/dw = P'(E) mean_r dE_r/dw.
+Each rank contributes P'(E) dE_r/dw, and the engine takes the mean. So the reduction that averages E passes gradients
+through unchanged.
+
+One reduction per stage and micro-batch serves all layers of the stage: their E form one vector. It starts when the
+stage's layers have run, and the backward pass waits for it, so that the head's or the next stage's products hide it.
+The penalty needs nothing of the last stage: it is attached to the stage's output, and the backward pass gives it a
 constant gradient.
 
-Since per_head squares after averaging over a micro-batch group, its value depends on micro_batch_size x dp: layouts are
-comparable at equal products only. per_query does not depend on the layout at all.
+per_head squares after averaging over a micro-batch group, so its value depends on micro_batch_size x dp. Compare
+layouts at equal products only. per_query does not depend on the layout.
 """
 
 import math
@@ -43,12 +44,14 @@ from parallel.sharding.megatron import Groups
 
 
 class ShardedRegularizer:
-    """Computes the part of the penalty that this rank's heads and layers contribute.
+    """The part of the penalty that this rank's heads and layers contribute.
 
     Args:
-        config: strength, margin, granularity.
-        num_layers, num_heads, seq_length: of the whole model.
-        num_micro_batches: in one optimizer step; gradients of micro-batches are summed, so each enters with its share.
+        config: coefficient, margin, granularity.
+        num_layers: of the whole model.
+        num_heads: of the whole model.
+        seq_length: T, of whole sequences.
+        num_micro_batches: in one optimizer step. Gradients are summed over them, so each counts 1 / num_micro_batches.
     """
 
     def __init__(
@@ -70,16 +73,18 @@ class ShardedRegularizer:
         self.own_heads = slice(grid.cp_rank * held, (grid.cp_rank + 1) * held)
 
     def attach(self, output: Tensor, entropy_LBNT: Tensor, threshold_LN: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The output unchanged, whose backward pass also sends gradient into the penalty.
+        """Attach the penalty to the stage's output: its value stays, its backward pass also runs the penalty's.
 
         Args:
-            output: of this stage.
-            entropy_LBNT: nats, of the stage's layers, this rank's sequences and the heads whose attention it computed.
-            threshold_LN: theta of those layers and of all heads whose weights it holds.
+            output: of this stage, any shape.
+            entropy_LBNT: entropies in nats of the stage's layers, this rank's sequences and the heads whose attention
+                it computed.
+            threshold_LN: theta of those layers and of all heads whose weights this rank holds.
 
         Returns:
-            The output, and a function that gives this rank's terms of coefficient * P, a scalar in the entropies' type:
-            summed over (tp, pp) and averaged over (dp, cp) it is the whole. Call it once the backward pass has run.
+            The output, and a function that returns this rank's terms of coefficient * P, a scalar in the entropies'
+            type. Their sum over (tp, pp), averaged over (dp, cp), is the whole penalty. Call it after the backward
+            pass.
         """
         theta_LN = threshold_LN[:, self.own_heads].to(entropy_LBNT.dtype)
         if self.config.granularity == "per_query":
@@ -95,12 +100,12 @@ class ShardedRegularizer:
         )
 
     def per_head(self, mean_LN: Tensor, theta_LN: Tensor) -> Tensor:
-        """This rank's terms from the mean entropies of its heads: a scalar."""
+        """Return this rank's terms of the penalty, a scalar, from the mean entropies of its heads."""
         return self.factor * penalty(mean_LN, theta_LN, self.max_entropy_nats, self.config.margin).sum()
 
 
 class _Average:
-    """The mean of a small vector over data-parallel ranks, on its way."""
+    """The mean of a small vector over data-parallel ranks, being reduced in the background."""
 
     def __init__(self, local: Tensor, groups: Groups) -> None:
         self._mean = local / groups.grid.dp
@@ -129,7 +134,7 @@ class _Attach(torch.autograd.Function):
 
 
 class _AttachPerHead(torch.autograd.Function):
-    """Like `_Attach`, but the penalty is taken in the backward pass, when its mean entropies have arrived."""
+    """Like `_Attach`, but the backward pass computes the penalty, when the mean entropies have arrived."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,4 @@
-"""One pipeline stage in training: its part of the model, its part of the regularizer, and what it measures on the
-way.
-"""
+"""One pipeline stage: its part of the model, its part of the regularizer, and the statistics that it collects."""
 
 import functools
 from collections.abc import Callable
@@ -24,13 +22,14 @@ from parallel.sharding.tensor import apply_tensor_parallel, cut, mark_split, sum
 
 @dataclass
 class StageStatistics:
-    """What this rank measured, summed over micro-batches.
+    """Statistics of this rank, summed over micro-batches.
 
     Attributes:
-        micro_batches, sequences: how many were run.
-        entropy_LN: entropy in nats of each head whose attention this rank computed, averaged over positions and summed
-            over sequences; [layers, heads] on the device.
-        sums: scalars on the device by the names in `parallel.engine.telemetry.METRICS`, summed over micro-batches.
+        micro_batches: how many were run.
+        sequences: how many were run.
+        entropy_LN: entropy in nats of each head whose attention this rank computes: [layers, heads] on the device.
+            Averaged over positions, summed over sequences.
+        sums: scalars on the device, by their name in `parallel.engine.telemetry.METRICS`.
     """
 
     micro_batches: int
@@ -55,10 +54,14 @@ class StageStatistics:
 
 
 class Stage(nn.Module):
-    """Layers, ends and regularizer of one rank.
+    """The layers, ends and regularizer of one rank.
 
-    In training the result is the mean cross-entropy a token; in evaluation the sum, over labels that are not negative.
-    `valid_rows` tells for each micro-batch of an evaluation how many of its first sequences count; None means all.
+    `forward` returns the mean cross-entropy per token in training. In evaluation it returns the sum over tokens whose
+    label is not negative.
+
+    Attributes:
+        statistics: collected since they were last taken; None if no micro-batch was run.
+        valid_rows: for each micro-batch of an evaluation, how many of its first sequences count; None means all.
     """
 
     def __init__(self, transformer: Transformer, regularizer: ShardedRegularizer | None) -> None:
@@ -75,7 +78,7 @@ class Stage(nn.Module):
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
-        """The copy held here of the word embedding that a tied head shares; None on stages between, or if untied."""
+        """The word embedding that a tied head shares, or this stage's copy; None if untied and on middle stages."""
         transformer = self.transformer
         if not transformer.config.tied_head:
             return None
@@ -84,7 +87,10 @@ class Stage(nn.Module):
         return None if transformer.head is None else transformer.head.weight
 
     def body(self, x: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
-        """Tokens [T, B] or hidden states [T, B, D] to hidden states, with the penalty attached in training."""
+        """Run the layers: tokens [T, B] or hidden states [T, B, D] -> hidden states.
+
+        In training the penalty is attached to the result, and its gradient enters in the backward pass.
+        """
         x_TBD, entropies_BNT = self.transformer.hidden_states(x, document_start_BT)
         entropy_LBNT = torch.stack(entropies_BNT)
         self._record(entropy_LBNT.detach())
@@ -94,7 +100,7 @@ class Stage(nn.Module):
         return x_TBD
 
     def loss(self, x_TBD: Tensor, labels_TB: Tensor) -> Tensor:
-        """Hidden states and next tokens [T, B] to the cross-entropy, a float32 scalar."""
+        """Return the cross-entropy of hidden states [T, B, D] and labels [T, B], a float32 scalar in nats."""
         assert self.transformer.head is not None
         loss = self.transformer.head(x_TBD, labels_TB)
         if self.training:
@@ -106,7 +112,7 @@ class Stage(nn.Module):
         return self.loss(self.body(tokens_TB, document_start_BT), labels_TB)
 
     def complete_statistics(self) -> StageStatistics:
-        """What was summed since it was last taken; in training after the backward passes, which settle penalties."""
+        """Return the statistics with the penalties added; in training call it after the backward passes."""
         assert self.statistics is not None, "no micro-batch was run"
         for penalty in self._penalties:
             self.measure("entropy_loss", penalty())
@@ -114,7 +120,7 @@ class Stage(nn.Module):
         return self.statistics
 
     def take_statistics(self) -> StageStatistics:
-        """The complete statistics; the next step begins with new ones."""
+        """Return the complete statistics and begin new ones."""
         statistics, self.statistics = self.complete_statistics(), None
         return statistics
 
@@ -124,7 +130,7 @@ class Stage(nn.Module):
         self.statistics.add(name, value.detach().clone())
 
     def count(self, more: StageStatistics) -> None:
-        """Add to what was measured since it was last taken."""
+        """Add statistics to those collected so far."""
         self.statistics = more if self.statistics is None else self.statistics + more
 
     def _record(self, entropy_LBNT: Tensor) -> None:
@@ -145,9 +151,9 @@ def build_transformer(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """This rank's part of the model, initialized from the seed alone.
+    """Build this rank's part of the model, initialized from the seed alone.
 
-    The order matters: shapes first (nothing allocated), then sharding, then memory, then values, then gradient hooks.
+    The order matters: shapes without memory, sharding, memory, values, gradient hooks.
     """
     grid, padded = groups.grid, padded_vocab_size(vocab_size, groups.grid.tp)
     tokens_per_step = micro_batch_size * num_micro_batches * len(grid.positions(model.seq_length))
@@ -172,13 +178,13 @@ def build_transformer(
 
 
 def recompute_activations(transformer: Transformer, what: Literal["none", "selective", "full"]) -> None:
-    """Keeps less of each block for the backward pass, which computes the rest again.
+    """Keep fewer activations of each block; the backward pass recomputes the rest.
 
-    'full' keeps the block's input alone. 'selective' keeps what the wide matrices gave, and computes again what is
-    cheap: attention from its queries, keys and values on, and the FFN's activation. Entropies come from the first run
-    in either case; the second serves gradients only.
+    'full' keeps only the block's input. 'selective' keeps the outputs of the wide matrices and recomputes what is
+    cheap: attention after its queries, keys and values, and the FFN's activation. Entropies are recorded in the first
+    run only.
     """
-    # nothing here is random, and the state of generators cannot be had while a CUDA graph is captured
+    # Nothing here is random, and a generator's state cannot be read while a CUDA graph is captured.
     again = functools.partial(functools.partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in transformer.layers.values():
         if what == "full":

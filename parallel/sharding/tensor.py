@@ -1,19 +1,19 @@
 """Tensor parallelism, applied from outside to a model built for one process.
 
-Heads are split over ranks and everything that belongs to a head goes with it: rows of the query-key-value matrix,
-columns of the output matrix, biases, temperatures, thresholds. The FFN's hidden features are split as in Megatron. The
-vocabulary is split in the embedding and in the head's cross-entropy. What remains is held by every rank.
+`parallel.sharding.plan` says which parameters are split. Heads are split over ranks, and everything that belongs to a
+head goes with it: rows of the query-key-value matrix, columns of the output matrix, biases, temperatures, thresholds.
+The FFN's hidden features are split as in Megatron. The vocabulary is split in the embedding and in the head's
+cross-entropy. Every rank holds the rest.
 
-A fused FFN is one D x D matrix:
-- without sequence parallelism its columns are split: the input is cut locally, one all-reduce adds the parts;
-- with sequence parallelism each rank already holds T / tp positions, so the whole matrix is applied to them with no
-  communication of activations, and only its gradient is summed over ranks, once a step; where a step has fewer tokens
-  than the matrix has rows, or memory matters more, its columns are split: positions are exchanged for features and the
-  parts added into positions.
+A fused FFN is one D x D matrix, held in one of two forms:
+- Split by columns. Without sequence parallelism each rank takes its features of the input, and an all-reduce adds the
+  parts. With it, positions are exchanged for features, and the parts are added and scattered into positions.
+- Replicated, under sequence parallelism only. Each rank applies the whole matrix to its own T / tp positions. No
+  activation is sent, and the matrix's gradient is summed over ranks once a step.
 
-Under sequence parallelism a parameter that every rank holds sees only that rank's positions, and what belongs to a
-column-split matrix as a whole (alpha, beta where it is on the diagonal, the gain of weight normalization) only that
-rank's columns: its gradient is one part of a sum, and a hook on the gradient adds the parts.
+A parameter that every rank holds may see only part of its gradient on each. Under sequence parallelism the rank has
+only its own positions. What belongs to a column-split matrix as a whole (alpha, beta on the diagonal, the gain of
+weight normalization) has only the rank's own columns. A hook on the gradient sums the parts.
 """
 
 from collections.abc import Callable
@@ -79,9 +79,10 @@ def sum_replicated_gradients(model: Transformer, groups: Groups, plan: ShardingP
 
 
 class _SumOncePerStep:
-    """A gradient hook: holds the gradients of a step's micro-batches back and gives their sum over ranks with the last.
+    """A gradient hook that sums over micro-batches and ranks with one all-reduce a step.
 
-    Held in float32 or wider: a micro-batch's gradient may be small beside the sum.
+    It returns zero for all micro-batches but the last, for which it returns the whole sum. The sum is kept in float32
+    or wider, since one micro-batch's gradient may be small beside it.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup, num_micro_batches: int) -> None:
@@ -101,7 +102,7 @@ class _SumOncePerStep:
 
 
 def cut(model: Transformer, groups: Groups) -> Callable[[str, Tensor], Tensor]:
-    """A function from a whole tensor, by global name, to the shard that this rank holds (padding rows left out)."""
+    """Return a function (global name, whole tensor) -> the shard that this rank holds, without padding rows."""
     parameters = dict(named_parameters(model))
 
     def shard(name: str, whole: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def cut(model: Transformer, groups: Groups) -> Callable[[str, Tensor], Tensor]:
 
 
 class VocabularyParallelHead(Head):
-    """The head with the rows of its weight split over tensor-parallel ranks."""
+    """The head with its weight split by rows over tensor-parallel ranks."""
 
     def __init__(self, head: Head, groups: Groups, sequence_parallel: bool) -> None:
         nn.Module.__init__(self)
@@ -133,7 +134,7 @@ class VocabularyParallelHead(Head):
             self.enter = partial(gather_positions, group=name_of(groups.tensor))
 
     def forward(self, x_TBD: Tensor, labels_TB: Tensor | None = None) -> Tensor:
-        """The summed cross-entropy, equal on every rank; logits are never whole, so labels are required."""
+        """Return the summed cross-entropy, equal on every rank; labels are required, since logits are never whole."""
         assert labels_TB is not None, "a vocabulary-parallel head computes losses only"
         x_TBD = self.enter(self.norm(x_TBD))
         return linear_cross_entropy(x_TBD, self.weight, labels_TB, vocab_size=self.vocab_size, shard=self.shard)
@@ -172,9 +173,7 @@ def _split_block(name: str, block: Block, groups: Groups, plan: ShardingPlan) ->
 
 
 def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups) -> None:
-    """Registers on a sharded layer the normalization that the whole one had, with the sums over shards that it
-    needs.
-    """
+    """Register on a sharded layer the normalization of the whole one, with the sums over shards that it needs."""
     if not parametrize.is_parametrized(old, "weight"):
         return
     before = old.parametrizations["weight"][0]

@@ -1,1 +1,1 @@
-"""The training state under global names: what a rank holds of each tensor, whatever the layout."""
+"""Training state under global parameter names, independent of the layout that holds it."""

@@ -1,16 +1,16 @@
-"""Rectangles of whole tensors, and the planners that let torch.distributed.checkpoint save and load them.
+"""Rectangles of whole tensors, and planners that let torch.distributed.checkpoint save and load them.
 
-What a rank holds of a parameter [rows, columns] is a tensor-parallel shard of it, and ZeRO cuts the flattened shard
-once more. A contiguous range of a flattened matrix is up to three rectangles; here are elements 3 to 13 of a [4, 4]
-shard that starts at row 4 of the whole:
+A rank holds a tensor-parallel shard of a parameter [rows, columns], and ZeRO cuts the flattened shard once more. A
+contiguous range of a flattened matrix consists of up to three rectangles. Here are elements 3 to 13 of a [4, 4] shard
+that starts at row 4 of the whole:
 
     . . . 1        row 4, column 3    1 x 1
     2 2 2 2        row 5, column 0    2 x 4
     2 2 2 2
     3 3 . .        row 7, column 0    1 x 2
 
-Rectangles are what torch.distributed.checkpoint knows: it works out which part of which saved rectangle goes into which
-rectangle wanted, whatever layout saved and whatever layout loads.
+torch.distributed.checkpoint works with rectangles: it finds which part of which saved rectangle belongs into which
+wanted one. So any layout can load what any other layout saved.
 """
 
 import math
@@ -33,7 +33,14 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of the tensor `name` of shape `whole`, from `offsets` on; `tensor` holds its values or takes them."""
+    """A rectangle of a whole tensor.
+
+    Attributes:
+        name: of the whole tensor.
+        whole: shape of the whole tensor.
+        offsets: where in it the rectangle begins.
+        tensor: the values to save, or the memory to load them into.
+    """
 
     name: str
     whole: tuple[int, ...]
@@ -50,7 +57,7 @@ class Chunk:
 
 
 def whole_chunk(name: str, tensor: Tensor) -> Chunk:
-    """A tensor that is not cut."""
+    """Return a chunk that is a whole tensor."""
     return Chunk(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
@@ -62,12 +69,15 @@ def chunks_of_range(
     start: int,
     flat: Tensor,
 ) -> Iterator[Chunk]:
-    """The rectangles of `flat`, elements `start` onwards of a flattened shard; rows beyond the whole are left out.
+    """Yield the rectangles of a contiguous range of a flattened shard, without rows beyond the whole.
 
     Args:
-        whole: shape of the whole tensor, of one or two dimensions.
-        shard_shape, shard_offsets: the shard's shape and place in the whole; it may reach beyond (vocabulary padding).
-        flat: [length], views of it are returned.
+        name: of the whole tensor.
+        whole: its shape, of one or two dimensions.
+        shard_shape: shape of the shard, which may reach beyond the whole (vocabulary padding).
+        shard_offsets: where in the whole the shard begins.
+        start: the range's first element in the flattened shard.
+        flat: the range's values, [length]; the chunks hold views of it.
     """
     assert 1 <= len(whole) <= 2, (name, tuple(whole))
     columns = shard_shape[1] if len(whole) == 2 else 1
@@ -86,7 +96,7 @@ def chunks_of_range(
 
 
 class ChunkSavePlanner(DefaultSavePlanner):
-    """Saves the chunks of all ranks, which together cover every tensor once; anything else fails the plan."""
+    """Saves the chunks of all ranks, which together must cover every tensor exactly once."""
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -101,10 +111,10 @@ class ChunkSavePlanner(DefaultSavePlanner):
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):
-    """Fills chunks from a checkpoint of any layout.
+    """Fills chunks from a checkpoint that any layout saved.
 
-    Raises (from torch.distributed.checkpoint, as the cause of a CheckpointException):
-        ValueError: a tensor is not in the checkpoint, has another shape there, or is not there in full.
+    Raises (as the cause of torch.distributed.checkpoint's CheckpointException):
+        ValueError: a tensor is missing from the checkpoint, has another shape there, or is incomplete.
     """
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:

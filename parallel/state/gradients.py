@@ -1,7 +1,7 @@
-"""Gradients of one step without an engine, in any floating type: float64 tells a wrong formula from rounding.
+"""Compute one step's gradients without an engine, in any floating-point type.
 
-The same stages, regularizer and groups as in training; the pipeline runs one micro-batch after the other, gradients are
-averaged over replicas afterwards, and no optimizer follows.
+float64 separates a wrong formula from rounding. Stages, regularizer and groups are those of training. The pipeline runs
+one micro-batch after the other, gradients are averaged over replicas at the end, and no optimizer follows.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,16 @@ def accumulate_gradients(
     num_micro_batches: int,
     sequence_parallel: bool,
 ) -> StageStatistics:
-    """Leaves in every parameter's `grad` what an engine hands its optimizer before clipping; all ranks call."""
+    """Leave in every parameter's `grad` what the optimizer would get before clipping; all ranks call.
+
+    Args:
+        micro_batches: those of this rank.
+        num_micro_batches: in the step.
+        sequence_parallel: whether tensor-parallel ranks divide positions.
+
+    Returns:
+        The stage's statistics.
+    """
     update_spectral_norms(stage)
     stage.train()
     stage.zero_grad()
@@ -44,7 +53,7 @@ def accumulate_gradients(
 
 
 def gradient_norm(stage: Stage, groups: Groups) -> float:
-    """The L2 norm over the whole model: of what several ranks hold, one counts."""
+    """Return the gradient's L2 norm over the whole model; a parameter that several ranks hold counts once."""
     grid, tied = groups.grid, stage.tied_weight
     total = torch.zeros((), dtype=torch.float64, device=next(stage.parameters()).device)
     for _, parameter in named_parameters(stage.transformer):
@@ -56,11 +65,11 @@ def gradient_norm(stage: Stage, groups: Groups) -> float:
 
 
 def _run(stage: Stage, groups: Groups, batch: MicroBatch, positions: int, share: float) -> None:
-    """One micro-batch forward and backward through the stages before, here and behind.
+    """Run one micro-batch forward and backward, with the stages before and after this one.
 
     Args:
-        positions: of the hidden states between stages.
-        share: of the micro-batch in the step.
+        positions: of the hidden states that stages exchange.
+        share: the micro-batch's share of the step's loss.
     """
     grid = groups.grid
     x = tokens_TB = batch.tokens_TB

@@ -1,8 +1,8 @@
-"""A guard: copies of a parameter that several ranks hold must stay identical to the last bit.
+"""Check that copies of a parameter on several ranks stay bit-identical.
 
-Every rank's copy is reduced to two 64-bit sums over its bits, one of them weighted by position; sums are gathered over
-each group that shares the parameter and compared. A copy that drifted (a faulty device, a lost reduction) is found
-within `parallel.replica_check_interval` steps, by name.
+Each rank reduces its copy to two 64-bit sums over its bits, one of them weighted by position. The sums are gathered
+over each group that shares the parameter, and compared. A copy that drifted (a faulty device, a lost reduction) is
+found by name within `parallel.replica_check_interval` steps.
 
     over replicas         every parameter, unless ZeRO-3 has partitioned it
     over tensor ranks     parameters that are not split
@@ -22,15 +22,15 @@ from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 20  # elements summed at once, some 24 bytes each: memory may be full when a check comes
+CHUNK = 1 << 20  # elements summed at once, about 24 bytes each, since memory may be nearly full during training
 
 
 class ReplicaError(RuntimeError):
-    """Copies of a parameter differ; one line that names it, or on ranks that saw nothing says so."""
+    """Copies of a parameter differ; one line that names it, or refers to the rank that does."""
 
 
 def check_replicas(stage: Stage, groups: Groups) -> None:
-    """Compares every copied parameter over its groups; all ranks call.
+    """Compare every copied parameter over its groups; all ranks call.
 
     Raises:
         ReplicaError: on every rank, if any rank found copies that differ.
@@ -65,7 +65,7 @@ def local_values(parameter: nn.Parameter, groups: Groups) -> Tensor:
 
 
 def _differing(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, kind: str) -> list[str]:
-    """A sentence for each parameter whose copies differ over the group."""
+    """Return a sentence for each parameter whose copies differ over the group."""
     if group.size() == 1 or not parameters:
         return []
     own = torch.stack([fingerprint(parameter) for parameter in parameters.values()])
@@ -86,9 +86,13 @@ def _differing(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, kind:
 
 @torch.no_grad()
 def fingerprint(values: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Two sums over the bits of a tensor, [2] int64; equal for equal bits, and all but surely only then.
+    """Return two sums over a tensor's bits, [2] int64; different bits almost certainly give different sums.
 
-    Sums wrap around at 64 bits, so that they are the same whatever the chunks.
+    Sums wrap around at 64 bits, so they do not depend on the chunk size.
+
+    Args:
+        values: of 2, 4 or 8 bytes an element.
+        chunk: elements summed at once.
     """
     bits = values.detach().contiguous().view(INTEGERS[values.element_size()]).flatten()
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)

@@ -45,7 +45,9 @@ def test_the_table_has_a_row_for_every_parameter_and_no_other() -> None:
 
 def test_a_parameter_without_a_row_is_an_error_that_names_the_table() -> None:
     for ask in (plan().split_dim, plan().has_partial_gradient, plan(tp=1).split_dim):
-        with pytest.raises(LookupError, match=r"layers\.3\.ffn\.gamma has no row in TABLE of parallel/sharding/plan\.py"):
+        with pytest.raises(
+            LookupError, match=r"layers\.3\.ffn\.gamma has no row in TABLE of parallel/sharding/plan\.py"
+        ):
             ask("layers.3.ffn.gamma")
 
 

@@ -395,7 +395,7 @@ def test_what_deepspeed_does_not_take_is_one_line_and_the_run_can_start_after(ti
     for setting, wanted in (
         ("steps_per_print=often", 'deepspeed.steps_per_print = "often" must be a whole number from 1, or null'),
         ("dump_state=often", 'deepspeed.dump_state = "often" must be true or false'),
-        ("communication_data_type=half", "Supported data types: ['fp16', 'bf16', 'fp32']. Got: half'; mend or remove"),
+        ("communication_data_type=half", "Supported data types: ['fp16', 'bf16', 'fp32']. Got: half'; fix or remove"),
     ):
         answer = run_main(1, tiny_config, f"deepspeed.{setting}")
         assert answer.statuses == [2] and wanted in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
