@@ -1,7 +1,7 @@
-"""Starting a process: which accelerator, which backend, which rank.
+"""Start of a process: which accelerator, which backend, which rank.
 
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as DeepSpeed's launcher,
-torchrun and the Slurm scripts set them; without them the process is a world of one.
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), where DeepSpeed's launcher,
+torchrun and the Slurm scripts set them. Without these variables the process is a world of one.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ _met: list[Store] = []  # the store of `meet`, until the process group takes it 
 
 
 class LaunchError(RuntimeError):
-    """The processes cannot find each other."""
+    """The processes cannot find each other; the message is one line."""
 
 
 class EnvironmentValueError(LaunchError):
-    """The launcher has set an environment variable to something that is no number."""
+    """The launcher has set an environment variable to something that is not a number."""
 
 
 def choose_accelerator() -> None:
-    """Tells DeepSpeed which accelerator to use; call before anything imports deepspeed.
+    """Set the environment variables that choose the accelerator; call before anything imports deepspeed.
 
-    DS_ACCELERATOR=cpu in the environment chooses the CPU on a machine with GPUs.
+    DS_ACCELERATOR=cpu chooses the CPU on a machine with GPUs.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -43,19 +43,21 @@ def choose_accelerator() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication start before the products behind it
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # communication starts before products queued later
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return _launched_with("WORLD_SIZE", "1")
 
 
 def rank() -> int:
+    """Return this process's global rank."""
     return _launched_with("RANK", "0")
 
 
 def _launched_with(name: str, default: str) -> int:
-    """A number that the launcher has set in the environment; raises EnvironmentValueError if it is none."""
+    """Return a number that the launcher sets in the environment; raise EnvironmentValueError if it is none."""
     text = os.environ.get(name, default)
     if not text.isdecimal():
         raise EnvironmentValueError(
@@ -65,7 +67,7 @@ def _launched_with(name: str, default: str) -> int:
 
 
 def local_device() -> torch.device:
-    """This process's device; CUDA devices are taken by local rank."""
+    """Return this process's device: the CUDA device of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", _launched_with("LOCAL_RANK", "0"))
@@ -74,9 +76,12 @@ def local_device() -> torch.device:
 def meet(timeout_s: float) -> Store:
     """Connect to the store through which the ranks find each other; touches no device.
 
-    `initialize_distributed` goes on with it. Torchrun's agent hosts the store itself, and keeps it for the ranks that
-    it restarts, so there the keys of this start get a prefix of their own. Under any other launcher rank 0 hosts it,
-    and unlike torch's own rendezvous it does not wait for the others here, so that its caller can name who is missing.
+    `initialize_distributed` uses the same store. Torchrun's agent hosts it and keeps it for ranks that it restarts, so
+    under torchrun the keys of each start get their own prefix. Under other launchers rank 0 hosts it. Unlike torch's
+    own rendezvous, rank 0 does not wait for the others here, so that the caller can name the ranks that are missing.
+
+    Args:
+        timeout_s: until an operation on the store fails.
 
     Raises:
         LaunchError: the store cannot be hosted, or does not answer within `timeout_s`.
@@ -103,8 +108,9 @@ def meet(timeout_s: float) -> Store:
 def _of_this_start(store: Store, here: int, world_size: int, limit_s: float) -> Store:
     """Return the store under a prefix that no earlier start has used.
 
-    Each rank shows rank 0 a token that is new, and gets the prefix under that token: what an earlier start has left can
-    be taken for neither. Rank 0 waits for the others for at most `limit_s` seconds; the rest is its caller's to name.
+    Each rank sends rank 0 a new random token and receives the prefix under that token. So nothing that an earlier start
+    left can be mistaken for either. Rank 0 waits at most `limit_s` seconds for the others; its caller then names those
+    that are missing.
     """
     if here != 0:
         name = secrets.token_hex(8)
@@ -125,7 +131,10 @@ def _of_this_start(store: Store, here: int, world_size: int, limit_s: float) -> 
 
 
 def initialize_distributed(timeout_s: float = 600.0) -> None:
-    """Joins the process group: NCCL with GPUs, gloo without; a process that has joined stays as it is.
+    """Join the process group, NCCL with GPUs and gloo without; does nothing if this process has joined already.
+
+    Args:
+        timeout_s: of every collective.
 
     Raises:
         LaunchError: no port is free, or the other ranks do not answer.
@@ -150,7 +159,7 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
 
 
 def _place(timeout: timedelta) -> dict[str, Any]:
-    """What the process group needs to go on with the store of `meet`; nothing if the ranks have not met yet."""
+    """Return the arguments with which the process group uses the store of `meet`; none if `meet` was not called."""
     if not _met:
         return {}
     store = _met.pop()
@@ -179,8 +188,10 @@ def _join_deepspeed() -> None:
 
 
 def free_port() -> int:
-    """A port that nothing listens on, below the range from which systems give ports to connections: one of those may be
-    taken again before it is used.
+    """Return a port that nothing listens on.
+
+    It lies below the range from which systems assign ports to connections, since one of those may be taken before it is
+    used.
     """
     while True:
         port = random.SystemRandom().randrange(*PORTS)

@@ -1,7 +1,7 @@
-"""From what each rank measured to one number for the whole model: every reduction here is one sum over all ranks.
+"""Turn what each rank measured into numbers for the whole model; every reduction here is one sum over all ranks.
 
-A quantity that several ranks hold enters from one of them, a mean over replicas enters with its share from each,
-and a quantity split over ranks enters from each in its place; the sum then is the global value.
+A value that several ranks hold enters the sum from one of them. A mean over replicas enters with its share from each. A
+value split over ranks enters from each at its place. The sum is then the global value.
 """
 
 import math
@@ -21,12 +21,12 @@ from parallel.sharding.stage import Stage, StageStatistics
 
 
 def _once_on_the_last_stage(grid: RankGrid) -> bool:
-    """Whether a value counts that every tensor-parallel rank of the last stage holds whole."""
+    """Return whether this rank counts for a value that every tensor-parallel rank of the last stage holds whole."""
     return grid.is_last_stage and grid.tp_rank == 0
 
 
 def _in_parts(grid: RankGrid) -> bool:
-    """Whether a value counts of which every stage and tensor-parallel rank holds one addend: always."""
+    """Return whether this rank counts for a value that is a sum over stages and tensor-parallel ranks: always."""
     return True
 
 
@@ -54,10 +54,15 @@ def metric_means(statistics: StageStatistics, groups: Groups) -> dict[str, float
 
 @dataclass(frozen=True)
 class StepLimits:
-    """What a step's numbers may be at most for it to change the weights; what is not finite never may."""
+    """Limits beyond which a step does not change the weights; a step that is not finite never does.
 
-    loss: float = math.inf  # nats a token, cross-entropy and entropy loss together
-    gradient_norm: float = math.inf  # before clipping
+    Attributes:
+        loss: nats per token, cross-entropy and entropy loss together.
+        gradient_norm: before clipping.
+    """
+
+    loss: float = math.inf
+    gradient_norm: float = math.inf
 
 
 FINITE = StepLimits()
@@ -67,13 +72,13 @@ LOSSES = ("ce_loss", "entropy_loss")
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a training step measured, over all ranks and equal on all of them.
+    """The measurements of a training step over all ranks, equal on each.
 
     Attributes:
         means: METRICS by name; losses in nats per token.
         gradient_norm: before clipping; infinite if any gradient is not finite.
         stop_requested: whether any rank was asked to stop.
-        accepted: whether the step lay within its limits, and so changed the weights.
+        accepted: whether the step was within its limits, and so changed the weights.
     """
 
     means: dict[str, float]
@@ -95,10 +100,16 @@ class StepReport:
 
 
 class PendingReport:
-    """A step's report while the device may still be at work on it: decided there, read later.
+    """A step's report that the device may still be computing; acceptance is decided on the device and read later.
+
+    Args:
+        statistics: of this rank.
+        gradient_norm: of the whole model; DeepSpeed has already reduced it, so rank 0's value is used.
+        stop_requested: whether this rank was asked to stop.
+        limits: beyond which the step is refused.
 
     Attributes:
-        gradient_norm: scalar on the device, infinite where the gradients are not finite.
+        gradient_norm: scalar on the device; infinite if the gradients are not finite.
         accepted: bool scalar on the device.
     """
 
@@ -110,7 +121,6 @@ class PendingReport:
         stop_requested: bool,
         limits: StepLimits,
     ) -> None:
-        """One reduction over all ranks; the norm, which DeepSpeed has reduced already, counts as rank 0 has it."""
         parts = metric_parts(statistics, groups)
         norm = torch.zeros_like(parts[:1])
         if groups.grid.rank == 0:
@@ -123,14 +133,14 @@ class PendingReport:
         finite = loss.isfinite() & self.gradient_norm.isfinite()
         self.accepted = finite & (loss <= limits.loss) & (norm <= limits.gradient_norm)
         numbers = torch.cat([means, torch.stack([self.gradient_norm, stops, self.accepted.double()])])
-        self._numbers = numbers.to("cpu", non_blocking=True)  # page-locked, if it comes from a GPU
+        self._numbers = numbers.to("cpu", non_blocking=True)  # into page-locked memory, if from a GPU
         self._copied = None
         if numbers.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
     def wait(self) -> StepReport:
-        """Waits for the device to have got as far as this step's optimizer."""
+        """Wait until the device has reached this step's optimizer, and return the report."""
         if self._copied is not None:
             self._copied.synchronize()
         *means, norm, stops, accepted = self._numbers.tolist()
@@ -138,7 +148,7 @@ class PendingReport:
 
 
 def sum_over_ranks(parts: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, in float64 since it is small and read by people."""
+    """Return the sum of a small tensor over all ranks, in float64."""
     total = parts.detach().to(torch.float64)
     dist.all_reduce(total)
     return total
@@ -146,7 +156,7 @@ def sum_over_ranks(parts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadSnapshot:
-    """Every head and layer of the whole model at one moment; None where the architecture has no such parameter."""
+    """Every head and layer of the whole model at one moment; None if the architecture has no such parameter."""
 
     entropy_nats: list[list[float]]  # [L][N]
     threshold: list[list[float]] | None  # [L][N], fraction of ln T
@@ -166,7 +176,11 @@ FIELDS_OF_LAYERS = ("alpha", "beta")
 
 @torch.no_grad()
 def head_snapshot(stage: Stage, statistics: StageStatistics, groups: Groups) -> HeadSnapshot:
-    """Collects entropies (mean over sequences and positions), thresholds, temperatures, alpha, beta; one reduction."""
+    """Collect entropies, thresholds, temperatures, alpha and beta of the whole model in one reduction; all ranks call.
+
+    Args:
+        statistics: whose entropies to report, as means over sequences and positions.
+    """
     grid, config = groups.grid, stage.transformer.config
     computed, per_shard = grid.heads(config.num_attention_heads), config.num_attention_heads // grid.tp
     held = slice(grid.tp_rank * per_shard, (grid.tp_rank + 1) * per_shard)
@@ -204,7 +218,7 @@ def head_snapshot(stage: Stage, statistics: StageStatistics, groups: Groups) -> 
 
 
 def _head_parameters(attention: torch.nn.Module) -> Tensor:
-    """Threshold and mean, least and greatest temperature of each head held: [4, N]."""
+    """Return each held head's threshold, and its mean, least and greatest temperature: [4, N]."""
     heads = attention.query_bias.shape[0]
     values = torch.zeros(4, heads, dtype=torch.float64, device=attention.query_bias.device)
     if attention.threshold is not None:

@@ -1,4 +1,4 @@
-"""One bug at a time, put back into the code that shards: what each test of equality must notice."""
+"""Bugs to put into the sharding code one at a time; the comparison with one process must notice each of them."""
 
 import contextlib
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def replicated_gradients_not_summed() -> Any:
 
 
 def replicated_gradients_summed_of_the_last_micro_batch() -> Any:
-    """A hook that forgets what it held back."""
+    """The hook returns only the last micro-batch's gradient."""
     from parallel.sharding import tensor
 
     real = tensor._SumOncePerStep.__call__
@@ -41,7 +41,7 @@ def replicated_gradients_summed_of_the_last_micro_batch() -> Any:
 
 
 def split_parameters_not_marked() -> Any:
-    """DeepSpeed then counts only one rank's shard in the norm."""
+    """DeepSpeed then counts only one rank's shard in the gradient norm."""
     from parallel.sharding import stage
 
     real = stage.mark_split
@@ -72,7 +72,7 @@ def tied_copy_counted_twice() -> Any:
 
 
 def regularizer(**wrong: Callable[[Any], Any]) -> Any:
-    """The sharded regularizer with one of its numbers computed otherwise."""
+    """The sharded regularizer, with some of its attributes computed otherwise."""
     from parallel.sharding.regularizer import ShardedRegularizer
 
     real = ShardedRegularizer.__init__
@@ -143,7 +143,7 @@ def every_context_rank_at_position_zero() -> Any:
 
 
 def head(**wrong: Callable[[Any], Any]) -> Any:
-    """The vocabulary-parallel head with one property of its shard computed otherwise."""
+    """The vocabulary-parallel head, with some attributes of its shard computed otherwise."""
     from parallel.sharding.tensor import VocabularyParallelHead
 
     real = VocabularyParallelHead.__init__
@@ -174,7 +174,7 @@ def diagonal_of_the_first_columns() -> Any:
 
 
 def diagonal_taken_for_whole() -> Any:
-    """Each rank keeps the gradient of beta from its own columns."""
+    """Each rank keeps the part of beta's gradient that comes from its own columns."""
     from parallel.sharding.plan import ShardingPlan
 
     real = ShardingPlan.has_partial_gradient
@@ -220,7 +220,7 @@ def documents_begin_at_zero_on_later_stages() -> Any:
 
 
 def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
-    """`train.compare.measurement`'s rank with a bug of this module."""
+    """Measure on this rank like `train.compare.measurement`, with a bug of this module."""
     from train.compare import measurement
 
     if bug is None:
@@ -230,14 +230,14 @@ def measure_with(bug: str | None, *args: Any) -> dict[str, Any]:
 
 
 def measure_losing_a_gradient(*args: Any) -> dict[str, Any]:
-    """`train.compare.measurement`'s rank; over several ranks temperatures act, and get no gradient."""
+    """Measure on this rank; with several ranks temperatures act but get no gradient."""
     import os
 
     return _measure(os.environ["WORLD_SIZE"] != "1", *args)
 
 
 def measure_losing_as_trained(*args: Any) -> dict[str, Any]:
-    """The same, where one process trains and nowhere else."""
+    """Measure on this rank; temperatures get no gradient where one process trains, and nowhere else."""
     import os
 
     return _measure(os.environ["WORLD_SIZE"] == "1" and args[-1] == "configured", *args)
@@ -254,7 +254,7 @@ def _measure(loses: bool, *args: Any) -> dict[str, Any]:
 
 
 def measure_never_compiled(*args: Any) -> dict[str, Any]:
-    """A rank's measurement while blocks run uncompiled, as where an environment variable turns the compiler off."""
+    """Measure on this rank with uncompiled blocks, as when an environment variable turns the compiler off."""
     from train.compare import measurement
 
     with mock.patch("torch.compile", lambda function, **options: function):

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine."""
+"""Tests of the engine that need a GPU."""
 
 import itertools
 from collections.abc import Iterator

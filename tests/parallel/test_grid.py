@@ -1,4 +1,4 @@
-"""The rank grid and the division of layers over stages."""
+"""Test the rank grid and how layers are divided over stages."""
 
 import dataclasses
 import itertools

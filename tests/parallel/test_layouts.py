@@ -1,7 +1,7 @@
-"""Every layout computes what the plain mathematics of one process does: losses, every gradient, entropies.
+"""Test that every layout computes the losses, gradients and entropies of plain mathematics in one process.
 
-The reference is autograd on `model.Transformer` in float64; a layout runs its training engine in float32 or its stages
-in float64. The default run takes a part of the grid in which every axis meets every other; the whole grid is slow.
+The reference is autograd on `model.Transformer` in float64. A layout runs its training engine in float32, or its stages
+in float64. The default run covers a part of the grid in which every axis meets every other; the whole grid is slow.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def test_the_engine_in_float32(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["tp=2:pp=2:acc=4", "tp=2:sp=1:dp=2", "pp=2:cp=2", "tp=2:zero=2"])
 def test_the_engine_in_bf16(layout: str) -> None:
-    """Rounding takes 5% of a small gradient and 0.1% of the norm; what counts twice or is left out is far off."""
+    """Rounding changes a small gradient by 5% and the norm by 0.1%; counting a part twice or not at all, far more."""
     config, parsed = tiny_config(), parse_layout(layout)
     result = compare(measured(config, parsed, "bf16"), plain(config, parsed.acc or 2))
     assert result.gradient < 0.15 and result.gradient_norm < 5e-3, result
@@ -56,7 +56,7 @@ def test_the_engine_in_bf16(layout: str) -> None:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_gradients_of_many_micro_batches_are_summed_in_float32(zero_stage: int) -> None:
-    """Summed in bf16 they are 1.25% off after 64 micro-batches; in float32 their errors average out: 0.56%."""
+    """After 64 micro-batches a sum in bf16 is off by 1.25%; in float32 the errors average out and leave 0.56%."""
     config, layout = tiny_config(global_batch_size=256), parse_layout(f"dp=2:zero={zero_stage}:acc=64")
     found, expected = measured(config, layout, "bf16").gradients[0], plain(config, 64).gradients[0]
     error = torch.cat([(found[name].double() - gradient).flatten() for name, gradient in expected.items()])
@@ -121,7 +121,7 @@ def test_a_fused_ffn_replicated_under_sequence_parallelism(ingredient: str) -> N
 
 
 def test_saturated_attention_over_five_ranks() -> None:
-    """Scores of a hundred, of which float32 loses 1e-4 on one process already."""
+    """Scores reach a hundred; float32 would lose 1e-4 of them even on one process."""
     sizes = {"num_layers": 2, "num_attention_heads": 15, "hidden_size": 75, "seq_length": 25}
     choices = {"architecture": "SM+LN+G", "temperature": "per_head", "within_documents": True}
     assert_layout(parse_layout("tp=5"), "float64", **sizes, **choices)
@@ -146,7 +146,7 @@ def test_untied_head_rotary_positions_a_temperature_per_head_and_no_final_norm(l
 
 
 def whole_grid() -> list[Layout]:
-    """Every combination that eight processes hold and the libraries can do."""
+    """Return every combination that fits eight processes and that the libraries support."""
     layouts = []
     for tp, pp, dp, cp in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2)):
         for sp, zero, acc, recompute in itertools.product((0, 1), (1, 2, 3), (1, 4), ("none", "full")):

@@ -1,4 +1,4 @@
-"""The comparison with one process is worth something: each of these bugs, put back, makes it fail."""
+"""Test the comparison with one process itself: each of these bugs, put back into the code, must make it fail."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tiny models under any layout, and what the plain mathematics of one process says of them."""
+"""Tiny models under any layout, and their results by plain mathematics in one process."""
 
 import dataclasses
 import itertools
@@ -21,13 +21,13 @@ from train.config.sections import DataConfig, TrainingConfig
 
 EREG = "EReg(SM(t)+ScFuFFN)"
 VOCAB_SIZE = 301
-"""More than one tensor-parallel rank's rows, which come in multiples of 128: of four ranks two are full, one holds 45
-tokens and padding, one nothing but padding.
+"""A size that exercises vocabulary padding: shards are multiples of 128 rows, so of four ranks two are full, one holds
+45 tokens and padding, and one holds padding alone.
 """
 BATCHES = 2
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "seq_length": 16}
 LIVELY: dict[str, Any] = {"init_std": 0.1, "temperature_init": 0.02}
-"""Logits of order one: at the usual start all rows are uniform, and entropies of all sequences and heads the same."""
+"""Makes logits of order one. With the usual initial values all attention rows are uniform and all entropies equal."""
 
 
 def tiny_config(
@@ -39,7 +39,7 @@ def tiny_config(
     fused_ffn: str = "auto",
     **model: Any,
 ) -> Config:
-    """A configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
+    """Return a configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
     return Config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
         regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
@@ -50,12 +50,12 @@ def tiny_config(
 
 
 def training_with(config: Config, **changes: Any) -> Config:
-    """The configuration with some keys of its section `training` changed."""
+    """Return the configuration with some keys of its section `training` changed."""
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
 
 
 def measured(config: Config, layout: Layout, dtype: str) -> Measured:
-    """A layout's step for each global batch, through processes of their own; bf16 is the engine's, as it trains."""
+    """Measure one step of a layout for each global batch, in processes of its own; 'bf16' trains through the engine."""
     reference = reference_layout(config, [layout])
     vocab_size, batches = global_batches(config, BATCHES)
     applied = apply_layout(config, layout, reference)
@@ -66,7 +66,7 @@ def measured(config: Config, layout: Layout, dtype: str) -> Measured:
 
 
 def plain(config: Config, num_micro_batches: int) -> Measured:
-    """Remembers what `_plain` found of a configuration."""
+    """Return the result of `_plain`, cached by configuration."""
     key = (repr(config), num_micro_batches)
     if key not in _found:
         _found[key] = _plain(config, num_micro_batches)
@@ -77,9 +77,9 @@ _found: dict[tuple[str, int], Measured] = {}
 
 
 def _plain(config: Config, num_micro_batches: int) -> Measured:
-    """The same step by autograd on the whole model in one process: no engine, no stage, no sharded regularizer.
+    """Compute the same step by autograd on the whole model in one process: no engine, stage or sharded regularizer.
 
-    Of `num_micro_batches` only per_head's penalty knows, which averages over a micro-batch before it squares.
+    `num_micro_batches` matters only to the penalty of per_head, which averages over a micro-batch before it squares.
     """
     vocab_size, batches = global_batches(config, BATCHES)
     losses, gradients, entropies = [], [], []
@@ -110,10 +110,10 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
 
 
 def plain_model(config: Config, vocab_size: int) -> Transformer:
-    """The whole model in float64 at the weights that `train.compare.measurement` measures at."""
+    """Return the whole model in float64, with the weights that `train.compare.measurement` uses."""
     model = Transformer(config.model, vocab_size).double()
     initialize(model, config.model, vocab_size, config.training.seed)
-    for name, parameter in named_parameters(model):  # heads and layers start alike, and are told apart
+    for name, parameter in named_parameters(model):  # heads and layers start equal, and must differ here
         if not (parameter.dim() == 2 and name.endswith("weight")):
             noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
             parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
@@ -121,7 +121,7 @@ def plain_model(config: Config, vocab_size: int) -> Transformer:
 
 
 def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
-    """The definition, one position after the other."""
+    """Compute document starts by their definition, one position after the other."""
     starts_BT = torch.zeros_like(tokens_BT)
     for row, position in itertools.product(range(tokens_BT.shape[0]), range(1, tokens_BT.shape[1])):
         new = tokens_BT[row, position - 1] == END_OF_DOCUMENT
@@ -130,7 +130,7 @@ def _document_starts(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def assert_layout(layout: Layout, dtype: str, **config: Any) -> None:
-    """A layout equals the plain model within 1e-5 in float32, 1e-10 in float64, and its regularizer acts."""
+    """Assert that a layout equals the plain model to 1e-5 in float32 or 1e-10 in float64, with an acting penalty."""
     whole = tiny_config(**config)
     expected = plain(whole, reference_layout(whole, [layout]).acc or 1)
     if whole.model.regularized:

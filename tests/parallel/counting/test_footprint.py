@@ -1,4 +1,4 @@
-"""What a rank keeps for its backward pass: predicted by formulas, counted while running."""
+"""Test the activations that a rank keeps for its backward pass: predicted by formulas against counted."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_what_a_fused_ffn_keeps_of_a_token(layout: str, form: str, norm: str) ->
 
 
 def _kept_by_ffn(config: Config) -> int:
-    """Elements of the tensors kept, each storage once, that are as large as activations."""
+    """Return the elements of all kept tensors that are as large as activations, each storage once."""
     from train.parts import build_stage
 
     stage, groups = build_stage(config, VOCAB_SIZE)

@@ -1,4 +1,4 @@
-"""What ranks send: predicted by formulas, counted while running, and what follows for large models."""
+"""Test what ranks send: predicted by formulas against counted while running, and the consequences for large models."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
 
 def predicted(config: Config, layout: Layout, element_bytes: int = FLOAT32_BYTES) -> Volume:
-    """Of each axis, what the rank sends that sends most."""
+    """Return for each axis the bytes of the rank that sends most."""
     applied = apply_layout(config, layout, reference_layout(config, [layout]))
     volumes = [
         volume(workload(applied, applied.grid(layout.world_size, rank)), element_bytes, FLOAT32_BYTES)
@@ -82,7 +82,7 @@ def test_a_penalty_for_each_query_sends_nothing() -> None:
 
 
 def test_a_fused_ffn_halves_what_a_block_sends_under_sequence_parallelism() -> None:
-    """Counted: of a third layer, in a step of four micro-batches against one of two: only activations differ."""
+    """Count a third layer's bytes in a step of four micro-batches minus one of two, which leaves activations alone."""
 
     def activation_bytes(architecture: str) -> int:
         def sent(num_layers: int, acc: int) -> int:
@@ -96,7 +96,7 @@ def test_a_fused_ffn_halves_what_a_block_sends_under_sequence_parallelism() -> N
 
 @pytest.mark.parametrize(("hidden_size", "replicated"), [(64, True), (80, False)])
 def test_the_cheaper_form_of_a_fused_ffn_is_chosen(hidden_size: int, replicated: bool) -> None:
-    """At 48 tokens a step and tp = 2 the two forms send equally much at a width of 72."""
+    """At 48 tokens a step and tp = 2 both forms send the same at a width of 72."""
     config = tiny_config(hidden_size=hidden_size)
     for forced in ("auto", "replicated", "split"):
         parallel = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Gradients taken up all at once are those that DeepSpeed takes up one by one."""
+"""Test that gradients accumulated all at once equal those that DeepSpeed accumulates one by one."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Clipping and leaving out without waiting for the device, against PyTorch's own."""
+"""Test clipping and skipped steps, which do not wait for the device, against PyTorch's own."""
 
 import math
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_gradients_that_are_not_finite_leave_the_step_out(spoil: float) -> None:
 
 
 def _waits_asked_for(layout: Layout) -> int:
-    """How often DeepSpeed asks for the device to finish in five steps on this rank."""
+    """Count how often DeepSpeed synchronizes with the device in five steps on this rank."""
     from deepspeed.accelerator import get_accelerator
 
     from train.parts import build_engine

@@ -1,7 +1,7 @@
-"""Every layout computes compiled what the plain mathematics of one process does: losses, every gradient, entropies.
+"""Test that every layout, compiled, computes the losses, gradients and entropies of plain mathematics in one process.
 
-The default run stops the compiler behind tracing and autograd ('aot_eager'), which is where gradients were lost, since
-generating code for a CPU takes half a minute a layout; one layout, and in the slow run all, take the whole way.
+Gradients were lost in tracing and autograd, so the default run stops the compiler behind them ('aot_eager'): generating
+code for a CPU takes half a minute a layout. One layout is compiled in full, and all of them in the slow run.
 """
 
 import functools
@@ -39,7 +39,7 @@ ZERO_3 = "dp=2:zero=3"
 
 
 def compiled_on_rank(config: Any, vocab_size: int, batches: torch.Tensor, backend: str) -> dict[str, Any]:
-    """What `train.compare.measurement` measures, with blocks compiled, and the autograd functions of each graph."""
+    """Measure as `train.compare.measurement` does with compiled blocks; also return each graph's autograd functions."""
     from train.compare import measurement
 
     graphs: list[list[str]] = []

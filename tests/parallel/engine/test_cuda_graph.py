@@ -1,4 +1,4 @@
-"""What a replayed training pass must leave behind, shown without a GPU: whoever captures runs the pass as it is."""
+"""Test the results of a replayed training pass without a GPU: the capture here runs the pass as it is."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def test_each_shape_is_captured_once_and_evaluation_never(one_process: Groups) -
 
 
 def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
-    """A node that lives on remembers the stream it was made on, and a graph that meets the default one is refused."""
+    """A gradient node that stays alive keeps its stream, and a capture that meets the default stream is refused."""
 
     def kept(stage: nn.Module) -> int:
         def node(parameter: nn.Parameter) -> Any:
@@ -149,7 +149,7 @@ def test_what_cannot_be_captured_is_said_with_the_remedy(
 
 
 def test_a_micro_batch_stays_the_callers(one_process: Groups) -> None:
-    """What replays is fed through the tensors that it was captured with."""
+    """A replay reads its inputs from the tensors that were captured."""
     stage, _ = build_stage(tiny_config(), VOCAB_SIZE, groups=one_process)
     batches = _micro_batches(2)
     before = [tuple(each.clone() for each in batch.tensors) for batch in batches]

@@ -1,6 +1,4 @@
-"""An evaluation under any layout counts each sequence once, and never the rows that fill up the last micro-batch; and
-every head and layer is reported as it is.
-"""
+"""Test evaluation under every layout: sequences count once, padding rows never, and each head is reported as it is."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +39,7 @@ def test_the_last_batch_is_not_full(layout: str) -> None:
 
 
 def _parameters(model: Transformer) -> dict[str, list[Tensor]]:
-    """Of each layer, read from the model as it is."""
+    """Read each layer's thresholds, temperatures, alpha and beta from the model."""
     attention, ffn = ([getattr(block, name) for block in model.layers.values()] for name in ("attention", "ffn"))
     temperature_NT = [each.temperature().detach() for each in attention]
     return {
@@ -55,7 +53,7 @@ def _parameters(model: Transformer) -> dict[str, list[Tensor]]:
 
 
 def _evaluate(config: Config, vocab_size: int, batch_BT: Tensor) -> tuple[float, dict[str, Any]]:
-    """The cross-entropy summed over all tokens that count, and what is reported of every head and layer."""
+    """Return the cross-entropy summed over all tokens that count, and the report of every head and layer."""
     from parallel.engine.telemetry import head_snapshot, metric_means
     from parallel.micro_batch import IGNORED_LABEL
     from train.compare.measurement import EngineStep, _micro_batches

@@ -1,4 +1,4 @@
-"""A run whose first step does not give every parameter its gradient stops before the second, and says which."""
+"""Test that a run stops after its first step if a parameter got no gradient, and names the parameter."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 gathers a block's weights around the block, and nothing keeps them between its forward and backward pass."""
+"""Test that ZeRO-3 gathers weights once around each block, and that nothing keeps them until the backward pass."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tests.parallel.tiny import EREG, VOCAB_SIZE, tiny_config, training_with
 
 
 def kept_on_rank(compile_blocks: str) -> tuple[list[str], int, bool]:
-    """Weights of which autograd keeps views, how many weights were gathered, and whether F.linear is torch's own."""
+    """Return the weights of which autograd keeps views, how many were gathered, and whether F.linear is torch's own."""
     from train.parts import add_optimizer, build_stage
 
     config = training_with(tiny_config(architecture=EREG, num_layers=2), compile=compile_blocks)

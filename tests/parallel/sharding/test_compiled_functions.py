@@ -1,7 +1,7 @@
-"""What a compiled block is made of keeps its gradients: every autograd function of ours, and every operator.
+"""Test that the parts of a compiled block keep their gradients: every autograd function of ours, and every operator.
 
-The test at the top is the smallest program in which torch 2.11 loses a gradient. It says which construct to stay away
-from: a `torch.autograd.Function` whose forward changes a tensor that it has made. Three libraries write them so: we did
+The test at the top is the smallest program in which torch 2.11 loses a gradient. It shows which construct to avoid: a
+`torch.autograd.Function` whose forward changes a tensor that it has made. Three libraries write such functions: we did
 (an all-to-all into `empty_like`), megatron-core does (its gathers and scatters), and DeepSpeed does (`output += bias`
 in the function that ZeRO-3 puts in the place of `torch.nn.functional.linear`).
 """
@@ -42,7 +42,7 @@ class _ChangesItsResult(torch.autograd.Function):
 
 
 class _AddsToItsResult(torch.autograd.Function):
-    """DeepSpeed's `LinearFunctionForZeroStage3`, reduced."""
+    """DeepSpeed's `LinearFunctionForZeroStage3`, reduced to what matters here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ def test_which_torch_loses_the_gradient_of_a_function_that_changes_its_result(fu
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One graph, without the time that generating code takes: what loses gradients is the tracing."""
+    """Compile as one graph without generating code, which takes long: tracing is what loses gradients."""
     torch._dynamo.reset()
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def our_functions() -> set[type]:
-    """Every autograd function that this project defines."""
+    """Return every autograd function that this project defines."""
     for package in (model, parallel):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("_triton") and "triton_" not in module.name:
@@ -136,7 +136,7 @@ def _gradients(use: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...
 
 
 def _operators(group: str) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., list[Tensor]]]]:
-    """Each operator as a function of x [4, 2, 4] and weight [4, 4] of a rank, and what it says of all ranks' x."""
+    """Return each operator as a function of one rank's x [4, 2, 4] and weight [4, 4], and as one of all ranks' x."""
     from parallel.sharding import collectives as c
 
     def total(xs: list[Tensor]) -> Tensor:
@@ -171,7 +171,7 @@ def _operators(group: str) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor]
 
 
 def _on_rank(names: list[str]) -> dict[str, Any]:
-    """Values and gradients of each operator on this rank, launched one by one and compiled."""
+    """Return values and gradients of each operator on this rank, eager and compiled."""
     from parallel.launch import initialize_distributed, rank
     from parallel.sharding.collectives import name_of
 
@@ -217,7 +217,10 @@ def test_operators_are_what_they_say_and_have_its_gradients_compiled_too() -> No
 
 
 def _expected(name: str) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
-    """By autograd on all ranks' inputs in one process; a replicated x is one tensor, whose gradient every rank gets."""
+    """Compute the same by autograd on all ranks' inputs in one process.
+
+    A replicated x is one tensor, whose gradient every rank gets.
+    """
     of_ranks = [[each.requires_grad_() for each in _inputs(name, rank)] for rank in range(RANKS)]
     if torch.equal(of_ranks[0][0], of_ranks[1][0]):
         of_ranks[1][0] = of_ranks[0][0]

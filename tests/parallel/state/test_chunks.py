@@ -1,4 +1,4 @@
-"""Rectangles of flat ranges hold exactly the range's elements, at their place in the whole."""
+"""Test that the rectangles of a flat range hold exactly its elements, at their place in the whole."""
 
 import torch
 from hypothesis import given

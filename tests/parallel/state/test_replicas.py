@@ -1,4 +1,4 @@
-"""The guard finds a copy of a parameter that differs from the others, names it, and stops every rank."""
+"""Test that the check finds a copy of a parameter that differs, names it, and stops every rank."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from train.compare.layouts import apply_layout
 
 
 def _check(layout: Layout, odd_rank: int, name: str | None) -> str | None:
-    """What the check says on this rank after one bit of a parameter was flipped on `odd_rank`."""
+    """Return the check's message on this rank after one bit of a parameter was flipped on `odd_rank`."""
     from model.initialize import named_parameters
     from parallel.state.replicas import ReplicaError, check_replicas
     from train.parts import build_engine
