@@ -1,7 +1,7 @@
-"""Keeps an eye on the private parts of other libraries: what is relied on is checked, and replaced in one way only.
+"""Check what this project relies on in other libraries, and replace functions of theirs in one way only.
 
-DeepSpeed's private names are in parallel/deepspeed_internals.py, megatron-core's in parallel/sharding/megatron.py, and
-nowhere else. Each file checks its names against the installed version before anything is built.
+Only parallel/deepspeed_internals.py names private parts of DeepSpeed, and only parallel/sharding/megatron.py uses
+megatron-core. Each checks its names against the installed version before anything is built.
 """
 
 import importlib.metadata
@@ -14,7 +14,12 @@ SUPPORTED = {"deepspeed": ">=0.19.8,<0.20", "megatron-core": ">=0.16.1,<0.17"}
 
 
 class LibraryChangedError(RuntimeError):
-    """The installed version of a library lacks something that this project relies on."""
+    """The installed version of a library lacks something that this project relies on.
+
+    Args:
+        library: a key of SUPPORTED.
+        what: the sentence after the library's name and version: "has no bf16_optimizer.BF16_Optimizer".
+    """
 
     def __init__(self, library: str, what: str) -> None:
         super().__init__(
@@ -28,6 +33,8 @@ def require(library: str, owner: Any, name: str, parameters: str | None = None) 
 
     Args:
         library: a key of SUPPORTED.
+        owner: a module, a class or an object.
+        name: of the attribute.
         parameters: names as in a signature, without `self`: "grads, elements_per_buffer"; None skips the check.
 
     Raises:
@@ -37,6 +44,27 @@ def require(library: str, owner: Any, name: str, parameters: str | None = None) 
         raise LibraryChangedError(library, f"has no {_named(owner)}.{name}")
     if parameters is not None and (found := _parameters(getattr(owner, name))) != parameters:
         raise LibraryChangedError(library, f"has {_named(owner)}.{name}({found}), not {name}({parameters})")
+
+
+def require_arguments(library: str, owner: Any, name: str, positional: str = "", keywords: str = "") -> None:
+    """Check that a function or class can be called the way this project calls it; it may take more.
+
+    Args:
+        library: a key of SUPPORTED.
+        owner: a module or class.
+        name: of the function or class.
+        positional: names of the parameters that are passed by position: "input_size, output_size".
+        keywords: names of those that are passed by keyword.
+
+    Raises:
+        LibraryChangedError: there is nothing of that name, or it takes other parameters.
+    """
+    require(library, owner, name)
+    found = _parameters(getattr(owner, name))
+    by_position, by_keyword = ([each for each in names.split(", ") if each] for names in (positional, keywords))
+    if found.split(", ")[: len(by_position)] != by_position or not {*by_keyword} <= {*found.split(", ")}:
+        wanted = ", ".join([*by_position, *by_keyword])
+        raise LibraryChangedError(library, f"has {_named(owner)}.{name}({found}), not ({wanted})")
 
 
 def require_assigned(library: str, owner: type, *names: str) -> None:

@@ -1,9 +1,12 @@
-"""The one door to megatron-core: process groups and tensor-parallel layers, which keep its shards and shapes.
+"""The only file that imports megatron-core: process groups and tensor-parallel layers.
 
-What the layers of a block compute, and how they communicate, is `parallel.sharding.collectives`' instead of
-megatron-core's autograd functions, through which torch 2.11 loses gradients when a block is compiled.
+The layers keep megatron-core's shards and shapes. They compute and communicate through `parallel.sharding.collectives`
+instead of megatron-core's autograd functions, through which torch 2.11 loses gradients when a block is compiled.
+
+Importing this file checks everything that it uses of megatron-core against the installed version.
 """
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -14,35 +17,81 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.transformer import scaled_matrix
+from parallel import libraries
 from parallel.grid import RankGrid
 from parallel.sharding.collectives import all_reduce, column_linear, name_of, scatter_sum, take_features
 
+LIBRARY = "megatron-core"
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it names optional packages that are not needed here
-    from megatron.core import ModelParallelConfig, parallel_state
-    from megatron.core import tensor_parallel as mcore
+    try:
+        import megatron.core
+        from megatron.core import parallel_state
+        from megatron.core import tensor_parallel as mcore
+    except ImportError as error:
+        raise libraries.LibraryChangedError(LIBRARY, f"cannot be imported ({error})") from error
+
+
+def check_installed() -> None:
+    """Check that the installed megatron-core has everything that this file uses.
+
+    Raises:
+        LibraryChangedError: it lacks something, or takes other arguments.
+    """
+    takes = functools.partial(libraries.require_arguments, LIBRARY)
+    assigned = functools.partial(libraries.require_assigned, LIBRARY)
+    sizes = "tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size"
+    takes(parallel_state, "initialize_model_parallel", keywords=f"{sizes}, create_gloo_process_groups")
+    for axis in ("tensor_model_parallel", "context_parallel", "pipeline_model_parallel", "model_parallel"):
+        libraries.require(LIBRARY, parallel_state, f"get_{axis}_group")
+    takes(parallel_state, "get_data_parallel_group", keywords="with_context_parallel")
+    takes(parallel_state, "get_embedding_group", keywords="check_initialized")
+    takes(mcore, "ColumnParallelLinear", "input_size, output_size", "config, init_method, bias, tp_group")
+    assigned(mcore.ColumnParallelLinear, "weight", "sequence_parallel")
+    row = "config, init_method, bias, input_is_parallel, skip_bias_add, tp_group"
+    takes(mcore, "RowParallelLinear", "input_size, output_size", row)
+    assigned(mcore.RowParallelLinear, "weight", "sequence_parallel", "input_is_parallel", "input_size_per_partition")
+    takes(mcore, "VocabParallelEmbedding", "num_embeddings, embedding_dim", "init_method, config, tp_group")
+    assigned(mcore.VocabParallelEmbedding, "weight")
+    takes(mcore, "copy_to_tensor_model_parallel_region", "input_", "group")
+    flags = "sequence_parallel, use_cpu_initialization, perform_initialization, gradient_accumulation_fusion"
+    takes(megatron.core, "ModelParallelConfig", keywords=f"tensor_model_parallel_size, {flags}")
+
+
+check_installed()
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The grid with this rank's process group along each axis."""
+    """The grid, and this rank's process group along each axis.
+
+    Attributes:
+        grid: with this rank's place in it.
+        tensor: ranks that share each layer.
+        context: other positions of the same sequences.
+        batch: the same positions of other sequences.
+        data: `context` and `batch` together, the replicas that gradients are averaged over.
+        pipeline: the stages of one pipeline.
+        tensor_pipeline: all ranks of one replica.
+    """
 
     grid: RankGrid
     tensor: ProcessGroup
-    context: ProcessGroup  # other positions of the same sequences
-    batch: ProcessGroup  # the same positions of other sequences
-    data: ProcessGroup  # both: the replicas that gradients are averaged over
+    context: ProcessGroup
+    batch: ProcessGroup
+    data: ProcessGroup
     pipeline: ProcessGroup
-    tensor_pipeline: ProcessGroup  # all ranks of one replica
+    tensor_pipeline: ProcessGroup
 
     @property
     def embedding_ends(self) -> ProcessGroup | None:
-        """First and last stage of this rank's pipeline, which share a tied embedding; None on stages between."""
+        """First and last stage of this rank's pipeline, which share a tied embedding; None on middle stages."""
         return parallel_state.get_embedding_group(check_initialized=False)
 
 
 def initialize_groups(grid: RankGrid) -> Groups:
-    """Creates every process group of the grid; torch.distributed must be initialized."""
+    """Create every process group of the grid; torch.distributed must be initialized."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
@@ -61,9 +110,9 @@ def initialize_groups(grid: RankGrid) -> Groups:
 
 
 class ModelParallelUnit:
-    """megatron-core's `parallel_state` completed to the `mpu` that DeepSpeed expects.
+    """megatron-core's `parallel_state`, completed to the `mpu` that DeepSpeed expects.
 
-    To DeepSpeed every replica is a data-parallel rank, whether it holds other sequences or other positions.
+    DeepSpeed sees every replica as a data-parallel rank, whether it holds other sequences or other positions.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -96,10 +145,10 @@ class ModelParallelUnit:
 
 
 class ColumnParallelLinear(mcore.ColumnParallelLinear):
-    """Y = X W^T with the rows of W split: Y = [X W_1^T .. X W_p^T], each rank keeping its part of Y."""
+    """Y = X W^T with the rows of W split: Y = [X W_1^T .. X W_p^T]; each rank keeps its part of Y."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The bias is that of this rank's part."""
+        """Return this rank's part of Y; the bias is that part's."""
         y = column_linear(x, self.weight, self.group_name, self.sequence_parallel)
         return y if bias is None else y + bias
 
@@ -108,7 +157,13 @@ class RowParallelLinear(mcore.RowParallelLinear):
     """Y = X W^T with the columns of W split: Y = sum_i X_i W_i^T, summed over ranks."""
 
     def forward(self, x: Tensor, divisor: Tensor | None = None, diagonal: Tensor | float | None = None) -> Tensor:
-        """Divisor and diagonal of the whole matrix get a part of their gradients on each rank."""
+        """Return Y, or its positions of this rank under sequence parallelism.
+
+        Args:
+            x: this rank's features, or all features if `input_is_parallel` is false.
+            divisor: of the whole matrix; each rank gets a part of its gradient.
+            diagonal: of the whole matrix; each rank gets a part of its gradient.
+        """
         if not self.input_is_parallel:
             x = take_features(x, self.group_name)
         y = F.linear(x, scaled_matrix(self.weight, divisor, diagonal, self.first_column))
@@ -116,7 +171,7 @@ class RowParallelLinear(mcore.RowParallelLinear):
 
 
 def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:
-    """The column-parallel form of a bias-free linear layer; its weight is uninitialized."""
+    """Return the column-parallel form of a bias-free linear layer; its weight is uninitialized."""
     layer = ColumnParallelLinear(
         linear.in_features,
         linear.out_features,
@@ -132,7 +187,11 @@ def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) 
 def row_parallel(
     linear: nn.Linear, groups: Groups, sequence_parallel: bool, input_is_parallel: bool
 ) -> RowParallelLinear:
-    """The row-parallel form of a bias-free linear layer; its weight is uninitialized."""
+    """Return the row-parallel form of a bias-free linear layer; its weight is uninitialized.
+
+    Args:
+        input_is_parallel: whether the input holds only this rank's features.
+    """
     layer = RowParallelLinear(
         linear.in_features,
         linear.out_features,
@@ -148,7 +207,7 @@ def row_parallel(
 
 
 def vocab_parallel_embedding(embedding: nn.Embedding, groups: Groups) -> nn.Module:
-    """The vocabulary-parallel form of a word embedding; its weight is uninitialized."""
+    """Return the vocabulary-parallel form of a word embedding; its weight is uninitialized."""
     return mcore.VocabParallelEmbedding(
         embedding.num_embeddings,
         embedding.embedding_dim,
@@ -159,12 +218,12 @@ def vocab_parallel_embedding(embedding: nn.Embedding, groups: Groups) -> nn.Modu
 
 
 def copy_to_tensor_region(x: Tensor, groups: Groups) -> Tensor:
-    """Identity forward; sums gradients over tensor-parallel ranks backward."""
+    """Return x; the backward pass sums its gradient over tensor-parallel ranks."""
     return mcore.copy_to_tensor_model_parallel_region(x, group=groups.tensor)
 
 
-def _layer_config(groups: Groups, sequence_parallel: bool) -> ModelParallelConfig:
-    return ModelParallelConfig(
+def _layer_config(groups: Groups, sequence_parallel: bool) -> Any:
+    return megatron.core.ModelParallelConfig(
         tensor_model_parallel_size=groups.grid.tp,
         sequence_parallel=sequence_parallel,
         use_cpu_initialization=True,

@@ -1,4 +1,4 @@
-"""Private names of other libraries: all in one file each, all there in the installed version, and refused if not."""
+"""Test that each library's private names are in one file, and that an installed version without them is refused."""
 
 import ast
 import tomllib
@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from parallel import deepspeed_internals
-from parallel.libraries import SUPPORTED, LibraryChangedError, replace, require, require_assigned
+from parallel.libraries import SUPPORTED, LibraryChangedError, replace, require, require_arguments, require_assigned
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {  # of DeepSpeed: what its documentation names, and where that is used
@@ -38,6 +38,11 @@ def test_only_its_files_import_deepspeed() -> None:
         found = {module for module in imported(tree) if module.split(".")[0] == "deepspeed"}
         allowed = PUBLIC.get(name, set())
         assert allowed is None or found <= allowed, name
+
+
+def test_only_its_file_imports_megatron() -> None:
+    users = [name for name, tree in sources().items() if "megatron" in {each.split(".")[0] for each in imported(tree)}]
+    assert users == ["parallel/sharding/megatron.py"]
 
 
 def test_no_other_file_names_what_is_private_to_deepspeed() -> None:
@@ -89,6 +94,17 @@ def test_only_the_same_parameters_replace_a_function() -> None:
     with pytest.raises(LibraryChangedError, match=r"deepspeed .* has no SimpleNamespace.stop.*pip install 'deepspeed"):
         require("deepspeed", owner, "stop")
     assert owner.step(1) == "ours"
+
+
+def test_a_call_that_a_function_does_not_take_is_refused() -> None:
+    owner = SimpleNamespace(linear=lambda inputs, outputs, *, bias, group=None: None)
+    require_arguments("deepspeed", owner, "linear", "inputs, outputs", "bias")
+    require_arguments("deepspeed", owner, "linear", keywords="bias, group")
+    for wrong in (("outputs, inputs", "bias"), ("inputs, outputs", "bias, norm"), ("", "norm")):
+        with pytest.raises(
+            LibraryChangedError, match=r"has SimpleNamespace.linear\(inputs, outputs, bias, group\), not"
+        ):
+            require_arguments("deepspeed", owner, "linear", *wrong)
 
 
 def test_supported_versions_are_those_of_the_project() -> None:
