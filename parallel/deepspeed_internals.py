@@ -1,10 +1,11 @@
-"""Every private name of DeepSpeed that this project reads or replaces; no other file knows one.
+"""Every private name of DeepSpeed that this project reads or replaces; no other file uses one.
 
-`check_installed` compares the names with the installed version before an engine is built. What is public (initialize,
-PipelineModule, GatheredParameters) is used where it is needed: parallel/engine/ and parallel/launch.py.
+`check_installed` compares the names with the installed version before an engine is built. Public names (initialize,
+PipelineModule, GatheredParameters) are used where they are needed, in parallel/engine/ and parallel/launch.py.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ def check_installed() -> None:
     Raises:
         LibraryChangedError: it lacks one, or one takes other parameters.
     """
+    import deepspeed.utils
     from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime import bf16_optimizer, config, engine
+    from deepspeed.runtime import bf16_optimizer, config, constants, engine, utils
     from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
     from deepspeed.utils import tensor_fragment
 
@@ -58,12 +60,17 @@ def check_installed() -> None:
             raise libraries.LibraryChangedError(LIBRARY, f"has no field {field} in tensor_fragment")
     require(PipelineModule, "_synchronize_tied_weights", "")
     require(PipelineModule, "get_tied_weights_and_groups", "")
+    require(deepspeed.utils, "safe_get_local_fp32_param", "param")
+    require(deepspeed.utils, "safe_get_local_optimizer_state", "param, optim_state_key")
+    require(utils, "is_model_parallel_parameter", "p")
+    if "'tensor_model_parallel'" not in _source(utils.is_model_parallel_parameter):
+        raise libraries.LibraryChangedError(LIBRARY, "does not read tensor_model_parallel of a parameter for its norms")
+    if getattr(constants, "PIPE_REPLICATED", None) != "ds_pipe_replicated":
+        raise libraries.LibraryChangedError(LIBRARY, "does not read ds_pipe_replicated of a parameter for its norms")
 
 
-def _source(module: Any) -> str:
-    import inspect
-
-    return inspect.getsource(module)
+def _source(owner: Any) -> str:
+    return inspect.getsource(owner)
 
 
 # The optimizers around AdamW
@@ -193,7 +200,8 @@ class Fragment:
         start: its first element in the flattened parameter.
         master: its values, a view of the flat partition.
         group: index of the parameter group whose flat partition it lies in.
-        flat_start, size: where, in elements.
+        flat_start: where in that partition, in elements.
+        size: elements.
     """
 
     start: int
@@ -214,7 +222,7 @@ def fragment(parameter: nn.Parameter) -> Fragment | None:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 keeps a part of this parameter here; its own shape is then empty."""
+    """Return whether ZeRO-3 keeps only a part of this parameter here; its own shape is then empty."""
     return hasattr(parameter, "ds_tensor")
 
 
@@ -253,7 +261,7 @@ def partition_state(parameter: nn.Parameter, kind: str | None) -> Tensor:
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    """Make those of the parameters whole that ZeRO-3 partitions, while the context lasts; all ranks enter."""
+    """Make parameters that ZeRO-3 partitions whole while the context lasts; all ranks enter."""
     import contextlib
 
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
@@ -262,6 +270,11 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(partitioned)  # type: ignore[no-any-return]
+
+
+def count_every_shard(parameter: nn.Parameter, is_split: bool) -> None:
+    """Tell norms of gradients whether each tensor-parallel rank's shard of this parameter counts, or only rank 0's."""
+    parameter.tensor_model_parallel = is_split  # type: ignore[attr-defined]
 
 
 def count_once(parameter: nn.Parameter, is_copy: bool) -> None:

@@ -1,4 +1,4 @@
-"""Accumulates a micro-batch's gradients into float32 sums all at once, and averages the sums in place.
+"""Accumulate a micro-batch's gradients into float32 sums all at once, and average the sums in place.
 
 DeepSpeed's bf16 optimizer widens and adds gradients one parameter after the other, with two kernels each over twice the
 bytes: 224 launches per micro-batch for a model of 12 layers. Here the first micro-batch of a step is one multi-tensor
@@ -59,8 +59,8 @@ def scatter_averages(engine: Any) -> None:
     """Replace how an engine with a `BF16_Optimizer` averages a step's gradients over replicas.
 
     Each replica gets, in place, the average of the part whose weights it steps; the rest of its sums is then useless.
-    They are sent in the type of DeepSpeed's `communication_data_type`. Norms are taken of the parts, so that the sum of
-    squares is one over all ranks (see `parallel.engine.clipping.global_norm`).
+    Sums are sent in DeepSpeed's `communication_data_type`. Norms are taken of the parts, so that one sum over all ranks
+    is the sum of squares (see `parallel.engine.clipping.global_norm`).
     """
     groups = gradient_groups(engine.optimizer)
     owned = {id(total): _overlap(total, group.own) for group in groups for total in group.totals}

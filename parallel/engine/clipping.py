@@ -1,4 +1,4 @@
-"""Computes the gradient norm, clips, and skips refused steps without waiting for the device.
+"""Compute the gradient norm, clip, and skip refused steps without waiting for the device.
 
 DeepSpeed's bf16 optimizer waits for the device three times a step: to place a constant, to learn whether the gradient
 norm is finite, and whether it exceeds the limit. Each time the device runs dry. PyTorch's fused AdamW takes the answers

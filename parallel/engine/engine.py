@@ -1,6 +1,19 @@
-"""The one door to DeepSpeed's engine: a training step, an evaluation, a checkpoint, for every layout.
+"""Training steps, evaluations and checkpoints under every layout, through DeepSpeed's engine.
 
 With one pipeline stage this is DeepSpeed's plain engine (ZeRO 1 to 3), with more its pipeline engine (ZeRO 1).
+
+The life of a gradient under tp=2 and ZeRO-1 in bf16, from the loss to the weight:
+
+     1. sharding/stage.py        `Stage.loss`, a micro-batch's mean cross-entropy; DeepSpeed divides by their number
+     2. sharding/regularizer.py  the backward pass adds the penalty's gradient at the stage's output
+     3. sharding/collectives.py  inside a block, `column_linear` sums the gradient of its input over both tp ranks
+     4. sharding/tensor.py       a hook sums, once a step, gradients that sharding/plan.py calls partial over tp ranks
+     5. engine/accumulation.py   `accumulate_together` adds a micro-batch's bf16 gradients to float32 sums
+     6. engine/accumulation.py   `scatter_averages` gives each replica the mean of the part whose weights it steps
+     7. engine/clipping.py       `global_norm` is taken over all ranks; what both tp ranks hold counts once
+     8. engine/telemetry.py      `PendingReport` decides on the device whether the step is accepted
+     9. engine/clipping.py       the fused AdamW clips and steps this rank's float32 masters, or leaves them as they are
+    10. DeepSpeed                rounds the masters to bf16 and gathers all replicas' parts into the weights
 """
 
 import contextlib
@@ -36,7 +49,19 @@ ALIGNMENT_ELEMENTS = 8  # of bfloat16
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine needs to know of a run."""
+    """The settings of a run that the engine needs.
+
+    Attributes:
+        micro_batch_size: sequences.
+        num_micro_batches: in a step, on one replica.
+        bf16: whether weights and activations are bfloat16; float32 if not.
+        cuda_graphs: whether to replay training passes as CUDA graphs if possible.
+        gradient_clipping: largest gradient norm; 0 does not clip.
+        weight_decay: of matrices.
+        betas: of Adam.
+        epsilon: of Adam.
+        deepspeed: the user's section, keys of DeepSpeed's own configuration.
+    """
 
     parallel: ParallelConfig
     micro_batch_size: int
@@ -55,10 +80,11 @@ class Engine:
 
     Args:
         stage: built on this rank's device, in float32.
+        groups: of this rank.
         config: batch sizes, precision, optimizer.
 
     Raises:
-        DeepSpeedSectionError: `config.deepspeed` is not what DeepSpeed takes.
+        DeepSpeedSectionError: DeepSpeed does not accept `config.deepspeed`.
         LibraryChangedError: the installed DeepSpeed lacks what this project relies on.
     """
 
@@ -77,8 +103,8 @@ class Engine:
             eps=config.epsilon,
             fused=True,
         )
-        # DeepSpeed prints its partitioning; and its flat buffers would keep how they were made from the parameters,
-        # whose gradient nodes then live on and remember this stream, with which a graph must have nothing to do.
+        # DeepSpeed prints its partitioning. With gradients enabled, its flat buffers would keep gradient nodes of the
+        # parameters alive. Those belong to this stream, which a CUDA graph must not touch.
         is_compiled = bool(compiled_blocks(stage.transformer))
         settings = handed_over(deepspeed_config(config, groups, is_compiled), config.deepspeed)
         with settings as handed, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -106,11 +132,18 @@ class Engine:
     def train_step(
         self, micro_batches: Iterator[MicroBatch], learning_rate: float, limits: StepLimits = FINITE
     ) -> tuple[PendingReport, StageStatistics]:
-        """Runs `num_micro_batches` and, if what they measured lies within `limits`, one optimizer step.
+        """Run the step's micro-batches, and one optimizer step if their report is within the limits.
 
-        That is decided on the device: with ZeRO-1 in bf16 nothing here waits for it (DeepSpeed's other optimizers read
-        the norm of the gradients). Set `stop_requested` to tell all ranks through the report that this one was asked to
-        stop.
+        The device decides that. With ZeRO-1 in bf16 nothing here waits for it; DeepSpeed's other optimizers read the
+        gradient norm. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
+
+        Args:
+            micro_batches: this rank's; `num_micro_batches` of them are run.
+            learning_rate: of this step.
+            limits: of loss and gradient norm.
+
+        Returns:
+            The step's report, and this rank's statistics.
         """
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
@@ -123,22 +156,30 @@ class Engine:
             for _ in range(self.config.num_micro_batches):
                 self.engine.backward(self.engine(*next(micro_batches).tensors))
                 self.engine.step()
-        report = self._measure()  # where the gradients are not finite ZeRO leaves the optimizer out, which never asked
+        report = self._measure()  # with gradients that are not finite ZeRO skips the optimizer, and so the report
         return report, self.stage.take_statistics()
 
     def _measure(self) -> PendingReport:
-        """The step's report, made where it is first asked for: after the backward pass, before the optimizer."""
+        """Return the step's report, made at the first call: after the backward passes, before the optimizer."""
         if self._report is None:
-            norm, told = gradient_norm(self.engine.optimizer), (self.stop_requested, self._limits)
-            self._report = PendingReport(self.stage.complete_statistics(), self.groups, norm, *told)
+            self._report = PendingReport(
+                self.stage.complete_statistics(),
+                self.groups,
+                gradient_norm(self.engine.optimizer),
+                self.stop_requested,
+                self._limits,
+            )
         return self._report
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch], valid_rows: list[int]) -> StageStatistics:
-        """Runs micro-batches forward; the cross-entropy is a sum over tokens whose label is not negative.
+        """Run micro-batches forward and return their statistics.
+
+        The cross-entropy is a sum over tokens whose label is not negative.
 
         Args:
-            valid_rows: of each micro-batch, how many of its sequences count; the others' labels are negative.
+            micro_batches: this rank's.
+            valid_rows: for each micro-batch, how many of its sequences count; the labels of the others are negative.
         """
         if not self.pipelined:
             return evaluate_stage(self.stage, micro_batches, valid_rows)
@@ -151,7 +192,11 @@ class Engine:
         return self.stage.take_statistics()
 
     def state_chunks(self, vocab_size: int) -> list[Chunk]:
-        """Views of this rank's share of the training state, under global names (see parallel.state.training_state)."""
+        """Return views of this rank's share of the training state, under global names (see parallel.state).
+
+        Args:
+            vocab_size: without padding.
+        """
         return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.optimizer)
 
     @property
@@ -169,13 +214,18 @@ class Engine:
         return adam_step(self.optimizer)
 
     def load_state(self, saved: SavedState, vocab_size: int) -> None:
-        """Restores the training state, whatever layout saved it."""
+        """Load a training state that any layout saved.
+
+        Args:
+            saved: the checkpoint.
+            vocab_size: without padding.
+        """
         load_training_state(self.stage, self.engine.optimizer, self.groups, saved, vocab_size)
 
 
 @torch.no_grad()
 def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], valid_rows: list[int]) -> StageStatistics:
-    """Like `Engine.evaluate`, through a stage that is the whole model's depth."""
+    """Evaluate like `Engine.evaluate`, through a stage that holds all layers."""
     stage.eval()
     stage.statistics, stage.valid_rows = None, valid_rows
     for _ in valid_rows:
@@ -185,11 +235,11 @@ def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], valid_rows
 
 
 def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, which decay, apart from everything else, which does not.
+    """Return the optimizer's two parameter groups: matrices, which decay, and the rest, which does not.
 
-    Apart also because ZeRO makes one flat buffer of a group: a single odd-sized scalar in it would shift every matrix
-    behind it off the 16-byte grid that Hopper's fast matrix products need. Among the others, those of odd sizes come
-    last: compiled kernels read vectors 16 bytes at a time.
+    ZeRO makes one flat buffer of each group. In one common group a single scalar would shift every matrix behind it off
+    the 16-byte grid, which Hopper's fast matrix products need. In the second group parameters of odd sizes come last,
+    since compiled kernels read vectors 16 bytes at a time.
     """
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -200,10 +250,9 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def gather_by_block(stage: Stage) -> None:
-    """Lets ZeRO-3 gather and release the parameters of a block at once, with hooks around the block and none inside.
+    """Make ZeRO-3 gather and release a block's parameters together, with hooks around the block and none inside.
 
-    The compiler then sees a block's pure computation. Hooks within it would cut it into graphs, between which torch
-    2.11 loses gradients.
+    Hooks inside a block would break its graph when it is compiled, and torch 2.11 loses gradients at graph breaks.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -211,42 +260,44 @@ def gather_by_block(stage: Stage) -> None:
 
 
 def uses_bf16_optimizer(config: EngineConfig) -> bool:
-    """Whether DeepSpeed's bf16 optimizer runs, which accumulates in float32 and can be kept from waiting; ZeRO-1's."""
+    """Return whether DeepSpeed's BF16_Optimizer runs (ZeRO-1), which accumulates in float32 and need not wait."""
     return config.bf16 and config.parallel.zero_stage == 1
 
 
 def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
-    """Whether a training pass may be replayed, and is the same kernels every time, without communication, on a GPU."""
+    """Return whether training passes can be CUDA graphs: asked for, on a GPU, the same kernels, no communication."""
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
     local = config.parallel.passes_stay_local(groups.grid.dp, per_head)
     return config.cuda_graphs and local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration: what is derived from ours, over the user's `deepspeed` section.
+    """Return DeepSpeed's configuration: defaults, then the user's `deepspeed` section, then what ours determines.
 
     Args:
-        is_compiled: whether blocks are. If so, ZeRO-3 must not replace `torch.nn.functional.linear` by a function of
-            its own, through which torch 2.11 loses gradients. If not, it must: autograd would keep views of gathered
-            weights, and so the weights, until the backward pass.
+        config: of the run.
+        groups: of this rank.
+        is_compiled: whether blocks are compiled. If so, ZeRO-3 must not replace `torch.nn.functional.linear` by its own
+            function, through which torch 2.11 loses gradients. If not, it must, or autograd would keep the gathered
+            weights until the backward pass.
     """
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.num_micro_batches,
         "gradient_clipping": config.gradient_clipping,
         "zero_allow_untested_optimizer": True,
-        # Partitioned activations are silently wrong under sequence parallelism.
+        # Partitioned activations give wrong results under sequence parallelism, without an error.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if config.bf16:
         derived["bf16"] = {"enabled": True}
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}  # else ZeRO 2 and 3 sum micro-batches in bf16
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}  # or ZeRO 2 and 3 would sum micro-batches in bf16
     if uses_bf16_optimizer(config):
         derived["gradient_clipping"] = 0.0  # see parallel.engine.clipping
     defaults = {
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device
-        "communication_data_type": "fp32",  # of gradients, which DeepSpeed averages in bf16
+        "communication_data_type": "fp32",  # or DeepSpeed would average gradients in bf16
     }
     merged = {**defaults, **config.deepspeed, **derived}
     merged["zero_optimization"] = {
@@ -258,7 +309,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) ->
 
 
 def check_alignment(stage: Stage) -> None:
-    """Asserts that every matrix starts on a 16-byte boundary of its flat buffer."""
+    """Assert that every matrix starts on a 16-byte boundary of its flat buffer."""
     for name, parameter in named_parameters(stage):
         if parameter.is_cuda and parameter.dim() == 2 and name.endswith("weight") and parameter.numel():
             assert parameter.data_ptr() % ALIGNMENT_BYTES == 0, f"{name} is not {ALIGNMENT_BYTES}-byte aligned"

@@ -1,13 +1,13 @@
-"""A guard inside every run: after its first step, looks at the gradient of every parameter.
+"""Check the gradient of every parameter after a run's first step.
 
-A gradient that is lost somewhere between the loss and the optimizer (in the compiler, in a hook, in a reduction) leaves
-the loss of the first step right and the run looking healthy. The optimizer knows: it is handed exact zeros. So the
-first step that a process takes records the norm of every parameter's gradient where the optimizer reads it, in the
-float32 that all of ZeRO's stages have it in, reduced over replicas. A norm of exactly zero is a fault, unless the model
-says that this parameter may have none (`Attention.may_lack_gradient`).
+A gradient can be lost between the loss and the optimizer: in the compiler, in a hook, in a reduction. The loss of the
+first step is then still right, and the run looks healthy. But the optimizer receives exact zeros. So the first step of
+a process records the norm of every parameter's gradient where the optimizer reads it: in float32, reduced over
+replicas, whatever the ZeRO stage. A norm of exactly zero is a fault, unless the model allows it for this parameter
+(`Attention.may_lack_gradient`).
 
-Each tensor-parallel rank's shard is judged by itself; only of the vocabulary's, where a shard may hold padding alone,
-the sum over ranks is.
+Each tensor-parallel rank's shard is checked by itself. For the vocabulary's parameters the sum over ranks is checked,
+since a shard may hold padding alone.
 """
 
 from typing import Any
@@ -25,20 +25,21 @@ from parallel.names import by_layer, listed, zero_by_chance
 from parallel.state.training_state import piece_of, source
 
 LEAST_ENTROPY_NATS = 1e-6
-"""Mean entropy of a layer's heads under which every token attends to one position."""
+"""Mean entropy of a head at or below which every token attends to one position."""
 VOCABULARY = ("embedding.word.weight", "head.weight")
 
 
 class GradientError(RuntimeError):
-    """A parameter's gradient is lost, not finite, or not what the uncompiled block gives; names parameters."""
+    """A gradient is lost, not finite, or not the uncompiled block's; the message names the parameters."""
 
 
 class FirstStepCheck:
-    """Looks at one step of an engine. All ranks make one, and call it alike.
+    """Checks one step of an engine; every rank makes one and calls the same methods.
 
     Args:
-        is_new: whether the run begins with this step. Then a gradient that is not finite is a fault as well; in a
-            resumed run such a step is skipped as it would have been, and the next one is looked at.
+        engine: before its first step.
+        is_new: whether the run begins with this step. Then a gradient that is not finite is a fault as well. A resumed
+            run skips such a step as usual, and the next one is checked.
         layout: in words, for the error message.
         compiles: whether the configuration asks for compiled blocks. That none was compiled is a fault as well.
     """
@@ -55,16 +56,17 @@ class FirstStepCheck:
         self._hook = engine.optimizer.register_step_pre_hook(self._record)
 
     def finish(self, report: StepReport, entropy_LN: Tensor) -> BlockError | None:
-        """Judges the step that has just run, or waits for the next one if it was refused.
+        """Check the step that has just run; if a resumed run refused it, leave the check to the next step.
 
         Args:
+            report: of the step.
             entropy_LN: mean entropy in nats of the heads whose attention this rank computed.
 
         Returns:
-            The largest error of a compiled block, None where none was compared.
+            The largest error of a compiled block, or None if none was compared.
 
         Raises:
-            GradientError: on every rank, with what any rank found.
+            GradientError: on every rank, with the faults of all ranks.
         """
         dist.all_reduce(self._squares, group=self.engine.groups.data)
         lost, wild = self._lost(entropy_LN), self._not_finite()
@@ -81,7 +83,7 @@ class FirstStepCheck:
         return max(blocks, key=lambda error: error.relative, default=None)
 
     def _places(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[int, int, int]]:
-        """Index, address and number of elements of each piece of a float32 master copy held here."""
+        """Return the parameter's index, address and number of elements of each float32 master piece held here."""
         places = []
         for index, (_, parameter) in enumerate(parameters):
             piece = piece_of(parameter, self.engine.optimizer, self.engine.groups)
@@ -90,7 +92,7 @@ class FirstStepCheck:
         return places
 
     def _record(self, adam: torch.optim.Optimizer, *_: Any) -> None:
-        """Adds up the squares of what the optimizer is about to read; DeepSpeed may step one group after the other."""
+        """Add up the squares of the gradients that the optimizer is about to read, maybe one group of several."""
         self._is_recorded = True
         for flat in (flat for group in adam.param_groups for flat in group["params"] if flat.grad is not None):
             for index, address, size in self._pieces:
@@ -119,13 +121,13 @@ class FirstStepCheck:
         return [source(name, stage) for name, _ in zero if name not in by_chance]
 
     def _not_finite(self) -> list[str]:
-        if not self._is_recorded:  # ZeRO leaves the optimizer out
+        if not self._is_recorded:  # ZeRO has skipped the optimizer
             return ["at least one parameter"]
         finite = self._squares.isfinite().tolist()
         return [name for name, is_finite in zip(self._names, finite, strict=True) if not is_finite]
 
     def _raise_on_all_ranks(self, faults: dict[str, list[str]], is_uncompiled: bool) -> None:
-        """Raises on every rank if any has a fault, all with the same error message."""
+        """Raise on every rank if any has a fault, with the same error message."""
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (faults, is_uncompiled))
         if any(uncompiled for _, uncompiled in found):

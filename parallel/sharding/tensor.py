@@ -28,7 +28,7 @@ from model.cross_entropy import VocabularyShard, linear_cross_entropy
 from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.transformer import Block, Embedding, Head, Linear, Transformer
-from parallel.deepspeed_internals import whole_shape
+from parallel.deepspeed_internals import count_every_shard, whole_shape
 from parallel.sharding import megatron
 from parallel.sharding.collectives import gather_positions, name_of, sum_both_ways, take_positions
 from parallel.sharding.exchange import features_for_positions
@@ -52,7 +52,11 @@ def apply_tensor_parallel(model: Transformer, groups: Groups, plan: ShardingPlan
 def mark_split(model: Transformer, plan: ShardingPlan, padded_vocab_size: int) -> None:
     """Mark every parameter with the plan's split, after asserting that its layer holds just that share.
 
-    `partition_dim` is the split dimension or None. DeepSpeed's gradient norm reads `tensor_model_parallel`.
+    `partition_dim` is the split dimension or None. DeepSpeed's gradient norm gets a mark of its own.
+
+    Args:
+        plan: of the run.
+        padded_vocab_size: rows of the whole embedding.
     """
     shapes = global_shapes(plan.model, padded_vocab_size)
     for name, parameter in named_parameters(model):
@@ -65,7 +69,7 @@ def mark_split(model: Transformer, plan: ShardingPlan, padded_vocab_size: int) -
             f"dimension {dim}, tp={plan.tp}); its layer or its row is wrong"
         )
         parameter.partition_dim = dim
-        parameter.tensor_model_parallel = dim is not None
+        count_every_shard(parameter, is_split=dim is not None)
 
 
 def sum_replicated_gradients(model: Transformer, groups: Groups, plan: ShardingPlan, num_micro_batches: int) -> None:

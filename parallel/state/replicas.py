@@ -57,7 +57,7 @@ def check_replicas(stage: Stage, groups: Groups) -> None:
 
 
 def local_values(parameter: nn.Parameter, groups: Groups) -> Tensor:
-    """The parameter, or of one that ZeRO-3 has partitioned this replica's part without what pads it."""
+    """Return the parameter, or this replica's part of it, without padding, if ZeRO-3 has partitioned it."""
     if not is_partitioned(parameter):
         return parameter
     held = partition(parameter)

@@ -1,7 +1,7 @@
 """Training state under global parameter names, independent of the layout that holds it.
 
-ZeRO keeps of each parameter's float32 master copy and Adam moments a contiguous piece of the flattened local tensor on
-each data-parallel rank; tensor parallelism makes the local tensor a slice of the whole. A `Piece` records the one cut,
+Tensor parallelism makes a rank's tensor a slice of the whole. ZeRO flattens that slice and keeps one contiguous piece
+of its float32 master copy and Adam moments on each data-parallel rank. A `Piece` describes ZeRO's cut, and
 `parallel.state.chunks` turns it into rectangles of the whole:
 
     whole [rows, columns]  --tensor parallel-->  local shard  --flatten, ZeRO-->  piece [start, start + length)
@@ -9,7 +9,7 @@ each data-parallel rank; tensor parallelism makes the local tensor a slice of th
     model.NAME, exp_avg.NAME, exp_avg_sq.NAME    float32, shapes of the whole model without vocabulary padding
     buffer.tp0of2.NAME                           power-iteration vectors of one tensor-parallel rank
 
-The chunks saved by all ranks cover every tensor exactly once: of what several ranks hold, one saves it.
+The chunks that all ranks save cover every tensor exactly once: if several ranks hold a part, one of them saves it.
 """
 
 from collections.abc import Container, Iterator
@@ -39,21 +39,29 @@ POWER_ITERATIONS_AFTER_RESHARDING = 30
 
 @dataclass
 class Piece:
-    """Views of this rank's piece of one parameter's master copy and Adam moments, each [length]."""
+    """Views of this rank's piece of one parameter's master copy and Adam moments.
+
+    Attributes:
+        start: the piece's first element in the flattened local tensor.
+        master: float32, [length].
+        moments: 'exp_avg' and 'exp_avg_sq', each [length].
+    """
 
     start: int
     master: Tensor
     moments: dict[str, Tensor]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the prefix under which they are saved."""
+        """Return the tensors by the prefix under which they are saved."""
         return {"model": self.master, **self.moments}
 
 
 class StateMap:
-    """Finds a stage's tensors in the whole model.
+    """Maps a stage's tensors to the whole model.
 
     Args:
+        stage: of this rank.
+        groups: of this rank.
         vocab_size: without padding.
     """
 
@@ -62,7 +70,7 @@ class StateMap:
         self._shapes = global_shapes(stage.transformer.config, vocab_size)
 
     def saved_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
-        """What this rank contributes to a checkpoint; views of the live state."""
+        """Return the chunks that this rank saves in a checkpoint, as views of the live state."""
         chunks: list[Chunk] = []
         for name, parameter in named_parameters(self.stage.transformer):
             if not self._saved_elsewhere(name, parameter):
@@ -70,14 +78,14 @@ class StateMap:
         return chunks + (self._own_buffers() if self.groups.grid.replica == 0 else [])
 
     def optimizer_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
-        """Where this rank's master copies and moments are to be loaded."""
+        """Return the chunks into which this rank's master copies and moments are loaded."""
         chunks: list[Chunk] = []
         for name, parameter in named_parameters(self.stage.transformer):
             chunks += self._piece_chunks(name, parameter, piece_of(parameter, optimizer, self.groups))
         return chunks
 
     def weight_chunks(self) -> list[Chunk]:
-        """Where this rank's weights are to be loaded; ZeRO-3's, which are partitioned, come from their masters."""
+        """Return the chunks into which this rank's weights are loaded; ZeRO-3's are copied from masters instead."""
         chunks: list[Chunk] = []
         for name, parameter in named_parameters(self.stage.transformer):
             if not is_partitioned(parameter):
@@ -85,7 +93,7 @@ class StateMap:
         return chunks
 
     def buffer_chunks(self, saved_names: Container[str]) -> list[Chunk]:
-        """Where power-iteration vectors are to be loaded; empty where another tensor-parallel size saved them."""
+        """Return the chunks for power-iteration vectors; none if another tensor-parallel size saved the checkpoint."""
         chunks = self._own_buffers()
         return chunks if all(chunk.name in saved_names for chunk in chunks) else []
 
@@ -111,21 +119,30 @@ class StateMap:
 
 
 class SavedState(Protocol):
-    """A checkpoint as seen from here."""
+    """What loading needs of a checkpoint.
+
+    Attributes:
+        adam_step: optimizer steps taken.
+        names: of the saved tensors.
+    """
 
     adam_step: float
     names: Container[str]
 
     def read(self, chunks: list[Chunk]) -> None:
-        """Fills the chunks; all ranks call."""
+        """Fill the chunks; all ranks call."""
 
 
 @torch.no_grad()
 def load_training_state(stage: nn.Module, wrapper: Any, groups: Groups, saved: SavedState, vocab_size: int) -> None:
-    """Fills weights, master copies and moments of this rank's layout, whatever the layout that saved them.
+    """Load weights, master copies and moments that any layout saved.
 
     Args:
+        stage: of this rank.
         wrapper: DeepSpeed's optimizer around AdamW.
+        groups: of this rank.
+        saved: the checkpoint.
+        vocab_size: without padding.
     """
     create_moments(wrapper, saved.adam_step)
     state = StateMap(stage, groups, vocab_size)
@@ -139,13 +156,13 @@ def load_training_state(stage: nn.Module, wrapper: Any, groups: Groups, saved: S
 
 @torch.no_grad()
 def load_weights(stage: nn.Module, groups: Groups, saved: SavedState, vocab_size: int) -> None:
-    """Fills a stage's weights of any layout; not for ZeRO-3, whose weights are partitioned."""
+    """Load a stage's weights that any layout saved; not under ZeRO-3, which partitions them."""
     state = StateMap(stage, groups, vocab_size)
     _load(stage, state, saved, state.weight_chunks())
 
 
 def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Chunk]) -> None:
-    """Reads the targets and the power-iteration vectors; those that another layout saved are found again."""
+    """Read the targets and the power-iteration vectors; recompute these vectors if another layout saved them."""
     buffers = state.buffer_chunks(saved.names)
     saved.read(targets + buffers)
     if not buffers:
@@ -155,7 +172,7 @@ def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Ch
 
 
 def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: Groups) -> Piece | None:
-    """This data-parallel rank's piece of a parameter, or None where it holds none."""
+    """Return this data-parallel rank's piece of a parameter, or None if it holds none."""
     if is_partitioned(parameter):
         return _piece_of_stage_3(parameter, groups)
     held = fragment(parameter)
@@ -177,10 +194,11 @@ def _piece_of_stage_3(parameter: nn.Parameter, groups: Groups) -> Piece | None:
 
 
 def create_moments(wrapper: Any, adam_step: float) -> None:
-    """Gives every flat master copy Adam's state at `adam_step`, which torch would create at the first step.
+    """Create Adam's state of every flat master copy, which torch would create at its first step.
 
     Args:
         wrapper: DeepSpeed's optimizer around AdamW.
+        adam_step: optimizer steps taken.
     """
     optimizer = adam(wrapper)
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
@@ -198,5 +216,5 @@ def adam_step(optimizer: torch.optim.Optimizer) -> float:
 
 
 def source(name: str, stage: nn.Module) -> str:
-    """The saved name of a parameter: a tied head held apart from the embedding was saved as the embedding."""
+    """Return the name under which a parameter is saved; a tied head's second copy is saved as the embedding."""
     return TIED_HEAD_SOURCE if name == "head.weight" and stage.transformer.config.tied_head else name

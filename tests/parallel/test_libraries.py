@@ -20,7 +20,16 @@ PUBLIC = {  # of DeepSpeed: what its documentation names, and where that is used
     "parallel/launch.py": {"deepspeed"},  # init_distributed
     "parallel/deepspeed_internals.py": None,
 }
-PRIVATE = ("ds_", "_hp_", "hp_grad", "fp32_groups", "bf16_groups", "_global_grad_norm", "real_dp_process_group")
+PRIVATE = (
+    "ds_",
+    "tensor_model_parallel",
+    "_hp_",
+    "hp_grad",
+    "fp32_groups",
+    "bf16_groups",
+    "_global_grad_norm",
+    "real_dp_process_group",
+)
 
 
 def sources() -> dict[str, ast.AST]:
@@ -63,6 +72,7 @@ def test_the_installed_deepspeed_has_all_names() -> None:
         ("deepspeed.runtime.bf16_optimizer", "is_invalid_grad_norm"),
         ("deepspeed.runtime.engine.DeepSpeedEngine", "buffered_allreduce_fallback"),
         ("deepspeed.pipe.PipelineModule", "_synchronize_tied_weights"),
+        ("deepspeed.utils", "safe_get_local_fp32_param"),
     ],
 )
 def test_a_library_without_one_of_the_names_is_refused(owner: str, name: str) -> None:
@@ -83,6 +93,15 @@ def test_a_library_that_sets_other_attributes_is_refused() -> None:
     with mock.patch.object(bf16_optimizer, "BF16_Optimizer", Renamed), refused:
         deepspeed_internals.check_installed.__wrapped__()
     require_assigned("deepspeed", Renamed, "bf16_parameters")
+
+
+def test_a_library_whose_norms_read_other_marks_is_refused() -> None:
+    renamed = mock.patch("deepspeed.runtime.utils.is_model_parallel_parameter", lambda p: p.is_split)
+    with renamed, pytest.raises(LibraryChangedError, match="does not read tensor_model_parallel of a parameter"):
+        deepspeed_internals.check_installed.__wrapped__()
+    renamed = mock.patch("deepspeed.runtime.constants.PIPE_REPLICATED", "ds_is_copy")
+    with renamed, pytest.raises(LibraryChangedError, match="does not read ds_pipe_replicated of a parameter"):
+        deepspeed_internals.check_installed.__wrapped__()
 
 
 def test_only_the_same_parameters_replace_a_function() -> None:
