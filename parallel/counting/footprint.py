@@ -51,14 +51,17 @@ class Workload:
 
     @property
     def plan(self) -> ShardingPlan:
+        """How tensor-parallel ranks hold each parameter."""
         return sharding_plan(self.model, self.parallel, self.grid.tp, self.tokens * self.num_micro_batches)
 
     @property
     def replicates_fused_ffn(self) -> bool:
+        """Whether every tensor-parallel rank holds a fused FFN whole."""
         return self.plan.replicates_fused_ffn
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the whole embedding."""
         return padded_vocab_size(self.vocab_size, self.grid.tp)
 
 

@@ -80,6 +80,11 @@ class CompiledBlock:
         return self.compiled(x_TBD, *document_start)
 
     def compiled(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the compiled block.
+
+        Raises:
+            BlockCompileError: it cannot be compiled as one graph.
+        """
         try:
             return self._compiled(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -96,6 +96,7 @@ class StepReport:
 
     @property
     def loss(self) -> float:
+        """Cross-entropy and entropy loss together, in nats per token."""
         return self.cross_entropy + self.entropy_loss
 
 
@@ -156,17 +157,28 @@ def sum_over_ranks(parts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadSnapshot:
-    """Every head and layer of the whole model at one moment; None if the architecture has no such parameter."""
+    """Every head and layer of the whole model at one moment; a value is None if the architecture lacks its parameter.
 
-    entropy_nats: list[list[float]]  # [L][N]
-    threshold: list[list[float]] | None  # [L][N], fraction of ln T
-    temperature: list[list[float]] | None  # [L][N], mean over positions
-    temperature_min: list[float] | None  # [L]
+    Attributes:
+        entropy_nats: [L][N], mean over sequences and positions.
+        threshold: [L][N], as a fraction of ln T.
+        temperature: [L][N], mean over positions.
+        temperature_min: [L], least of any head and position.
+        temperature_max: [L], greatest of any head and position.
+        alpha: [L].
+        beta: [L].
+    """
+
+    entropy_nats: list[list[float]]
+    threshold: list[list[float]] | None
+    temperature: list[list[float]] | None
+    temperature_min: list[float] | None
     temperature_max: list[float] | None
     alpha: list[float] | None
     beta: list[float] | None
 
     def as_row(self) -> dict[str, Any]:
+        """Return the snapshot as a JSON object."""
         return dict(vars(self))
 
 

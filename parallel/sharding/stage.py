@@ -74,6 +74,7 @@ class Stage(nn.Module):
 
     @property
     def thresholds_LN(self) -> Tensor:
+        """The thresholds of this stage's layers and heads, as a fraction of ln T."""
         return torch.stack([block.attention.threshold for block in self.transformer.layers.values()])
 
     @property
@@ -109,6 +110,7 @@ class Stage(nn.Module):
         return loss
 
     def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+        """Return the loss of one micro-batch, on a stage that holds all layers."""
         return self.loss(self.body(tokens_TB, document_start_BT), labels_TB)
 
     def complete_statistics(self) -> StageStatistics:

@@ -211,6 +211,7 @@ def create_moments(wrapper: Any, adam_step: float) -> None:
 
 
 def adam_step(optimizer: torch.optim.Optimizer) -> float:
+    """Return the optimizer steps taken, as Adam's bias correction counts them."""
     steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
     return max(steps, default=0.0)
 

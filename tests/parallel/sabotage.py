@@ -122,8 +122,7 @@ def temperatures_of_other_heads() -> Any:
 
     def forward(self: Any, qkv: Any, temperature: Any, document_start: Any = None) -> Any:
         if temperature is not None:
-            first = temperature.chunk(self.groups.grid.cp)[0]
-            temperature = torch.cat([first] * self.groups.grid.cp)
+            temperature = torch.cat([temperature.chunk(self.ranks)[0]] * self.ranks)
         return real(self, qkv, temperature, document_start)
 
     return mock.patch.object(context.ContextParallelCore, "forward", forward)
