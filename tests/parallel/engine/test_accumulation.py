@@ -59,9 +59,7 @@ def test_sums_and_flags_are_deepspeeds() -> None:
 
 
 def _averaged() -> list[tuple[int, torch.Tensor]]:
-    """Where each part begins that this rank steps, and what an engine in bf16 averages there of sums that bf16 could
-    not hold.
-    """
+    """Average sums that bf16 could not hold; return start and average of each part that this rank steps."""
     from train.parts import build_engine
 
     layout = parse_layout("dp=3")
@@ -86,7 +84,7 @@ def test_gradients_are_averaged_in_the_type_they_are_summed_in() -> None:
 
 
 def _trained(layout: Layout, one_by_one: bool) -> list[torch.Tensor]:
-    """This rank's parameters after three steps in bf16, with DeepSpeed's own accumulation or ours."""
+    """Return this rank's parameters after three steps in bf16, with DeepSpeed's own accumulation or ours."""
     from unittest import mock
 
     from parallel.engine import engine as module

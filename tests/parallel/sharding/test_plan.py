@@ -28,7 +28,7 @@ CHOICES: list[dict[str, Any]] = [
 
 
 def names() -> set[str]:
-    """Every parameter's global name without its layer."""
+    """Return every parameter's global name without its layer."""
     models = (ModelConfig(**{**SIZES, **choice}).resolved() for choice in CHOICES)
     return {re.sub(r"^layers\.\d+\.", "", name) for model in models for name in global_shapes(model, VOCAB_SIZE)}
 
