@@ -1,9 +1,9 @@
-"""What a model is made of: published architecture names, the ingredients behind each, and every size.
+"""Describes a model: published architecture names, the ingredients of each, and every size.
 
     ModelConfig(architecture="EReg(SM(t)+ScFuFFN)", num_layers=12, ...).resolved()
 
-A name fixes all ingredients; an ingredient set by itself (say `activation="relu"`) overrides the name's choice. Source
-of the names: arXiv 2501.03489, sections 3 and 4.
+A name fixes all ingredients. An ingredient that is set by itself, such as `activation="relu"`, overrides the name's
+choice. Source of the names: arXiv 2501.03489, sections 3 and 4.
 """
 
 import dataclasses
@@ -51,81 +51,89 @@ LARGEST_SIZES = {
     "seq_length": 10**9,
     "ffn_hidden_size": 10**8,
 }
-"""Beyond these counting parameters takes minutes, or a tensor has more bytes than 64 bits can say."""
+"""Beyond these, counting parameters takes minutes, or a tensor has more bytes than a 64-bit integer can hold."""
 
 
 def explained(default: Any, text: str) -> Any:
-    """A field of a configuration: its default, and what it means."""
+    """Return a dataclass field with a default and its help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and ingredients of one model; `None` in an ingredient means "as the architecture's name says"."""
+    """Sizes and ingredients of one model. An ingredient left at null is what the architecture's name says."""
 
     architecture: str = explained(
-        "EReg(SM(t)+ScFuFFN)", "Published name that fixes every ingredient below that is left at null."
+        "EReg(SM(t)+ScFuFFN)", "Published name, which fixes every ingredient below that is left at null."
     )
-    num_layers: int = explained(12, "Transformer blocks; the paper uses 12 and 18.")
+    num_layers: int = explained(12, "Number of transformer blocks. The paper uses 12 and 18.")
     hidden_size: int = explained(768, "Model width D in features.")
-    num_attention_heads: int = explained(12, "Attention heads N a layer; the head width is hidden_size / N.")
-    seq_length: int = explained(128, "Context T in tokens; fixes learned positions and per-position temperatures.")
+    num_attention_heads: int = explained(12, "Attention heads N per layer. The head width is hidden_size / N.")
+    seq_length: int = explained(
+        128, "Context length T in tokens. Learned positions and per-position temperatures have this length."
+    )
     ffn_hidden_size: int | None = explained(
-        None, "Width between the two FFN matrices in features; null means 4 * hidden_size; unused by a fused FFN."
+        None, "Features between the two FFN matrices; null means 4 * hidden_size. A fused FFN does not use it."
     )
     norm: Literal["layernorm", "none"] | None = explained(
-        None,
-        "Normalization before attention and before the FFN (LN1, LN2); 'none' saves the costliest step of private "
-        "inference.",
+        None, "Normalization before attention and before the FFN (LN1, LN2). 'none' makes private inference cheaper."
     )
     activation: Literal["gelu", "relu", "identity"] | None = explained(
-        None, "FFN activation; 'identity' makes the FFN linear."
+        None, "FFN activation. 'identity' makes the FFN linear."
     )
     fused_ffn: bool | None = explained(
-        None, "One D x D matrix instead of two, possible since a linear FFN is one linear map; 8 times fewer FLOPs."
+        None, "Use one D x D matrix instead of two, with an eighth of the FLOPs. Only a linear FFN can be fused."
     )
     scaled_ffn: bool | None = explained(
         None,
-        "Learnable beta on the residual and 1/alpha on the FFN (paper Eq. 8), which keeps norm-free nets trainable.",
+        "Scale the residual by a learned beta and the FFN by a learned 1/alpha (paper Eq. 8). This keeps networks "
+        "without norms trainable.",
     )
     temperature: Literal["none", "per_head", "per_position"] | None = explained(
-        None, "Learnable softmax temperature: none, one a head, or one a head and query position (the paper's H x T)."
+        None, "Learned softmax temperature: none, one per head, or one per head and query position (the paper's H x T)."
     )
     temperature_form: Literal["exp", "raw"] = explained(
         "exp",
-        "'exp' trains ln(t / temperature_init) and so keeps t positive, and finely resolved in bf16; 'raw' trains t "
-        "itself as in the paper, where it can cross zero.",
+        "'exp' trains ln(t / temperature_init), which keeps t positive and well resolved in bf16. 'raw' trains t "
+        "itself, as in the paper; it can cross zero.",
     )
     temperature_init: float = explained(
         0.01,
-        "Initial t (unitless divisor of the logits): 0.01 on CodeParrot, 0.1 on Languini; lifts tiny norm-free logits.",
+        "Initial temperature t, by which logits are divided. The paper uses 0.01 on CodeParrot and 0.1 on Languini, "
+        "since logits are small without norms.",
     )
     weight_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
-        None, "Linears whose weight is g V/||V|| per output row."
+        None, "Linear layers with weight normalization: each output row is g V/||V||."
     )
     spectral_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
-        None, "Linears whose weight is divided by its largest singular value."
+        None, "Linear layers whose weight is divided by its largest singular value."
     )
-    regularized: bool | None = explained(None, "Whether heads carry learnable entropy thresholds for the regularizer.")
+    regularized: bool | None = explained(
+        None, "Whether the entropy regularizer acts; each head then has a learned threshold."
+    )
     threshold_init: float = explained(
-        0.5, "Initial threshold theta as a fraction of ln T; trained values in the paper lie between 0.20 and 0.52."
+        0.5, "Initial threshold theta as a fraction of ln T. Trained values in the paper lie between 0.20 and 0.52."
     )
     final_norm: bool = explained(
-        True, "LayerNorm after the last block, which the authors keep; false makes the network strictly softmax-only."
+        True, "LayerNorm after the last block, which the authors keep. Without it, softmax is the only nonlinearity."
     )
-    tied_head: bool = explained(True, "Share the word embedding with the output head, as GPT-2 does.")
+    tied_head: bool = explained(True, "Use the word embedding as output head, as GPT-2 does.")
     positions: Literal["learned", "rotary"] = explained(
         "learned", "Learned absolute positions (the paper) or rotary ones."
     )
-    init_std: float = explained(0.02, "Standard deviation of the normal initialization of every matrix.")
+    init_std: float = explained(0.02, "Standard deviation of the normal distribution that initializes every matrix.")
     initialization: Literal["scaled", "paper"] = explained(
         "scaled",
-        "'paper' draws every matrix with init_std and starts alpha at 1; 'scaled' is the same up to 12 layers of width "
-        "768, and beyond keeps a norm-free residual from growing faster (see model/initialize.py).",
+        "'paper' draws every matrix with init_std and starts alpha at 1. 'scaled' does the same up to 12 layers of "
+        "width 768; in larger networks it limits the growth of a residual without norms (model/initialize.py).",
     )
 
     def resolved(self) -> "ModelConfig":
-        """Fills every ingredient left at None from the architecture's table row; an unknown name is a KeyError."""
+        """Fill every ingredient left at None from the architecture's table row.
+
+        Raises:
+            KeyError: the architecture's name is unknown.
+        """
         defaults = ARCHITECTURES[self.architecture]
         filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.ffn_hidden_size is None:
@@ -138,11 +146,11 @@ class ModelConfig:
 
     @property
     def ffn_holds_residual(self) -> bool:
-        """Whether the FFN sub-block is one matrix, its residual included: it is linear, and the residual its input."""
+        """Whether the FFN and its residual are one matrix: the FFN is fused, and its input is the residual itself."""
         return bool(self.fused_ffn) and self.norm == "none"
 
     def faults(self) -> list[str]:
-        """Every reason why no such model exists, each a line with the numbers and the remedy; empty if sound."""
+        """Return every reason why no such model exists, one line each with the numbers and the remedy."""
         if self.architecture not in ARCHITECTURES:
             names = ", ".join(ARCHITECTURES)
             return [f"model.architecture = {self.architecture!r} is unknown; choose one of: {names}"]

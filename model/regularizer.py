@@ -5,16 +5,15 @@
     penalty = delta^2  where |delta| > margin ln T, else 0
     loss    = CE + coefficient * mean over layers, mean over heads of the penalty
 
-At which granularity delta is taken is a choice, since the published code differs from the published algorithm:
+The published code and the published algorithm take delta at different granularities, so this is a choice:
 
-`per_query` (the published code and results): delta for every sequence and query position, the penalty averaged over
-them.
-`per_head` (Algorithm 1): the entropy is averaged over positions and sequences first, then delta is taken once a head.
+`per_query` (the published code and results) takes delta for every sequence and query position, and averages the
+penalty over them.
+`per_head` (Algorithm 1) averages the entropy over positions and sequences first, and takes delta once per head.
 
-The published code sums over the sequences and positions of a micro-batch, so its lambda scales with their number;
-`coefficient`
-here multiplies a mean: coefficient = lambda * micro_batch_size * T, 1e-5 * 128 * 128 = 0.164 for the paper's CodeParrot
-runs.
+The published code sums over the sequences and positions of a micro-batch, so its lambda depends on their number.
+`coefficient` multiplies a mean instead: coefficient = lambda * micro_batch_size * T. For the paper's CodeParrot runs
+that is 1e-5 * 128 * 128 = 0.164.
 """
 
 import math
@@ -29,19 +28,20 @@ from model.config import explained
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """Strength and shape of the entropy penalty; it acts where the architecture is regularized."""
+    """Strength and shape of the entropy penalty. It acts if `model.regularized` is true."""
 
     coefficient: float = explained(
-        0.164, "Weight of the penalty in the loss, per token (1/nat^2): the paper's lambda * micro-batch * T."
+        0.164, "Weight of the penalty in the loss per token, in 1/nat^2: the paper's lambda * micro-batch * T."
     )
     margin: float = explained(
         0.20,
-        "Tolerance gamma as a fraction of ln T: no penalty while |E - theta ln T| stays within it; paper 0 to 0.30.",
+        "Tolerance gamma as a fraction of ln T. There is no penalty while the entropy stays this close to theta ln T. "
+        "The paper uses 0 to 0.30.",
     )
     granularity: Literal["per_query", "per_head"] = explained(
         "per_query",
-        "'per_query' penalizes each query's entropy (published code); 'per_head' the head's mean entropy over one "
-        "micro-batch of all data-parallel ranks (published algorithm).",
+        "'per_query' penalizes the entropy of each query (published code). 'per_head' penalizes the mean entropy of a "
+        "head over one micro-batch of all data-parallel ranks (published algorithm).",
     )
 
     def faults(self) -> list[str]:
@@ -54,7 +54,7 @@ class RegularizerConfig:
 
 
 def penalty(entropy: Tensor, threshold: Tensor, max_entropy_nats: float, margin: float) -> Tensor:
-    """delta^2 where |delta| > margin * max_entropy, else 0 (two-sided; the full delta is squared).
+    """Return delta^2 where |delta| > margin * max_entropy, else 0. The whole delta is squared, on both sides.
 
     Args:
         entropy: nats, any shape that `threshold` broadcasts to.
@@ -67,7 +67,7 @@ def penalty(entropy: Tensor, threshold: Tensor, max_entropy_nats: float, margin:
 def entropy_penalty(
     entropies_BNT: list[Tensor], thresholds_N: list[Tensor], config: RegularizerConfig, seq_length: int
 ) -> Tensor:
-    """The regularizer of a whole model on one process: a scalar, before the coefficient.
+    """Return the regularizer of a whole model on one process: a scalar, before the coefficient.
 
     Args:
         entropies_BNT: one tensor of entropies in nats for each layer.

@@ -19,33 +19,32 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 class ParallelConfig:
     """Sizes of the parallel axes. The data-parallel size is the world size divided by the others."""
 
-    tensor_parallel_size: int = explained(1, "Ranks that share each layer, split by heads; keep it within one node.")
-    pipeline_parallel_size: int = explained(1, "Stages that share the layers; each holds a contiguous range of them.")
+    tensor_parallel_size: int = explained(1, "Ranks that split each layer by heads. Keep them within one node.")
+    pipeline_parallel_size: int = explained(1, "Pipeline stages. Each holds a contiguous range of layers.")
     context_parallel_size: int = explained(
         1,
-        "Ranks that share each sequence by positions, for long contexts. Attention exchanges positions for heads "
+        "Ranks that split each sequence by position, for long contexts. Attention exchanges positions for heads "
         "(Ulysses), so tp * cp must divide the number of heads.",
     )
     sequence_parallel: bool = explained(
         False,
-        "Split activations between tensor-parallel regions by position. They take 1/tp of the memory; traffic stays "
-        "the same.",
+        "Split activations outside the tensor-parallel regions by position. They take 1/tp of the memory at the same "
+        "traffic.",
     )
     zero_stage: Literal[1, 2, 3] = explained(
         1,
-        "What ZeRO shards over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too (2 and 3 "
-        "need pp=1).",
+        "What ZeRO shards over data-parallel ranks: 1 the optimizer state, 2 also gradients, 3 also parameters. 2 and "
+        "3 need pipeline_parallel_size = 1.",
     )
 
     fused_ffn: Literal["auto", "replicated", "split"] = explained(
         "auto",
-        "How sequence parallelism holds a fused FFN: 'replicated' (no activation traffic, tp times the memory) or "
-        "'split' over tensor-parallel ranks. 'auto' takes the one that moves fewer bytes. Without sequence "
-        "parallelism it is always split.",
+        "How a fused FFN is laid out under sequence parallelism. 'replicated' has no activation traffic and tp times "
+        "the memory; 'split' divides it over tensor-parallel ranks; 'auto' takes whichever sends fewer bytes. Without "
+        "sequence parallelism it is always split.",
     )
     replica_check_interval: int = explained(
-        0,
-        "Steps between checks that copies of a parameter on several ranks are bit-identical; 0 for no checks.",
+        0, "Steps between checks that all copies of a parameter are identical to the last bit; 0 means none."
     )
 
     @property

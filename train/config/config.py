@@ -1,4 +1,4 @@
-"""The configuration: one frozen dataclass a section, read from one JSON file, every fault reported at once.
+"""The configuration: one frozen dataclass per section, read from one JSON file. All faults are reported at once.
 
 Precedence: defaults < file < `section.key=value` on the command line. An example of the last:
 
@@ -31,7 +31,7 @@ from train.config.tree import ConfigError, apply_override, build, read_json
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """The whole configuration of a run."""
 
     model: ModelConfig = ModelConfig()
     regularizer: RegularizerConfig = RegularizerConfig()
@@ -45,11 +45,12 @@ class Config:
     deepspeed: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Passed through to DeepSpeed's own configuration; keys that other sections derive are refused."
+            "help": "Passed through to DeepSpeed's configuration. Keys that follow from other sections are refused."
         },
     )
     run_dir: str = explained(
-        "runs/default", "Folder of this run: configuration, metrics, checkpoints, figures. A run found there continues."
+        "runs/default",
+        "Folder of this run: configuration, metrics, checkpoints, figures. A run that is already there continues.",
     )
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Config:
 
     @property
     def train_steps(self) -> int:
-        """Optimizer steps, from train_steps or, rounded up, from train_tokens."""
+        """Return the optimizer steps of the run. If it is given in tokens, they are rounded up to whole steps."""
         if self.training.train_steps is not None:
             return self.training.train_steps
         assert self.training.train_tokens is not None
@@ -76,7 +77,7 @@ class Config:
         return world_size // self.parallel.ranks_per_batch
 
     def grid(self, world_size: int, rank: int = 0) -> RankGrid:
-        """The place of one of `world_size` processes."""
+        """Return the place of process `rank` among `world_size` processes."""
         parallel = self.parallel
         return RankGrid(
             tp=parallel.tensor_parallel_size,
@@ -91,10 +92,13 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads, merges, types and checks a configuration; ingredients of the architecture are filled in.
+    """Read a configuration file, apply overrides, check everything, and fill in the architecture's ingredients.
+
+    Args:
+        overrides: `section.key=value`, applied over the file.
 
     Raises:
-        ConfigError: the file cannot be read, or any value is wrong; all faults at once, each with its remedy.
+        ConfigError: the file cannot be read, or a value is wrong. It holds all faults, each with its remedy.
     """
     tree = read_json(Path(path))
     faults: list[str] = []
@@ -109,7 +113,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
-    """The inverse of `Config.as_dict`, with the same checks."""
+    """Build a configuration from a tree as `Config.as_dict` returns it, with the checks of `load_config`."""
     faults: list[str] = []
     config = build(Config, tree, "", faults)
     faults += section_faults(config)
@@ -119,7 +123,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 
 
 def section_faults(config: Config) -> list[str]:
-    """Faults that need no knowledge of the world size or the dataset."""
+    """Return the faults that can be found without knowing the world size or the dataset."""
     faults = config.model.faults()
     if not faults:
         faults += config.parallel.faults(config.model.resolved())
@@ -159,7 +163,7 @@ DERIVED_DEEPSPEED_KEYS = {
 
 
 def derived_key_faults(config: Config) -> list[str]:
-    """Keys of the deepspeed section that would contradict what is derived from other sections."""
+    """Return a fault for each key of the deepspeed section that is derived from other sections."""
     faults = []
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -176,7 +180,7 @@ def derived_key_faults(config: Config) -> list[str]:
 
 
 def world_faults(config: Config, world_size: int) -> list[str]:
-    """Faults of the sizes against the number of processes."""
+    """Return the reasons why the sizes do not fit the number of processes."""
     if world_size < 1:
         return [f"the world size {world_size} must be at least 1"]
     ranks = config.parallel.ranks_per_batch
@@ -199,7 +203,7 @@ def world_faults(config: Config, world_size: int) -> list[str]:
 
 
 def dataset_faults(config: Config, manifest: Manifest) -> list[str]:
-    """Faults of the settings against the dataset: splits too short for a sample, a cache too small for its shards."""
+    """Return the reasons why the dataset cannot be used: a split too short for a sample, a cache too small."""
     data, faults = config.data, []
     for split in SPLITS:
         try:
@@ -217,7 +221,7 @@ def dataset_faults(config: Config, manifest: Manifest) -> list[str]:
 
 
 def _let_override_win(tree: dict[str, Any], overrides: list[str]) -> None:
-    """A run's length on the command line replaces the file's, also where the file states it in the other unit."""
+    """Let a run's length on the command line replace the file's, even if the file gives it in the other unit."""
     named = {override.partition("=")[0] for override in overrides} & {"training.train_steps", "training.train_tokens"}
     if len(named) == 1 and isinstance(tree.get("training"), dict):
         other = {"training.train_steps": "train_tokens", "training.train_tokens": "train_steps"}[named.pop()]

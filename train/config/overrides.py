@@ -1,10 +1,10 @@
-"""Overrides `section.key=value` anywhere on a command line with subcommands."""
+"""Parses overrides `section.key=value` anywhere on a command line with subcommands."""
 
 import argparse
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parses, and appends to `overrides` what argparse leaves of them after an option; other words are errors."""
+    """Parse a command line. Overrides after an option, which argparse leaves over, join `overrides`."""
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:

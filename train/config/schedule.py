@@ -1,27 +1,30 @@
-"""The learning rate as a function of the step."""
+"""Computes the learning rate of each step."""
 
 import math
 
 from train.config.config import Config
 from train.config.sections import OptimizerConfig
 
-# Where networks without norms reached NaN for want of a warm-up, and what was enough: docs/study/stability.md.
+# Networks without norms reached NaN after too short a warm-up, and 100 steps were enough: docs/study/stability.md.
 SAFE_RATE_BY_WIDTH, SHORT_WARMUP_STEPS, ENOUGH_WARMUP_STEPS = 0.4, 50, 100
 
 
 def warmup_steps(config: OptimizerConfig, train_steps: int) -> int:
+    """Return the number of warm-up steps."""
     if config.warmup_steps is not None:
         return config.warmup_steps
     return round(config.warmup_fraction * train_steps)
 
 
 def learning_rate(config: OptimizerConfig, step: int, train_steps: int) -> float:
-    """The rate of the optimizer step that leads from `step` to `step + 1` (step counts from 0).
+    """Return the learning rate of the optimizer step from `step` to `step + 1`.
 
-    Warm-up rises linearly and reaches the peak with its last step; the decay ends at `min_learning_rate` after
-    `train_steps`.
-    'wsd' (warm-up, stable, decay) stays at the peak until the last `decay_fraction` of the run and falls linearly
-    there.
+    Warm-up rises linearly and reaches the peak at its last step. The decay reaches `min_learning_rate` after
+    `train_steps`. 'wsd' (warm-up, stable, decay) stays at the peak, and decays linearly over the last
+    `decay_fraction` of the run.
+
+    Args:
+        step: counted from 0.
     """
     peak, floor = config.learning_rate, config.min_learning_rate
     warmup = warmup_steps(config, train_steps)
@@ -39,7 +42,7 @@ def learning_rate(config: OptimizerConfig, step: int, train_steps: int) -> float
 
 
 def fast_start(config: Config) -> str | None:
-    """What there is to say against a start as fast as those that networks without norms did not survive, or None."""
+    """Return a warning if a network without norms warms up too fast; None otherwise."""
     model, steps = config.model, warmup_steps(config.optimizer, config.train_steps)
     rate_by_width = config.optimizer.learning_rate * model.hidden_size * math.sqrt(max(1.0, model.num_layers / 12))
     if model.norm != "none" or steps >= SHORT_WARMUP_STEPS or rate_by_width <= SAFE_RATE_BY_WIDTH:

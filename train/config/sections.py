@@ -1,4 +1,4 @@
-"""The sections of a configuration: every key with its default, its meaning, and what it must fulfil by itself."""
+"""The sections of a configuration: every key with its default, its meaning and the values it allows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +7,7 @@ from data.fetch.sources import ReadOptions
 from model.config import explained
 
 RECENT_STEPS = 20
-"""Over so many steps refused ones are counted."""
+"""Number of steps over which `health.skip_limit` counts skipped ones."""
 LARGEST_VOCABULARY = 10**9
 
 
@@ -17,32 +17,38 @@ class DataConfig:
 
     path: str = explained(
         "datasets/quickstart",
-        "A prepared dataset (python -m data.prepare): a folder, https://..., s3://... or 'pipe:COMMAND {}'; or a "
-        "mixture of some, a .json file as data/stream/mixture.py explains. Its tokenizer fixes the vocabulary.",
+        "Prepared dataset (python -m data.prepare): a folder, https://..., s3://... or 'pipe:COMMAND {}'. A .json "
+        "file names a mixture of datasets (data/stream/mixture.py). The dataset's tokenizer fixes the vocabulary.",
     )
     planned_vocab_size: int | None = explained(
         None,
-        "Tokens that --dry-run assumes where the dataset is not prepared yet; training takes the dataset's own number.",
+        "Vocabulary size that planning (--dry-run, train.plan) assumes while the dataset is not prepared. Training "
+        "takes the size from the dataset.",
     )
     attention_within_documents: bool = explained(
         False,
-        "Whether a token attends to its own document only, rather than to all that a packed sequence holds before it. "
-        "Positions and per-position temperatures stay those of the packed sequence.",
+        "Restrict attention to the token's own document. By default a token attends to everything before it in its "
+        "packed sequence. Positions and per-position temperatures are those of the packed sequence either way.",
     )
     shuffle_window_shards: int = explained(
-        8, "Shards whose samples are shuffled together; as many are in use at a time, and as many again fetched ahead."
+        8, "Shards whose samples are shuffled together. That many are open at a time, and as many again are prefetched."
     )
-    prefetch_micro_batches: int = explained(8, "Micro-batches that a thread reads ahead of training.")
+    prefetch_micro_batches: int = explained(8, "Micro-batches that a background thread reads ahead.")
     on_damage: Literal["stop", "skip"] = explained(
-        "stop", "A shard that is not what was prepared stops the run, or is left out whole and others take its place."
+        "stop",
+        "What to do if a shard does not match its checksums: 'stop' ends the run; 'skip' leaves the whole shard out "
+        "and reads others in its place.",
     )
     cache_dir: str | None = explained(
         None,
-        "Where files from afar are kept, shared by a node's ranks; null means ~/.cache/entropy-guided-transformer.",
+        "Folder that keeps downloaded files, shared by all ranks of a node; null means "
+        "~/.cache/entropy-guided-transformer.",
     )
-    cache_gigabytes: float = explained(100.0, "Size that the cache keeps to, in GB; what was used longest ago goes.")
-    fetch_attempts: int = explained(5, "How often a file from afar is tried to be fetched before the run stops.")
-    fetch_time_limit_s: float = explained(60.0, "Longest wait for the next MiB of a file from afar, in seconds.")
+    cache_gigabytes: float = explained(
+        100.0, "Largest size of the download cache in GB. The least recently used files are deleted first."
+    )
+    fetch_attempts: int = explained(5, "Attempts to download a file before the run stops.")
+    fetch_time_limit_s: float = explained(60.0, "Longest wait for the next MiB of a download, in seconds.")
 
     def faults(self) -> list[str]:
         faults = []
@@ -60,36 +66,36 @@ class DataConfig:
         return faults
 
     def read_options(self) -> ReadOptions:
-        """How the dataset is fetched and checked."""
+        """Return how the dataset is fetched and checked."""
         return ReadOptions.of(vars(self))
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """AdamW and the learning-rate schedule."""
 
-    learning_rate: float = explained(1e-3, "Peak learning rate; the paper's CodeParrot runs use 1e-3, Languini 6e-4.")
+    learning_rate: float = explained(1e-3, "Peak learning rate. The paper uses 1e-3 on CodeParrot, 6e-4 on Languini.")
     min_learning_rate: float = explained(0.0, "Learning rate at the end of the decay.")
     schedule: Literal["linear", "cosine", "wsd"] = explained(
         "linear",
-        "Decay after warm-up: linear or cosine to the end, or 'wsd': constant, then linear over the last "
-        "decay_fraction.",
+        "Decay after warm-up. 'linear' and 'cosine' decay until the end; 'wsd' stays constant, then decays linearly "
+        "over the last decay_fraction of the run.",
     )
     warmup_fraction: float = explained(
-        0.05, "Share of train_steps in which the rate rises linearly from 0; the paper uses 0.05."
+        0.05, "Fraction of train_steps over which the rate rises linearly from 0. The paper uses 0.05."
     )
-    warmup_steps: int | None = explained(None, "Warm-up in steps; overrides warmup_fraction where set.")
-    decay_fraction: float = explained(0.2, "Share of train_steps over which 'wsd' decays.")
+    warmup_steps: int | None = explained(None, "Warm-up in steps; if set, it replaces warmup_fraction.")
+    decay_fraction: float = explained(0.2, "Fraction of train_steps over which 'wsd' decays.")
     weight_decay: float = explained(
-        0.1, "Decoupled decay of matrices; norms, biases, alpha, beta, temperatures, thresholds have none."
+        0.1, "Decoupled weight decay of matrices. Norms, biases, alpha, beta, temperatures and thresholds do not decay."
     )
-    beta1: float = explained(0.9, "Adam's decay of the first moment.")
+    beta1: float = explained(0.9, "Adam's decay rate of the first moment.")
     beta2: float = explained(
-        0.999, "Adam's decay of the second moment; the paper uses 0.999 on CodeParrot, 0.95 on Languini."
+        0.999, "Adam's decay rate of the second moment. The paper uses 0.999 on CodeParrot and 0.95 on Languini."
     )
-    epsilon: float = explained(1e-8, "Adam's denominator offset.")
+    epsilon: float = explained(1e-8, "Adam's epsilon, added to the denominator.")
     gradient_clipping: float = explained(
-        1.0, "Largest global gradient norm (L2, over all ranks); 0 turns clipping off."
+        1.0, "Largest L2 norm of the whole gradient, over all ranks; 0 turns clipping off."
     )
 
     def faults(self) -> list[str]:
@@ -123,45 +129,50 @@ class OptimizerConfig:
 class TrainingConfig:
     """Batch sizes, length and precision of a run."""
 
-    micro_batch_size: int = explained(8, "Sequences one data-parallel rank holds at a time; bounds activation memory.")
-    global_batch_size: int = explained(512, "Sequences an optimizer step sees over all ranks and micro-batches.")
-    train_steps: int | None = explained(None, "Optimizer steps of the run; set this or train_tokens.")
-    train_tokens: int | None = explained(None, "Tokens of the run, rounded up to whole steps; set this or train_steps.")
-    seed: int = explained(1, "Seed of the initial weights and of the order of samples.")
+    micro_batch_size: int = explained(
+        8, "Sequences that a data-parallel rank processes at a time; bounds activation memory."
+    )
+    global_batch_size: int = explained(512, "Sequences per optimizer step, over all ranks and micro-batches.")
+    train_steps: int | None = explained(None, "Length of the run in optimizer steps. Set this or train_tokens.")
+    train_tokens: int | None = explained(
+        None, "Length of the run in tokens, rounded up to whole steps. Set this or train_steps."
+    )
+    seed: int = explained(1, "Seed of the initial weights and the sample order.")
     precision: Literal["auto", "bf16", "fp32"] = explained(
         "auto",
-        "Arithmetic of the forward and backward pass; 'auto' is bf16 on a GPU and fp32 on a CPU. Master weights are "
+        "Arithmetic of the forward and backward pass. 'auto' means bf16 on a GPU, fp32 on a CPU. Master weights are "
         "fp32.",
     )
     activation_recompute: Literal["none", "selective", "full"] = explained(
         "none",
-        "What the backward pass computes again to save memory: 'full' whole blocks, of which only the input is kept (a "
-        "third more compute); 'selective' attention's inside and the FFN's activation, which are cheap for their size.",
+        "What the backward pass recomputes to save memory. 'full' keeps only the input of each block and costs a "
+        "third more compute. 'selective' recomputes the inside of attention and the FFN's activation, which take much "
+        "memory and little time.",
     )
     compile: Literal["auto", "on", "off"] = explained(
-        "auto", "torch.compile of every block; 'auto' is on for GPUs and off for CPUs."
+        "auto", "Whether torch.compile compiles every block. 'auto' means on for GPUs, off for CPUs."
     )
     cuda_graphs: Literal["auto", "off"] = explained(
         "auto",
-        "'auto' replays the training pass as CUDA graphs where it can, so that launching kernels costs the host next "
-        "to nothing: on a GPU in bf16 with ZeRO 1 and data parallelism alone, but not for a per_head regularizer over "
-        "several data-parallel ranks.",
+        "'auto' replays the forward and backward pass as CUDA graphs, which removes the cost of launching kernels. It "
+        "applies on a GPU in bf16 with ZeRO-1 and pure data parallelism. It does not apply to a per_head regularizer "
+        "over several data-parallel ranks.",
     )
     evaluation_interval: int = explained(
-        500, "Steps between evaluations on the validation split; 0 evaluates only at the end."
+        500, "Steps between evaluations on the validation split; 0 means only at the end."
     )
     evaluation_samples: int = explained(
         2048,
-        "Validation sequences an evaluation during training reads (the first ones, always the same); the last one "
-        "reads all.",
+        "Validation sequences that an evaluation during training reads, always the first ones. The evaluation at the "
+        "end of the run reads all.",
     )
 
     def resolved_precision(self, on_gpu: bool) -> str:
-        """'bf16' or 'fp32', where 'auto' depends on the device."""
+        """Return 'bf16' or 'fp32'; 'auto' depends on the device."""
         return ("bf16" if on_gpu else "fp32") if self.precision == "auto" else self.precision
 
     def compiles(self, on_gpu: bool) -> bool:
-        """Whether blocks are compiled, where 'auto' depends on the device."""
+        """Return whether blocks are compiled; 'auto' depends on the device."""
         return self.compile == "on" or (self.compile == "auto" and on_gpu)
 
     def faults(self) -> list[str]:
@@ -189,15 +200,19 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved, where, and what is kept."""
+    """When checkpoints are saved, where, and which are kept."""
 
-    interval: int = explained(500, "Steps between checkpoints; 0 saves only at the end and when asked to stop.")
+    interval: int = explained(500, "Steps between checkpoints; 0 means only at the end and on a request to stop.")
     path: str | None = explained(
-        None, "Folder or fsspec address (s3://bucket/run) of the checkpoints; null is run_dir/checkpoints."
+        None, "Folder or fsspec address (s3://bucket/run) of the checkpoints; null means run_dir/checkpoints."
     )
-    keep: int = explained(2, "Newest checkpoints kept; older ones are deleted after a newer one is complete.")
-    keep_every: int = explained(0, "Steps whose multiples are kept for good, beyond the newest; 0 for none.")
-    keep_best: bool = explained(True, "Also keep the checkpoint with the lowest validation loss of those evaluated.")
+    keep: int = explained(
+        2, "Number of newest checkpoints to keep. Older ones are deleted once a newer one is complete."
+    )
+    keep_every: int = explained(
+        0, "Also keep the checkpoints of every multiple of this many steps for good; 0 means none."
+    )
+    keep_best: bool = explained(True, "Also keep the checkpoint with the lowest validation loss.")
 
     def faults(self) -> list[str]:
         faults = []
@@ -214,31 +229,35 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What is done about numbers that go wrong, and how long each part of a run may take."""
+    """How a run reacts to loss spikes and lost gradients, and how long each part of it may take."""
 
     spike_factor: float = explained(
         8.0,
-        "A step is skipped if its loss or the logarithm of its gradient norm lies this many robust standard "
-        "deviations above the median of recent steps; 0 skips only what is not finite.",
+        "Skip a step if its loss, or the logarithm of its gradient norm, exceeds the median of recent steps by more "
+        "than this many robust standard deviations. 0 skips only steps that are not finite.",
     )
-    window: int = explained(128, "Recent steps that spikes are judged by; with fewer than a quarter nothing is one.")
+    window: int = explained(
+        128, "Number of recent steps that define a spike. Until a quarter of them has run, nothing counts as one."
+    )
     skip_limit: int = explained(
         5,
-        f"Skipped steps of the last {RECENT_STEPS} at which the run goes back to its last good checkpoint, past those "
-        "samples.",
+        f"Go back to the last good checkpoint after this many skipped steps among the last {RECENT_STEPS}. The samples "
+        "of those steps are not read again.",
     )
-    rollback_limit: int = explained(2, "Times a run goes back for one trouble before it stops.")
+    rollback_limit: int = explained(2, "How often a run goes back because of the same trouble before it stops.")
     verify_first_step: bool = explained(
         True,
-        "Where blocks are compiled, compare the gradients of each in its first pass with the same block uncompiled; "
-        "about one micro-batch's time at start, and the memory of one block.",
+        "If blocks are compiled, compare each block's gradients in its first pass with those of the same block "
+        "uncompiled. Costs the time of one micro-batch and the memory of one block, once.",
     )
     start_limit_s: float = explained(
-        1800.0, "Seconds from start to the first finished step (loading, compiling); then stacks are dumped, exit 4."
+        1800.0,
+        "Time limit in seconds from start to the end of the first step, loading and compiling included. Beyond it, "
+        "every rank prints its stack, and the run ends with status 4.",
     )
-    step_limit_s: float = explained(600.0, "Seconds a step may take, waiting for other ranks and for data included.")
-    save_limit_s: float = explained(1800.0, "Seconds to wait for a checkpoint to be written.")
-    evaluation_limit_s: float = explained(3600.0, "Seconds an evaluation may take.")
+    step_limit_s: float = explained(600.0, "Time limit of a step in seconds, waits for data and other ranks included.")
+    save_limit_s: float = explained(1800.0, "Time limit for writing a checkpoint, in seconds.")
+    evaluation_limit_s: float = explained(3600.0, "Time limit of an evaluation in seconds.")
 
     def faults(self) -> list[str]:
         faults = []
@@ -264,10 +283,12 @@ class HealthConfig:
 class LoggingConfig:
     """What a run writes while it trains."""
 
-    interval: int = explained(10, "Steps between fetches of metrics from the device; every step still has its row.")
-    tensorboard: bool = explained(True, "Write scalars and head maps for TensorBoard.")
+    interval: int = explained(
+        10, "Steps between copies of metrics from the device. metrics.jsonl has a row for every step all the same."
+    )
+    tensorboard: bool = explained(True, "Write scalars and entropy maps for TensorBoard.")
     image_interval: int = explained(
-        100, "Steps between head maps in TensorBoard (multiples of logging.interval); 0 for none."
+        100, "Steps between entropy maps in TensorBoard, a multiple of logging.interval; 0 means none."
     )
 
     def faults(self) -> list[str]:

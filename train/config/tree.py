@@ -1,4 +1,4 @@
-"""From JSON and `section.key=value` to typed dataclasses, every fault collected."""
+"""Builds typed dataclasses from JSON and `section.key=value`, and collects every fault."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ SHARED = "share/entropy-guided-transformer"
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message has one line a fault."""
+    """The configuration cannot be used. The message has one line per fault."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
@@ -32,6 +32,11 @@ def shipped(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, is not an object, or has a key twice.
+    """
     path = shipped(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
@@ -51,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; the parser itself would let the last of equal keys win without a word."""
+    """Return a JSON object. Refuse a key that is given twice: the parser itself would silently take the last."""
     found = [key for key, _ in pairs]
     twice = sorted({key for key in found if found.count(key) > 1})
     if twice:
@@ -60,7 +65,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
-    """Sets one `section.key=value` in a configuration tree; a fault is added where it is not of that form."""
+    """Set one `section.key=value` in a configuration tree, or add a fault if the text does not have that form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         faults.append(f"{override!r} is not of the form section.key=value")
@@ -79,7 +84,7 @@ def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> No
 
 
 def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any:
-    """One dataclass from one JSON object; faults are collected, and faulty keys keep their defaults."""
+    """Build a dataclass from a JSON object. Append to `faults`; keys with a fault keep their defaults."""
     types_by_name = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -103,7 +108,7 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
 
 
 def _fit(expected: Any, value: Any) -> tuple[Any] | None:
-    """The value as the expected type, in a tuple, or None where it does not fit."""
+    """Return the value as the expected type, in a tuple; None if it does not fit."""
     origin = typing.get_origin(expected)
     if origin is Literal:
         matches = [choice for choice in typing.get_args(expected) if choice == value and type(choice) is type(value)]
@@ -124,6 +129,7 @@ def _fit(expected: Any, value: Any) -> tuple[Any] | None:
 
 
 def describe_type(expected: Any) -> str:
+    """Describe a type annotation for users: "a whole number or null"."""
     origin = typing.get_origin(expected)
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(expected))

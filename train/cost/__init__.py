@@ -1,1 +1,1 @@
-"""What a model costs: FLOPs, parameters, step time."""
+"""Counts what a model costs: parameters, FLOPs, step time. The only place that does."""

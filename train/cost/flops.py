@@ -1,4 +1,4 @@
-"""What a model costs, by counting: operations of private inference, and training FLOPs against a device's peak.
+"""Counts the FLOPs of training and the operations of private inference, and holds the peak FLOP/s of devices.
 
 Symbols as in the paper: L layers, H heads, T context, d model width, f FFN width (4 d unless set), V vocabulary.
 """
@@ -9,8 +9,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from model.config import ModelConfig
 from train.cost.parameters import block_matrix_parameters, ffn_parameters, ffn_width
 
-# Dense bf16 peaks in TFLOP/s from the makers' data sheets, which often print twice that, with sparsity. Names are those
-# of torch.cuda.get_device_name, matched whole: a slice of a device or a laptop's namesake is another device.
+# Dense bf16 peaks in TFLOP/s from data sheets, which often print twice that, with sparsity. Names are those of
+# torch.cuda.get_device_name and must match exactly: a MIG slice or a laptop GPU of a similar name is another device.
 DEVICE_PEAK_TFLOPS: dict[str, float] = {
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
@@ -36,7 +36,7 @@ DEVICE_PEAK_TFLOPS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of a forward pass over T tokens, multiply and add counted apart; embedding and head are left out."""
+    """FLOPs of a forward pass over T tokens. A multiply-add counts as two; embedding and head do not count."""
 
     attention: int
     ffn: int
@@ -48,7 +48,7 @@ class ForwardFlops:
 
 @dataclass(frozen=True)
 class NonlinearOperation:
-    """A nonlinear operation that private inference pays for: how often a forward pass has it, on what shape."""
+    """A nonlinear operation of private inference: how often a forward pass has it, and on which shape."""
 
     count: int
     rows: int
@@ -60,13 +60,14 @@ class NonlinearOperation:
 
 
 def forward_flops(model: ModelConfig) -> ForwardFlops:
-    """FLOPs as arXiv 2501.03489 counts them in its tables of private inference.
+    """Count FLOPs as the private-inference tables of arXiv 2501.03489 do.
 
-    attention = L (8 T d^2 + 3 T^2 d): four projections, then scores and mixing, where both in full would be 4 T^2 d;
-    FFN = 4 L T d f, which is 16 L T d^2 at f = 4 d; fused FFN = 2 L T d^2.
+        attention = L (8 T d^2 + 3 T^2 d)    FFN = 4 L T d f    fused FFN = 2 L T d^2
+
+    8 T d^2 are the four projections. 3 T^2 d is the paper's count of scores and mixing, which in full are 4 T^2 d.
 
     Args:
-        model: resolved, so that every ingredient is set.
+        model: resolved.
     """
     layers, tokens, width = model.num_layers, model.seq_length, model.hidden_size
     return ForwardFlops(
@@ -76,10 +77,10 @@ def forward_flops(model: ModelConfig) -> ForwardFlops:
 
 
 def printed_gflops(model: ModelConfig) -> tuple[str, str]:
-    """FLOPs of (FFN, attention) in units of 1e9 as the paper's tables print them, with one decimal.
+    """Return GFLOPs of FFN and attention as the paper's tables print them, with one decimal.
 
-    The paper's column of fused FFNs is an eighth of its printed column of two matrices: 58.0 / 8 stands there as 7.3,
-    where the count itself, 7.248, would round to 7.2.
+    The paper's figure for a fused FFN is an eighth of its rounded figure for two matrices: 58.0 / 8 is printed as 7.3,
+    while the count itself, 7.248, rounds to 7.2.
     """
     flops = forward_flops(model)
     if not model.fused_ffn:
@@ -88,15 +89,15 @@ def printed_gflops(model: ModelConfig) -> tuple[str, str]:
 
 
 def _one_decimal(value: float) -> str:
-    """Rounded half up, as people do."""
+    """Format with one decimal, rounding half up."""
     return str(Decimal(repr(value)).quantize(Decimal("0.1"), rounding=ROUND_HALF_UP))
 
 
 def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:
-    """Nonlinear operations of a forward pass over one sequence, by kind; kinds that the model lacks are absent.
+    """Count the nonlinear operations of a forward pass over one sequence, by kind.
 
-    softmax L*H of T x T, layernorm 2 L of T x d, the activation (gelu or relu) L of T x f, as in arXiv 2501.03489; the
-    norm after the last block, which the paper's tables leave out, is listed by itself.
+    As in arXiv 2501.03489: softmax L*H of T x T, layernorm 2 L of T x d, gelu or relu L of T x f. The norm after the
+    last block is an entry of its own, since the paper's tables leave it out. Kinds that the model lacks are absent.
     """
     layers, tokens, width = model.num_layers, model.seq_length, model.hidden_size
     operations = {"softmax": NonlinearOperation(layers * model.num_attention_heads, tokens, tokens)}
@@ -110,13 +111,14 @@ def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:
 
 
 def training_flops_per_token(model: ModelConfig, vocab_size: int) -> int:
-    """FLOPs that training a token needs, forward and backward, as MFU counts them.
+    """Count the FLOPs of training on one token, forward and backward, as MFU counts them.
 
         6 N + 6 L T d,   N = L (4 d^2 + FFN matrices) + d V
 
-    N are the parameters that multiply activations (a lookup is no product, so only the head counts V); each costs 2
-    FLOPs forward and 4 backward. Attention's scores and mixing cost 4 T d a layer forward, half of it under the causal
-    mask, and three times that with the backward pass. Recomputed activations are not counted: they are no progress.
+    N counts the parameters that multiply activations. An embedding lookup is no product, so V counts once, for the
+    head. Each parameter costs 2 FLOPs forward and 4 backward. Scores and mixing of attention cost 4 T d per layer
+    forward, half of that under the causal mask, and three times that with the backward pass. Recomputed activations do
+    not count.
 
     Args:
         model: resolved.
@@ -128,15 +130,15 @@ def training_flops_per_token(model: ModelConfig, vocab_size: int) -> int:
 
 
 def device_peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of one device in TFLOP/s, or None for a device not in the table."""
+    """Return a device's dense bf16 peak in TFLOP/s; None if the table lacks it."""
     return DEVICE_PEAK_TFLOPS.get(device_name)
 
 
 def mfu(tokens_per_second: float, flops_per_token: int, device_name: str, num_devices: int) -> float | None:
-    """Model FLOPs utilization: the share of the devices' dense bf16 peak in use; None for an unknown device.
+    """Return the model FLOPs utilization, a fraction of the devices' dense bf16 peak; None for an unknown device.
 
     Args:
-        tokens_per_second: over all devices together.
+        tokens_per_second: of all devices together.
         flops_per_token: from `training_flops_per_token`.
     """
     peak = device_peak_tflops(device_name)
@@ -144,7 +146,7 @@ def mfu(tokens_per_second: float, flops_per_token: int, device_name: str, num_de
 
 
 def mfu_statement(tokens_per_second: float, flops_per_token: int, device_name: str, num_devices: int) -> str:
-    """MFU with the numbers it came from, or why there is none; one line."""
+    """Return one line with the MFU and the numbers behind it, or the reason why there is none."""
     share = mfu(tokens_per_second, flops_per_token, device_name, num_devices)
     if share is None:
         return f"MFU unknown: train/cost/flops.py has no dense bf16 peak for {device_name!r}"

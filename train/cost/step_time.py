@@ -1,4 +1,4 @@
-"""Predicts the time of a training step from counted work and named rates."""
+"""Predicts the time of a training step from counted work and assumed rates."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from train.cost.parameters import block_matrix_parameters, ffn_width
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device and its links, from the makers' data sheets."""
+    """A device and its links, from data sheets."""
 
-    name: str  # as in train.cost.flops's table of peaks
+    name: str  # a key of DEVICE_PEAK_TFLOPS
     memory_gib: float
     memory_tb_per_s: float
     node_gb_per_s: float  # to GPUs of the same node, each direction
@@ -34,23 +34,24 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Rates as shares of what data sheets promise; set so that one H100's measured steps are met."""
+    """Achieved rates as fractions of data-sheet rates, fitted to steps measured on one H100."""
 
     products: float = 0.71  # of the bf16 peak, large matrix products
     attention: float = 0.31  # of the bf16 peak, fused attention on long sequences
     memory: float = 0.80  # of the memory bandwidth
     links: float = 0.75  # of the link bandwidth
-    block_widths: float = 15  # widths of a token that a block reads and writes outside products and attention
-    residual_widths: float = 8  # of those, the FFN's residual's: 3 forward, 3 + 2 (beta's gradient) backward
-    attention_widths: float = 25  # the same inside attention
-    logits_passes: float = 3  # times that logits cross the memory
-    update_bytes: float = 55  # a parameter, of the optimizer
-    micro_batch_s: float = 1e-3  # of the engine, for each micro-batch
-    block_s: float = 3e-3  # of a fast host's launches, for each block and micro-batch, below which no block runs
-    replayed_block_s: float = 1e-4  # the same where CUDA graphs replay them: data parallelism alone
-    data_hidden: float = 0.0  # share of the replicas' exchange that runs behind compute
+    block_widths: float = 15  # model widths per token that a block reads and writes outside products and attention
+    residual_widths: float = 8  # those of the FFN's residual: 3 forward, 3 + 2 (gradient of beta) backward
+    attention_widths: float = 25  # model widths per token inside attention
+    logits_passes: float = 3  # times that logits are read or written
+    update_bytes: float = 55  # bytes per parameter that the optimizer reads and writes
+    micro_batch_s: float = 1e-3  # engine overhead per micro-batch
+    block_s: float = 3e-3  # least time per block and micro-batch: a fast host launches no faster
+    replayed_block_s: float = 1e-4  # the same under CUDA graphs (pure data parallelism)
+    data_hidden: float = 0.0  # fraction of the data-parallel traffic that overlaps with compute
 
     def lines(self) -> list[str]:
+        """Describe the assumptions, one printed line each."""
         return [
             f"matrix products at {self.products:.0%} of the bf16 peak, attention at {self.attention:.0%} or by memory, "
             f"memory at {self.memory:.0%}, links at {self.links:.0%} of the data sheet",
@@ -87,17 +88,17 @@ class StepTime:
 
 
 def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
-    """The step of a rank of the grid's stage."""
+    """Predict the step of a rank of the grid's pipeline stage."""
     model, grid, micro_batches = work.model, work.grid, work.num_micro_batches
     tokens = work.tokens * micro_batches
     layers = len(grid.layers(model.num_layers))
-    passes = 4 if work.recompute == "full" else 3  # forward, and backward twice as dear
+    passes = 4 if work.recompute == "full" else 3  # the backward pass costs two forward passes
     memory_rate = assumed.memory * gpu.memory_tb_per_s * 1e12
     width_bytes = tokens * model.hidden_size * ELEMENT_BYTES / grid.tp
     head = model.hidden_size * work.padded_vocab_size / grid.tp if grid.is_last_stage else 0
     products = 2 * tokens * (passes * layers * block_products(work) + 3 * head)
-    scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # of a layer forward, half under the mask
-    runs = 3.5 if work.recompute == "none" else 4.5  # of attention, forward; its backward pass is worth 2.5
+    scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # forward, per layer, under the causal mask
+    runs = 3.5 if work.recompute == "none" else 4.5  # in forward passes of attention; its backward pass costs 2.5
     attention = max(
         scores / (assumed.attention * gpu.peak_flops), assumed.attention_widths / 3.5 * width_bytes / memory_rate
     )
@@ -134,17 +135,17 @@ def _communication(work: Workload, gpu: Gpu, assumed: Assumptions, sent: Volume)
 
 
 def link_rate(work: Workload, gpu: Gpu, assumed: Assumptions, ranks: int, stride: int) -> float:
-    """Bytes a second between neighbours of an axis whose ranks are `stride` apart, in one node or over the network."""
+    """Return bytes per second between neighbours of an axis whose ranks are `stride` apart, within or between nodes."""
     within = ranks * stride <= gpu.gpus_per_node
     return assumed.links * (gpu.node_gb_per_s if within else gpu.network_gb_per_s) * 1e9
 
 
 def block_products(work: Workload) -> float:
-    """Elements of one block's matrices that multiply a token's activations on a rank."""
+    """Count the elements of one block's matrices that multiply a token's activations on a rank."""
     # A fused FFN may be replicated under sequence parallelism, but then each rank multiplies 1/tp of the tokens.
     return block_matrix_parameters(work.model) / work.grid.tp
 
 
 def ffn_share(work: Workload) -> float:
-    """Widths between the two matrices, in units of the model's; their activation is read and written."""
+    """Return the features between the FFN matrices, read and written, in model widths."""
     return 0.0 if work.model.fused_ffn else 2 * ffn_width(work.model) / work.model.hidden_size
