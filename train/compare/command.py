@@ -1,32 +1,37 @@
-"""Shows that layouts compute the same: runs the same global batches under each and compares with one process.
+"""Check that layouts compute what one process computes: losses, entropies and the gradient of every parameter.
 
     python -m parallel.compare --config configs/quickstart.json --layouts tp=2,pp=2,tp=2:sp=1,cp=2,dp=2:zero=3
     python -m parallel.compare --config configs/ereg_1b.json --layouts tp=2:pp=2:dp=2 model.num_layers=4 --dtype float64
 
-Each layout runs on processes of this machine: one GPU each where there are GPUs, else CPU processes. Weights stay at
-their initial values. What runs is chosen by --dtype:
+Each layout runs the same global batches on processes of this machine. With GPUs, each process takes one; without, all
+run on the CPU. Weights stay at their initial values. --dtype chooses what runs:
 
     configured   the program that trains: engine, precision, compiled blocks, CUDA graphs, recomputation as configured
     float32      the same engine in float32, not compiled
-    float64      the same stages, not compiled, up to the gradients: DeepSpeed's optimizers refuse float64, so ZeRO
-                 stages are no different there
+    float64      the same stages, not compiled, up to the gradients. DeepSpeed's optimizers refuse float64, so ZeRO
+                 stages make no difference here.
 
-The default is 'configured' where there are GPUs, and where training.precision = bf16 or training.compile = on is
-named; else it is float32. Gradients are read from the optimizer (Adam's first moment with beta1 = 0).
+The default is 'configured' on GPUs, and if the configuration sets training.precision = bf16 or training.compile = on.
+Otherwise it is float32. Gradients are read from the optimizer: with beta1 = 0 they are Adam's first moment.
 
-Tokens are drawn at random from the whole vocabulary, so that every shard of the embedding is used and no data need be
-read; of a dataset only its vocabulary is taken. Losses are thus near ln(vocabulary) and say nothing of training. With
-data.attention_within_documents each sequence holds a few documents of random lengths.
+Tokens are random, drawn from the whole vocabulary, so every shard of the embedding is used. Only the vocabulary size is
+read from the dataset. Losses are therefore near ln(vocabulary). With data.attention_within_documents each sequence
+holds a few documents of random lengths.
 
-Errors are relative (see train.compare.comparison). In float32 a layout beyond 1e-5 is not yet wrong: one process is
-then measured in float64 too, and what it itself loses in float32 decides, unless --tolerance was given. A line says so.
-As configured, layouts are compared with one process in float64 (float32 where that does not run), and each parameter
-may be 1.5 times as far from it as one process in the configured arithmetic is, and one rounding; single numbers (alpha,
-beta) 6 times as far as the one that is furthest. A gradient that is exactly zero or missing where there should be one
-is named, and is a failure whatever its size. If one process itself loses one, no layout passes. Gradients smaller than
-what they may be off are named: there only a loss would be seen.
+What is allowed (train/compare/comparison.py has the details; errors are relative):
 
-Exit status: 0 all within what is allowed, 1 beyond it, 2 not comparable as asked.
+    float64      1e-10
+    float32      1e-5. If a layout exceeds that, one process is also measured in float64, and the layout may lose five
+                 times what float32 itself loses there. The table then says "rounding". --tolerance turns this off.
+    configured   One process in float64 is the reference (float32 if that does not run). Each parameter's error may be
+                 1.5 times that of one process in the configured arithmetic, plus one rounding. Single numbers (alpha,
+                 beta) may have 6 times the largest error among them.
+
+A gradient that is exactly zero or missing, where one is expected, fails a layout whatever its size, and is named LOST.
+If one process itself loses one, no layout passes. Gradients smaller than their allowed error are named: of these, only
+a loss would be noticed.
+
+Exit status: 0 all layouts are within what is allowed, 1 some are not, 2 the comparison cannot run as asked.
 """
 
 import argparse
@@ -158,36 +163,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog=f"A layout is key=value joined by colons; keys: {keys}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
-    parser.add_argument("--layouts", required=True, metavar="LIST", help="layouts separated by commas")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/quickstart.json"
+    )
+    parser.add_argument("--layouts", required=True, metavar="LIST", help="layouts, separated by commas")
     parser.add_argument(
         "--dtype",
         choices=[CONFIGURED, *TOLERANCE],
-        help="what runs, see above (default: configured where there are GPUs or it is asked for, else float32)",
+        help="what runs, see above (default: configured on GPUs or if the configuration asks for it, else float32)",
     )
-    parser.add_argument("--batches", type=whole_number(1), default=2, metavar="N", help="global batches (default 2)")
+    parser.add_argument(
+        "--batches", type=whole_number(1), default=2, metavar="N", help="number of global batches (default: 2)"
+    )
     parser.add_argument(
         "--tolerance",
         type=real_number(0),
         metavar="X",
-        help="largest error (default 1e-10 in float64; in float32 1e-5 or rounding; not with configured)",
+        help="largest error (default: 1e-10 in float64, 1e-5 or rounding in float32; not with configured)",
     )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a JSON line for each layout")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write one JSON line per layout")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
     return parser.parse_intermixed_args(arguments)
 
 
 def default_dtype(config: Config) -> str:
-    """What runs unless --dtype says: the program that trains where it has GPUs, or a choice of its arithmetic is named;
-    float32 else.
-    """
+    """Return the default of --dtype: `configured` on GPUs or if bf16 or compiling is set, else float32."""
     training, on_gpu = config.training, torch.cuda.is_available()
     is_named = training.resolved_precision(on_gpu) == "bf16" or training.compiles(on_gpu)
     return CONFIGURED if on_gpu or is_named else "float32"
 
 
 def check_devices(layouts: list[Layout]) -> None:
-    """Raises ConfigError where a layout needs more GPUs than this machine has; CPU processes are not limited."""
+    """Raise ConfigError if a layout needs more GPUs than this machine has. CPU processes are not limited."""
     gpus = torch.cuda.device_count()
     faults = [
         f"layout {layout} needs {layout.world_size} GPUs, and this machine has {gpus}; compare on CPU processes with "

@@ -1,21 +1,21 @@
-"""How far what a layout measured lies from what one process did, and whether that is more than rounding.
+"""Compares what a layout measured with what one process measured, and decides whether the difference is rounding.
 
-A gradient's error is |found - expected| / max(|expected|, 1e-2 |all gradients|): with the tolerance of 1e-5 that is a
-ten-millionth of all gradients, float32's own resolution, below which rounding would decide. A gradient that is exactly
-zero, missing or not a number where one is expected is lost, however small it should be. A single number is lost if
-it is zero in every batch: in bf16 two ranks' parts of a small one may cancel.
+A gradient's error is |found - expected| / max(|expected|, 1e-2 |all gradients|). With the tolerance of 1e-5 the floor
+is a ten-millionth of all gradients, which is the resolution of float32. A gradient is lost if it is exactly zero,
+missing or not finite where one is expected, however small it should be. A single number is lost only if it is zero in
+every batch: in bf16 the parts of two ranks may cancel.
 
-Some models lose more than that to float32 itself: where the softmax is saturated (scores of a hundred are rounded by
-1e-5, and probabilities by as large a part of themselves), or where a LayerNorm has one to three features: its gradient
-cancels to zero. What one process loses there is its error in float32 against itself in float64; a layout, which adds
-in another order, loses about as much. More than a percent is no excuse: a wrong sum need not be further off.
+Some models lose more than 1e-5 to float32 itself. A saturated softmax does: scores of a hundred are rounded by 1e-5,
+and probabilities by the same relative error. So does a LayerNorm over one to three features, whose gradient cancels to
+zero. One process then shows how much: its error in float32 against itself in float64. A layout adds in another order
+and loses about as much. An error above a percent is never excused, since a wrong sum may be no further off.
 
-In the arithmetic of training (bf16, compiled) rounding is all there is to see, and each parameter has its own: the
-error of one process in the same arithmetic. A layout rounds as often, in another order, so `Allowance` grants it
-TRAINED_FACTOR times the error of one process, the largest of that parameter's kind (its name in any layer), so that an
-error that is small by luck is no trap, and one rounding of the type on top. Single numbers (alpha, beta) are one kind,
-with a factor of their own: nothing averages their errors. A gradient below what it may be off is named: of it only a
-loss would be seen.
+In the arithmetic of training (bf16, compiled) all errors are rounding, and each parameter has its own scale: the error
+of one process in the same arithmetic. A layout rounds as often, in another order. `Allowance` therefore grants
+TRAINED_FACTOR times the largest error among parameters of the same kind (the same name in any layer), plus one rounding
+of the type. The largest of a kind counts, since one process's error may be small by luck. Single numbers (alpha, beta)
+form one kind with a factor of their own, because nothing averages their errors. A gradient smaller than its allowed
+error is reported: of it, only a loss would be noticed.
 """
 
 import math
@@ -30,18 +30,18 @@ from train.compare.measurement import Measured
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 GRADIENT_FLOOR = 1e-2  # of the norm of all gradients
-ROUNDING_FACTOR = 5.0  # of 220 random layouts the worst had 4.8 times one process's error, all others below 4
+ROUNDING_FACTOR = 5.0  # the worst of 220 random layouts had 4.8 times the error of one process; all others were below 4
 LARGEST_EXCUSE = 1e-2
 TRAINED_FACTOR = 1.5
-"""Of 174 random tiny layouts in bf16 the worst had 1.13 times one process's error and a rounding; on two H200s 1.1."""
+"""The worst of 174 tiny random layouts in bf16 had 1.13 times one process's error plus a rounding; on two H200s 1.1."""
 SINGLE_FACTOR = 6.0
-"""Of single numbers, where the worst of the same layouts had 4.0, the next 1.8 times the largest error of all of them.
-Those of all layers share the rounding of what comes in, so that all may be small by luck."""
+"""For single numbers. The worst of the same layouts had 4.0 times the largest error among them, the next 1.8 times.
+All layers share the rounding of their input, so all errors may be small by luck."""
 SINGLE = "single numbers"
 ROUNDING = {"bf16": 2.0**-8, "fp32": TOLERANCE["float32"]}
-"""Relative, of what a precision computes."""
+"""Relative rounding error of each precision."""
 MEAN_OF_MANY = 1 / 8
-"""Of a rounding: what remains of it in a loss or a norm, which are taken over all tokens or elements."""
+"""Fraction of a rounding that remains in a loss or a norm, since these average over many tokens or elements."""
 
 Gradients = dict[str, Tensor]
 """Whole gradients by global name."""
@@ -49,10 +49,9 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of one layout against one process, relative but for entropies, the largest over batches.
+    """Errors of one layout against one process: the largest over batches; relative, but in nats for entropies.
 
-    The worst parameter is the one whose gradient's error is largest, or with an allowance largest beside what is
-    allowed.
+    The worst parameter has the largest gradient error, or with an allowance the largest in units of what is allowed.
     """
 
     loss: float
@@ -63,10 +62,10 @@ class Comparison:
     lost: list[str] = field(default_factory=list)
 
     def within(self, tolerance: float, rounding: "Comparison | None" = None) -> bool:
-        """Whether nothing is lost and every error is within the tolerance, or its like in `rounding` excuses it: five
-        times that, or a percent.
+        """Return whether nothing is lost and every error is within the tolerance or excused by rounding.
 
-        The norm is excused as the gradients are, since a single number may come out right by chance; the loss is not.
+        Rounding excuses five times its own error, at most a percent. The gradient norm is excused like gradients, since
+        a single number may come out right by chance. The loss is never excused.
 
         Args:
             rounding: one process in the layout's type against one in float64.
@@ -86,18 +85,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Allowance:
-    """The largest errors of a layout in the arithmetic of training."""
+    """The largest errors that a layout may have in the arithmetic of training."""
 
     loss: float
     gradient_norm: float
     entropy_nats: float
     gradient: dict[str, float]  # by global name
     lost: list[str]  # by one process itself; then no layout passes
-    unseen: list[str]  # parameters whose gradient is smaller than what it may be off
+    unseen: list[str]  # parameters whose gradient is smaller than its allowed error
 
     @classmethod
     def of(cls, one_process: Measured, truth: Measured, precision: str) -> "Allowance":
-        """From what one process in that arithmetic loses."""
+        """Derive the allowance from the errors of one process in that arithmetic."""
         rounding, lost = ROUNDING[precision], compare(one_process, truth)
         largest_entropy = float(torch.stack(truth.entropy_nats).max())
         errors = _errors_over_batches(one_process.gradients, truth.gradients)
@@ -112,7 +111,7 @@ class Allowance:
         )
 
     def covers(self, result: Comparison) -> bool:
-        """Whether nothing is lost and every error is allowed."""
+        """Return whether nothing is lost and every error is allowed."""
         return not (result.lost or self.lost) and (
             result.loss <= self.loss
             and result.gradient_norm <= self.gradient_norm
@@ -122,7 +121,7 @@ class Allowance:
 
 
 def compare(found: Measured, expected: Measured, allowance: Allowance | None = None) -> Comparison:
-    """The largest errors over all batches."""
+    """Return the largest errors over all batches."""
     errors = _errors_over_batches(found.gradients, expected.gradients)
     worst = worst_of(errors, None if allowance is None else allowance.gradient)
     relative = _relative(found.losses, expected.losses)
@@ -138,7 +137,7 @@ def compare(found: Measured, expected: Measured, allowance: Allowance | None = N
 
 
 def gradient_errors(found: Gradients, expected: Gradients) -> dict[str, float]:
-    """Each gradient's relative error, infinite where it or a part of it is missing."""
+    """Return each gradient's relative error; infinite if the gradient or a part of it is missing."""
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().clamp_min(1e-30)
     return {
         name: float((found[name] - gradient).norm() / torch.maximum(gradient.norm(), GRADIENT_FLOOR * whole))
@@ -149,7 +148,7 @@ def gradient_errors(found: Gradients, expected: Gradients) -> dict[str, float]:
 
 
 def lost_gradients(found: Gradients, expected: Gradients) -> list[str]:
-    """Names whose gradient is exactly zero, missing or not finite, and expected to be something."""
+    """Return the names whose gradient is exactly zero, missing or not finite although one is expected."""
     return [name for name, gradient in expected.items() if gradient.any() and not _is_there(found.get(name), gradient)]
 
 
@@ -163,11 +162,12 @@ def lost_in_one_step(found: Gradients, expected: Gradients) -> list[str]:
 
 
 def gradient_limits(errors: dict[str, float], expected: Gradients, rounding: float) -> dict[str, float]:
-    """What each gradient of a layout may be off: from the largest error of its kind on one process.
+    """Return the allowed error of each gradient of a layout, from the largest error of its kind on one process.
 
     Args:
-        errors: of one process, by global name. One that is no number allows nothing beyond a rounding.
-        expected: the same names; single numbers are told by their size.
+        errors: of one process, by global name. An error that is not finite allows only a rounding.
+        expected: gradients under the same names; single numbers are recognized by their size.
+        rounding: relative, of the precision.
     """
     kinds = {name: SINGLE if expected[name].numel() == 1 else kind_of(name) for name in errors}
     largest = dict.fromkeys(kinds.values(), 0.0)
@@ -179,7 +179,7 @@ def gradient_limits(errors: dict[str, float], expected: Gradients, rounding: flo
 
 
 def worst_of(errors: dict[str, float], limits: dict[str, float] | None = None) -> str:
-    """The parameter with the largest error, or with limits with the largest beside its own; NaN is the largest."""
+    """Return the parameter with the largest error, in units of its limit if limits are given. NaN counts as largest."""
 
     def size(name: str) -> tuple[bool, float]:
         error = errors[name] if limits is None else errors[name] / limits[name]
@@ -193,7 +193,7 @@ def _is_there(found: Tensor | None, expected: Tensor) -> bool:
 
 
 def _lost_over_batches(found: list[Gradients], expected: list[Gradients]) -> list[str]:
-    """Names lost in any batch; of single numbers that are zero, those lost in every batch that expects one."""
+    """Return the names lost in any batch; a single number that is zero must be lost in every batch that expects one."""
     lost = [name for one, other in zip(found, expected, strict=True) for name in lost_gradients(one, other)]
 
     def by_chance(name: str) -> bool:
@@ -204,14 +204,14 @@ def _lost_over_batches(found: list[Gradients], expected: list[Gradients]) -> lis
 
 
 def _unseen(expected: list[Gradients], limits: dict[str, float]) -> list[str]:
-    """Names whose gradient, were it doubled or missing, would be off by no more than allowed, in every batch."""
+    """Return the names whose gradient is smaller than its allowed error in every batch."""
     nothing = [{name: torch.zeros_like(gradient) for name, gradient in batch.items()} for batch in expected]
     sizes = _errors_over_batches(nothing, expected)
     return [name for name, size in sizes.items() if 0 < size <= limits[name]]
 
 
 def _errors_over_batches(found: Iterable[Gradients], expected: Iterable[Gradients]) -> dict[str, float]:
-    """The largest error of each gradient; NaN stays."""
+    """Return the largest error of each gradient over batches; NaN counts as largest."""
     batches = [gradient_errors(one, other) for one, other in zip(found, expected, strict=True)]
     return {
         name: max((batch[name] for batch in batches), key=lambda error: (error != error, error)) for name in batches[0]

@@ -14,10 +14,11 @@ DOCUMENTS_A_SEQUENCE = 4  # on average
 
 
 def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
-    """The one process that all `layouts` are compared with; micro-batches equal, and no larger than configured.
+    """Return the layout of the one process that `layouts` are compared with.
 
-    `per_head` averages a head's entropy over one micro-batch of all data-parallel ranks before it squares, so its value
-    depends on micro_batch_size x dp, and layouts are comparable at one number of micro-batches only.
+    Its micro-batches are of equal size, and no larger than configured. A `per_head` regularizer averages entropies over
+    one micro-batch of all data-parallel ranks before it squares. Its value depends on micro_batch_size * dp, so layouts
+    must then have the same number of micro-batches.
 
     Raises:
         ConfigError: the granularity is per_head and the layouts differ in their number of micro-batches.
@@ -38,13 +39,13 @@ def reference_layout(config: Config, layouts: list[Layout]) -> Layout:
 
 
 def apply_layout(config: Config, layout: Layout, reference: Layout, as_configured: bool = False) -> Config:
-    """The run's configuration under a layout: the global batch stays, the micro-batch follows from acc and dp.
+    """Return the configuration under a layout. The global batch stays; the micro-batch follows from acc and dp.
 
     Args:
-        as_configured: whether precision and compiling stay too; else float32, not compiled.
+        as_configured: keep precision and compiling, too. Otherwise use float32, not compiled.
 
     Raises:
-        ConfigError: the sizes do not fit together, with every reason.
+        ConfigError: the sizes do not fit together; it holds every reason.
     """
     acc, batch = layout.acc or reference.acc or 1, config.training.global_batch_size
     if batch % (acc * layout.dp):
@@ -78,10 +79,12 @@ def apply_layout(config: Config, layout: Layout, reference: Layout, as_configure
 
 
 def global_batches(config: Config, count: int) -> tuple[int, Tensor]:
-    """The vocabulary, and `count` global batches of random tokens: [count, batch, T + 1] int64.
+    """Draw random global batches.
 
-    The vocabulary is the dataset's, or without one data.planned_vocab_size. For attention within documents, documents
-    end at random positions.
+    With attention within documents, documents end at random positions.
+
+    Returns:
+        The vocabulary size, which is the dataset's or data.planned_vocab_size, and tokens [count, batch, T + 1], int64.
     """
     vocab_size, _ = vocabulary(config, dataset_if_there(config))
     shape = (count, config.training.global_batch_size, config.model.seq_length + 1)

@@ -27,9 +27,9 @@ NO_CLIPPING = 1e30  # a limit, since the norm is wanted all the same
 
 @dataclass(frozen=True)
 class GradientPiece:
-    """What one rank holds of a parameter's gradient: elements from `start` on of a shard, flattened.
+    """What one rank holds of a parameter's gradient: elements of a flattened shard, from `start` on.
 
-    The shard is number `place` of those along `dim`; dim None means the whole.
+    The shard is number `place` along `dim`. If `dim` is None, the shard is the whole parameter.
     """
 
     shard_shape: tuple[int, ...]
@@ -45,22 +45,23 @@ LocalGradients = dict[str, GradientPiece]
 
 @dataclass
 class Measured:
-    """What layouts must agree on, of every global batch: losses in nats a token, whole gradients by global name."""
+    """What layouts must agree on for every global batch: losses in nats per token, gradients by global name."""
 
     losses: Tensor  # [batches, 3]: cross-entropy, entropy loss, gradient norm
     gradients: list[dict[str, Tensor]]
     entropy_nats: list[Tensor]  # [L, N] each
-    sent_bytes: dict[str, int]  # by axis, of the rank that sends most there, in a step
+    sent_bytes: dict[str, int]  # per step by axis, from the rank that sends most
 
 
 def measure(config: Config, world_size: int, vocab_size: int, batches: Tensor, dtype: str) -> Measured:
-    """Runs a step for each of `batches` [count, global batch, T + 1], weights near their initial values (`tell_apart`).
+    """Run one step for each global batch, with weights near their initial values (`tell_apart`).
 
     Args:
         config: its parallel sizes fit `world_size` processes.
-        dtype: 'float32' runs the engine; 'float64' the same stages without an optimizer; 'configured' the engine as
-            training does, in the configuration's precision, compiled and replayed where that says so. Bytes are then
-            not counted: what counts them keeps the compiler away.
+        batches: tokens, [count, global batch, T + 1].
+        dtype: 'float32' runs the engine. 'float64' runs the same stages without an optimizer. 'configured' runs the
+            engine as training does: precision, compiling and CUDA graphs as configured. Bytes are then not counted,
+            because counting them disables the compiler.
 
     Raises:
         RankError: a process failed.
@@ -77,10 +78,10 @@ def measure(config: Config, world_size: int, vocab_size: int, batches: Tensor, d
 
 
 def assemble(ranks: list[LocalGradients], vocab_size: int) -> dict[str, Tensor]:
-    """Whole gradients from the shards of all ranks, padding rows cut off.
+    """Assemble whole gradients from the pieces of all ranks, without padding rows.
 
     Raises:
-        RankError: ranks that hold the same shard disagree about its gradient.
+        RankError: ranks that hold the same elements disagree about them.
     """
     shards: dict[str, dict[int, Tensor]] = {}
     dims: dict[str, int | None] = {}
@@ -105,7 +106,7 @@ def assemble(ranks: list[LocalGradients], vocab_size: int) -> dict[str, Tensor]:
 
 
 class Step(Protocol):
-    """One step under some engine, its gradients left to be read."""
+    """Runs single steps and keeps their gradients readable."""
 
     stage: Any
     groups: Any
@@ -113,14 +114,14 @@ class Step(Protocol):
     def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics: ...
 
     def losses(self, statistics: StageStatistics) -> list[float]:
-        """Cross-entropy, entropy loss and gradient norm, over all ranks."""
+        """Return cross-entropy, entropy loss and gradient norm, over all ranks."""
         ...
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None: ...
 
 
 class EngineStep:
-    """The training engine at learning rate 0, Adam's first moment without memory: it is the gradient."""
+    """The training engine at learning rate 0. With beta1 = 0, Adam's first moment is the gradient."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         from train.parts import add_optimizer, build_stage
@@ -141,7 +142,7 @@ class EngineStep:
         return [self.report.cross_entropy, self.report.entropy_loss, self.report.gradient_norm]
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor] | None:
-        """Where the piece that ZeRO left here begins, and the piece; None where there is none."""
+        """Return the piece that ZeRO left on this rank, after its first element's index; None if there is none."""
         piece = piece_of(parameter, self.engine.engine.optimizer.optimizer, self.groups)
         return None if piece is None else (piece.start, piece.moments["exp_avg"])
 
@@ -181,10 +182,10 @@ class ExactStep:
 
 @torch.no_grad()
 def tell_apart(stage: Any, groups: Any, vocab_size: int, seed: int) -> None:
-    """Moves what starts alike for all heads and layers (temperatures, thresholds, biases, alpha, beta, norms) by a
-    tenth.
+    """Change parameters that start alike for all heads and layers by random tenths.
 
-    Else heads that a layout mixes up would go unnoticed.
+    These are temperatures, thresholds, biases, alpha, beta and norms. If they stayed alike, a layout could mix up heads
+    unnoticed.
     """
     from parallel.sharding.tensor import cut
 

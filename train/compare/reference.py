@@ -16,11 +16,16 @@ from train.config import Config
 
 
 class OneProcess:
-    """What layouts are held to.
+    """The measured single process that layouts are compared with.
 
     Args:
-        config: of one process.
-        tolerance: the largest error, if the user names one; then float32's rounding is no excuse.
+        config: for one process.
+        batches: global batches of tokens, [count, batch, T + 1].
+        dtype: 'float32' or 'float64'.
+        tolerance: the largest error, if the user sets one. Rounding in float32 is then no excuse.
+
+    Raises:
+        RankError: the process failed.
     """
 
     def __init__(
@@ -32,12 +37,12 @@ class OneProcess:
         self.measured = self.measure(config, 1, dtype)
 
     def measure(self, config: Config, world_size: int, dtype: str) -> Measured:
-        """What a layout finds in the same batches."""
+        """Measure a layout on the same batches."""
         return measure(config, world_size, self.vocab_size, self.batches, dtype)
 
     @property
     def words(self) -> str:
-        """What one process and the layouts run in."""
+        """Describe the arithmetic of the process and the layouts."""
         return self.dtype
 
     @property
@@ -46,19 +51,19 @@ class OneProcess:
 
     @property
     def warnings(self) -> list[str]:
-        """What keeps layouts from being judged, or from being judged closely."""
+        """Return warnings about gradients that cannot be judged, or only roughly."""
         return []
 
     @cached_property
     def rounding(self) -> Comparison | None:
-        """What float32 loses on one process; None where it is no excuse, or float64 does not run."""
+        """Compare one process in float32 with float64; None if rounding is no excuse, or float64 does not run."""
         try:
             return compare(self.measured, self.measure(self.config, 1, "float64")) if self.excused else None
         except RankError:
             return None
 
     def try_layout(self, config: Config, layout: Layout) -> dict[str, Any]:
-        """A layout's errors and whether they are within what is allowed, or how it failed to run."""
+        """Run a layout. Return its errors and verdict, or the error that ended it."""
         try:
             found = self.measure(config, layout.world_size, self.dtype)
         except RankError as error:
@@ -66,7 +71,7 @@ class OneProcess:
         return {**self.judge(found), "sent_bytes": found.sent_bytes}
 
     def judge(self, found: Measured) -> dict[str, Any]:
-        """Errors and verdict."""
+        """Return a layout's errors and whether they are allowed."""
         assert self.tolerance is not None
         result = compare(found, self.measured)
         rounding = None if result.within(self.tolerance) else self.rounding
@@ -75,11 +80,14 @@ class OneProcess:
 
 
 class OneProcessAsTrained(OneProcess):
-    """One process in float64, and what layouts may be off in the arithmetic of training: as much as one process there.
+    """One process in float64, and the error that one process has in the arithmetic of training.
 
     Args:
-        config: of one process, as it would train.
-        exact: the same, uncompiled and in float32 at least.
+        config: for one process, as it would train.
+        exact: the same in float32, not compiled.
+
+    Raises:
+        RankError: the process failed.
     """
 
     def __init__(self, config: Config, exact: Config, vocab_size: int, batches: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Trains every layout that fits this machine and compares it with one process (python -m train.layout_test)."""
+"""Trains every layout that fits this machine and compares it with one process: python -m train.layout_test."""

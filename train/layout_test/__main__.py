@@ -1,13 +1,16 @@
-"""Trains every layout that fits this machine through train/main.py, as users do, and compares it with one process.
+"""Train every layout that fits this machine, through train/main.py as users do, and compare it with one process.
 
     python -m train.layout_test                                        # all devices of this machine; make test-gpu
     python -m train.layout_test --only cp=2,dp=2:zero=3 --steps 1 --config configs/ereg_1b.json data.path=datasets/mine
 
-Each layout trains in bf16, compiled, with CUDA graphs where they apply. The gradient of every parameter in the first
-step, as the optimizer took it, and the loss of every step are compared with one process in float32. One process in bf16
-shows what rounding does; train/layout_test/results.py has the rule. Without GPUs layouts run as CPU processes, slowly.
+Each layout trains in bf16, compiled, with CUDA graphs where they apply. Two things are compared with one process in
+float32: the gradient of every parameter in the first step, as the optimizer received it, and the loss of every step.
+One process in bf16 shows how large rounding errors are (train/layout_test/results.py has the rule). Without GPUs,
+layouts run as CPU processes, slowly.
 
-Prints a table, and writes JSON. Exit status: 0 all layouts passed, 1 some did not, 2 cannot run as asked.
+The results are a table and a JSON file.
+
+Exit status: 0 all layouts passed, 1 some did not, 2 cannot run as asked.
 """
 
 import argparse
@@ -34,7 +37,7 @@ SMALL = [
     "training.global_batch_size=64",
     "optimizer.warmup_steps=100",
 ]
-"""Over configs/ereg.json, unless another configuration is named."""
+"""Overrides of configs/ereg.json, if no other configuration is named."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,23 +64,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.layout_test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration (default: a small configs/ereg.json)")
-    parser.add_argument("--devices", type=whole_number(1), metavar="N", help="devices to use (default: all GPUs, or 2)")
-    parser.add_argument("--only", metavar="LIST", help="these layouts alone, as parallel.compare takes them")
+    parser.add_argument("--config", metavar="FILE", help="configuration (default: configs/ereg.json, made smaller)")
     parser.add_argument(
-        "--family", choices=list(FAMILIES), default="EReg", help="with --only: which model (default EReg)"
+        "--devices", type=whole_number(1), metavar="N", help="devices to use (default: all GPUs, or 2 CPU processes)"
     )
-    parser.add_argument("--steps", type=whole_number(1), default=20, metavar="N", help="steps of each run (default 20)")
+    parser.add_argument("--only", metavar="LIST", help="only these layouts, written as for parallel.compare")
     parser.add_argument(
-        "--at-once", type=whole_number(1), default=4, metavar="N", help="runs that share a device (default 4)"
+        "--family", choices=list(FAMILIES), default="EReg", help="with --only: which model (default: EReg)"
     )
-    parser.add_argument("--time-limit", type=whole_number(1), default=300, metavar="S", help="of a run (default 300 s)")
-    parser.add_argument("--dataset", metavar="DIR", help="a prepared dataset (default: Python's standard library)")
-    parser.add_argument("--work", metavar="DIR", help="keep runs and logs there (default: a temporary folder)")
     parser.add_argument(
-        "--json", metavar="FILE", help="default: docs/benchmarks/layouts_CARD_xN.json where there are GPUs"
+        "--steps", type=whole_number(1), default=20, metavar="N", help="steps of each run (default: 20)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
+    parser.add_argument(
+        "--at-once", type=whole_number(1), default=4, metavar="N", help="runs that may share a device (default: 4)"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=whole_number(1),
+        default=300,
+        metavar="S",
+        help="seconds that a run may take (default: 300)",
+    )
+    parser.add_argument(
+        "--dataset", metavar="DIR", help="prepared dataset (default: prepare Python's standard library)"
+    )
+    parser.add_argument("--work", metavar="DIR", help="folder that keeps runs and logs (default: a temporary one)")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="file of results (default: docs/benchmarks/layouts_CARD_xN.json on GPUs, else none)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
     options = parser.parse_intermixed_args(arguments)
     options.devices = options.devices or torch.cuda.device_count() or 2
     if options.config is None:
@@ -86,7 +103,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(jobs: dict[Case, Job], options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """Runs everything; a row for each layout, written as they come."""
+    """Run all jobs. Return a row for each layout; the JSON file is rewritten as they end."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     by_name = {job.name: case for case, job in jobs.items()}

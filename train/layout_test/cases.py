@@ -1,4 +1,4 @@
-"""The runs: which layouts are trained on how many devices, and which references they are held to."""
+"""Lists the runs: which layouts are trained on how many devices, and their references."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ FAMILIES: dict[str, list[str]] = {
     "SM+LN+G": ["model.architecture=SM+LN+G"],
     "split FFN": ["parallel.fused_ffn=split"],
 }
-"""What each changes in the configuration. All of a family compute the same function, whatever the layout."""
+"""Family -> overrides. All layouts of a family compute the same function."""
 OWN_REFERENCE = ("EReg", "per_head", "untied", "SM+LN+G")
-"""Families that are other models; the others are the first under another layout."""
+"""Families that are models of their own. The others are the first family under another layout."""
 
 ARITHMETICS = ("truth", "trained")
-"""Of the references: float32 as written, and what training uses, bf16, compiled, with CUDA graphs."""
+"""Of the references: plain float32, and bf16 as training runs it, compiled and with CUDA graphs."""
 
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"EReg": ["recompute=selective", "recompute=full", "zero=3"]},
@@ -105,8 +105,9 @@ class Case:
         return self.family if self.family in OWN_REFERENCE else OWN_REFERENCE[0]
 
     def overrides(self, micro_batch_size: int) -> list[str]:
-        """What it changes in the configuration. The number of micro-batches is the same under every layout: `per_head`
-        depends on micro_batch_size * dp.
+        """Return the overrides of this run.
+
+        The number of micro-batches is the same under every layout, since `per_head` depends on micro_batch_size * dp.
         """
         layout = self.layout
         keys = [f"parallel.{key}={getattr(layout, short)}" for short, key in KEYS.items()]
@@ -123,7 +124,7 @@ class Case:
 
 
 def cases(devices: int) -> list[Case]:
-    """The references, then every layout that `devices` devices hold, the smallest first."""
+    """Return the references, then every layout that fits on `devices` devices, the smallest first."""
     layouts = [
         Case(family, parse_layout(text), "trained")
         for size, families in LAYOUTS.items()
@@ -135,7 +136,7 @@ def cases(devices: int) -> list[Case]:
 
 
 def with_references(layouts: list[Case]) -> list[Case]:
-    """The runs with what they are compared with before them, each once."""
+    """Return the references that the runs need, each once, then the runs."""
     families = dict.fromkeys(case.reference_family for case in layouts)
     references = [Case(family, Layout(), arithmetic) for family in families for arithmetic in ARITHMETICS]
     return references + layouts

@@ -16,10 +16,10 @@ VOCAB_SIZE = 4096
 
 
 def choose(options: argparse.Namespace) -> list[Case]:
-    """The runs that were asked for.
+    """Return the runs that the command line asks for.
 
     Raises:
-        ValueError: a layout does not read as one, or does not fit the devices.
+        ValueError: a layout cannot be parsed, or does not fit the devices.
     """
     if options.only is None:
         return cases(options.devices)
@@ -35,10 +35,10 @@ def choose(options: argparse.Namespace) -> list[Case]:
 
 
 def job(case: Case, options: argparse.Namespace, work: Path) -> Job:
-    """The run as a command.
+    """Return the run as a command of train/main.py.
 
     Raises:
-        ConfigError: it cannot be trained so.
+        ConfigError: the configuration does not allow it.
     """
     folder = work / case.name.replace(" ", "_").replace("=", "").replace(":", "_")
     overrides = [
@@ -64,7 +64,7 @@ def job(case: Case, options: argparse.Namespace, work: Path) -> Job:
 
 
 def prepare(work: Path) -> None:
-    """Makes a dataset of Python's standard library."""
+    """Prepare a dataset from Python's standard library."""
     command = [sys.executable, "-m", "data.prepare", "--output", str(work / "dataset"), "--vocab-size", str(VOCAB_SIZE)]
     command += ["--max-megabytes", "6", "--include", "*.py", "--exclude", "site-packages", "--skip-bad-text"]
     command += ["--input", sysconfig.get_path("stdlib")]

@@ -15,13 +15,13 @@ from parallel.launch import free_port
 
 POLL_INTERVAL_S = 0.2
 END_WITHIN_S = 60.0
-"""How long a launcher may take to end its processes; it kills those that do not end within 30 s."""
+"""Time for a launcher to end its processes. It kills those that do not end within 30 s."""
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
 @dataclass
 class Job:
-    """A run of train/main.py with its place on the machine."""
+    """A run of train/main.py and the devices it is given."""
 
     name: str
     processes: int
@@ -34,7 +34,7 @@ class Job:
 
     @property
     def last_words(self) -> str:
-        """That it did not end, or the last error of its log, or its last line."""
+        """Return why the run failed: that it was still running, the last error in its log, or the log's last line."""
         if self.is_late:
             return f"still running after {self.seconds:.0f} s; see {self.log}"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -43,14 +43,14 @@ class Job:
 
 
 Running = tuple[Job, subprocess.Popen[bytes], float]
-"""A started job, its launcher, and when it began."""
+"""A started job, its launcher, and its start time."""
 
 
 def run_all(jobs: list[Job], devices: int, at_once: int, time_limit_s: float) -> Iterator[Job]:
-    """Runs jobs in order and yields each as it ends.
+    """Start jobs in order, and yield each as it ends.
 
     Args:
-        devices: of this machine; on a machine without GPUs, processes that may run at a time.
+        devices: GPUs of this machine; without GPUs, the number of processes that may run at a time.
         at_once: jobs that may share a device.
     """
     running: list[Running] = []
@@ -89,7 +89,7 @@ def _run_all(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a launcher by asking it to: killed, it would leave its processes on the devices."""
+    """End a launcher with SIGTERM. If it were killed, its processes would keep the devices."""
     process.terminate()
     try:
         process.wait(END_WITHIN_S)
@@ -99,7 +99,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _least_loaded(load: list[int], count: int, at_once: int) -> list[int] | None:
-    """The `count` devices with the fewest jobs, None where that many cannot take another."""
+    """Return the `count` devices with the fewest jobs; None if fewer than that can take another."""
     chosen = sorted(sorted(range(len(load)), key=lambda device: load[device])[:count])
     return chosen if len(chosen) == count and all(load[device] < at_once for device in chosen) else None
 

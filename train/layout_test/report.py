@@ -1,4 +1,4 @@
-"""The table of the layout test, printed and as JSON."""
+"""Formats the results of the layout test as a table and as JSON."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from train.layout_test.results import Trained, judge
 def row(
     case: Case, job: Job, trained: Trained | None, references: dict[tuple[str, str], Trained | None]
 ) -> dict[str, Any]:
-    """A line of the table, as JSON takes it."""
+    """Judge one layout and return its row."""
     named = {
         "family": case.family,
         "layout": str(case.layout),
@@ -50,7 +50,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Fixed columns, a line for each layout."""
+    """Format rows as a table with one line per layout."""
     width = max(len(f"{row['family']} {row['layout']}") for row in rows)
     titles = "devices  seconds  gradient (limit)     loss, nats (limit)   norm    worst parameter"
     lines = [f"{'layout':<{width}}  {titles}"]

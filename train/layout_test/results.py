@@ -1,14 +1,15 @@
-"""What a run left, and the verdict on it.
+"""Reads what a run left, and judges it.
 
-The truth is one process in float32, uncompiled. One process as it trains (bf16, compiled) differs from it by rounding,
-parameter by parameter. A layout rounds as often, in another order, and is allowed what `train.compare.comparison`
-allows. A gradient that is exactly zero, or missing, where the truth has one is lost, whatever its size. If one process
-as it trains loses one, no layout passes.
+The truth is one process in float32, not compiled. The baseline is one process as it trains: bf16, compiled. It differs
+from the truth by rounding, and each parameter has its own scale. A layout rounds as often, in another order, and may
+have the errors that `train.compare.comparison` allows. A gradient is lost, whatever its size, if it is exactly zero or
+missing where the truth has one; single numbers may cancel by chance (`lost_in_one_step`). If the baseline loses one, no
+layout passes.
 
-The losses of all steps are compared with those of one process as it trains, whose weights are rounded alike: they may
-lie as far from them as those lie from the truth. A loss that is missing or no number is beyond any limit.
+Losses of all steps are compared with the baseline's, whose weights are rounded alike. They may differ from it as much
+as the baseline differs from the truth. A missing loss, or one that is not finite, is beyond any limit.
 
-Gradients are compared as the optimizer took them, after clipping: Adam's first moment after the first step.
+Gradients are read where the optimizer reads them, after clipping: Adam's first moment after the first step.
 """
 
 import itertools
@@ -37,7 +38,7 @@ FIRST_MOMENT = "exp_avg."
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left: Adam's first moments after the first step by global name, and the losses of its steps."""
+    """What a run left: Adam's first moments after the first step, by global name, and the loss of every step."""
 
     moments: dict[str, Tensor]
     losses: list[float]
@@ -45,7 +46,7 @@ class Trained:
 
 
 def read_run(folder: Path) -> Trained:
-    """Reads a run and deletes its checkpoints, which may be large."""
+    """Read a run, then delete its checkpoints, which may be large."""
     run = RunReader(folder)
     rows = [row for row in run.metrics() if "loss" in row]
     reader = Reader(Folder(str(run.checkpoint(1))))
@@ -64,7 +65,7 @@ def read_run(folder: Path) -> Trained:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A layout against one process. Errors of gradients are relative, of losses in nats."""
+    """A layout compared with one process. Gradient errors are relative; loss errors are in nats."""
 
     passed: bool
     lost: list[str]
@@ -87,7 +88,7 @@ class Verdict:
 
 
 def judge(found: Trained, truth: Trained, baseline: Trained) -> Verdict:
-    """Compares a layout with the truth, and with how far one process as it trains is from that."""
+    """Compare a layout with the truth, and allow it what the baseline differs from the truth."""
     allowed = gradient_limits(gradient_errors(baseline.moments, truth.moments), truth.moments, ROUNDING)
     errors = gradient_errors(found.moments, truth.moments)
     lost, worst = lost_in_one_step(found.moments, truth.moments), worst_of(errors, allowed)
@@ -110,6 +111,6 @@ def judge(found: Trained, truth: Trained, baseline: Trained) -> Verdict:
 
 
 def _largest_difference(losses: list[float], others: list[float]) -> float:
-    """NaN if any step's is; a step that one of them lacks is NaN."""
+    """Return NaN if any difference is NaN, or if one run has more steps than the other."""
     pairs = list(itertools.zip_longest(losses, others, fillvalue=math.nan))
     return float(torch.tensor(pairs, dtype=torch.float64).diff(dim=1).abs().max())
