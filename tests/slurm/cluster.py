@@ -1,11 +1,11 @@
-"""A real Slurm of several nodes on one machine, from Debian's packages, that touches nothing of the machine's own.
+"""Run a real Slurm of several nodes on one machine, isolated from the machine itself. It needs Debian packages:
 
     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux
 
-Everything runs below one process in its own pid, mount, network and hostname namespaces: ending it ends the cluster.
-Each node is a child with a pid namespace and a hostname of its own, and an address on the loopback interface (10.99.0.1
-is n1), so a node that crashes takes its daemon, its steps and their connections with it. Without root a user namespace
-is made around it all.
+Everything runs below one process in its own pid, mount, network and hostname namespaces. Ending it ends the cluster.
+Each node is a child with its own pid namespace and hostname, and an address on the loopback interface (10.99.0.1 is
+n1). A node that crashes therefore takes its daemon, its steps and their connections with it. Without root, a user
+namespace surrounds everything.
 """
 
 import json
@@ -63,11 +63,11 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Cluster:
-    """A running cluster; use as a context.
+    """Start a cluster on entry to a `with` block, and end it on exit.
 
     Args:
-        folder: for configuration, logs and sockets; its path has to be short (a socket's is limited to 107 bytes).
-        num_nodes: n1, n2, ... of 16 pretended cores and 8 pretended GPUs each.
+        folder: holds configuration, logs and sockets. Keep its path short: a socket's path has at most 107 bytes.
+        num_nodes: nodes n1, n2, ..., each with 16 pretended cores and 8 pretended GPUs.
     """
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
@@ -82,7 +82,7 @@ class Cluster:
         self._log = (self.folder / "log" / "cluster").open("w")
         self._holder = subprocess.Popen(
             [*command, "--mount-proc", *inside],
-            stdin=subprocess.PIPE,  # its end tells the cluster that nobody needs it any more
+            stdin=subprocess.PIPE,  # the cluster ends when this pipe closes
             stdout=self._log,
             stderr=self._log,
             env={**os.environ, "PATH": SYSTEM_PATH},
@@ -95,49 +95,58 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._holder.kill()  # --kill-child ends the first process of the namespace, and the kernel all others
+        self._holder.kill()  # --kill-child ends the first process of the namespace; the kernel ends the others
         self._holder.communicate()
         self._log.close()
 
     def run(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """The output of a command inside, say `squeue`; raises CalledProcessError."""
+        """Return the output of a command inside the cluster, for example `squeue`; raises CalledProcessError."""
         (first,) = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()[:1]
         user_namespace = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
         enter = ["nsenter", "--target", first, *user_namespace, "--mount", "--net", "--pid", "--uts"]
         environment = {**os.environ, "PATH": SYSTEM_PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), **(env or {})}
         where = [f"--wd={cwd or Path.cwd()}"]
-        done = subprocess.run([*enter, *where, *command], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*enter, *where, *command], env=environment, capture_output=True, text=True, timeout=180)
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
         return done.stdout
 
+    def query(self, *command: str) -> str:
+        """Like `run`, for commands that only read: tries again if a busy controller drops the connection."""
+        for _ in range(3):
+            try:
+                return self.run(*command)
+            except subprocess.CalledProcessError:
+                time.sleep(1)
+        return self.run(*command)
+
     def submit(self, script: str, *arguments: str, options: list[str], env: dict[str, str], cwd: Path) -> int:
-        """The number of the job."""
+        """Submit a job and return its number."""
         return int(self.run("sbatch", "--parsable", *options, script, *arguments, cwd=cwd, env=env))
 
     def state(self, job: int) -> str:
-        """PENDING, RUNNING, COMPLETED, FAILED, ... as scontrol says; of an array, of a task that has not ended."""
-        states = re.findall(r"JobState=(\w+)", self.run("scontrol", "show", "job", str(job)))
+        """Return PENDING, RUNNING, ... as scontrol reports it; for an array, of a task that has not ended."""
+        states = re.findall(r"JobState=(\w+)", self.query("scontrol", "show", "job", str(job)))
         return next((state for state in states if state not in ENDED), max(states))
 
     def job_nodes(self, job: int) -> list[str]:
-        listed = self.run("squeue", "--noheader", "--jobs", str(job), "--format=%N").strip()
-        return self.run("scontrol", "show", "hostnames", listed).split() if listed else []
+        listed = self.query("squeue", "--noheader", "--jobs", str(job), "--format=%N").strip()
+        return self.query("scontrol", "show", "hostnames", listed).split() if listed else []
 
     def wait_for_end(self, job: int, limit_s: float) -> str:
-        """The state in which the job ended."""
+        """Wait until the job has ended and return its last state."""
         self._wait(lambda: self.state(job) in ENDED, limit_s, f"job {job} to end")
         return self.state(job)
 
     def crash(self, node: str) -> None:
-        """The node and all that runs on it is gone at once."""
+        """Kill a node and everything that runs on it."""
         self._ask("crash", node)
 
     def boot(self, node: str) -> None:
         self._ask("boot", node)
 
     def kill(self, text: str) -> int:
-        """kill -9 of the processes inside whose command line contains the text; their number."""
+        """Send SIGKILL to the processes inside whose command line contains the text; return how many there were."""
         return int(self._ask("kill", text))
 
     def _ask(self, *words: str) -> str:
@@ -165,14 +174,14 @@ def missing_programs() -> list[str]:
 
 
 def may_make_namespaces() -> bool:
-    """Whether this user may start a cluster here; some containers forbid it."""
+    """Return whether this user may start a cluster here; some containers forbid it."""
     user_namespace = [] if os.getuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
     command = ["unshare", *user_namespace, "--pid", "--mount", "--net", "--uts", "--fork", "--mount-proc", "true"]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
 class Inside:
-    """The first process of the cluster's namespaces: starts the daemons and the nodes, then does as it is asked."""
+    """First process of the cluster's namespaces: starts the daemons and nodes, then serves requests."""
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self.folder, self.num_nodes = folder, num_nodes
@@ -182,7 +191,7 @@ class Inside:
     def start(self) -> None:
         socket.sethostname("control")
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-        for number in (*range(1, self.num_nodes + 1), 254):  # 127.0.0.0/8 alone counts as no address when names resolve
+        for number in (*range(1, self.num_nodes + 1), 254):  # names do not resolve if 127.0.0.0/8 is the only address
             subprocess.run(["ip", "address", "add", f"10.99.0.{number}/24", "dev", "lo"], check=True)
         self._name_hosts()
         self._configure()

@@ -1,4 +1,4 @@
-"""The shipped job scripts on a real Slurm: time limit, crashed node, killed rank, no progress; the curve stays one.
+"""Run the job scripts on a real Slurm. Time limits, crashed nodes and killed ranks must not change the curve.
 
 pytest -m slurm       needs the packages that tests/slurm/cluster.py names
 """
@@ -34,7 +34,11 @@ CONFIG = {
         "train_steps": 400,
         "evaluation_interval": 0,
     },
-    "optimizer": {"schedule": "wsd", "decay_fraction": 0, "warmup_steps": 1},  # the curve does not depend on its length
+    "optimizer": {
+        "schedule": "wsd",
+        "decay_fraction": 0,
+        "warmup_steps": 1,
+    },  # the curve does not depend on train_steps
     "checkpoint": {"interval": 20},
     "logging": {"interval": 10, "tensorboard": False},
 }
@@ -61,7 +65,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config: Path) -> list[dict]:
-    """The rows of the same run on two local ranks, which nothing disturbs."""
+    """Return the rows of the same run on two local ranks, without any interruption."""
     run = config.parent / "uninterrupted"
     answer = run_main(2, config, f"run_dir={run}")
     assert answer.statuses == [0, 0], answer.stderr
@@ -69,7 +73,7 @@ def uninterrupted(config: Path) -> list[dict]:
 
 
 class Job:
-    """A submitted run."""
+    """Submit a run and watch it."""
 
     def __init__(
         self,
@@ -127,8 +131,9 @@ def test_a_crashed_node_and_a_killed_rank_leave_one_curve(
 
 
 def test_the_time_limit_saves_requeues_and_goes_on_with_the_same_curve(cluster: Cluster, config: Path) -> None:
-    """The limit is lowered once the run is under way, and raised again while it waits to go on: how long a start takes
-    depends on the machine.
+    """Lower the limit once the run is under way, and raise it again while the job is pending.
+
+    A fixed limit would not do: how long a start takes depends on the machine.
     """
     job = Job(cluster, config, "limited", "training.train_steps=100000", options=["--time=10", "--signal=B:USR1@60"])
     job.wait_for_step(20)
