@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import ModelConfig, explained
+from parallel.grid import RankGrid
 
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard are a multiple of this, which makes matrix products fastest."""
@@ -78,6 +79,29 @@ class ParallelConfig:
             return False
         cheaper = hidden_size < (1 + 1 / self.tensor_parallel_size) * tokens_per_step
         return cheaper or self.fused_ffn == "replicated"
+
+    def grid(self, world_size: int, rank: int = 0) -> RankGrid:
+        """Return the place of a rank among `world_size` processes."""
+        return RankGrid(
+            tp=self.tensor_parallel_size,
+            pp=self.pipeline_parallel_size,
+            dp=world_size // self.ranks_per_batch,
+            cp=self.context_parallel_size,
+            rank=rank,
+        )
+
+    def world_faults(self, world_size: int) -> list[str]:
+        """Return why the layout does not fit the number of processes; empty if it does."""
+        ranks = self.ranks_per_batch
+        if world_size % ranks == 0:
+            return []
+        names = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+        sizes = {name: getattr(self, name) for name in names}
+        product = " * ".join(f"{name}({size})" for name, size in sizes.items() if size > 1)
+        return [
+            f"the world size {world_size} is not a multiple of {product} = {ranks}; launch a multiple of {ranks} "
+            f"processes (deepspeed --num_gpus {ranks} ...) or change the sizes"
+        ]
 
     def faults(self, model: ModelConfig) -> list[str]:
         """Return every reason why `model` cannot be laid out this way, each with its numbers and its remedy."""

@@ -50,8 +50,9 @@ def operation_counts(model: ModelConfig, vocab_size: int) -> Array:
     """How many of each of OPERATIONS a forward pass over one sequence has, in units of PER: [6].
 
     LayerNorm and ReLU are one kind: every measured model has both or neither, in the ratio 1 to 2, so only their sum is
-    known; a model with one of them is charged as if an element of either cost the same. A layer costs by itself since
-    every step of a protocol waits for the network. The norm after the last block is left out, as in the paper's tables.
+    known; a model with one of them is charged as if an element of either cost the same. An activation that was never
+    measured is charged as GELU. A layer costs by itself since every step of a protocol waits for the network. The norm
+    after the last block is left out, as in the paper's tables.
     """
     operations = nonlinear_operations(model)
     elements = {kind: operation.elements for kind, operation in operations.items()}
@@ -59,7 +60,7 @@ def operation_counts(model: ModelConfig, vocab_size: int) -> Array:
     counts = [
         elements["softmax"],
         elements.get("layernorm", 0) + elements.get("relu", 0),
-        elements.get("gelu", 0),
+        0 if model.activation in (None, "relu", "identity") else elements[model.activation],
         model.num_layers * model.seq_length * width * (4 + ffn),
         model.seq_length * vocab_size,
         model.num_layers,

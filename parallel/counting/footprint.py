@@ -174,7 +174,7 @@ def block_bytes(work: Workload, recompute: str) -> int:
     statistics = 0
     if recompute == "none":
         widths += (1 + (grid.cp > 1)) * split  # attention's output, exchanged under context parallelism
-        widths += ffn * split if model.activation == "gelu" else 0
+        widths += 0 if model.activation in ("relu", "identity") else ffn * split  # an activation's input
         statistics = 8 * work.tokens * model.num_attention_heads // grid.tp  # each row's entropy and log-sum-exp
     return round(widths * work.tokens * model.hidden_size * ELEMENT_BYTES) + formed + statistics
 

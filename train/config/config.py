@@ -78,14 +78,7 @@ class Config:
 
     def grid(self, world_size: int, rank: int = 0) -> RankGrid:
         """Return the place of process `rank` among `world_size` processes."""
-        parallel = self.parallel
-        return RankGrid(
-            tp=parallel.tensor_parallel_size,
-            pp=parallel.pipeline_parallel_size,
-            dp=self.data_parallel_size(world_size),
-            cp=parallel.context_parallel_size,
-            rank=rank,
-        )
+        return self.parallel.grid(world_size, rank)
 
     def num_micro_batches(self, world_size: int) -> int:
         return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
@@ -183,15 +176,8 @@ def world_faults(config: Config, world_size: int) -> list[str]:
     """Return the reasons why the sizes do not fit the number of processes."""
     if world_size < 1:
         return [f"the world size {world_size} must be at least 1"]
-    ranks = config.parallel.ranks_per_batch
-    if world_size % ranks:
-        names = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
-        sizes = {name: getattr(config.parallel, name) for name in names}
-        product = " * ".join(f"{name}({size})" for name, size in sizes.items() if size > 1)
-        return [
-            f"the world size {world_size} is not a multiple of {product} = {ranks}; launch a multiple of {ranks} "
-            f"processes (deepspeed --num_gpus {ranks} ...) or change the sizes"
-        ]
+    if faults := config.parallel.world_faults(world_size):
+        return faults
     dp = config.data_parallel_size(world_size)
     group = config.training.micro_batch_size * dp
     if config.training.global_batch_size % group:

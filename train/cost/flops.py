@@ -96,7 +96,7 @@ def _one_decimal(value: float) -> str:
 def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:
     """Count the nonlinear operations of a forward pass over one sequence, by kind.
 
-    As in arXiv 2501.03489: softmax L*H of T x T, layernorm 2 L of T x d, gelu or relu L of T x f. The norm after the
+    As in arXiv 2501.03489: softmax L*H of T x T, layernorm 2 L of T x d, the activation L of T x f. The norm after the
     last block is an entry of its own, since the paper's tables leave it out. Kinds that the model lacks are absent.
     """
     layers, tokens, width = model.num_layers, model.seq_length, model.hidden_size
@@ -105,7 +105,7 @@ def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:
         operations["layernorm"] = NonlinearOperation(2 * layers, tokens, width)
     if model.final_norm:
         operations["final_layernorm"] = NonlinearOperation(1, tokens, width)
-    if model.activation in ("gelu", "relu"):
+    if model.activation not in (None, "identity"):
         operations[model.activation] = NonlinearOperation(layers, tokens, ffn_width(model))
     return operations
 
