@@ -28,6 +28,7 @@ def losses_in_place(logits: Tensor, labels: Tensor, valid: int, *, with_gradient
 
 @triton.jit
 def row_kernel(logits, labels, losses, columns, valid, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute the loss of one row of logits and, with GRADIENT, overwrite the row with its gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     label = tl.load(labels + row)

@@ -32,6 +32,7 @@ def load_vector(pointer, start, tokens, other, BLOCK: tl.constexpr, CHECK: tl.co
 
 @triton.jit
 def store_vector(pointer, vector, start, tokens, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """Store a value for each token of a tile; with CHECK, only for tokens of the sequence."""
     rows = start + tl.arange(0, BLOCK)
     if CHECK:
         tl.store(pointer + rows, vector, mask=rows < tokens)
