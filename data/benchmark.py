@@ -1,10 +1,16 @@
 """Compare loaders on the same random tokens: `python -m data.benchmark --tokens 100e6`.
 
-Each loader delivers shuffled sequences of --seq-length tokens in int64 batches from one process, as a training rank
-would take them: ours, a memory-mapped array read at random (the ceiling: no checks, no resume), webdataset with its
-shuffle buffer (one sequence a member, and our shards with many a member), litdata and mosaicml-streaming. Those that
-are not installed are left out. First batch: seconds from opening the dataset. Resume: seconds until the next batch of a
-run that has consumed half an epoch; a dash where the loader has no such thing.
+Each loader delivers shuffled sequences of --seq-length tokens from one process, in int64 batches as a training rank
+reads them. Loaders that are not installed are left out:
+
+    this project         shards of this project, checked and resumable
+    memmap               a memory-mapped array read at random: an upper bound, without checks
+    webdataset           its shuffle buffer, over tars with one sequence per member and over our shards
+    litdata              its streaming loader
+    mosaicml-streaming   its streaming dataset
+
+"first batch" is the time in seconds from opening the dataset. "resume" is the time in seconds to the next batch of a
+run that has consumed half an epoch; a dash means that the loader cannot resume.
 """
 
 import argparse
@@ -31,7 +37,7 @@ SHARD_TOKENS = 16 << 20
 
 
 class Setting(NamedTuple):
-    """What every loader is given. Files are written to folders of their own below `folder`."""
+    """What every loader is given. Each writes its files to a folder of its own under `folder`."""
 
     folder: Path
     tokens: NDArray[np.uint16]
@@ -40,7 +46,7 @@ class Setting(NamedTuple):
 
 
 class Loader(NamedTuple):
-    """How to write a dataset and how to open it for reading, at a number of consumed samples if it can."""
+    """How to write a dataset, and how to open it after a number of consumed samples (0 if it cannot resume)."""
 
     name: str
     module: str
@@ -50,17 +56,22 @@ class Loader(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure each installed loader and print a line for it."""
     parser = argparse.ArgumentParser(
         prog="python -m data.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--tokens", type=real_number(1e4, 1e10), default=100e6, help="size of the dataset in tokens (default 100e6)"
     )
-    parser.add_argument("--seq-length", type=whole_number(1), default=2048, help="tokens of a sequence (default 2048)")
-    parser.add_argument("--batch-size", type=whole_number(1), default=16, help="sequences of a batch (default 16)")
-    parser.add_argument("--seconds", type=real_number(0), default=5, help="how long to read (default 5)")
+    parser.add_argument("--seq-length", type=whole_number(1), default=2048, help="tokens per sequence (default 2048)")
+    parser.add_argument("--batch-size", type=whole_number(1), default=16, help="sequences per batch (default 16)")
     parser.add_argument(
-        "--shards", type=whole_number(1), help="only: start-up time over this many small shards of our own"
+        "--seconds", type=real_number(0), default=5, help="how long to read from each loader (default 5)"
+    )
+    parser.add_argument(
+        "--shards",
+        type=whole_number(1),
+        help="measure only the time to the first batch of this many small shards of this project",
     )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as folder:
@@ -80,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _is_usable(module: str) -> bool:
     try:
         importlib.import_module(module)
-    except Exception as error:  # an import can fail in any way; the comparison goes on without that loader
-        print(f"{module}: left out, it cannot be imported ({type(error).__name__}: {error})")
+    except Exception as error:  # an import can fail in any way; the other loaders are still compared
+        print(f"{module}: left out, cannot be imported ({type(error).__name__}: {error})")
         return False
     return True
 
@@ -106,7 +117,7 @@ def _measure(loader: Loader, setting: Setting, seconds: float) -> str:
 
 
 def _sequences(setting: Setting) -> Iterator[NDArray[np.uint16]]:
-    """Consecutive sequences with one token of overlap, so that each has seq_length inputs and labels."""
+    """Yield consecutive sequences that overlap by one token, so that each has seq_length inputs and labels."""
     for start in range(0, len(setting.tokens) - setting.seq_length, setting.seq_length):
         yield setting.tokens[start : start + setting.seq_length + 1]
 
@@ -135,7 +146,7 @@ def _open_ours(setting: Setting, consumed: int) -> Opened:
 
 
 def _many_shards(folder: Path, count: int) -> float:
-    """Seconds to the first batch of a dataset of `count` shards of 4,096 tokens, from the process's second start on."""
+    """Return the seconds from opening a dataset of `count` shards of 4,096 tokens to its first batch."""
     tokens = np.arange(4096, dtype=np.uint16)
     shards = [write_shard(folder / f"train-{number:06d}.tar", tokens, "uint16") for number in range(count)]
     (folder / "tokenizer.model").write_bytes(b"none")
@@ -256,14 +267,14 @@ def _open_mosaic(setting: Setting, consumed: int) -> Opened:
 
 
 def _nothing(_: Setting) -> None:
-    """The dataset is there already."""
+    """Write nothing: the dataset exists already."""
 
 
 LOADERS = (
     Loader("this project", "data", _write_ours, _open_ours, resumes=True),
     Loader("memmap, unchecked", "numpy", _write_memmap, _open_memmap, resumes=True),
-    Loader("webdataset, 1 sequence a member", "webdataset", _write_webdataset, _open_webdataset, resumes=False),
-    Loader("webdataset, 64 Ki tokens a member", "webdataset", _nothing, _open_webdataset_blocks, resumes=False),
+    Loader("webdataset, 1 sequence/member", "webdataset", _write_webdataset, _open_webdataset, resumes=False),
+    Loader("webdataset, 64 Ki tokens/member", "webdataset", _nothing, _open_webdataset_blocks, resumes=False),
     Loader("litdata", "litdata", _write_litdata, _open_litdata, resumes=True),
     Loader("mosaicml-streaming", "streaming", _write_mosaic, _open_mosaic, resumes=True),
 )

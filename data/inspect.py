@@ -1,70 +1,65 @@
-"""What a dataset holds, whether it is whole, and which text a training step saw: `python -m data.inspect`.
+"""Show what a dataset holds, verify it, or trace a training step to its text: `python -m data.inspect`.
 
-    python -m data.inspect DIR                              print what is there
-    python -m data.inspect DIR --verify                     check every byte; exit status 2 if something is damaged
-    python -m data.inspect DIR --sample 7 --seq-length 128  the 8th sample of a run of that length, decoded
-    python -m data.inspect --run RUN --step 300             the samples and documents of a run's 300th step
+    python -m data.inspect DIR                              print tokenizer, splits and sizes
+    python -m data.inspect DIR --verify                     check every byte; exit status 2 if a shard is damaged
+    python -m data.inspect DIR --sample 7 --seq-length 128  print the 8th sample of a run of that length, decoded
+    python -m data.inspect --run RUN --step 300             print the samples and documents of a run's 300th step
 
-With --run the dataset, how it is read, sequence length, seed and batch size come from RUN/config.json.
+--run takes the dataset, the data settings, sequence length, seed and batch size from RUN/config.json.
 """
 
 import argparse
-import bisect
 import contextlib
-import functools
-import gzip
-import io
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from data.command_line import run_command, whole_number
 from data.errors import DamagedShardError, DataError, printable
-from data.fetch.sources import ReadOptions, Source
-from data.shards.manifest import SPLITS, Manifest, ShardInfo
-from data.shards.text_shard import read_text_sidecar
+from data.fetch.sources import ReadOptions
+from data.shards.document_list import documents_of
+from data.shards.manifest import SPLITS, Manifest
 from data.shards.tokenizer import Tokenizer
 from data.stream.dataset import open_dataset
 from data.stream.samples import open_shard
 from data.stream.token_stream import DEFAULT_WINDOW_SHARDS, open_reader
 
-_MAX_DOCUMENT_LIST_BYTES = 256 << 20
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("path", nargs="?", help="a dataset: folder, address or mixture file")
+    add("path", nargs="?", help="the dataset: a folder, an address or a mixture file")
     add("--verify", action="store_true", help="check every byte of every shard")
     add(
         "--sample",
         type=whole_number(0),
         metavar="K",
-        help="print sample K of the run (from 0), decoded, with its documents",
+        help="print sample K of the run (from 0), decoded, and its documents",
     )
     add(
         "--step",
         type=whole_number(1, 10**12),
         metavar="N",
-        help="print what training step N (from 1) saw; needs the batch size or --run",
+        help="print the samples of training step N (from 1); needs --run, or --seq-length and --global-batch-size",
     )
-    add("--run", type=Path, metavar="RUN", help="a run directory to take the settings below from")
-    add("--split", choices=SPLITS, default="train", help="(default train)")
-    add("--seq-length", type=whole_number(1), metavar="T", help="tokens of a sample")
-    add("--global-batch-size", type=whole_number(1, 1 << 20), metavar="B", help="sequences of a step")
+    add("--run", type=Path, metavar="RUN", help="run directory that gives the settings below")
+    add("--split", choices=SPLITS, default="train", help="split to read samples from (default train)")
+    add("--seq-length", type=whole_number(1), metavar="T", help="tokens per sample")
+    add("--global-batch-size", type=whole_number(1, 1 << 20), metavar="B", help="sequences per step")
     add("--seed", type=int, default=0, help="training.seed of the run (default 0)")
     window = whole_number(1)
     add("--window-shards", type=window, default=DEFAULT_WINDOW_SHARDS, help="data.shuffle_window_shards (default 8)")
     add("--on-damage", choices=("stop", "skip"), default="stop", help="data.on_damage of the run (default stop)")
-    add("--cache-dir", type=Path, metavar="DIR", help="where files from afar are kept")
+    add("--cache-dir", type=Path, metavar="DIR", help="where fetched files are stored")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print what was asked for; raise DataError for a fault in the dataset, the run or the options."""
     options = parse_arguments(arguments)
     options.reading = {"on_damage": options.on_damage, "cache_dir": options.cache_dir}
     if options.run is not None:
@@ -86,11 +81,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def first_sample_of(step: int, global_batch_size: int, run: Path | None) -> int:
-    """The first sample that a step (from 1) read, going by the run's journal where the run went back and past some."""
+    """Return the first sample that a step read.
+
+    Args:
+        step: The step, from 1.
+        global_batch_size: Sequences per step.
+        run: The run's folder. Its journal tells where the run was rolled back and skipped samples. None if unknown.
+    """
     begun = [(0, 0)]
     journal = None if run is None else run / "journal.jsonl"
     for line in journal.read_text().splitlines() if journal is not None and journal.exists() else ():
-        with contextlib.suppress(ValueError):  # a line that a crash cut off
+        with contextlib.suppress(ValueError):  # a line that a crash cut short
             row = json.loads(line)
             if row.get("event") in ("rolled back", "resumed"):
                 begun[1:] = [(at, sample) for at, sample in begun[1:] if at < row["step"]]
@@ -98,34 +99,6 @@ def first_sample_of(step: int, global_batch_size: int, run: Path | None) -> int:
                 begun.append((row["step"], row["next_sample"]))
     at, sample = max((at, sample) for at, sample in begun if at < step)
     return sample + (step - 1 - at) * global_batch_size
-
-
-def documents_of(manifest: Manifest, shard: ShardInfo, first: int, last: int) -> list[str]:
-    """Sources of the documents that have tokens in [first, last) of a shard."""
-    if manifest.content == "text":
-        _, documents = read_text_sidecar(manifest, shard)
-        begin, end = np.searchsorted(np.cumsum(documents[:, 2]), (first, last - 1), side="right")
-        return [f"the document at byte {offset}" for offset in documents[begin : end + 1, 0]]
-    starts, sources = _document_list(manifest.source, shard.name.removesuffix(".tar") + ".documents.jsonl.gz")
-    begin = max(bisect.bisect_right(starts, first) - 1, 0)
-    return sources[begin : bisect.bisect_left(starts, last)]
-
-
-@functools.lru_cache(maxsize=64)
-def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
-    """First tokens and sources of a shard's documents; raises DataError if the list is not one that was prepared."""
-    where = source.describe(name)
-    packed = source.read(name, _MAX_DOCUMENT_LIST_BYTES)
-    try:
-        lines = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(_MAX_DOCUMENT_LIST_BYTES + 1)
-        if len(lines) > _MAX_DOCUMENT_LIST_BYTES:
-            raise ValueError(f"more than {_MAX_DOCUMENT_LIST_BYTES} bytes")
-        entries = [(int(start), str(origin)) for start, origin in map(json.loads, lines.splitlines())]
-        if not entries:
-            raise ValueError("it is empty")
-    except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{where}: damaged ({error}); copy or prepare the dataset again") from error
-    return [start for start, _ in entries], [printable(origin) for _, origin in entries]
 
 
 def _take_from_run(options: argparse.Namespace) -> None:
@@ -174,7 +147,7 @@ def _verify(manifest: Manifest) -> None:
     damaged = 0
     shards = [(dataset, shard) for dataset in manifest.datasets for split in SPLITS for shard in dataset.shards[split]]
     for dataset in manifest.datasets:
-        _ = dataset.tokenizer_path  # reading it checks it
+        _ = dataset.tokenizer_path  # fetched and checked by the property
     for dataset, shard in shards:
         try:
             opened = open_shard(dataset, shard)
@@ -191,12 +164,12 @@ def _verify(manifest: Manifest) -> None:
 def _print_samples(manifest: Manifest, options: argparse.Namespace, positions: range, with_text: bool) -> None:
     length, reading = options.seq_length, ReadOptions.of(options.reading)
     reader = open_reader(manifest, options.split, length, options.seed, options.window_shards, reading)
-    if options.split == "validation":  # which is read once, so that it has an end
+    if options.split == "validation":  # read once, so it has an end
         positions = positions[: max(manifest.num_samples("validation", length) - positions.start, 0)]
         if not positions:
             count = manifest.num_samples("validation", length)
             raise DataError(f"the validation split holds {count} samples of seq_length {length}, counted from 0")
-    if with_text or reading.on_damage == "skip":  # reading finds out which shards others take the place of
+    if with_text or reading.on_damage == "skip":  # `locate` knows replaced shards only after reading
         tokens = reader.read(np.array(positions))
     for row, position in enumerate(positions):
         dataset, shard, sample = reader.locate(position)

@@ -1,12 +1,15 @@
 """Turn text into a dataset of token shards: `python -m data.prepare --input PATHS --output DIR --vocab-size N`.
 
-Run again after an interruption, the same command goes on where it stopped. For many machines, run the stages one after
-the other and divide each among tasks (slurm/prepare.sh): --stage scan --task 3/16.
+After an interruption, run the same command again: it continues where it stopped. To use many machines, run the stages
+one after the other and divide each among tasks (slurm/prepare.sh): --stage scan --task 3/16.
 
-Memory does not grow with the bytes of the input: with the default sizes 0.45 GiB while the vocabulary is learned (more
-with --tokenizer-megabytes), later up to 0.2 GiB a worker (more with --shard-megabytes, and 13 bytes a byte of a large
-document, which may have 64 MiB). The first process also needs 50 bytes a document while it marks duplicates, of 16
-million at a time, and 0.4 kB a file while it divides the work.
+Memory does not grow with the size of the input. With the default sizes:
+
+    learning the vocabulary   0.45 GiB; more with --tokenizer-megabytes
+    encoding and packing      up to 0.2 GiB per worker; more with --shard-megabytes
+    a large document          13 bytes per byte of it, in one worker; a document may have 64 MiB
+    marking duplicates        50 bytes per document, for 16 million documents at a time, in the first process
+    dividing the work         0.4 kB per input file, in the first process
 """
 
 import argparse
@@ -33,58 +36,76 @@ from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.shards.manifest import SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer
-from data.text.documents import DEFAULT_INCLUDE, Slice, find_files, plan_parts
+from data.text.input_files import DEFAULT_INCLUDE, Slice, find_files, plan_parts
 from data.text.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job, write_whole
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add(
         "--input",
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders or globs: text, .py, .jsonl; plain, .gz, .zst",
+        help="files, folders or globs; .txt, .py and .jsonl are found in folders, also as .gz and .zst",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder; created")
-    add("--vocab-size", type=whole_number(259, 1 << 24), metavar="N", help="size of the vocabulary to learn, in tokens")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the dataset; created if missing")
+    add("--vocab-size", type=whole_number(259, 1 << 24), metavar="N", help="learn a vocabulary of this many tokens")
     add("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model instead of learning one")
-    add("--include", nargs="+", default=list(DEFAULT_INCLUDE), metavar="GLOB", help="file names wanted in folders")
-    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out paths with a component matching this")
+    add(
+        "--include",
+        nargs="+",
+        default=list(DEFAULT_INCLUDE),
+        metavar="GLOB",
+        help="names of the files to take from folders (default: .txt, .py and .jsonl, plain or compressed)",
+    )
+    add("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out paths of which a component matches")
     add(
         "--max-megabytes",
         type=real_number(1e-6),
         metavar="MB",
-        help="use at most this much text: a fixed arbitrary choice of files",
+        help="use at most this much text, from a fixed arbitrary choice of files",
     )
     add(
         "--validation-fraction",
         type=real_number(0, 0.999),
         default=0.01,
         metavar="F",
-        help="share of documents held out (default 0.01)",
+        help="fraction of documents held out (default 0.01)",
     )
     add(
         "--tokenizer-megabytes",
         type=real_number(1e-6),
         default=32,
         metavar="MB",
-        help="text to learn the vocabulary from (default 32)",
+        help="amount of text to learn the vocabulary from (default 32)",
     )
     shard_megabytes = real_number(0.01, 16_000)
-    add("--shard-megabytes", type=shard_megabytes, default=64, metavar="MB", help="largest shard (default 64)")
+    add(
+        "--shard-megabytes", type=shard_megabytes, default=64, metavar="MB", help="largest size of a shard (default 64)"
+    )
     add("--text-key", default="text", metavar="KEY", help='key of the text in .jsonl lines (default "text")')
-    add("--skip-bad-text", action="store_true", help="leave out files that are not UTF-8 or damaged, and report them")
+    add("--skip-bad-text", action="store_true", help="leave out and report files that are damaged or not UTF-8")
     cores = len(os.sched_getaffinity(0))
-    add("--workers", type=whole_number(1, 4096), default=cores, metavar="N", help="processes (default: all cores)")
+    add(
+        "--workers",
+        type=whole_number(1, 4096),
+        default=cores,
+        metavar="N",
+        help="number of processes (default: all cores)",
+    )
     add("--stage", choices=("all", *STAGES), default="all", help="run one stage only (default all)")
-    add("--task", default="0/1", metavar="I/N", help="with --stage: do the jobs of task I of N")
+    add("--task", default="0/1", metavar="I/N", help="with --stage: run only the jobs of task I of N (default 0/1)")
     add("--overwrite", action="store_true", help="discard the dataset or unfinished work in DIR")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Prepare a dataset; raise DataError for a fault in the input, the options or the output folder."""
     options = parse_arguments(arguments)
     _check(options)
     started = time.monotonic()
@@ -99,13 +120,13 @@ def main(arguments: list[str] | None = None) -> None:
     part_bytes = tuple(sum(piece.text_bytes for piece in part) for part in parts)
     preparation = Preparation(options.output, settings, part_bytes)
     if _is_prepared(preparation, plan_sha256):
-        shutil.rmtree(preparation.work, ignore_errors=True)  # where a kill came between the last write and this
+        shutil.rmtree(preparation.work, ignore_errors=True)  # left if the process was killed after the last write
         print(f"{options.output}: already prepared from this input with these settings")
         return
     with _locked(preparation, exclusive=options.stage == "all"):
         _adopt_plan(preparation, plan_sha256)
         preparation.write_parts(parts)
-        del parts  # of every input file
+        del parts  # it lists every input file, and workers need the memory
         if options.tokenizer is not None:
             write_whole(options.output / TOKENIZER, options.tokenizer.read_bytes())
         for stage in STAGES if options.stage == "all" else (options.stage,):
@@ -147,25 +168,25 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _plan_sha256(settings: Settings, parts: list[list[Slice]]) -> str:
-    """Of settings and input; two preparations with the same plan give the same dataset."""
+    """Return a hash of settings and input. Two preparations with the same hash give the same dataset."""
     files = sorted({piece.path for part in parts for piece in part})
     modified_ns = [os.stat(file).st_mtime_ns for file in files]
     plan = {"settings": dataclasses.asdict(settings), "parts": parts, "modified_ns": modified_ns}
     digest = hashlib.sha256()
-    for text in json.JSONEncoder().iterencode(plan):  # bit by bit, for the whole may be large
+    for text in json.JSONEncoder().iterencode(plan):  # piece by piece, since the whole may be large
         digest.update(text.encode())
     return digest.hexdigest()
 
 
 def _is_prepared(preparation: Preparation, plan_sha256: str) -> bool:
-    """Whether the folder holds the finished dataset of this very plan; raises DataError if it holds another."""
+    """Return whether the folder holds the finished dataset of this plan; raise DataError if it holds another."""
     if not (preparation.output / MANIFEST_NAME).exists():
         return False
     note = preparation.output / "plan.sha256"
     if note.exists() and note.read_text().strip() == plan_sha256:
         return True
     raise DataError(
-        f"--output {preparation.output}: holds a dataset of other input or settings; name another folder, or "
+        f"--output {preparation.output}: holds a dataset made from other input or settings; name another folder, or "
         "replace it with --overwrite"
     )
 
@@ -174,7 +195,7 @@ def _adopt_plan(preparation: Preparation, plan_sha256: str) -> None:
     note = preparation.output / "plan.sha256"
     if note.exists() and note.read_text().strip() != plan_sha256:
         raise DataError(
-            f"--output {preparation.output}: holds unfinished work on other input or settings; finish that, or discard "
+            f"--output {preparation.output}: holds unfinished work on other input or settings; finish it, or discard "
             "it with --overwrite"
         )
     write_whole(note, f"{plan_sha256}\n".encode())
@@ -191,14 +212,14 @@ def _discard(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(preparation: Preparation, exclusive: bool) -> Iterator[None]:
-    """Tasks of one stage may share the folder, whole preparations may not."""
+    """Lock the folder. Tasks of one stage may share it; a whole preparation needs it alone."""
     preparation.work.mkdir(parents=True, exist_ok=True)
     with (preparation.work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(
-                f"--output {preparation.output}: another process is preparing it; wait for its end"
+                f"--output {preparation.output}: another process is preparing it; wait until it has finished"
             ) from error
         yield
 
@@ -234,7 +255,7 @@ def _progress_interval_s() -> float:
 
 
 def _die_with_parent(parent: int) -> None:
-    """A worker whose parent was killed must not go on writing."""
+    """End this worker once its parent is gone, so that it does not go on writing."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -249,11 +270,11 @@ def _print_report(folder: Path, time_spent: str) -> None:
     for line in report["skipped"][:3]:
         print(f"skipped: {line}")
     if report["skipped"]:
-        print(f"skipped {len(report['skipped'])} files in all; {folder / REPORT} names them")
+        print(f"skipped {len(report['skipped'])} files in all; {folder / REPORT} lists them")
     print(
         f"{folder}: {report['documents']} documents ({report['duplicates']} duplicates dropped), "
         f"{report['text_bytes'] / 1e6:.1f} MB of text, vocabulary {report['vocab_size']}, "
-        f"{report['characters_per_token']:.2f} characters a token, {time_spent}"
+        f"{report['characters_per_token']:.2f} characters per token, {time_spent}"
     )
     for split in SPLITS:
         counts = report[split]

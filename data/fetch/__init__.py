@@ -1,1 +1,1 @@
-"""Fetching: where files come from, over what transport, and the cache that keeps them."""
+"""Fetch a dataset's files: the address schemes, the transports, and the cache on the local disk."""

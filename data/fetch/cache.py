@@ -1,13 +1,12 @@
-"""Fetched files on a local disk: stored under their sha256, complete or absent, bounded, shared by a machine's
-processes.
+"""Keep fetched files on a local disk, for all processes of a machine and within a size limit.
 
-    cache/ab/abcdef...          a file whose sha256 is abcdef...
-    cache/ab/abcdef....partial  one being fetched, already at its full size so that its space is accounted for
+    cache/ab/abcdef...          a complete file whose sha256 is abcdef...
+    cache/ab/abcdef....partial  a file being fetched, at its full size so that its space is reserved
     cache/lock, ab/*.lock       locks; the system releases those of a process that was killed
 
-Locks are waited for in one order: a file's, then cache/lock.
+A process takes a file's lock first, then cache/lock.
 
-The least recently used files make room. A file that some process has open stays readable after it was removed.
+The least recently used files are removed to make room. An open file stays readable after it was removed.
 """
 
 import contextlib
@@ -22,13 +21,13 @@ from data.fetch.transport import WrongContentError
 
 
 class Cache:
-    """Files by their sha256 in the folder `root`, at most `limit_bytes` of them."""
+    """Files by their sha256 in the folder `root`, at most `limit_bytes` in all."""
 
     def __init__(self, root: Path, limit_bytes: int) -> None:
         self._root, self._limit_bytes = root, limit_bytes
 
     def find(self, sha256: str, num_bytes: int) -> Path | None:
-        """The cached file, if it is there in its full size, marked as just used."""
+        """Return the cached file and mark it as just used; None if it is missing or has another size."""
         path = self._path(sha256)
         try:
             if path.stat().st_size != num_bytes:
@@ -39,14 +38,22 @@ class Cache:
         return path
 
     def fill(self, sha256: str, num_bytes: int, pieces: Iterable[bytes], where: str) -> Path:
-        """Store what `pieces` yield, unless another process has done so meanwhile.
+        """Store the content that `pieces` yield, unless another process has done so meanwhile.
 
-        Raises WrongContentError if it is not what the sha256 says, DataError if it is larger than the cache or cannot
-        be written.
+        Args:
+            sha256: Hash of the content, by which it is stored.
+            num_bytes: Its size.
+            pieces: The content, piece by piece.
+            where: What error messages call the file.
+
+        Raises:
+            WrongContentError: The content has another hash or size.
+            DataError: The file is larger than the cache, or the cache cannot be written.
         """
         if num_bytes > self._limit_bytes:
             raise DataError(
-                f"{where}: has {num_bytes} bytes, the cache {self._root} may hold {self._limit_bytes}; raise its limit"
+                f"{where}: has {num_bytes} bytes, but the cache {self._root} may hold {self._limit_bytes}; "
+                "raise cache_gigabytes"
             )
         try:
             return self._fill(sha256, num_bytes, pieces)
@@ -63,7 +70,7 @@ class Cache:
             if found is not None:
                 return found
             partial = path.with_suffix(".partial")
-            partial.unlink(missing_ok=True)  # of a process that was killed: not to be counted besides this one
+            partial.unlink(missing_ok=True)  # left by a killed process; it must not be counted twice
             self._reserve(partial, num_bytes)
             try:
                 _store(partial, pieces, sha256, num_bytes)
@@ -73,7 +80,7 @@ class Cache:
         return path
 
     def forget(self, sha256: str) -> bool:
-        """Remove a file; whether there was one."""
+        """Remove a file; return whether there was one."""
         try:
             self._path(sha256).unlink()
         except FileNotFoundError:
@@ -84,7 +91,7 @@ class Cache:
         return self._root / sha256[:2] / sha256
 
     def _reserve(self, partial: Path, num_bytes: int) -> None:
-        """Create the partial file at its full size, removing the files used longest ago to make room for it."""
+        """Create the partial file at its full size. Remove the least recently used files to make room."""
         with _lock(self._root / "lock"):
             for other in self._root.glob("??/*.partial"):
                 _remove_if_left_by_a_kill(other)
@@ -107,7 +114,7 @@ class Cache:
 
 
 def _remove_if_left_by_a_kill(partial: Path) -> None:
-    """Remove a partial file whose lock nobody holds; who wants to fetch the same file waits for the lock meanwhile."""
+    """Remove a partial file whose lock is free. The lock is held meanwhile, so nobody can start to fetch that file."""
     with contextlib.suppress(BlockingIOError), _lock(partial.with_suffix(".lock"), fcntl.LOCK_NB):
         partial.unlink(missing_ok=True)
 
@@ -122,9 +129,9 @@ def _store(partial: Path, pieces: Iterable[bytes], sha256: str, num_bytes: int) 
             file.write(piece)
             digest.update(piece)
     if received != num_bytes:
-        raise WrongContentError(f"{received} bytes came, expected {num_bytes}")
+        raise WrongContentError(f"{received} bytes received, expected {num_bytes}")
     if digest.hexdigest() != sha256:
-        raise WrongContentError(f"sha256 {digest.hexdigest()} came, expected {sha256}")
+        raise WrongContentError(f"received sha256 {digest.hexdigest()}, expected {sha256}")
 
 
 @contextlib.contextmanager

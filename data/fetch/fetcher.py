@@ -1,4 +1,4 @@
-"""Fetch the shards that are needed next, in the background."""
+"""Fetch the next shards in the background."""
 
 import contextlib
 import queue
@@ -11,9 +11,9 @@ _THREADS = 4
 
 
 class ShardFetcher:
-    """Calls `fetch(number)` for every number asked for, once, in threads that do not keep the process from ending.
+    """Call `fetch(number)` once for each requested shard, in daemon threads.
 
-    A failure is not reported here: whoever needs the shard fetches it again and gets the error.
+    Errors are not reported here. The reader that needs the shard fetches it again and gets the error.
     """
 
     def __init__(self, fetch: Callable[[int], object]) -> None:
@@ -23,13 +23,14 @@ class ShardFetcher:
             threading.Thread(target=_work, args=(fetch, self._queue), daemon=True, name="fetch-shard").start()
 
     def ask(self, numbers: Sequence[int]) -> None:
-        """Fetch those of `numbers` that the last call did not name."""
+        """Request those of `numbers` that the last call did not name."""
         for number in numbers:
             if number not in self._asked:
                 self._queue.put(number)
         self._asked = set(numbers)
 
     def close(self) -> None:
+        """Drop all pending requests and end the threads."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()

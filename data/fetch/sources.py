@@ -1,13 +1,14 @@
-"""Where the files of a dataset come from, by its address:
+"""Find the files of a dataset by its address:
 
     some/folder                       read in place
     http://host/dataset, https://...  fetched into the cache
-    s3://bucket/dataset, gs://...     the same, through fsspec (its package for that store has to be installed)
-    pipe:ssh host cat /data/{}        the same: the output of a shell command, {} being the file's name
+    s3://bucket/dataset, gs://...     fetched into the cache through fsspec; needs fsspec's package for that store
+    pipe:ssh host cat /data/{}        fetched into the cache: the output of a shell command; {} is the file's name
 
 Only the user's own configuration names addresses. A manifest names plain files, so it can neither run a command nor
-reach outside its dataset; how much is fetched is bounded before it starts; and what is fetched is stored under its
-sha256.
+reach outside its dataset. The size of a fetch is bounded before it starts. A fetched file is stored under its sha256.
+
+To add an address scheme, write its `stream_...` function in data/fetch/transport.py and name it in `STREAMS`.
 """
 
 import errno
@@ -25,15 +26,23 @@ from data.fetch.transport import steady, stream_fsspec, stream_http, stream_pipe
 MANIFEST_NAME = "manifest.json"
 _MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
 T = TypeVar("T")
+Stream = Callable[[str, str, float], Iterator[bytes]]
+"""Yields a file's content from (address, file name, time limit in seconds); raises FetchError if a retry may help."""
+STREAMS: dict[str, Stream] = {"http": stream_http, "https": stream_http}
+"""How each scheme SCHEME://... is read; fsspec reads the others."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """How data is fetched and checked.
 
-    on_damage: "stop" raises at the first damaged byte; "skip" leaves out the whole shard and logs it
-    (data/stream/samples.py). fetch_time_limit_s is the longest time to wait for the next piece (1 MiB) of a file, in
-    seconds.
+    Attributes:
+        on_damage: "stop" raises at the first damaged byte. "skip" logs the fault and leaves out the whole shard
+            (data/stream/samples.py).
+        cache_dir: Where fetched files are stored.
+        cache_gigabytes: How much they may take, in GB.
+        fetch_attempts: How often a fetch is tried.
+        fetch_time_limit_s: Longest wait for the next piece (1 MiB) of a file, in seconds.
     """
 
     on_damage: str = "stop"
@@ -46,12 +55,12 @@ class ReadOptions:
         if self.on_damage not in ("stop", "skip"):
             raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
         for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
-            if not 0 < getattr(self, name) <= _MOST:  # as nan is not
+            if not 0 < getattr(self, name) <= _MOST:  # false for nan
                 raise DataError(f"{name} is {getattr(self, name)}, expected a positive number of at most {_MOST:,}")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ReadOptions":
-        """From the section `data` of a run's configuration; keys that are absent or null keep their defaults."""
+        """Read the options from a run's `data` section. Keys that are absent or null keep their defaults."""
         named = {name: settings[name] for name in cls.__dataclass_fields__ if settings.get(name) is not None}
         if "cache_dir" in named:
             named["cache_dir"] = Path(named["cache_dir"]).expanduser()
@@ -64,38 +73,41 @@ class Source(Hashable, Protocol):
     is_remote: bool
 
     def describe(self, name: str) -> str:
-        """How an error message calls the file `name`."""
+        """Return what an error message calls the file `name`."""
 
     def fetch(self, name: str, sha256: str, num_bytes: int) -> Path:
-        """`name` as a local file of `num_bytes`; raises DataError if there is no such file."""
+        """Return `name` as a local file of `num_bytes`; raise DataError if it cannot be fetched."""
 
     def copy(self, name: str, output: BinaryIO) -> None:
-        """Write the whole of `name` to a file; raises DataError if it cannot be had."""
+        """Write the whole of `name` to a file; raise DataError if it cannot be fetched."""
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """The whole of a small file, not checked; raises DataError if it is larger than `max_bytes`."""
+        """Return the unchecked content of a small file; raise DataError if it is larger than `max_bytes`."""
 
     def forget(self, sha256: str) -> bool:
-        """Drop the cached copy of a file found damaged; False where there was none but the original."""
+        """Drop the cached copy of a damaged file; return False if there is only the original."""
+
+
+def is_remote(address: str | Path) -> bool:
+    """Return whether an address names anything but a folder."""
+    return isinstance(address, str) and (address.startswith("pipe:") or "://" in address)
 
 
 def open_source(address: str | Path, options: ReadOptions) -> Source:
-    """The source that an address names; nothing is fetched yet."""
-    text = str(address)
-    if isinstance(address, Path) or not (text.startswith("pipe:") or "://" in text):
+    """Return the source that an address names. Nothing is fetched yet."""
+    if not is_remote(address):
         return LocalSource(Path(address))
+    text = str(address)
     if text.startswith("pipe:"):
         if "{}" not in text:
-            raise DataError(f"{text}: the command needs {{}} where the name of the wanted file goes")
+            raise DataError(f"{text}: the command needs {{}} where the name of the file goes")
         return RemoteSource(text, stream_pipe, options)
-    return RemoteSource(
-        text.rstrip("/"), stream_http if text.startswith(("http://", "https://")) else stream_fsspec, options
-    )
+    return RemoteSource(text.rstrip("/"), STREAMS.get(text.partition("://")[0], stream_fsspec), options)
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A folder. Its files are read in place; the reader checks every byte that it uses."""
+    """A folder. Its files are read in place, and the reader checks every byte."""
 
     root: Path
     is_remote = False
@@ -111,7 +123,7 @@ class LocalSource:
         try:
             with open(path, "rb", opener=_open_at_once) as file:
                 content = file.read(max_bytes + 1)
-        except (OSError, ValueError) as error:  # a path that cannot be is a ValueError
+        except (OSError, ValueError) as error:  # ValueError: a path that cannot exist
             raise DataError(
                 f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); is this a dataset made by "
                 "data.prepare?"
@@ -126,13 +138,11 @@ class LocalSource:
 
 
 class RemoteSource:
-    """Files that a function streams from afar; kept in a cache that the processes of a machine share."""
+    """Files that a function streams from a remote address into a cache, which the processes of a machine share."""
 
     is_remote = True
 
-    def __init__(
-        self, address: str, stream: Callable[[str, str, float], Iterator[bytes]], options: ReadOptions
-    ) -> None:
+    def __init__(self, address: str, stream: Stream, options: ReadOptions) -> None:
         self._address, self._stream, self._options = address, stream, options
         self._cache = Cache(options.cache_dir, int(options.cache_gigabytes * 1e9))
 
@@ -177,7 +187,7 @@ class RemoteSource:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """A file descriptor; raises OSError for a named pipe, which could be waited for without end."""
+    """Open a file; raise OSError for a named pipe, on which a read could block forever."""
     file = os.open(path, flags | os.O_NONBLOCK)
     if stat.S_ISFIFO(os.fstat(file).st_mode):
         os.close(file)
@@ -187,5 +197,5 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _bounded(content: bytes, max_bytes: int, where: str) -> bytes:
     if len(content) > max_bytes:
-        raise DataError(f"{where}: larger than the {max_bytes} bytes that it may have; copy or prepare it again")
+        raise DataError(f"{where}: larger than the limit of {max_bytes} bytes; copy or prepare it again")
     return content

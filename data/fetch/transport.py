@@ -1,4 +1,4 @@
-"""Stream a remote file piece by piece, and try again when that fails for a passing reason."""
+"""Stream a remote file piece by piece, and retry if a fault may be temporary."""
 
 import http.client
 import os
@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 
 class FetchError(Exception):
-    """A fetch failed in a way that may pass."""
+    """A fetch failed; a retry may help."""
 
 
 class WrongContentError(FetchError):
-    """What came is not what was to come."""
+    """The content that arrived is not the expected one."""
 
 
 def with_retries(
@@ -40,9 +40,18 @@ def with_retries(
     failure: str = "could not be fetched",
     remedy: str = "check the address and the network",
 ) -> T:
-    """The result of `attempt`; after a FetchError it is repeated, with pauses that double.
+    """Return the result of `attempt`, which is repeated after a FetchError, with pauses that double.
 
-    Raises DamagedShardError if the wrong content came to the last, DataError with `failure` and `remedy` if none did.
+    Args:
+        attempt: The call.
+        attempts: How often to try.
+        where: What the error message calls the file.
+        failure: What the error message says has failed.
+        remedy: What the error message advises.
+
+    Raises:
+        DamagedShardError: The last attempt gave the wrong content.
+        DataError: The last attempt failed in another way.
     """
     pause_s = _FIRST_PAUSE_S
     for left in reversed(range(attempts)):
@@ -51,8 +60,7 @@ def with_retries(
         except WrongContentError as error:
             if not left:
                 raise DamagedShardError(
-                    f"{where}: damaged where it comes from, fetched {attempts} times ({error}); copy or prepare it "
-                    "again"
+                    f"{where}: damaged at the source, fetched {attempts} times ({error}); copy or prepare it again"
                 ) from error
         except FetchError as error:
             if not left:
@@ -63,7 +71,7 @@ def with_retries(
 
 
 def steady(pieces: Iterator[bytes], time_limit_s: float) -> Iterator[bytes]:
-    """The same pieces; a FetchError where less than PIECE_BYTES come in `time_limit_s`, for a trickle never ends."""
+    """Yield the same pieces; raise FetchError if fewer than PIECE_BYTES arrive in `time_limit_s` seconds."""
     received, since = 0, time.monotonic()
     try:
         for piece in pieces:
@@ -71,16 +79,16 @@ def steady(pieces: Iterator[bytes], time_limit_s: float) -> Iterator[bytes]:
             if received >= PIECE_BYTES:
                 received, since = 0, time.monotonic()
             elif time.monotonic() - since > time_limit_s:
-                raise FetchError(f"only {received} bytes came in {time_limit_s} s")
+                raise FetchError(f"only {received} bytes received in {time_limit_s} s")
             yield piece
     except OSError as error:
         raise FetchError(str(error)) from error
 
 
 def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
-    """The body of `address`/`name`; a body shorter than announced is a FetchError.
+    """Yield the body of `address`/`name`; raise FetchError if it is shorter than announced.
 
-    The socket's time limit is for a single byte; headers and the sizes of chunks, which may trickle, need another.
+    The socket's time limit applies to each byte. Headers and chunk sizes may trickle in, so they get their own.
     """
     url = f"{address}/{quote(name)}"
     try:
@@ -91,7 +99,7 @@ def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
         while piece := _next_piece(response, time_limit_s):
             received += len(piece)
             yield piece
-        response.close()  # not in a `with`: it would wait for an abandoned read
+        response.close()  # not in a `with`, which would wait for an abandoned read
     except FetchError:
         raise
     except urllib.error.HTTPError as error:
@@ -103,7 +111,7 @@ def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
     except Exception as error:  # http.client raises many kinds when a connection breaks
         raise FetchError(f"{type(error).__name__}: {error}") from error
     if announced is not None and announced != str(received):
-        raise FetchError(f"{received} of {announced} bytes came")
+        raise FetchError(f"{received} of {announced} bytes received")
 
 
 def _next_piece(response: http.client.HTTPResponse, time_limit_s: float) -> bytes:
@@ -113,7 +121,7 @@ def _next_piece(response: http.client.HTTPResponse, time_limit_s: float) -> byte
 
 
 def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
-    """The content of `address`/`name` through fsspec, whose reads are watched: not every store limits their time."""
+    """Yield the content of `address`/`name` through fsspec. Reads are timed, since not all stores limit them."""
     try:
         file = _within(time_limit_s, lambda: fsspec.open(f"{address}/{name}", "rb").open())
         while piece := _within(time_limit_s, lambda: file.read(PIECE_BYTES)):
@@ -128,19 +136,19 @@ def stream_fsspec(address: str, name: str, time_limit_s: float) -> Iterator[byte
         ) from error
     except (FetchError, OSError):
         raise
-    except Exception as error:  # stores raise kinds of their own: no credentials, no connection
+    except Exception as error:  # stores raise errors of their own: no credentials, no connection
         raise FetchError(f"{type(error).__name__}: {error}") from error
 
 
 def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
-    """The output of the command behind "pipe:", which fails by its exit status or by being silent for too long."""
+    """Yield the output of a "pipe:" command; raise FetchError on a non-zero exit status or a silence too long."""
     command = address.removeprefix("pipe:").replace("{}", shlex.quote(name))
     process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     try:
         while True:
             if not select.select([process.stdout], [], [], time_limit_s)[0]:
-                raise FetchError(f"the command gave nothing for {time_limit_s} s")
+                raise FetchError(f"the command wrote nothing for {time_limit_s} s")
             piece = os.read(process.stdout.fileno(), PIECE_BYTES)
             if not piece:
                 break
@@ -158,18 +166,18 @@ def stream_pipe(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
 
 
 def _within(time_limit_s: float, call: Callable[[], T]) -> T:
-    """The result of `call`, in a thread that can be abandoned: it does not keep the process from ending."""
+    """Return the result of `call`, run in a daemon thread that is abandoned after `time_limit_s` seconds."""
     answer: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
     threading.Thread(target=lambda: answer.put(_outcome(call)), daemon=True, name="fetch").start()
     try:
         outcome = answer.get(timeout=time_limit_s)
     except queue.Empty as error:
-        raise FetchError(f"nothing came for {time_limit_s} s") from error
+        raise FetchError(f"no data received for {time_limit_s} s") from error
     return outcome()
 
 
 def _outcome(call: Callable[[], T]) -> Callable[[], T]:
-    """A function that returns or raises what `call` did."""
+    """Run `call`; return a function that returns or raises what it did."""
     try:
         result = call()
     except BaseException as error:

@@ -1,3 +1,1 @@
-"""What a prepared dataset consists of: manifest, tokenizer, shards, and the digests that everything read is checked
-against.
-"""
+"""The files of a prepared dataset: manifest, tokenizer, shards, and the digests that verify them."""

@@ -1,20 +1,20 @@
-"""The manifest of a prepared dataset: what there is, and the digests that everything read is checked against.
+"""Read and write the manifest of a prepared dataset, which lists its files and the digests that verify them.
 
     dataset/
-      manifest.json                     this file's subject
-      tokenizer.model                   SentencePiece
+      manifest.json                     the manifest
+      tokenizer.model                   the SentencePiece model
       train-000000.tar                  a webdataset shard of tokens (data/shards/tar_layout.py)
       train-000000.digests              the digest of every 16 KiB of that shard (data/shards/verified_file.py)
-      train-000000.documents.jsonl.gz   which document starts where; only data.inspect reads it
+      train-000000.documents.jsonl.gz   which document starts where (data/shards/document_list.py)
       validation-000000.tar ...
       report.json                       what was read, dropped and counted
-      plan.sha256                       of the input and settings, so that the same command knows its work
+      plan.sha256                       hash of input and settings, by which data.prepare recognizes its own work
 
-A dataset of text shards (data/shards/text_shard.py) has the same files, but its .tar files are somebody else's and may
-lie elsewhere. A mixture of datasets is a Manifest too (data/stream/mixture.py).
+A dataset of text shards (data/shards/text_shard.py) has the same files, but its .tar files come from someone else and
+may lie elsewhere. A mixture of datasets is a Manifest too (data/stream/mixture.py).
 
-A manifest is data from elsewhere: names cannot leave the dataset's folder, sizes are bounded and must agree with each
-other, and its own `fingerprint` covers every field that the order or the content of samples depends on.
+A manifest is untrusted input. File names cannot leave the dataset's folder. Sizes are bounded and must agree with each
+other. The `fingerprint` covers every field that the order or the content of samples depends on.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ SPLITS = ("train", "validation")
 CONTENTS = ("tokens", "text")
 TOKENIZER = "tokenizer.model"
 MAX_MANIFEST_BYTES = 64 << 20
-MAX_SHARDS = 100_000  # their lines have at most 500 bytes each, so the manifest keeps to its limit
+MAX_SHARDS = 100_000  # at no more than 500 bytes each, so that the manifest stays below MAX_MANIFEST_BYTES
 MAX_SHARD_BYTES = 16 << 30
 MAX_TOKENIZER_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
@@ -44,7 +44,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: file name, size in tokens and bytes, sha256 of the file and of its list of digests."""
+    """One shard: its file name, its size in tokens and bytes, and the sha256 of the file and of its digest list."""
 
     name: str
     num_tokens: int
@@ -54,16 +54,17 @@ class ShardInfo:
 
     @property
     def digests_name(self) -> str:
+        """Name of the digest list beside the shard."""
         return self.name.removesuffix(".tar") + ".digests"
 
     def num_samples(self, seq_length: int) -> int:
-        """Samples of seq_length inputs and as many labels; neighbours share one token (a label, then an input)."""
+        """Return how many samples the shard holds. Neighbours share one token: a label of one, an input of the next."""
         return max(0, self.num_tokens - 1) // seq_length
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The weights of a mixture's datasets from a number of tokens on."""
+    """The weights of a mixture's datasets, which apply from `from_tokens` tokens on."""
 
     from_tokens: int
     weights: tuple[float, ...]
@@ -71,10 +72,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared dataset as its manifest describes it; making one opens no shard.
+    """A prepared dataset, as its manifest describes it. No shard is opened.
 
-    `source` has the manifest and what was made for it, `shard_source` the .tar files. `text_key` is the key of the text
-    in the .json members of text shards.
+    Attributes:
+        source: Where the manifest, the tokenizer and the digest lists are.
+        shard_source: Where the .tar files are.
+        content: "tokens" or "text".
+        vocab_size: Number of token ids.
+        end_of_document: Id of the token that ends each document.
+        tokenizer_sha256: Hash of the tokenizer's file.
+        tokenizer_bytes: Size of the tokenizer's file.
+        token_dtype: "uint16" or "uint32".
+        text_key: Key of the text in the .json members of text shards.
+        shards: The shards of each split, in order.
+        fingerprint: Identity of the dataset. Two datasets with the same fingerprint give the same samples.
     """
 
     source: Source
@@ -91,24 +102,28 @@ class Manifest:
 
     @property
     def datasets(self) -> "tuple[Manifest, ...]":
-        """The datasets that samples are read from: this one, unless it is a mixture."""
+        """The datasets that samples are read from: the members of a mixture, else this one alone."""
         return (self,)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """How a mixture weighs its datasets; empty for a dataset that is not one."""
+        """How a mixture weighs its datasets over time; empty for a plain dataset."""
         return ()
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer as a local file; raises DataError if it is not the one that made the tokens."""
+        """The tokenizer as a local file.
+
+        Raises:
+            DataError: It cannot be fetched, or is not the one that made the tokens.
+        """
         try:
             path = self.source.fetch(TOKENIZER, self.tokenizer_sha256, self.tokenizer_bytes)
             found = hashlib.sha256(LocalSource(path.parent).read(path.name, self.tokenizer_bytes)).hexdigest()
             if found != self.tokenizer_sha256 and self.source.forget(self.tokenizer_sha256):
                 return self.tokenizer_path
         except DamagedShardError as error:
-            raise DataError(str(error)) from error  # no policy for damaged shards can replace the tokenizer
+            raise DataError(str(error)) from error  # on_damage="skip" applies to shards alone
         if found != self.tokenizer_sha256:
             raise DataError(
                 f"{path}: sha256 {found}, but the tokens were made with {self.tokenizer_sha256}; copy the dataset again"
@@ -116,22 +131,24 @@ class Manifest:
         return path
 
     def num_tokens(self, split: str) -> int:
+        """Return the number of tokens of a split."""
         return sum(shard.num_tokens for shard in self.shards[split])
 
     def num_samples(self, split: str, seq_length: int) -> int:
-        """Samples of one epoch; a sample never crosses shards."""
+        """Return the number of samples in one epoch. A sample never crosses shards."""
         return sum(shard.num_samples(seq_length) for shard in self.shards[split])
 
 
 def load_manifest(path: str | Path, options: ReadOptions | None = None, shards_address: str | None = None) -> Manifest:
-    """Read and check the manifest of one prepared dataset; `data.stream.dataset.open_dataset` opens mixtures too.
+    """Read and check the manifest of one prepared dataset. `data.stream.dataset.open_dataset` opens mixtures too.
 
     Args:
-        path: a folder or an address (data/fetch/sources.py).
-        shards_address: where the shards are, if not beside the manifest.
+        path: A folder or a remote address (data/fetch/sources.py).
+        options: How files are fetched and checked.
+        shards_address: Where the shards are, if not beside the manifest.
 
     Raises:
-        DataError: one line that names the field, what it holds and the remedy.
+        DataError: The manifest cannot be read or is damaged. One line names the field, its value and the remedy.
     """
     options = options or ReadOptions()
     source = open_source(path, options)
@@ -154,7 +171,17 @@ def manifest_json(
     shards: dict[str, list[ShardInfo]],
     text_key: str = "",
 ) -> str:
-    """The manifest's text, fingerprint included; `tokenizer` is the tokenizer's file."""
+    """Return the text of a manifest, fingerprint included.
+
+    Args:
+        content: "tokens" or "text".
+        end_of_document: Id of the token that ends each document.
+        vocab_size: Number of token ids.
+        tokenizer: Content of the tokenizer's file.
+        token_dtype: "uint16" or "uint32".
+        shards: The shards of each split, in order.
+        text_key: Key of the text in the .json members of text shards.
+    """
     fields: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -177,7 +204,9 @@ def _fingerprint(fields: dict[str, Any]) -> str:
 
 def _parse(fields: Any, source: Source, shard_source: Source, where: str) -> Manifest:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise DataError(f'{where}: no manifest of a prepared dataset ("format" is not "{FORMAT}"); run data.prepare')
+        raise DataError(
+            f'{where}: not the manifest of a prepared dataset ("format" is not "{FORMAT}"); run data.prepare'
+        )
     if fields.get("version") != VERSION:
         raise DataError(f"{where}: version {fields.get('version')!r}, this program reads {VERSION}; prepare it again")
     fault = next(_faults(fields), None)
@@ -202,7 +231,7 @@ def _parse(fields: Any, source: Source, shard_source: Source, where: str) -> Man
 
 
 def _faults(fields: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a manifest; later checks rely on earlier ones, so only the first fault is meaningful."""
+    """Yield the faults of a manifest. Later checks rely on earlier ones, so only the first fault is meaningful."""
     if str(fields.get("content")) not in CONTENTS:
         yield f"content is {fields.get('content')!r}, expected one of {', '.join(CONTENTS)}"
     if str(fields.get("token_dtype")) not in DTYPES:
@@ -217,7 +246,7 @@ def _faults(fields: dict[str, Any]) -> Iterator[str]:
     if not _is_count(fields.get("tokenizer_bytes"), MAX_TOKENIZER_BYTES):
         yield f"tokenizer_bytes is {fields.get('tokenizer_bytes')!r}, expected 1 to {MAX_TOKENIZER_BYTES}"
     if not isinstance(fields.get("text_key"), str):
-        yield f"text_key is {fields.get('text_key')!r}, expected a text"
+        yield f"text_key is {fields.get('text_key')!r}, expected a string"
     shards = fields.get("shards")
     if not isinstance(shards, dict) or any(not isinstance(shards.get(split), list) for split in SPLITS):
         yield f"shards must hold a list for each of {', '.join(SPLITS)}"
@@ -235,7 +264,7 @@ def _shard_faults(shard: Any, content: str, token_dtype: str) -> Iterator[str]:
         yield f"must hold exactly {', '.join(ShardInfo.__dataclass_fields__)}"
         return
     if not is_shard_name(shard["name"]):
-        yield f"name {shard['name']!r} is no plain file name ending in .tar"
+        yield f"name {shard['name']!r} is not a plain file name ending in .tar"
     if not (_is_count(shard["num_tokens"], MAX_SHARD_BYTES) and _is_count(shard["num_bytes"], MAX_SHARD_BYTES)):
         yield f"num_tokens {shard['num_tokens']!r} and num_bytes {shard['num_bytes']!r} must be positive whole numbers"
         return
@@ -247,7 +276,7 @@ def _shard_faults(shard: Any, content: str, token_dtype: str) -> Iterator[str]:
 
 
 def is_shard_name(value: Any) -> bool:
-    """Whether a value is a plain file name ending in .tar, which cannot leave a folder or run a command."""
+    """Return whether a value is a plain file name ending in .tar, which cannot leave a folder or run a command."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None and value.endswith(".tar")
 
 

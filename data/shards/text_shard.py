@@ -1,12 +1,13 @@
-"""Read rows of tokens out of a webdataset shard of raw text, tokenizing on the fly.
+"""Read rows of tokens from a webdataset shard of raw text, tokenizing on the fly.
 
-data.index has noted where each document lies and how many tokens it makes, so that token t is found without reading
-what comes before it: the stream of tokens, its samples, order and checks are those of a shard of tokens. Beside the
-shard lies one file: the digests of its chunks, then one row (OFFSET, SIZE, TOKENS, IS_JSON) of four int64 a document,
-TOKENS counting the end-of-document token.
+The index (data/shards/text_index.py) records where each document lies and how many tokens it makes. So token t is found
+without reading what comes before it. Samples, order and checks are the same as for a shard of tokens.
 
-A sample costs the tokenizing of every document it touches; the documents used last are kept for the samples that
-follow, up to a million tokens a shard.
+The index is one file beside the shard. It holds the digests of the shard's chunks, then one row of four int64 per
+document: (OFFSET, SIZE, TOKENS, IS_JSON). TOKENS includes the end-of-document token.
+
+Reading a sample tokenizes every document that it touches. The documents used last are kept for the samples that
+follow, up to a million tokens per shard.
 """
 
 import functools
@@ -30,7 +31,7 @@ _KEPT_TOKENS = 1 << 20
 
 
 class TextShard:
-    """An open shard of text."""
+    """An open shard of text; raise DamagedShardError if a file is missing or does not match the manifest."""
 
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         self._where = manifest.shard_source.describe(shard.name)
@@ -44,9 +45,11 @@ class TextShard:
         self._num_kept = 0
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray:
-        """Tokens [start, start + length) for every start: an array [len(starts), length] of the manifest's type.
+        """Return tokens [start, start + length) for each start: [len(starts), length], in the manifest's dtype.
 
-        Raises DamagedShardError if the shard is not what was indexed, DataError if the index itself is wrong.
+        Raises:
+            DamagedShardError: The shard is not what was indexed.
+            DataError: The index itself is wrong.
         """
         rows = np.empty((len(starts), length), dtype=self._manifest.token_dtype)
         for row, start in zip(rows, starts, strict=True):
@@ -57,10 +60,11 @@ class TextShard:
         return rows
 
     def verify_all(self) -> None:
-        """Check the whole shard; raises DamagedShardError as `rows` does."""
+        """Check the whole shard; raise DamagedShardError as `rows` does."""
         self._file.verify_all()
 
     def close(self) -> None:
+        """Close the shard's file."""
         self._file.close()
 
     def _tokens_of(self, number: int) -> NDArray:
@@ -80,7 +84,7 @@ class TextShard:
         try:
             text = member_text(self._file.content[offset : offset + size], bool(is_json), self._manifest.text_key)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where} is no text ({error}), so the index is wrong; index the shards again") from error
+            raise DataError(f"{where} is not text ({error}), so the index is wrong; index the shards again") from error
         ids = [*self._tokenizer.encode(text), self._manifest.end_of_document]
         if len(ids) != num_tokens:
             raise DataError(
@@ -90,7 +94,14 @@ class TextShard:
 
 
 def read_text_sidecar(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, NDArray[np.int64]]:
-    """The digests of a text shard's chunks, and its documents as rows (OFFSET, SIZE, TOKENS, IS_JSON)."""
+    """Read the index of a text shard.
+
+    Returns:
+        The digests of the shard's chunks, and its documents as rows (OFFSET, SIZE, TOKENS, IS_JSON), [documents, 4].
+
+    Raises:
+        DamagedShardError: The index is damaged, or lists documents that the shard cannot hold.
+    """
     num_digests = digests_bytes(shard.num_bytes)
     most_documents = min(shard.num_tokens, shard.num_bytes // HEADER_BYTES)
     content = read_sidecar(manifest, shard, num_digests + most_documents * COLUMNS * 8)
@@ -114,7 +125,7 @@ def read_text_sidecar(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, NDAr
 
 
 def member_text(raw: bytes, is_json: bool, text_key: str) -> str:
-    """The text of a .txt or .json member; raises ValueError, KeyError or TypeError where there is none."""
+    """Return the text of a .txt or .json member; raise ValueError, KeyError or TypeError if it holds none."""
     try:
         text = json.loads(raw)[text_key] if is_json else raw.decode("utf-8")
     except RecursionError as error:

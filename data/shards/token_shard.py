@@ -1,4 +1,4 @@
-"""Read rows of tokens out of a shard of tokens."""
+"""Read rows of tokens from a shard of tokens."""
 
 import hashlib
 
@@ -15,7 +15,7 @@ _SIDECAR_ATTEMPTS = 2
 
 
 class TokenShard:
-    """An open shard of tokens."""
+    """An open shard of tokens; raise DamagedShardError if a file is missing or does not match the manifest."""
 
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         path = manifest.shard_source.fetch(shard.name, shard.sha256, shard.num_bytes)
@@ -25,9 +25,10 @@ class TokenShard:
         self._tokens = np.frombuffer(self._file.content, dtype=f"<u{self._item_bytes}")
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray:
-        """Tokens [start, start + length) for every start: an array [len(starts), length] of the shard's own type.
+        """Return tokens [start, start + length) for each start: [len(starts), length], in the shard's dtype.
 
-        Raises DamagedShardError naming the shard, the offset and both digests if a byte is not what was prepared.
+        Raises:
+            DamagedShardError: A byte has changed since preparation. The message names shard, offset and both digests.
         """
         ends = starts + length - 1
         first_byte, last_byte = (self._elements(place) * self._item_bytes for place in (starts, ends))
@@ -45,19 +46,20 @@ class TokenShard:
         return rows
 
     def verify_all(self) -> None:
-        """Check the whole shard; raises DamagedShardError as `rows` does."""
+        """Check the whole shard; raise DamagedShardError as `rows` does."""
         self._file.verify_all()
 
     def close(self) -> None:
+        """Close the shard's file."""
         self._file.close()
 
     def _elements(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Index of each token in the file seen as one array of tokens, headers included."""
+        """Return the index of each token in the whole file viewed as one array of tokens, headers included."""
         return tokens + (tokens // BLOCK_TOKENS + 1) * (HEADER_BYTES // self._item_bytes)
 
 
 def read_sidecar(manifest: Manifest, shard: ShardInfo, max_bytes: int) -> bytes:
-    """The digest list beside a shard, checked against the manifest; raises DamagedShardError if it is another."""
+    """Read the digest list beside a shard; raise DamagedShardError if it does not match the manifest."""
 
     def attempt() -> bytes:
         content = manifest.source.read(shard.digests_name, max_bytes)

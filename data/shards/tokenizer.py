@@ -1,8 +1,9 @@
-"""A byte-pair tokenizer that gives back exactly the text it was given.
+"""Tokenize text with a byte-pair model that restores it exactly.
 
-SentencePiece writes a space as U+2581, so a U+2581 of the text itself would come back as a space: it is spelled with
-its three byte tokens instead. Everything else is exact with byte fallback and identity normalisation. No piece contains
-a line feed, so text is encoded line by line, which is faster than in one piece and gives the same tokens.
+Byte fallback and identity normalisation make SentencePiece exact, with one exception. It writes a space as U+2581, so
+a U+2581 in the text would be decoded as a space. Such a character is encoded as its three byte tokens instead.
+
+No piece contains a line feed. So text is encoded line by line, which is faster and gives the same tokens.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ _PROBES = ("a", " a", "a ", "  \t b\r\n\n c", "\ufb01 \u00e9 \u0301", "\U0001d11
 
 
 class Tokenizer:
-    """A SentencePiece model read from `path`; raises DataError where the model cannot restore every text exactly."""
+    """A SentencePiece model read from `path`; raise DataError if it does not restore every text exactly."""
 
     def __init__(self, path: str | Path) -> None:
         self._source = str(path)
@@ -39,7 +40,7 @@ class Tokenizer:
         self._require_lossless()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end-of-document token."""
+        """Return the token ids of `text`, without an end-of-document token."""
         ids: list[int] = []
         for i, line in enumerate(text.split("\n")):
             if i:
@@ -52,7 +53,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; end-of-document tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+        """Return the text of `ids`. End-of-document tokens give nothing; bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode([int(i) for i in ids])
 
     def _require_lossless(self) -> None:
@@ -69,9 +70,12 @@ class Tokenizer:
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-pair model on `lines` and return its serialized form, the same bytes for the same lines.
+    """Train a byte-pair model and return it serialized. The same lines give the same bytes.
 
-    Pieces never cross a space but runs of spaces are pieces of their own, which indentation needs.
+    Pieces never cross a space, but runs of spaces are pieces of their own, for indentation.
+
+    Raises:
+        DataError: No vocabulary of this size can be learned from these lines.
     """
     buffer = io.BytesIO()
     try:
@@ -92,7 +96,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
             bos_id=-1,
             pad_id=-1,
             eos_piece=END_OF_DOCUMENT,
-            num_threads=1,  # it is written into the model, whose bytes should not depend on the machine
+            num_threads=1,  # it is stored in the model, whose bytes must not depend on the machine
             minloglevel=2,
         )
     except RuntimeError as error:

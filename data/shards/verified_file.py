@@ -1,4 +1,4 @@
-"""A file of which every byte is checked before it is used."""
+"""Map a file into memory and check every byte before it is used."""
 
 import mmap
 import os
@@ -18,12 +18,19 @@ T = TypeVar("T")
 
 
 class VerifiedFile:
-    """A mapped file; memory is one digest (16 bytes) and one flag for each 16 KiB of it.
+    """A mapped file. Memory is one digest (16 bytes) and one flag for each 16 KiB of it.
 
-    A chunk is checked when it is first asked for, and again if the file has been written to since.
+    A chunk is checked when it is first read, and again if the file has been written to since.
 
-    Damaged is a file that is absent, of another size or of other content: whoever looks finds the same. What the system
-    may tell one process alone (a stale handle, no descriptors left) is tried again, then a DataError.
+    Args:
+        path: The local file.
+        where: What error messages call the file.
+        num_bytes: Its size.
+        digests: The digest of every CHUNK_BYTES of it, one after the other.
+
+    Raises:
+        DamagedShardFileError: The file is missing, or has another size or content. Every process finds the same.
+        DataError: A fault that may concern one process alone (a stale handle, no descriptors left) persists.
     """
 
     def __init__(self, path: Path, where: str, num_bytes: int, digests: bytes) -> None:
@@ -31,7 +38,7 @@ class VerifiedFile:
         self._verified = np.zeros(0, dtype=bool)
         self._stamp = -1
         try:
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a named pipe would wait for ever
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a named pipe would block otherwise
             self._file = self._with_retries(lambda: os.open(path, flags))
         except FileNotFoundError as error:
             raise DamagedShardFileError(
@@ -45,9 +52,10 @@ class VerifiedFile:
             raise
 
     def verify(self, first_byte: NDArray[np.int64], last_byte: NDArray[np.int64]) -> None:
-        """Check the chunks under the inclusive ranges of bytes.
+        """Check every chunk that the ranges [first_byte, last_byte] touch; both ends are inclusive, [N] each.
 
-        Raises DamagedShardFileError, which names offset and digests.
+        Raises:
+            DamagedShardFileError: A chunk has another digest. The message names its offset and both digests.
         """
         self._notice_changes()
         touched = np.zeros(len(self._verified) + 1, dtype=np.int64)
@@ -61,7 +69,7 @@ class VerifiedFile:
         self.verify(np.array([0]), np.array([self._num_bytes - 1]))
 
     def close(self) -> None:
-        """Let go of the file. The map itself goes with the last array that looks into it."""
+        """Close the file. The map is freed with the last array that views it."""
         os.close(self._file)
 
     def _verify_chunk(self, chunk: int) -> None:
@@ -76,7 +84,7 @@ class VerifiedFile:
         self._verified[chunk] = True
 
     def _notice_changes(self) -> None:
-        """A file that shrank would kill the process on access; one that was written to has to be checked anew."""
+        """Raise if the size changed, since a read past the end kills the process. After a write, recheck all chunks."""
         status = self._with_retries(lambda: os.fstat(self._file))
         if status.st_size != self._num_bytes:
             raise DamagedShardFileError(

@@ -1,4 +1,4 @@
-"""Write a shard of tokens: the tar, its digests, and what the manifest says of it."""
+"""Write a shard of tokens: the tar, its digest list, and its entry for the manifest."""
 
 import hashlib
 import os
@@ -22,10 +22,18 @@ from data.shards.tar_layout import (
 
 
 def write_shard(path: Path, tokens: NDArray, token_dtype: str) -> ShardInfo:
-    """Write `tokens` (one-dimensional, held or mapped) as the shard `path` with its digests beside it, each in one
-    rename.
+    """Write a shard and the digest list beside it. A file under its final name is always complete.
 
-    Raises OSError where the disk does not take it; a file under the final name is always complete.
+    Args:
+        path: The shard's file, ending in .tar.
+        tokens: Token ids, [N], in memory or mapped.
+        token_dtype: "uint16" or "uint32".
+
+    Returns:
+        The shard's entry for the manifest.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
     """
     whole = hashlib.sha256()
     digests = bytearray()

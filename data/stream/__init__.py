@@ -1,1 +1,1 @@
-"""From shards to micro-batches: the order of samples, mixtures, and a stream that resumes exactly."""
+"""Read shards as micro-batches: the order of samples, mixtures of datasets, and a stream that resumes exactly."""

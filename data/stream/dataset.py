@@ -1,4 +1,4 @@
-"""Opens a dataset by its address, whatever it is: a prepared folder, near or far, or a mixture of several."""
+"""Open a dataset by its address: a prepared folder, local or remote, or a mixture of several."""
 
 import functools
 from pathlib import Path
@@ -9,17 +9,17 @@ from data.stream.mixture import load_mixture
 
 
 def open_dataset(address: str | Path, options: ReadOptions | None = None) -> Manifest:
-    """Read and check what describes a dataset; no shard is opened.
+    """Read and check the description of a dataset, without opening a shard.
 
     Args:
-        address: a folder, an address (data/fetch/sources.py), or a mixture's .json file (data/stream/mixture.py).
-        options: how files are fetched and checked.
+        address: A folder, a remote address (data/fetch/sources.py), or a mixture's .json file (data/stream/mixture.py).
+        options: How files are fetched and checked.
 
     Returns:
-        A manifest. A mixture is one too: its sizes are sums, and `datasets` are those that it is read from.
+        The dataset's manifest. A mixture is a manifest too: its sizes are sums, and `datasets` lists its members.
 
     Raises:
-        DataError: one line that names the field, what it holds and the remedy.
+        DataError: The dataset cannot be read. One line names the field, its value and the remedy.
     """
     options = options or ReadOptions()
     if str(address).endswith(".json"):
@@ -28,4 +28,4 @@ def open_dataset(address: str | Path, options: ReadOptions | None = None) -> Man
 
 
 open_dataset_once = functools.lru_cache(maxsize=2)(open_dataset)
-"""`open_dataset`, but once per process: what replaces a dataset's files later is not what a run began with."""
+"""`open_dataset`, cached: a run keeps the manifest that it started with, even if the files are replaced meanwhile."""

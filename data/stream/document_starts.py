@@ -1,16 +1,23 @@
-"""Where in a packed sequence the document of each token begins."""
+"""Find where in a packed sequence the document of each token begins."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def document_starts(tokens_BT: NDArray[np.int64], end_of_document: int) -> NDArray[np.int32]:
-    """Position of the first token of each token's document, [B, T]; 0 where it began before the sequence.
+    """Return the position of the first token of each token's document.
 
-    An end-of-document token belongs to the document that it ends: with 0 for the end,
+    An end-of-document token belongs to the document that it ends. With end_of_document=0:
 
         tokens   5 7 0 8 8 0 0 9
         starts   0 0 0 3 3 3 6 7
+
+    Args:
+        tokens_BT: Token ids, [B, T].
+        end_of_document: The id of the token that ends a document.
+
+    Returns:
+        Positions within the sequence, [B, T]; 0 for a document that began before the sequence.
     """
     starts_BT = np.zeros(tokens_BT.shape, dtype=np.int32)
     ends_here_BT = tokens_BT[:, :-1] == end_of_document

@@ -1,20 +1,24 @@
-"""Several datasets read as one, in fixed proportions that may change with the tokens seen.
+"""Read several datasets as one, in fixed proportions that may change with the number of tokens seen.
 
-A mixture is a JSON file of the user's own:
+A mixture is a JSON file that the user writes:
 
     {"datasets": [{"path": "datasets/code", "weight": 3}, {"path": "https://host/prose", "weight": 1}]}
 
     {"datasets": [{"path": "datasets/code"}, {"path": "datasets/prose"}],
      "stages": [{"from_tokens": 0, "weights": [3, 1]}, {"from_tokens": 1e9, "weights": [1, 1]}]}
 
-Relative paths start from the file's folder. {"path": INDEX, "shards": ADDRESS} names where text shards are
-(data/index.py).
+Relative paths start from the file's folder. For text shards that lie elsewhere (data/index.py), an entry reads
+{"path": INDEX, "shards": ADDRESS}.
 
-Worked example: weights 3 and 1 and blocks of 8 (really 4,096). Of every 8 positions 6 go to dataset 0 and 2 to dataset
-1, scattered by a keyed permutation j of the block's places. Position 19 is place 3 of block 2; if j = 7, it is the
-second of dataset 1's two (6 <= 7 < 8), hence that dataset's own position 2 * 2 + 1 = 5. So every position of the run is
-found in O(1), and each dataset is read in its own order (data/stream/order.py) without gap or repetition. Validation
-reads the datasets' validation splits one after the other.
+Worked example: weights 3 and 1, blocks of 8 positions (really 4,096). Of every 8 positions, 6 go to dataset 0 and 2 to
+dataset 1. A keyed permutation scatters them over the block.
+
+    position 19   place 3 of block 2
+    permuted      place 3 -> 7, say; 6 <= 7 < 8, so this is the second of dataset 1's two places
+    sample        position 5 of dataset 1: 2 places in each of the 2 blocks before, plus 1 in this block
+
+So every position of the run is found in O(1). Each dataset is read in its own order (data/stream/order.py), without gap
+or repetition. Validation reads the datasets' validation splits one after the other.
 """
 
 import hashlib
@@ -28,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.fetch.sources import ReadOptions
+from data.fetch.sources import ReadOptions, is_remote
 from data.shards.manifest import SPLITS, Manifest, ShardInfo, Stage, load_manifest
 from data.stream.order import permute
 from data.stream.samples import SampleReader
@@ -39,7 +43,7 @@ _MOST_TOKENS = 1 << 60
 
 @dataclass(frozen=True)
 class Mixture(Manifest):
-    """A mixture seen as one dataset: sizes are sums, source and tokenizer are the first dataset's."""
+    """A mixture as one dataset. Sizes are sums; source and tokenizer are those of the first dataset."""
 
     mixed: tuple[Manifest, ...]
     mixed_stages: tuple[Stage, ...]
@@ -54,7 +58,11 @@ class Mixture(Manifest):
 
 
 def load_mixture(path: Path, options: ReadOptions) -> Mixture:
-    """Read a mixture and the manifests of its datasets; raises DataError if they cannot be read as one."""
+    """Read a mixture file and the manifests of its datasets.
+
+    Raises:
+        DataError: A file cannot be read, or the datasets do not fit together (another tokenizer, wrong weights).
+    """
     try:
         fields = json.loads(path.read_bytes())
         addresses, stages = _addresses(fields, path.parent), _stages(fields)
@@ -64,7 +72,7 @@ def load_mixture(path: Path, options: ReadOptions) -> Mixture:
         ) from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         example = '{"datasets": [{"path": DIR, "weight": 1}, ...]}'
-        raise DataError(f"{path}: no mixture ({type(error).__name__}: {error}); expected {example}") from error
+        raise DataError(f"{path}: not a mixture ({type(error).__name__}: {error}); expected {example}") from error
     datasets = tuple(load_manifest(address, options, shards) for address, shards in addresses)
     _check(path, datasets, stages)
     first = datasets[0]
@@ -81,7 +89,7 @@ def load_mixture(path: Path, options: ReadOptions) -> Mixture:
 
 
 class MixtureOrder:
-    """Which dataset a position of the run is read from, and which position of that dataset's own order."""
+    """Map each position of the run to a dataset and a position in that dataset's own order."""
 
     def __init__(self, stages: Sequence[Stage], seq_length: int, seed: int) -> None:
         self._seed = seed
@@ -92,7 +100,7 @@ class MixtureOrder:
         self._read_before = np.concatenate([np.zeros_like(self._quotas[:1]), np.cumsum(past, axis=0)])
 
     def split(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(dataset, position in its own order) for each position of the run."""
+        """Return (dataset, position in its own order) for each position of the run; all arrays are [N]."""
         dataset, own = np.empty_like(positions), np.empty_like(positions)
         blocks, places = np.divmod(positions, BLOCK)
         for block in np.unique(blocks):
@@ -108,24 +116,25 @@ class MixtureOrder:
 
 
 class ConcatenatedOrder:
-    """One dataset after the other, each once; for validation."""
+    """Map positions to datasets that are read one after the other, each once; for validation."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._ends = np.cumsum(sizes)
 
     def split(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (dataset, position in its own order) for each position of the run; all arrays are [N]."""
         dataset = np.searchsorted(self._ends, positions, side="right")
         return dataset, positions - np.append(0, self._ends)[dataset]
 
 
 class MixtureReader:
-    """Reads samples of several datasets by their position in the run."""
+    """Read samples of several datasets by their position in the run."""
 
     def __init__(self, order: MixtureOrder | ConcatenatedOrder, readers: Sequence[SampleReader]) -> None:
         self._order, self._readers = order, readers
 
     def read(self, positions: NDArray[np.int64]) -> NDArray:
-        """The samples at `positions` of the run: an array [len(positions), seq_length + 1] of the shards' type."""
+        """Return the samples at `positions` of the run, [len(positions), seq_length + 1], in the shards' dtype."""
         dataset, own = self._order.split(positions)
         parts = [(dataset == number, number) for number in np.unique(dataset)]
         read = [(here, self._readers[number].read(own[here])) for here, number in parts]
@@ -135,17 +144,18 @@ class MixtureReader:
         return samples
 
     def locate(self, position: int) -> tuple[Manifest, ShardInfo, int]:
-        """The dataset, shard and sample number that `position` is read from."""
+        """Return the dataset, shard and sample number that `position` is read from."""
         dataset, own = self._order.split(np.array([position]))
         return self._readers[int(dataset[0])].locate(int(own[0]))
 
     def close(self) -> None:
+        """Close the readers of all datasets."""
         for reader in self._readers:
             reader.close()
 
 
 def _addresses(fields: Any, folder: Path) -> list[tuple[str | Path, str | None]]:
-    """Where each dataset and its shards are; raises KeyError, TypeError or ValueError where that is not said."""
+    """Return the addresses of each dataset and its shards; raise KeyError, TypeError or ValueError on a fault."""
     _require_keys(fields, {"datasets", "stages"})
     for entry in fields["datasets"]:
         _require_keys(entry, {"path", "shards", *(() if "stages" in fields else ("weight",))})
@@ -159,14 +169,13 @@ def _addresses(fields: Any, folder: Path) -> list[tuple[str | Path, str | None]]
 
 def _require_keys(fields: Any, known: set[str]) -> None:
     if not isinstance(fields, dict):
-        raise TypeError(f"{fields!r:.80} has no keys")
+        raise TypeError(f"{fields!r:.80} is not an object")
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"key {unknown[0]!r} is not one of {', '.join(sorted(known))}")
 
 
 def _resolved(address: str, folder: Path) -> str | Path:
-    is_remote = address.startswith("pipe:") or "://" in address
-    return address if is_remote else folder / address
+    return address if is_remote(address) else folder / address
 
 
 def _stages(fields: dict[str, Any]) -> tuple[Stage, ...]:
@@ -193,7 +202,7 @@ def _check(path: Path, datasets: Sequence[Manifest], stages: Sequence[Stage]) ->
             if own != first:
                 raise DataError(
                     f"{path}: dataset {dataset.source.describe('')} has {name} {own}, the first has {first}, though "
-                    "their tokenizer is one; prepare it again"
+                    "both have the same tokenizer; prepare it again"
                 )
     starts = [stage.from_tokens for stage in stages]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
@@ -209,7 +218,7 @@ def _check(path: Path, datasets: Sequence[Manifest], stages: Sequence[Stage]) ->
 
 
 def _quotas(weights: Sequence[float]) -> NDArray[np.int64]:
-    """Positions of a block that each dataset gets: proportional, whole, BLOCK in all (largest remainders)."""
+    """Return how many of a block's positions each dataset gets: whole numbers of sum BLOCK, by largest remainder."""
     exact = np.array(weights) / sum(weights) * BLOCK
     quotas = np.floor(exact).astype(np.int64)
     largest = np.argsort(-(exact - quotas), kind="stable")[: BLOCK - quotas.sum()]

@@ -1,5 +1,6 @@
-"""The order of samples, by arithmetic: position n -> (epoch, shard, sample in shard), with no state and no epoch in
-memory.
+"""Compute the order of samples: position n -> (epoch, shard, sample in shard).
+
+This is pure arithmetic. It keeps no state, and no permutation of an epoch in memory.
 
 Worked example: 5 shards of 3, 2, 4, 3 and 2 samples, windows of 2 shards, seed 7.
 
@@ -10,12 +11,12 @@ Worked example: 5 shards of 3, 2, 4, 3 and 2 samples, windows of 2 shards, seed 
              the window's keyed permutation of 0 .. 4 takes place 2 to 2: shard 0, sample 2
     position 14 is offset 0 of epoch 1, whose shards and windows are shuffled with other keys
 
-A batch of 4 at position 12 thus takes two samples of epoch 0 and two of epoch 1: no tail is dropped. Which rank asks,
-how many ranks there are and what was read before play no part, so a resumed run needs nothing but the position.
+A batch of 4 at position 12 takes two samples of epoch 0 and two of epoch 1, so no tail is dropped. The result does not
+depend on the rank, the number of ranks or earlier reads. A resumed run therefore needs only the position.
 
-Shuffling within a window keeps the reads of a stretch of training on `window_shards` files; across windows the shards
-are spread at random anew each epoch. The permutation is a Feistel network over the next power of two, applied again
-while its result is out of range (cycle walking), so that it costs O(1) a position and no memory.
+Samples are shuffled within a window, so a stretch of training reads only `window_shards` files. Shards are assigned to
+windows at random, anew in each epoch. The permutation is a Feistel network over the next power of two. It is applied
+again while the result is out of range (cycle walking), so it takes O(1) time per position and no memory.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ _MIN_BITS = 4
 
 
 class Place(NamedTuple):
-    """Where samples lie, one element a sample: epoch, shard number in the manifest, sample number in the shard."""
+    """Where samples lie: epoch, shard number in the manifest, and sample number in the shard. All arrays are [N]."""
 
     epoch: Ints
     shard: Ints
@@ -39,7 +40,14 @@ class Place(NamedTuple):
 
 
 class SampleOrder:
-    """The infinite sequence of samples over shards of the given sizes; `shuffle=False` keeps the manifest's order."""
+    """The infinite sequence of samples over the shards of one split.
+
+    Args:
+        samples_per_shard: Number of samples of each shard, in the manifest's order.
+        seed: Key of every shuffle.
+        window_shards: How many shards are shuffled together.
+        shuffle: If False, samples keep the manifest's order.
+    """
 
     def __init__(
         self, samples_per_shard: Sequence[int], seed: int | str, window_shards: int, shuffle: bool = True
@@ -52,7 +60,7 @@ class SampleOrder:
         self._epochs: dict[int, _Epoch] = {}
 
     def locate(self, positions: Ints) -> Place:
-        """The samples at the given positions of the run; needs at least one sample in the shards."""
+        """Return where the samples at `positions` of the run lie. The shards must hold at least one sample."""
         epochs, offsets = np.divmod(positions, self.samples_per_epoch)
         shard = np.empty_like(positions)
         sample = np.empty_like(positions)
@@ -62,7 +70,7 @@ class SampleOrder:
         return Place(epochs, shard, sample)
 
     def shards_after(self, position: int, count: int) -> list[int]:
-        """The `count` shards that samples come from next, the window at `position` first; for fetching ahead."""
+        """Return the next `count` shards to be read, from the window of `position` on; used to fetch ahead."""
         epoch, offset = divmod(position, self.samples_per_epoch)
         upcoming: list[int] = []
         while len(upcoming) < count and len(upcoming) < len(self._sizes):
@@ -79,7 +87,7 @@ class SampleOrder:
 
 
 class _Epoch:
-    """One epoch's sequence of shards; memory is a few numbers a shard."""
+    """The sequence of shards of one epoch. Memory is a few numbers per shard."""
 
     def __init__(self, sizes: Ints, seed: int | str, epoch: int, window_shards: int, shuffle: bool) -> None:
         self._key = f"{seed}/{epoch}"
@@ -116,7 +124,7 @@ class _Epoch:
 
 
 def permute(index: Ints, size: int, key: str) -> Ints:
-    """The keyed permutation of 0 .. size-1, applied to each element of `index`."""
+    """Apply the keyed permutation of 0 .. size-1 to each element of `index`."""
     bits = max(_MIN_BITS, (size - 1).bit_length())
     round_keys = [_key64(f"{key}/round/{i}") for i in range(_ROUNDS)]
     result = _feistel(index.astype(np.uint64), bits, round_keys)
@@ -128,7 +136,7 @@ def permute(index: Ints, size: int, key: str) -> Ints:
 
 
 def _feistel(value: NDArray[np.uint64], bits: int, round_keys: list[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 0 .. 2^bits - 1: each round mixes one half of the bits into the other."""
+    """Apply a bijection of 0 .. 2^bits - 1, whose rounds each mix one half of the bits into the other."""
     low_bits = np.uint64(bits // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits - bits // 2)) - np.uint64(1)
@@ -142,7 +150,7 @@ def _feistel(value: NDArray[np.uint64], bits: int, round_keys: list[np.uint64]) 
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64: every input bit reaches every output bit."""
+    """Apply the finalizer of SplitMix64, by which every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,11 +1,15 @@
-"""Samples by their position in the run: ask the order where they lie, then read them from the open shards.
+"""Read samples by their position in the run: look up where they lie, then read them from the open shards.
 
-Damage. A damaged copy in the cache is fetched again. Damage in the original stops the run (on_damage "stop"), or leaves
-out the whole shard ("skip"): then every shard is checked in full before its first sample is used, so that all ranks
-come to the same decision by themselves, and sample s of a damaged shard is replaced by sample s mod n of the next sound
-shard of n samples in the manifest. Counts and positions stay as they were, so ranks stay in step and a resumed run sees
-the same. Trouble that one rank may have alone (its network, its disk, its limits) is never damage: it is tried again,
-and stops the run if it lasts.
+What happens to a damaged file depends on where the damage is:
+
+- A damaged copy in the cache is fetched again.
+- A damaged original stops the run if on_damage is "stop".
+- With on_damage "skip", a damaged original is left out as a whole. Sample s of a damaged shard is replaced by sample
+  s mod n of the manifest's next sound shard, which has n samples. Counts and positions do not change, so ranks stay in
+  step and a resumed run sees the same samples. Each shard is checked in full before its first sample is used, so all
+  ranks decide alike without communicating.
+- A fault that may concern one rank alone (its network, disk or limits) is not damage. The read is retried, and the run
+  stops if the fault persists.
 """
 
 import logging
@@ -26,14 +30,14 @@ _log = logging.getLogger(__name__)
 
 
 def open_shard(manifest: Manifest, shard: ShardInfo) -> TokenShard | TextShard:
-    """Open a shard of either kind; raises DamagedShardError if it is not there in its full size."""
+    """Open a shard of tokens or of text; raise DamagedShardError if the file is missing or has another size."""
     return TokenShard(manifest, shard) if manifest.content == "tokens" else TextShard(manifest, shard)
 
 
 class SampleReader:
-    """Reads samples of `seq_length` + 1 tokens of one dataset and keeps the most recently used shards open.
+    """Read samples of one dataset, [seq_length + 1] tokens each, and keep the most recently used shards open.
 
-    `window_shards` shards are in use at a time; as many again are fetched ahead and stay open.
+    `window_shards` shards are in use at a time. As many again are fetched ahead and stay open.
     """
 
     def __init__(
@@ -57,13 +61,13 @@ class SampleReader:
 
     @property
     def cached_bytes(self) -> int:
-        """Room in the cache for the shards in use or fetched ahead, at most."""
+        """The most bytes that the shards in use or fetched ahead take in the cache; 0 for a local dataset."""
         if not self._manifest.shard_source.is_remote:
             return 0
         return sum(sorted(shard.num_bytes for shard in self._shards)[-self._num_open :])
 
     def read(self, positions: NDArray[np.int64]) -> NDArray:
-        """The samples at `positions` of the run: an array [len(positions), seq_length + 1] of the shards' type."""
+        """Return the samples at `positions` of the run, [len(positions), seq_length + 1], in the shards' dtype."""
         if self._manifest.shard_source.is_remote:
             self._fetch_ahead(int(positions.max()))
         place = self.order.locate(positions)
@@ -75,12 +79,16 @@ class SampleReader:
         return samples
 
     def locate(self, position: int) -> tuple[Manifest, ShardInfo, int]:
-        """The dataset, shard and sample number that `position` is read from; replacements count once they were made."""
+        """Return the dataset, shard and sample number that `position` is read from.
+
+        A replacement for a damaged shard is known only after `read` found the damage.
+        """
         place = self.order.locate(np.array([position]))
         shard, sample = self._replacement(int(place.shard[0]), place.sample)
         return self._manifest, self._shards[shard], int(sample[0])
 
     def close(self) -> None:
+        """Stop fetching ahead and close the shards."""
         if self._fetcher is not None:
             self._fetcher.close()
             self._fetcher = None
@@ -95,11 +103,11 @@ class SampleReader:
             except DamagedShardError as error:
                 if self._options.on_damage == "stop":
                     raise
-                _log.warning("shard left out, samples of others take the place of its own: %s", error)
+                _log.warning("shard left out; samples of other shards replace its own: %s", error)
                 self._damaged.add(shard)
 
     def _replacement(self, shard: int, samples: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
-        """Step from damaged shards to the next until a sound one; the way there does not depend on what was read."""
+        """Step to the next sound shard. The result does not depend on what was read before."""
         while shard in self._damaged:
             if len(self._damaged) == len(self._shards):
                 where = self._manifest.source.describe("")
@@ -113,7 +121,10 @@ class SampleReader:
         return shard, samples
 
     def _sound_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
-        """Raises DamagedShardError only for the original: ranks have caches of their own, or clear the same one."""
+        """Read rows and repair the cache; raise DamagedShardError only if the original is damaged.
+
+        Every rank finds the same original, but a damaged cached copy concerns one machine alone.
+        """
         source, info = self._manifest.shard_source, self._shards[shard]
         try:
             return self._read_rows(shard, samples)
@@ -131,7 +142,7 @@ class SampleReader:
             ) from error
 
     def _read_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:
-        """Raises DataError, whatever the policy, for a token that no embedding has: the dataset contradicts itself."""
+        """Read rows; raise DataError for a token outside the vocabulary, whatever `on_damage` says."""
         rows = self._shard(shard).rows(samples * self._seq_length, self._seq_length + 1)
         if rows.max() >= self._manifest.vocab_size:
             where = self._manifest.shard_source.describe(self._shards[shard].name)
@@ -158,7 +169,7 @@ class SampleReader:
             self._open.pop(number).close()
 
     def _fetch_ahead(self, position: int) -> None:
-        """Ask for the shards of this window and the next; `read` waits for those it needs through the cache's locks."""
+        """Request the shards of this window and the next. The cache's locks make `read` wait for those it needs."""
         if self._fetcher is None:
             self._fetcher = ShardFetcher(self._fetch)
         self._fetcher.ask(self.order.shards_after(position, self._num_open))

@@ -1,4 +1,6 @@
-"""Micro-batches of tokens for one data-parallel rank, in an order that no rank count and no restart changes.
+"""Yield micro-batches of tokens for one data-parallel rank, in an order that survives restarts and other rank counts.
+
+data/__init__.py tells the whole way of a token. This file is its last step.
 
 Worked example: two ranks, micro_batch_size 2, started at position 8 of the run's sequence of samples
 (data/stream/order.py).
@@ -7,10 +9,10 @@ Worked example: two ranks, micro_batch_size 2, started at position 8 of the run'
     rank 0 reads     8  9    12 13    16 17
     rank 1 reads    10 11    14 15    18 19        samples_consumed afterwards: 12, 16, 20
 
-A checkpoint keeps `samples_consumed`, a number of the whole run. Three ranks of micro-batch 1 that resume at 16 read
-16, 17 and 18 first: each sample is read exactly once an epoch whatever the layouts before and after.
+A checkpoint stores `samples_consumed`, which counts the samples of all ranks. Three ranks with micro_batch_size 1 that
+resume at 16 read samples 16, 17 and 18 first. So each sample is read exactly once per epoch, whatever the layouts.
 
-All tensor- and pipeline-parallel ranks of one replica pass the same data_parallel_rank and so see the same
+All tensor- and pipeline-parallel ranks of one replica pass the same data_parallel_rank, and so see the same
 micro-batches.
 """
 
@@ -42,19 +44,40 @@ _LONGEST_STOP_S = 5.0
 
 
 class TokenStream:
-    """Iterator over int64 arrays [micro_batch_size, seq_length + 1]: inputs are [:, :-1], labels [:, 1:].
+    """Iterate over int64 arrays [micro_batch_size, seq_length + 1]: inputs are [:, :-1], labels [:, 1:].
 
-    split "train" is shuffled and never ends: what is left of an epoch opens the next batch. split "validation" is read
-    in the manifest's order, once: every rank gets `num_batches` micro-batches, and of the rows of the last returned one
-    the first `valid_rows` count; the others repeat the split's last sample and belong in no average. `limit_samples`
-    reads only that many samples from the start of the validation split.
+    The split "train" is shuffled and never ends: the last samples of an epoch and the first of the next share a batch.
+    The split "validation" is read once, in the manifest's order. Every rank gets `num_batches` micro-batches. Only the
+    first `valid_rows` rows of a batch count; the other rows repeat the split's last sample and belong in no average.
 
-    Where `within_documents` is set, `document_starts` of the batch returned last are [micro_batch_size, seq_length]
-    (data/stream/document_starts.py), else None.
+    A background thread reads ahead, and `next` raises its errors. Memory is at most `prefetch` micro-batches of int64,
+    4 MiB, and 17 bytes for every 16 KiB of the open shards (two windows).
 
-    A background thread reads ahead; what it raises comes out of `next`. Memory is at most `prefetch` micro-batches of
-    int64, 4 MiB, and 17 bytes for every 16 KiB of the shards that are open (two windows). `wait_s` is the time in
-    seconds that `next` has spent waiting.
+    Args:
+        dataset: An address to open, or a manifest.
+        split: "train" or "validation".
+        seq_length: Inputs per sample, in tokens.
+        micro_batch_size: Samples per micro-batch.
+        data_parallel_rank: Which replica this is, from 0.
+        data_parallel_size: Number of replicas.
+        seed: Key of the shuffle.
+        samples_consumed: Samples that all ranks have read before.
+        limit_samples: Read only this many samples, from the start of the validation split.
+        window_shards: How many shards are shuffled together.
+        prefetch: How many micro-batches are read ahead.
+        within_documents: Whether to set `document_starts` for each batch.
+        options: How files are fetched and checked.
+
+    Attributes:
+        manifest: The dataset that is read.
+        samples_consumed: Samples that all ranks have read, the last batch included.
+        valid_rows: How many rows of the last batch count.
+        document_starts: Of the last batch, [micro_batch_size, seq_length] (data/stream/document_starts.py); None unless
+            `within_documents` is set.
+        wait_s: Seconds that `next` has spent waiting so far.
+
+    Raises:
+        DataError: An argument is out of range, or the dataset cannot be read.
     """
 
     def __init__(
@@ -100,12 +123,12 @@ class TokenStream:
 
     @property
     def num_batches(self) -> int | None:
-        """Micro-batches that a pass over the validation split gives to each rank; None for train, which has no end."""
+        """Micro-batches per rank in a pass over the validation split; None for train, which never ends."""
         return None if self._num_samples is None else -(-self._num_samples // self._group)
 
     @property
     def valid_rows_by_batch(self) -> list[int]:
-        """`valid_rows` of every micro-batch of a pass over the validation split."""
+        """`valid_rows` of each micro-batch in a pass over the validation split."""
         assert self._num_samples is not None
         return [self._valid_rows(first) for first in range(0, self._num_samples, self._group)]
 
@@ -139,7 +162,7 @@ class TokenStream:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, the same on every rank; `load_state_dict` takes it on any other number of ranks."""
+        """Return the position in the data. It is the same on every rank and can be loaded on any number of ranks."""
         return {
             "samples_consumed": self.samples_consumed,
             "seed": self.seed,
@@ -149,7 +172,11 @@ class TokenStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; raises DataError if it belongs to another dataset, seed or sequence length."""
+        """Continue where `state` was taken.
+
+        Raises:
+            DataError: The state belongs to another dataset, seed, sequence length or shuffle window.
+        """
         own = self.state_dict()
         for key in ("fingerprint", "seed", "seq_length", "window_shards"):
             if state.get(key) != own[key]:
@@ -159,11 +186,11 @@ class TokenStream:
                 )
         if self._producer is not None:
             self._stop()
-            self._reader = self._open_reader()  # a thread that still waits for a network has the other
+            self._reader = self._open_reader()  # the old one may still belong to a thread that waits for the network
         self.samples_consumed = int(state["samples_consumed"])
 
     def close(self) -> None:
-        """Stop reading ahead and let go of the files, for good."""
+        """Stop reading ahead and close the files. The stream cannot be used again."""
         self._is_closed = True
         self._stop()
 
@@ -177,7 +204,11 @@ class TokenStream:
 def open_reader(
     manifest: Manifest, split: str, seq_length: int, seed: int, window_shards: int, options: ReadOptions
 ) -> SampleReader | MixtureReader:
-    """What reads the samples of a split by their position in the run; raises DataError if there is none to read."""
+    """Return a reader of a split's samples by their position in the run.
+
+    Raises:
+        DataError: The split is too short for one sample, or the cache too small for the shards in use.
+    """
     datasets, is_mixture, shuffle = manifest.datasets, bool(manifest.stages), split == "train"
     readers = []
     for number, dataset in enumerate(datasets):
@@ -207,7 +238,7 @@ def _require_room_in_cache(needed_bytes: int, options: ReadOptions) -> None:
 
 
 class _RankPositions:
-    """Which positions of the run's sequence the micro-batches of one rank hold."""
+    """Compute which positions of the run's sequence make up the micro-batches of one rank."""
 
     def __init__(self, rank: int, micro_batch_size: int, group: int, num_samples: int | None, seq_length: int) -> None:
         self.seq_length = seq_length
@@ -216,7 +247,7 @@ class _RankPositions:
         self._num_samples = num_samples
 
     def micro_batches(self, samples_consumed: int, count: int) -> NDArray[np.int64]:
-        """Positions [count, micro_batch_size] of the next `count` micro-batches, fewer where the split ends."""
+        """Return positions [count, micro_batch_size] of the next `count` micro-batches; fewer where the split ends."""
         if self._num_samples is None:
             starts = samples_consumed + self._group * np.arange(count, dtype=np.int64)
             return starts[:, None] + self._offsets
@@ -226,7 +257,7 @@ class _RankPositions:
 
 
 class _Producer:
-    """The thread that reads ahead. It never refers to the stream, so an abandoned stream can be collected."""
+    """A thread that reads ahead. It holds no reference to the stream, so an abandoned stream can be collected."""
 
     def __init__(
         self, reader: SampleReader | MixtureReader, positions: _RankPositions, samples_consumed: int, prefetch: int
@@ -240,7 +271,7 @@ class _Producer:
     def get(self) -> NDArray[np.int64]:
         item = self._queue.get()
         if isinstance(item, BaseException):
-            self._queue.put(item)  # asking again gives the same answer rather than waiting for ever
+            self._queue.put(item)  # so that the next call raises again instead of waiting forever
             raise item
         return item
 
@@ -249,7 +280,7 @@ class _Producer:
         while not self._queue.empty():
             self._queue.get_nowait()
         if self._thread is not threading.current_thread():
-            # It may be waiting for a network; it does nothing more once it is through.
+            # It may be waiting for the network. It ends by itself after that.
             self._thread.join(_LONGEST_STOP_S)
 
 
@@ -260,9 +291,9 @@ def _produce(
     output: queue.Queue[NDArray[np.int64] | BaseException],
     stopped: threading.Event,
 ) -> None:
-    """Read many micro-batches at once, so that the cost of a read is shared, and hand them out one by one.
+    """Read many micro-batches at once to share the cost of a read, and put them into the queue one by one.
 
-    The first reads are small, so that the first batch is there soon.
+    The first reads are small, so that the first batch arrives soon.
     """
     group, rows = positions._group, len(positions._offsets)
     count, most = 1, max(1, min(_TOKENS_PER_READ // positions.seq_length, _SAMPLES_PER_READ) // rows)

@@ -1,1 +1,1 @@
-"""From text to token shards: reading documents, removing duplicates, encoding."""
+"""Turn text into token shards: read documents, drop duplicates, encode."""

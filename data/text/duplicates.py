@@ -1,4 +1,4 @@
-"""Which documents have been there before, by their hashes, which lie in a file for each part of the input."""
+"""Find duplicate documents by their hashes, which are stored in one file per part of the input."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,22 @@ _BUCKET_DOCUMENTS = 16 << 20
 
 
 def read_hashes(file: Path) -> NDArray:
-    """The 16-byte hashes of a part's documents, as pairs of numbers `high` (the first 8 bytes) and `low`."""
+    """Return the 16-byte hashes of a part's documents, as pairs of numbers `high` (the first 8 bytes) and `low`."""
     return np.fromfile(file, dtype=_HASH_DTYPE)
 
 
 def first_occurrences(files: Sequence[Path], counts: Sequence[int]) -> NDArray[np.bool_]:
-    """One flag a document: no earlier one has its hash; `counts` are the documents of each file.
+    """Return a flag for each document: whether no earlier document has the same hash.
 
-    Hashes are compared a bucket at a time, to bound the memory: about 50 bytes a document of the bucket, and 1 of each.
+    Hashes are compared one bucket at a time to bound the memory. It takes about 50 bytes per document of a bucket, and
+    1 byte per document in all.
+
+    Args:
+        files: The hash file of each part.
+        counts: The number of documents of each part.
+
+    Returns:
+        Flags of all documents in order, [sum(counts)].
     """
     keep = np.zeros(sum(counts), dtype=bool)
     starts = np.cumsum([0, *counts])

@@ -1,4 +1,4 @@
-"""The tokens of one part of the input and one split, and which document begins where in them."""
+"""Write and read the tokens of one part of the input and one split, and where each document begins in them."""
 
 import itertools
 import json
@@ -12,7 +12,10 @@ from data.shards.tokenizer import Tokenizer
 
 
 class EncodedPart:
-    """Writes `path`.tokens, and in `path`.documents a line for each document: [first token in this part, source]."""
+    """Write `path`.tokens and `path`.documents.
+
+    `path`.documents holds a line [first token in this part, source] for each document.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -22,6 +25,7 @@ class EncodedPart:
         self._counts = {"tokens": 0, "documents": 0, "text_bytes": 0, "characters": 0}
 
     def add(self, text: str, text_bytes: int, source: str) -> None:
+        """Encode a document and append it."""
         ids = self._tokenizer.encode(text)
         ids.append(self._tokenizer.end_of_document)
         np.array(ids, dtype=self._dtype).tofile(self._tokens)
@@ -35,15 +39,22 @@ class EncodedPart:
             self._counts[name] += count
 
     def close(self) -> dict[str, int]:
+        """Close the files and return the number of tokens, documents, bytes and characters."""
         self._tokens.close()
         self._documents.close()
         return self._counts
 
 
 def document_starts_in(path: Path, part_start: int, first: int, last: int) -> Iterator[tuple[int, str]]:
-    """Documents of a part that have tokens in a shard, [first, last) of the split: (token of the shard, source).
+    """Yield (first token in the shard, source) for each document of a part that has tokens in the shard.
 
-    `part_start` is the part's first token in the split. A document that began in the shard before starts below 0.
+    The first token is negative if the document began in the shard before.
+
+    Args:
+        path: The part's .documents file.
+        part_start: The part's first token, counted in the split.
+        first: The shard's first token, counted in the split.
+        last: One past the shard's last token.
     """
     with path.open() as lines:
         entries = ((part_start + token - first, source) for token, source in map(json.loads, lines))

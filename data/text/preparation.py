@@ -1,22 +1,23 @@
-"""The stages that turn text into a dataset. Each is a list of jobs, a job writes its result in one rename, and a job
-whose result exists is not done again: so a killed preparation goes on where it stopped.
+"""Turn text into a dataset in five stages, each a list of jobs.
 
-    scan    a job a part    hash every document; set aside some text for the tokenizer
-    merge   one job         mark duplicates; set the validation threshold; train the tokenizer
-    encode  a job a part    tokens of the kept documents, train and validation apart
-    pack    a job a shard   cut the concatenated tokens into shards of equal size
-    finish  one job         manifest and report; the work folder goes
+    scan    one job per part    hash every document; set aside some text for the tokenizer
+    merge   one job             mark duplicates; set the validation threshold; train the tokenizer
+    encode  one job per part    encode the kept documents, train and validation apart
+    pack    one job per shard   cut the concatenated tokens into shards of equal size
+    finish  one job             write manifest and report; remove the work folder
 
-A document is a duplicate if an earlier one (in the order of the sorted input files) has the same text. It belongs to
-validation if the first 8 bytes of its hash, as a number, are below the threshold. So neither the number of workers nor
-the order in which jobs run changes a byte of the result.
+A job writes its result in one rename. A job whose result exists is not run again, so a killed preparation continues
+where it stopped.
+
+A document is a duplicate if an earlier one has the same text; the order is that of the sorted input files. A document
+belongs to validation if the first 8 bytes of its hash, as a number, are below the threshold. So neither the number of
+workers nor the order of jobs changes a byte of the result.
 """
 
 import dataclasses
 import functools
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -32,13 +33,15 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
+from data.shards import document_list
 from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shards.tar_layout import token_dtype_for
 from data.shards.tokenizer import Tokenizer, train_tokenizer
 from data.shards.writer import write_shard
-from data.text.documents import Slice, read_documents
+from data.text.documents import read_documents
 from data.text.duplicates import first_occurrences, read_hashes
 from data.text.encoded_part import EncodedPart, document_starts_in
+from data.text.input_files import Slice
 
 WORK = ".work"
 REPORT = "report.json"
@@ -47,7 +50,7 @@ _ALL = 1 << 64
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the result depends on besides the input files."""
+    """Everything besides the input files that the result depends on. data.prepare --help explains each."""
 
     vocab_size: int | None
     tokenizer_sha256: str | None
@@ -60,9 +63,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Preparation:
-    """One dataset in the making: its folder, settings, and the size of each part's text in bytes.
+    """A dataset being prepared: its folder, its settings, and the size of each part's text in bytes.
 
-    Which files a part holds is written in the work folder: a list of millions would be too much for every worker.
+    The files of each part are listed in the work folder, since a list of millions is too large to send to each worker.
     """
 
     output: Path
@@ -71,44 +74,49 @@ class Preparation:
 
     @property
     def work(self) -> Path:
+        """The work folder, which exists until the dataset is finished."""
         return self.output / WORK
 
     def result(self, stage: str, job: int) -> Path:
-        """The file that marks a job as done, with what later stages need of it."""
+        """Return the file that marks a job as done. It holds what later stages need."""
         return self.work / stage / f"{job:06d}.json"
 
     def file(self, stage: str, job: int, suffix: str) -> Path:
+        """Return another file of a job."""
         return self.work / stage / f"{job:06d}.{suffix}"
 
     def write_parts(self, parts: list[list[Slice]]) -> None:
+        """List the slices of each part in the work folder."""
         for part, slices in enumerate(parts):
             if not self.file("plan", part, "json").exists():
                 write_whole(self.file("plan", part, "json"), json.dumps(slices).encode())
 
     def slices(self, part: int) -> list[Slice]:
+        """Return the slices of a part."""
         return [Slice(*piece) for piece in json.loads(self.file("plan", part, "json").read_text())]
 
     def results(self, stage: str) -> list[dict[str, Any]]:
-        """What every job of a stage left, in order; raises DataError where one has not been done."""
+        """Return the results of a stage's jobs, in order; raise DataError if one is missing."""
         missing = [job for job in range(self.num_jobs(stage)) if not self.result(stage, job).exists()]
         if missing:
             raise DataError(f"{self.output}: stage {stage} lacks {len(missing)} of its jobs; run --stage {stage} first")
         return [json.loads(self.result(stage, job).read_text()) for job in range(self.num_jobs(stage))]
 
     def num_jobs(self, stage: str) -> int:
+        """Return how many jobs a stage has."""
         if stage in ("scan", "encode"):
             return len(self.part_bytes)
         return len(shard_plan(self)) if stage == "pack" else 1
 
     def weight(self, stage: str, job: int) -> int:
-        """Bytes of work in a job, for the progress bar."""
+        """Return the size of a job in bytes, for the progress bar."""
         if stage in ("scan", "encode"):
             return self.part_bytes[job]
         return int(self.settings.shard_megabytes * 1e6) if stage == "pack" else 1
 
 
 def run_job(preparation: Preparation, stage: str, job: int) -> None:
-    """Do one job of a stage unless its result is there."""
+    """Run one job of a stage unless its result exists."""
     result = preparation.result(stage, job)
     if result.exists():
         return
@@ -119,7 +127,7 @@ def run_job(preparation: Preparation, stage: str, job: int) -> None:
 
 
 def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Iterator[tuple[str, str, bytes, bytes]]:
-    """(text, source, UTF-8 bytes, 16-byte hash) of every document of a part; a bad file is skipped only if so set."""
+    """Yield (text, source, UTF-8 bytes, 16-byte hash) for each document of a part."""
     for piece in preparation.slices(part):
         try:
             for document in read_documents(piece, preparation.settings.text_key):
@@ -149,7 +157,7 @@ def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
 
 
 def _tokenizer_share(preparation: Preparation) -> int:
-    """Documents whose second hash half is below this lend their text to the tokenizer's training."""
+    """Return the threshold below which a document's second half of the hash selects it to train the tokenizer."""
     if preparation.settings.tokenizer_sha256 is not None:
         return 0
     total = sum(preparation.part_bytes)
@@ -175,10 +183,8 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
             "the input is a single document, which cannot serve both training and validation; give more files, "
             "or --validation-fraction 0"
         )
-    if (
-        threshold and lowest >= threshold
-    ):  # a small input: let the document with the lowest hash be the validation split
-        threshold = lowest + 1
+    if threshold and lowest >= threshold:
+        threshold = lowest + 1  # a small input: the document with the lowest hash becomes the validation split
     if preparation.settings.tokenizer_sha256 is None:
         write_whole(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
     return {"kept": int(keep.sum()), "threshold": threshold}
@@ -233,9 +239,12 @@ def _encode(preparation: Preparation, part: int) -> dict[str, Any]:
 
 
 def shard_plan(preparation: Preparation) -> list[tuple[str, int, int, int]]:
-    """(split, number in the split, first and last + 1 token of the split) of every shard: as few as fit, all alike.
+    """Return (split, number in the split, first token, last token + 1) for each shard; tokens count in the split.
 
-    Raises DataError where the manifest could not hold so many.
+    There are as few shards as fit, all of about the same size.
+
+    Raises:
+        DataError: There are more shards than a manifest may list.
     """
     encoded = preparation.results("encode")
     itemsize = np.dtype(token_dtype_for(_tokenizer(preparation.output / TOKENIZER).vocab_size)).itemsize
@@ -266,11 +275,7 @@ def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
             documents.append(document_starts_in(lines, start, first, last))
         start = end
     info = write_shard(path, np.concatenate(pieces), dtype)
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
-        for entry in itertools.chain(*documents):
-            file.write(json.dumps(entry).encode() + b"\n")
-    write_whole(path.with_suffix(".documents.jsonl.gz"), packed.getvalue())
+    write_whole(path.with_suffix(document_list.SUFFIX), document_list.pack_document_list(itertools.chain(*documents)))
     return {"split": split, "shard": vars(info)}
 
 
@@ -314,7 +319,7 @@ def _partial(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes | bytearray) -> None:
-    """Write a file in one rename, also where tasks on other machines write the same."""
+    """Write a file in one rename. Tasks on other machines may write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.write_bytes(content)

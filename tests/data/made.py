@@ -1,4 +1,4 @@
-"""Datasets whose tokens tell where they come from, made without the preparer."""
+"""Make small datasets whose token values tell where they come from, without data.prepare."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ TOKENIZER = b"none"
 def make_dataset(
     folder: Path, train: Sequence[int], validation: Sequence[int] = (SEQ_LENGTH + 1,), seq_length: int = SEQ_LENGTH
 ) -> Path:
-    """Shards of so many samples each; the tokens of train count from 0, those of validation from 10^6."""
+    """Write shards with the given numbers of samples. Tokens count from 0 in train and from 10^6 in validation."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: dict[str, list] = {"train": [], "validation": []}
     for split, sizes, first in (("train", train, 0), ("validation", validation, 1_000_000)):
@@ -30,6 +30,6 @@ def make_dataset(
 
 
 def first_tokens(train: Sequence[int], seq_length: int = SEQ_LENGTH) -> set[int]:
-    """First token of every sample that `make_dataset` puts into shards of these sizes."""
+    """Return the first token of each sample that `make_dataset` writes into shards of these sizes."""
     starts = np.cumsum([0, *(size * seq_length + 1 for size in train)])
     return {int(start) + i * seq_length for start, size in zip(starts, train, strict=False) for i in range(size)}

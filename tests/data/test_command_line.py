@@ -1,4 +1,4 @@
-"""What options refuse: numbers that no size or count can be (nan, infinite, out of range), files without a folder."""
+"""Test that options reject values out of range (nan, infinity, too large) and output files without a folder."""
 
 import argparse
 from collections.abc import Callable

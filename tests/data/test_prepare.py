@@ -1,4 +1,4 @@
-"""The preparer against the text it was given: nothing lost, nothing twice, the same bytes however it is run."""
+"""Compare prepared datasets with their text: nothing lost, nothing twice, the same bytes however they were made."""
 
 import gzip
 import hashlib
@@ -18,15 +18,16 @@ import zstandard
 from numpy import array, frombuffer
 
 from data.errors import DataError
-from data.inspect import documents_of, first_sample_of
+from data.inspect import first_sample_of
 from data.inspect import main as inspect
 from data.prepare import main as prepare
+from data.shards.document_list import documents_of
 from data.shards.manifest import load_manifest
 from data.shards.tokenizer import Tokenizer
 from data.stream.samples import open_shard
 from data.stream.token_stream import TokenStream
-from data.text.documents import find_files
 from data.text.encoded_part import document_starts_in
+from data.text.input_files import find_files
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
@@ -38,7 +39,7 @@ def text_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 documents in every kind of file, 20 of them twice, and an empty file."""
+    """Write 400 documents in files of every kind, 20 of them twice, and an empty file."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "deep" / "site-packages").mkdir(parents=True)
     for number in range(50):
@@ -70,7 +71,7 @@ def digest_of(folder: Path) -> dict[str, str]:
 
 
 def documents(folder: Path, split: str) -> list[str]:
-    """What webdataset and the tokenizer make of the shards."""
+    """Return the documents that webdataset and the tokenizer read from the shards."""
     manifest = load_manifest(folder)
     tokenizer = Tokenizer(manifest.tokenizer_path)
     urls = [str(folder / shard.name) for shard in manifest.shards[split]]
@@ -115,13 +116,13 @@ def test_the_report_counts(prepared: Path) -> None:
 def test_the_bytes_do_not_depend_on_workers(
     corpus: Path, prepared: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With parts so small that there are several, and with one."""
+    """Test several small parts, and one large part."""
     assert digest_of(run(corpus, tmp_path / "set", *more)) == digest_of(prepared)
 
 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.text.documents._MIN_PART_BYTES", 4 << 10)
-    monkeypatch.setattr("data.text.documents._USUAL_PARTS", 1000)
+    monkeypatch.setattr("data.text.input_files._MIN_PART_BYTES", 4 << 10)
+    monkeypatch.setattr("data.text.input_files._USUAL_PARTS", 1000)
 
 
 def test_parts_and_buckets_change_nothing(
@@ -179,14 +180,14 @@ def test_run_again_it_says_so_and_touches_nothing(
     corpus: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    (prepared / ".work" / "scan").mkdir(parents=True)  # as a kill at the very end leaves it
+    (prepared / ".work" / "scan").mkdir(parents=True)  # left by a process killed at the very end
     run(corpus, prepared)
     assert "already prepared" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
 def test_the_output_is_no_input_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As where a preparation of the folder it lies in is resumed."""
+    """The output lies in the input folder, as when its preparation is resumed."""
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(text_of(number))
     for _ in range(2):
@@ -223,7 +224,7 @@ def test_more_shards_than_a_manifest_holds_are_told(
 
 def test_a_pipe_is_no_input(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match="is no plain file, and it is read more than once"):
+    with pytest.raises(DataError, match="is not a plain file, and input is read more than once"):
         prepare(["--input", str(tmp_path / "pipe.txt"), "--output", str(tmp_path / "set"), "--vocab-size", "320"])
 
 
@@ -249,9 +250,9 @@ def test_a_tokenizer_can_be_used_again(corpus: Path, prepared: Path, tmp_path: P
 def test_a_large_text_file_is_cut_at_line_ends_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Across slices, with lines longer than a piece and characters of four bytes at the cuts."""
-    monkeypatch.setattr("data.text.documents._MIN_PART_BYTES", 100_000)
-    monkeypatch.setattr("data.text.documents._USUAL_PARTS", 1000)
+    """Cut across slices, with lines longer than a piece and four-byte characters at the cuts."""
+    monkeypatch.setattr("data.text.input_files._MIN_PART_BYTES", 100_000)
+    monkeypatch.setattr("data.text.input_files._USUAL_PARTS", 1000)
     chunks = random.Random(1)
     text = "".join(f"line {i} \U0001d11e\n" for i in range(20_000))
     text += "".join(chunks.choice("ab\u00e9\u2581\U0001d11e") for _ in range(120_000)) + "\nand the end"
@@ -304,7 +305,7 @@ def test_a_step_is_traced_to_its_documents(corpus: Path, tmp_path: Path, capsys:
 
 
 def test_a_run_that_went_back_is_traced_by_its_journal(tmp_path: Path) -> None:
-    """Went back from step 9 to 4 past what it had read; killed before the next save; at last to 0 and past all that."""
+    """The run rolls back from step 9 to 4 and skips samples, is killed before the next save, then rolls back to 0."""
     assert first_sample_of(7, 8, None) == first_sample_of(7, 8, tmp_path) == 48
     journal = tmp_path / "journal.jsonl"
     back = {"event": "rolled back", "step": 4, "next_sample": 80}
@@ -353,7 +354,7 @@ def test_a_document_that_runs_into_the_next_shard_is_listed_there_too(corpus: Pa
 
 
 def document_at(source: str) -> str:
-    """The document that a source names, read without the project's code."""
+    """Return the document that a source names, read without this project's code."""
     path, _, offset = source.partition("@")
     if not offset:
         return Path(path).read_text()
@@ -366,9 +367,9 @@ def document_at(source: str) -> str:
 
 
 def test_every_document_is_listed_by_each_shard_that_holds_of_it(corpus: Path, tmp_path: Path) -> None:
-    """Found anew from the end-of-document tokens, over shards and parts."""
+    """Find the documents again from the end-of-document tokens, across shards and parts."""
     manifest = load_manifest(run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01"))
-    begun, first = 0, 0  # the document under way, the shard's first token
+    begun, first = 0, 0  # first token of the current document, of the shard
     for shard in manifest.shards["train"]:
         tokens = open_shard(manifest, shard).rows(array([0]), shard.num_tokens)[0]
         ends = (tokens == manifest.end_of_document).nonzero()[0] + 1
@@ -392,7 +393,7 @@ def test_every_document_is_listed_by_each_shard_that_holds_of_it(corpus: Path, t
 def test_documents_at_the_edges_of_a_shard(
     tmp_path: Path, first: int, last: int, expected: list[tuple[int, str]]
 ) -> None:
-    """A part of three documents of 10 tokens that begins at token 100."""
+    """The part begins at token 100 and holds three documents of 10 tokens."""
     (tmp_path / "documents").write_text('[0, "a"]\n[10, "b"]\n[20, "c"]\n')
     assert list(document_starts_in(tmp_path / "documents", 100, first, last)) == expected
 
@@ -414,9 +415,9 @@ CUT_ZSTD = zstandard.compress(random.Random(0).randbytes(100_000).hex().encode()
         ("a.txt", b"x" * 300_000 + b"\n\xe2\x82\n", "not UTF-8 at byte 300001"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', r"a\.jsonl@14: .*int"),
         ("a.jsonl", b'{"body": "a"}\n', "--text-key"),
-        ("a.jsonl", b"no json\n", "no JSON object"),
-        ("a.jsonl", b'["text"]\n', "no JSON object"),
-        ("a.jsonl", b"[" * 200_000, "no JSON object"),
+        ("a.jsonl", b"no json\n", "not a JSON object"),
+        ("a.jsonl", b'["text"]\n', "not a JSON object"),
+        ("a.jsonl", b"[" * 200_000, "not a JSON object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
         ("a.jsonl", b"\n\n", "no text"),
         ("a.jsonl.gz", CUT_GZIP, r"a\.jsonl\.gz: the archive is damaged"),

@@ -88,10 +88,11 @@ def test_a_mixture_from_afar_is_trained_evaluated_and_traced(
     assert "epochs" in capsys.readouterr().out
 
 
-def test_damage_where_a_dataset_comes_from_stops_the_run(tiny_config: Path, dataset: Path) -> None:
+def test_damage_where_a_dataset_comes_from_stops_the_run(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     changed = f"pipe:case {{}} in *.tar) tr a b < {dataset}/{{}};; *) cat {dataset}/{{}};; esac"
-    answer = run_main(1, tiny_config, *SHORT, f"data.path={changed}", "data.fetch_attempts=1")
-    assert answer.statuses == [1] and "damaged where it comes from" in answer.stderr
+    cache = f"data.cache_dir={tmp_path / 'cache'}"  # the user's cache may hold the sound shards
+    answer = run_main(1, tiny_config, *SHORT, f"data.path={changed}", cache, "data.fetch_attempts=1")
+    assert answer.statuses == [1] and "damaged at the source" in answer.stderr
     assert answer.stderr.count("\n") == 1 and "sha256" in answer.stderr
 
 

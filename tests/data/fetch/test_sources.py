@@ -1,4 +1,4 @@
-"""Datasets from afar: a server that fails now and then, commands, stores; the cache they share."""
+"""Test remote datasets: a server with faults, commands, fsspec stores, and the cache that they share."""
 
 import hashlib
 import http.server
@@ -52,7 +52,7 @@ def read_epoch(path: str | Path, options: ReadOptions) -> list[int]:
 
 
 class Server:
-    """A loopback server; `fail` decides by the number of the request: a status, "cut", "flip", "hang", "trickle",
+    """A loopback server. `fail` returns the fault of each request: a status, "cut", "flip", "hang", "trickle",
     "length", "headers", "chunks", "escapes" or None.
     """
 
@@ -137,19 +137,19 @@ def test_a_silent_server_is_given_up_within_the_time_limit(server: Server, tmp_p
 
 def test_a_server_that_trickles_is_given_up_too(server: Server, tmp_path: Path) -> None:
     server.fail = lambda number, name: "trickle"
-    with pytest.raises(DataError, match=r"only \d bytes came in 0.2 s"):
+    with pytest.raises(DataError, match=r"only \d bytes received in 0.2 s"):
         load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.2, fetch_attempts=1))
 
 
 @pytest.mark.parametrize("how", ["headers", "chunks"])
 def test_a_server_that_trickles_what_is_no_content_is_given_up_too(server: Server, tmp_path: Path, how: str) -> None:
     server.fail = lambda number, name: how
-    with pytest.raises(DataError, match=r"nothing came for 0.2 s"):
+    with pytest.raises(DataError, match=r"no data received for 0.2 s"):
         load_manifest(server.address, options(tmp_path, fetch_time_limit_s=0.2, fetch_attempts=1))
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("length", "of many bytes came"), ("escapes", r"answers 404 \\x1b\[2J\\tgone; check")]
+    ("how", "message"), [("length", "of many bytes received"), ("escapes", r"answers 404 \\x1b\[2J\\tgone; check")]
 )
 def test_what_a_server_says_can_neither_break_nor_steer(server: Server, tmp_path: Path, how: str, message: str) -> None:
     server.fail = lambda number, name: how
@@ -185,7 +185,7 @@ def test_a_pipe_gives_what_the_folder_gives(made: Path, tmp_path: Path) -> None:
 
 def test_a_pipe_that_ends_early_with_status_0_is_caught(made: Path, tmp_path: Path) -> None:
     command = f"pipe:head -c $([ {{}} = train-000002.tar ] && echo 512 || echo 99999) {made}/{{}}"
-    with pytest.raises(DataError, match=r"train-000002.*512 bytes came, expected 10240"):
+    with pytest.raises(DataError, match=r"train-000002.*512 bytes received, expected 10240"):
         read_epoch(command, options(tmp_path, fetch_attempts=2))
 
 
@@ -193,7 +193,9 @@ def test_damage_at_the_origin_falls_under_the_policy(made: Path, server: Server,
     content = bytearray((made / "train-000002.tar").read_bytes())
     content[900] ^= 1
     (made / "train-000002.tar").write_bytes(content)
-    with pytest.raises(DataError, match=rf"train-000002.*sha256 {hashlib.sha256(content).hexdigest()} came, expected"):
+    with pytest.raises(
+        DataError, match=rf"train-000002.*received sha256 {hashlib.sha256(content).hexdigest()}, expected"
+    ):
         read_epoch(server.address, options(tmp_path, fetch_attempts=2))
     server.requests.clear()
     skipping = options(tmp_path, fetch_attempts=2, on_damage="skip")
@@ -202,7 +204,7 @@ def test_damage_at_the_origin_falls_under_the_policy(made: Path, server: Server,
 
 
 def test_a_server_that_is_down_does_not_pass_for_damage(server: Server, tmp_path: Path) -> None:
-    """One rank's network would else decide what all ranks read."""
+    """Otherwise the network of one rank would decide what all ranks read."""
     server.fail = lambda number, name: 503 if name == "train-000002.tar" else None
     with pytest.raises(DataError, match=r"train-000002.*could not be fetched"):
         read_epoch(server.address, options(tmp_path, fetch_attempts=2, on_damage="skip"))
@@ -211,7 +213,7 @@ def test_a_server_that_is_down_does_not_pass_for_damage(server: Server, tmp_path
 def test_a_cached_copy_that_others_remove_or_mend_does_not_pass_for_damage(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is gone when it is opened, and gone when it is to be removed: another process was faster both times."""
+    """Another process removes the file before it is opened, and again before it is dropped from the cache."""
     skipping = options(tmp_path, on_damage="skip")
     expected = read_epoch(server.address, skipping)
     monkeypatch.setattr("data.stream.samples.SampleReader._fetch_ahead", lambda reader, position: None)
@@ -231,7 +233,7 @@ def test_a_cached_copy_that_others_remove_or_mend_does_not_pass_for_damage(
 def test_a_disk_that_damages_what_is_cached_stops_the_run_whatever_the_policy(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the ranks of one machine have it."""
+    """The fault concerns only the ranks of one machine."""
     rename = Path.rename
 
     def damage(path: Path, target: Path) -> Path:
@@ -269,7 +271,7 @@ def test_a_cache_that_cannot_be_written_is_told(server: Server, tmp_path: Path) 
     [
         ("pipe:false {}", "status 1"),
         ("pipe:sleep 9; cat {}", "nothing for"),
-        ("pipe:while printf x; do sleep 0.05; done; cat {}", "bytes came in 0.2 s"),
+        ("pipe:while printf x; do sleep 0.05; done; cat {}", "bytes received in 0.2 s"),
     ],
 )
 def test_a_pipe_that_fails_or_hangs_is_told(tmp_path: Path, command: str, message: str) -> None:
@@ -342,7 +344,7 @@ except DataError as error:
 
 def test_an_object_store_that_hangs_is_given_up_and_the_process_ends() -> None:
     done = subprocess.run([sys.executable, "-c", HANGING_STORE], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "nothing came for 0.1 s" in done.stdout
+    assert done.returncode == 0 and "no data received for 0.1 s" in done.stdout
 
 
 def test_a_damaged_cached_tokenizer_is_mended(made: Path, server: Server, tmp_path: Path) -> None:
@@ -385,7 +387,7 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(tmp_pa
     cache.fill(digests["d"], 1000, [contents["d"]], "d")
     kept = {name for name in "abcde" if cache.find(digests[name], 1000)}
     assert kept == {"a", "c", "d"}
-    with pytest.raises(DataError, match="raise its limit"):
+    with pytest.raises(DataError, match="raise cache_gigabytes"):
         cache.fill(digests["e"], 4000, [contents["e"]], "e")
 
 

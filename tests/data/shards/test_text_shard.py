@@ -1,4 +1,4 @@
-"""Shards of text that this project did not write, against tokenizing them in one go."""
+"""Compare indexed shards of text, written by webdataset, with tokenizing their text at once."""
 
 import hashlib
 import io
@@ -15,11 +15,12 @@ import webdataset
 
 from data.errors import DataError
 from data.fetch.sources import ReadOptions
-from data.index import _documents, _Job, _ranges
+from data.index import _ranges
 from data.index import main as index
 from data.inspect import main as inspect
 from data.shards.manifest import _fingerprint, load_manifest
 from data.shards.tar_layout import CHUNK_BYTES, DIGEST_BYTES
+from data.shards.text_index import IndexJob, documents_in
 from data.shards.text_shard import TextShard
 from data.shards.tokenizer import Tokenizer, train_tokenizer
 from data.stream.samples import open_shard
@@ -35,7 +36,7 @@ def text_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards by webdataset's own writer, .txt and .json by turns, with members that are no text."""
+    """Write three shards with webdataset's writer: .txt and .json members in turn, and members that are not text."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         with webdataset.TarWriter(str(folder / f"web-{shard:02d}.tar")) as writer:
@@ -135,13 +136,13 @@ def tar_of(path: Path, members: dict[str, bytes]) -> bytes:
     [
         (
             lambda whole: whole[:1024] + b"\xff" * 512 + whole[1536:],
-            "yet not the end|no plain tar",
+            "yet not the end|not a plain tar",
         ),
-        (lambda whole: whole[:700], "cut short|no plain tar"),
+        (lambda whole: whole[:700], "cut short|not a plain tar"),
         (lambda whole: whole[:1024], "does not end as a tar"),
-        (lambda whole: b"\x1f\x8b" + whole, "no plain tar"),
-        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt.: no text"),
-        (lambda whole: whole.replace(b"a.txt", b"a.dat").replace(b"b.txt", b"b.dat"), "no plain tar"),
+        (lambda whole: b"\x1f\x8b" + whole, "not a plain tar"),
+        (lambda whole: whole.replace(b"first", b"fir\xfft"), "a.txt.: not text"),
+        (lambda whole: whole.replace(b"a.txt", b"a.dat").replace(b"b.txt", b"b.dat"), "not a plain tar"),
     ],
 )
 def test_a_bad_shard_cannot_be_indexed(shards: Path, tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -186,14 +187,14 @@ NESTED = b"[" * 200_000
 def test_a_shard_cannot_exhaust_memory(shards: Path, tmp_path: Path, start: bytes, message: str) -> None:
     with (tmp_path / "web-00.tar").open("wb") as file:
         file.write(start)
-        file.truncate((1 << 32) + 20_480)  # takes no room on the disk
-    job = _Job(str(tmp_path), "web-00.tar", tmp_path, shards / "tokenizer.model", "text")
+        file.truncate((1 << 32) + 20_480)  # a sparse file, which takes no space on the disk
+    job = IndexJob(str(tmp_path), "web-00.tar", tmp_path, shards / "tokenizer.model", "text")
     with pytest.raises(DataError, match=message):
-        list(_documents(job, tmp_path / "web-00.tar", Tokenizer(job.tokenizer)))
+        list(documents_in(job, tmp_path / "web-00.tar", Tokenizer(job.tokenizer)))
 
 
 def lie(indexed: Path, row: int | slice, column: int, value: int) -> None:
-    """Change what every index says, with every digest made to fit, as somebody who means harm would."""
+    """Change every index and all digests with it, as an attacker would."""
     manifest = json.loads((indexed / "manifest.json").read_text())
     for shard in manifest["shards"]["train"]:
         sidecar = indexed / shard["name"].replace(".tar", ".digests")
@@ -222,10 +223,10 @@ def test_an_index_that_lies_is_refused(indexed: Path, row: int, column: int, val
 def test_an_index_that_disagrees_with_the_text_stops_the_run_whatever_the_policy(
     indexed: Path, column: int, value: int
 ) -> None:
-    """Every byte of the shard is as it was indexed, so no policy for damage may leave it out on one rank alone."""
+    """The shard itself is sound, so on_damage may not leave it out on one rank alone."""
     lie(indexed, slice(1, 20), column, value)
     stream = TokenStream(indexed, "train", 16, 8, options=ReadOptions(on_damage="skip"))
-    with pytest.raises(DataError, match=r"the document at byte \d+ (is no text|makes).*index the shards again"):
+    with pytest.raises(DataError, match=r"the document at byte \d+ (is not text|makes).*index the shards again"):
         for _ in range(10):
             next(stream)
     stream.close()
@@ -265,7 +266,7 @@ def die(job: object) -> None:
 
 
 def test_a_worker_that_is_killed_is_told(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.index._index_shard", die)
+    monkeypatch.setattr("data.index.index_shard", die)
     with pytest.raises(DataError, match="a worker was killed, perhaps for memory"):
         run(shards, tmp_path / "set")
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -284,9 +285,9 @@ def test_a_name_that_no_manifest_may_hold_is_told_before_anything_is_written(
     folder = tmp_path / "folder"
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(shards / "web-02.tar", folder / name)
-    with pytest.raises(DataError, match="no plain file name ending in"):
+    with pytest.raises(DataError, match="not a plain file name ending in"):
         index([*to(shards, folder, tmp_path / "set"), "--train", name])
-    with pytest.raises(DataError, match="no plain file name ending in"):
+    with pytest.raises(DataError, match="not a plain file name ending in"):
         index([*to(shards, f"pipe:cat {folder}/{{}}", tmp_path / "set"), "--train", name])
     assert not (tmp_path / "set").exists()
 
@@ -312,10 +313,10 @@ def test_indexing_into_the_folder_of_the_shards_leaves_them_as_they_are(shards: 
 
 def test_no_file_of_others_is_replaced(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "web-00.tar").write_bytes(b"mine")
-    with pytest.raises(DataError, match="another file is in the place of the link"):
+    with pytest.raises(DataError, match="another file is where the link"):
         run(shards, tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"mine too")
-    with pytest.raises(DataError, match="is another tokenizer"):
+    with pytest.raises(DataError, match="is a different tokenizer"):
         run(shards, tmp_path)
     assert (tmp_path / "web-00.tar").read_bytes() == b"mine"
     assert (tmp_path / "tokenizer.model").read_bytes() == b"mine too"

@@ -1,4 +1,4 @@
-"""The tokenizer against the one thing that it promises: text comes back as it went in."""
+"""Test that the tokenizer restores every text exactly."""
 
 import sysconfig
 from pathlib import Path

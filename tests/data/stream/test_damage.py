@@ -1,4 +1,4 @@
-"""Shards and manifests damaged in every way that other readers pass over in silence."""
+"""Test that every kind of damage to shards and manifests is detected."""
 
 import errno
 import gzip
@@ -117,7 +117,7 @@ def test_skipping_leaves_out_the_whole_shard_on_all_ranks_alike(made: Path, capl
 
 
 def test_skipping_decides_before_the_first_sample_of_a_shard_is_used(tmp_path: Path) -> None:
-    """A rank that would never touch the damaged bytes itself replaces the shard like the others."""
+    """A rank that never reads the damaged bytes replaces the shard like the other ranks."""
     path = make_dataset(tmp_path, [6000, 6000])
     flip(path / "train-000001.tar", 90_000)
     stream = TokenStream(path, "train", SEQ_LENGTH, 20, window_shards=2, options=ReadOptions(on_damage="skip"))
@@ -145,7 +145,7 @@ def test_a_named_pipe_that_somebody_writes_to_is_not_waited_for_either(made: Pat
 
 @pytest.mark.parametrize("on_damage", ["stop", "skip"])
 def test_a_token_beyond_the_vocabulary_stops_the_run_whatever_the_policy(made: Path, on_damage: str) -> None:
-    """The largest token is 482; a manifest that says less has a fingerprint of its own, as one who means harm makes."""
+    """The largest token is 482. The manifest claims a smaller vocabulary, with a fingerprint that fits."""
     fields = json.loads((made / "manifest.json").read_text())
     for vocab_size in (483, 482):
         fields["vocab_size"] = vocab_size
@@ -191,7 +191,7 @@ def test_skipping_gives_up_when_only_shards_without_a_sample_are_left(tmp_path: 
 
 
 def trouble(monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int, times: int) -> None:
-    """Let `os.open` or `os.fstat` of the file `name` fail some times."""
+    """Make `os.open` or `os.fstat` of the file `name` fail a few times."""
     real, left = getattr(os, call), [times]
 
     def fail(file: Any, *arguments: Any) -> Any:
@@ -208,7 +208,7 @@ def trouble(monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int, 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
 @pytest.mark.parametrize("call", ["open", "fstat"])
 def test_trouble_that_passes_is_no_damage(made: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
-    """Only one rank has it, and would else read other samples than the rest."""
+    """The fault concerns one rank, which would otherwise read other samples than the rest."""
     undisturbed = read_epoch(made, on_damage="skip")
     trouble(monkeypatch, call, SHARD, number, times=2)
     assert read_epoch(made, on_damage="skip") == undisturbed
@@ -248,7 +248,7 @@ LIST = gzip.compress(b'[0, "a.txt"]\n' * 100, mtime=0)
 def test_a_damaged_or_exploding_list_of_documents_is_one_clear_line(
     made: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.inspect._MAX_DOCUMENT_LIST_BYTES", 10**6)
+    monkeypatch.setattr("data.shards.document_list._MAX_DOCUMENT_LIST_BYTES", 10**6)
     for path in made.glob("*.tar"):
         path.with_suffix(".documents.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"documents\.jsonl\.gz: damaged") as caught:
@@ -272,7 +272,7 @@ def edit(path: Path, change: dict) -> None:
 def edit_shard(path: Path, change: dict) -> None:
     fields = json.loads((path / "manifest.json").read_text())
     fields["shards"]["train"][1].update(change)
-    fields["fingerprint"] = _fingerprint(fields)  # as somebody who means harm would
+    fields["fingerprint"] = _fingerprint(fields)  # as an attacker would
     (path / "manifest.json").write_text(json.dumps(fields))
 
 

@@ -1,4 +1,4 @@
-"""Where documents begin in packed sequences, against walking through the tokens one by one."""
+"""Compare document starts in packed sequences with a walk through the tokens."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_starts_are_those_of_a_walk(rows: list[list[int]]) -> None:
 
 
 def test_the_stream_gives_the_starts_of_its_last_batch(tmp_path: Path) -> None:
-    """Tokens count from 0 and 1 ends a document, so that only the sample of tokens 0 .. 4 has a second document."""
+    """Tokens count from 0 and token 1 ends a document, so only the sample of tokens 0 to 4 has a second document."""
     path = make_dataset(tmp_path, [3])
     stream = TokenStream(path, "train", SEQ_LENGTH, 3, within_documents=True)
     batch = next(stream)

@@ -1,4 +1,4 @@
-"""Mixtures against counting: proportions, no gap, no repetition, and the same from any position."""
+"""Test mixtures by counting: exact proportions, no gap, no repetition, and the same order from any position."""
 
 import json
 from pathlib import Path
@@ -88,13 +88,13 @@ def test_inspect_shows_a_mixture_and_finds_its_samples(mixed: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ([], "no mixture"),
+        ([], "not a mixture"),
         ({"datasets": []}, "names no dataset"),
-        ({"datasets": ["a"]}, "no mixture"),
+        ({"datasets": ["a"]}, "not a mixture"),
         ({"datasets": [{"path": "absent"}]}, "absent"),
         ({"datasets": [{"path": "a", "weight": -1}]}, "weights"),
         ({"datasets": [{"path": "a", "weight": 0}]}, "weights"),
-        ({"datasets": [{"path": "a", "weight": "x"}]}, "no mixture"),
+        ({"datasets": [{"path": "a", "weight": "x"}]}, "not a mixture"),
         ({"datasets": [{"path": "a", "weight": 1e-9}, {"path": "b"}]}, "raise it"),
         ({"datasets": [{"path": "a"}, {"path": "c"}]}, "tokenizer"),
         ({"datasets": [{"path": "a"}], "stages": [{"from_tokens": 5, "weights": [1]}]}, "0 first"),
@@ -107,7 +107,7 @@ def test_inspect_shows_a_mixture_and_finds_its_samples(mixed: Path, capsys: pyte
         ({"datasets": [{"path": "a"}], "seed": 1}, "key 'seed' is not one of datasets, stages"),
         ({"datasets": [{"path": "a", "weight": 1e308}, {"path": "b", "weight": 1e308}]}, "their sum finite"),
         ({"datasets": [{"path": "a", "weight": float("nan")}, {"path": "b"}]}, "their sum finite"),
-        ({"datasets": [{"path": "a", "weight": 10**400}]}, "no mixture"),
+        ({"datasets": [{"path": "a", "weight": 10**400}]}, "not a mixture"),
         ({"datasets": [{"path": "mixture.json"}]}, "is a mixture itself"),
         ({"datasets": [{"path": "a", "shards": 5}]}, "shards is 5, not an address"),
         ({"datasets": [{"path": "a\0b"}]}, r"a\\x00b/manifest.json: cannot be read"),
@@ -126,7 +126,7 @@ def test_a_bad_mixture_is_one_clear_line(
 
 def test_nesting_without_end_is_one_clear_line(mixed: Path) -> None:
     mixed.write_text("[" * 200_000)
-    with pytest.raises(DataError, match="no mixture"):
+    with pytest.raises(DataError, match="not a mixture"):
         open_dataset(mixed)
 
 

@@ -1,4 +1,4 @@
-"""The order of samples against what an order has to be: a permutation, the same from every direction."""
+"""Test that the order of samples is a permutation and does not depend on how it is asked for."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def test_permute_depends_on_the_key_and_scatters(size: int) -> None:
 
 
 def test_places_are_uniform() -> None:
-    """Where each of 8 items lands over 4000 keys: chi-squared (7 degrees of freedom) below its 1 - 10^-6 quantile."""
+    """Count where 8 items land over 4000 keys; chi-squared (7 degrees of freedom) is below its 1 - 10^-6 quantile."""
     landed = np.stack([permute(np.arange(8), 8, str(key)) for key in range(4000)])
     for item in landed.T:
         counts = np.bincount(item, minlength=8)
@@ -70,7 +70,7 @@ def test_without_shuffling_the_order_is_the_manifests() -> None:
 
 
 def test_the_order_does_not_change_between_releases() -> None:
-    """Runs are resumed with later versions: these numbers may never change."""
+    """These numbers may never change, since later versions resume today's runs."""
     place = SampleOrder([3, 2, 4, 3, 2], 7, 2).locate(np.arange(16))
     assert list(zip(place.shard.tolist(), place.sample.tolist(), strict=True)) == [
         (3, 1),

@@ -1,4 +1,4 @@
-"""Streams on any number of ranks, stopped and resumed anywhere, against the list of samples that one rank reads."""
+"""Compare streams on any number of ranks, stopped and resumed anywhere, with the samples that one rank reads."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ def test_two_ranks_see_what_one_sees_in_the_same_order(made: Path) -> None:
 def test_any_sequence_of_layouts_reads_each_sample_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], phases: list[tuple[int, int, int]]
 ) -> None:
-    """A phase is (ranks, micro-batch size, steps); more ranks than shards and epochs within a batch included."""
+    """A phase is (ranks, micro-batch size, steps). Some have more ranks than shards or end an epoch in a batch."""
     path = make_dataset(tmp_path_factory.mktemp("data"), sizes)
     seen: list[int] = []
     state = None
@@ -102,7 +102,7 @@ with open(log, "a", buffering=1) as file:
 
 
 def test_killed_processes_resume_on_other_numbers_of_ranks(made: Path, tmp_path: Path) -> None:
-    """1 -> 4 -> 2 -> 3 processes, each time killed at a random moment; what counts is what all of them had finished."""
+    """Run 1, 4, 2, then 3 processes, each time killed at a random moment. Batches that all have finished count."""
     moments = np.random.default_rng(os.getpid())
     committed: list[int] = []
     for phase, ranks in enumerate((1, 4, 2, 3)):
@@ -125,7 +125,7 @@ def test_killed_processes_resume_on_other_numbers_of_ranks(made: Path, tmp_path:
         )
         while len(committed) in rows:
             committed.append(rows[len(committed)])
-        committed = committed[: len(committed) - len(committed) % 2]  # the last checkpoint was a little earlier
+        committed = committed[: len(committed) - len(committed) % 2]  # the last checkpoint was taken a little earlier
     assert committed == ids(take(made, len(committed), 1))
 
 
@@ -190,7 +190,7 @@ def first_batch(made: Path, seq_length: int) -> list:
 
 
 def test_samples_cross_the_members_of_a_shard(tmp_path: Path) -> None:
-    """65,536 tokens a member: lengths that divide it and that do not, and one longer than a member."""
+    """A member holds 65,536 tokens. Test lengths that divide it, that do not, and one longer than a member."""
     path = make_dataset(tmp_path, [5], seq_length=40_000)
     for seq_length in (32_768, 40_000, 99_999):
         stream = TokenStream(path, "train", seq_length, 2)
@@ -252,7 +252,7 @@ def test_loading_a_position_leaves_a_thread_that_waits_for_a_network_its_own_fil
 
 @contextlib.contextmanager
 def hanging_after_the_first_read(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take a batch and wait until the thread hangs in its second read; it is released afterwards."""
+    """Take a batch and wait until the thread hangs in its second read. Release it afterwards."""
     read, is_in_read, released = stream._reader.read, [threading.Event(), threading.Event()], threading.Event()
 
     def hang(positions: np.ndarray) -> np.ndarray:

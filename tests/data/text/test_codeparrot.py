@@ -1,4 +1,4 @@
-"""Data as the paper's authors had it: CodeParrot's files are lines of JSON with the key 'content', named .json.gz."""
+"""Test the files of CodeParrot, the paper's data: .json.gz, one JSON object per line, text under the key 'content'."""
 
 import gzip
 import json
