@@ -31,7 +31,7 @@ _KEPT_TOKENS = 1 << 20
 
 
 class TextShard:
-    """An open shard of text; raise DamagedShardError if a file is missing or does not match the manifest."""
+    """An open shard of text. Opening raises DamagedShardError if a file is missing or does not match the manifest."""
 
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         self._where = manifest.shard_source.describe(shard.name)

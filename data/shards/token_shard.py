@@ -15,7 +15,7 @@ _SIDECAR_ATTEMPTS = 2
 
 
 class TokenShard:
-    """An open shard of tokens; raise DamagedShardError if a file is missing or does not match the manifest."""
+    """An open shard of tokens. Opening raises DamagedShardError if a file is missing or does not match the manifest."""
 
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         path = manifest.shard_source.fetch(shard.name, shard.sha256, shard.num_bytes)

@@ -22,7 +22,7 @@ _PROBES = ("a", " a", "a ", "  \t b\r\n\n c", "\ufb01 \u00e9 \u0301", "\U0001d11
 
 
 class Tokenizer:
-    """A SentencePiece model read from `path`; raise DataError if it does not restore every text exactly."""
+    """A SentencePiece model read from `path`. Loading raises DataError if it does not restore every text exactly."""
 
     def __init__(self, path: str | Path) -> None:
         self._source = str(path)
