@@ -1,1 +1,1 @@
-"""Benchmarks of the attention kernel, the training step and learning."""
+"""Benchmarks of the attention kernel, the training step and the loss curve."""

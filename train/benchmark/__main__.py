@@ -1,10 +1,11 @@
-"""Benchmarks that anyone can repeat: contenders side by side in one run, medians, JSON, a table and a picture.
+"""Run a benchmark.
 
-    python -m train.benchmark attention          attention with entropies beside its peers, over lengths
-    python -m train.benchmark step --config configs/ereg.json      a whole training step beside a GPT-2 of equal size
-    python -m train.benchmark learning --config configs/ereg.json  the fused computation against the paper's
+    python -m train.benchmark attention                            attention with entropies, against other kernels
+    python -m train.benchmark step --config configs/ereg.json      a training step, against a GPT-2 of equal size
+    python -m train.benchmark learning --config configs/ereg.json  loss curves of fused kernels and plain formulas
 
-Each says more with --help.
+All contenders are measured in one run. Results are medians, written as JSON, a Markdown table and a picture. Each
+benchmark has its own --help.
 """
 
 import sys
@@ -24,7 +25,7 @@ BENCHMARKS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 1 failed while running, 2 cannot run as asked."""
+    """Return the exit status: 0 done, 1 failed while running, 2 cannot run as asked."""
     if not arguments or arguments[0] not in BENCHMARKS:
         print(__doc__)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2

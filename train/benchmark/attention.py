@@ -1,7 +1,7 @@
-"""Attention with entropies beside its peers: time and memory of a forward and of a forward with its backward.
+"""Measure time and memory of attention with entropies, forward and backward, against other implementations.
 
-Every contender of a shape is timed in turn, several times over, so that a drifting clock touches all alike; the figures
-are medians. Peers without an entropy are marked as such. Writes attention.json, attention.md and attention.png.
+The contenders of a shape are timed in turn, for several rounds, so that clock drift affects all alike. Figures are
+medians. Contenders without an entropy are marked. Writes attention.json, attention.md and attention.png.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from train.benchmark import report as benchmark_report
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 GPU_SHAPES = "128,512,12,64 512,128,12,64 1024,64,12,64 2048,16,16,128 4096,8,16,128 8192,4,16,128"
-OVERWRITES = 16  # of 256 MiB, about a millisecond
+OVERWRITES = 16  # of 256 MiB each, about a millisecond
 CPU_SHAPES = "128,16,4,32 2048,1,4,32"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the benchmark as the command line says and prints the table."""
+    """Run the benchmark, write its files and print the table."""
     arguments = parse(argv)
     benchmark_report.make_folder(arguments.output)
     torch.manual_seed(0)
@@ -44,28 +44,47 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m train.benchmark attention", description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=device)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.benchmark attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=device, help="default: %(default)s")
     parser.add_argument(
         "--shapes",
         nargs="+",
         type=shape_of,
         default=[shape_of(s) for s in (GPU_SHAPES if device == "cuda" else CPU_SHAPES).split()],
         metavar="T,B,N,H",
-        help="tokens, sequences, heads and head width of each shape",
+        help="tokens, sequences, heads and head width of each shape (default: a range that suits the device)",
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
-    parser.add_argument("--tokens-first", action="store_true", help="memory order [T, B, N, H], as the model has it")
-    parser.add_argument("--temperature", choices=["none", "per_head", "per_position"], default="none")
-    parser.add_argument("--only", nargs="+", choices=sorted(contenders("none", 1, 1)), help="contenders to run; all")
-    parser.add_argument("--rounds", type=whole_number(1), default=5, help="times that each contender gets its turn")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on a GPU, else float32"
+    )
+    parser.add_argument(
+        "--tokens-first", action="store_true", help="lay tensors out as [T, B, N, H], as the model does"
+    )
+    parser.add_argument(
+        "--temperature",
+        choices=["none", "per_head", "per_position"],
+        default="none",
+        help="learned softmax temperature of our kernel",
+    )
+    names = sorted(contenders("none", 1, 1))
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="NAME", help=f"contenders to run (default: all): {'; '.join(names)}"
+    )
+    parser.add_argument("--rounds", type=whole_number(1), default=5, help="rounds of timing (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
+    )
     arguments = parser.parse_args(argv)
     arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32"))
     return arguments
 
 
 def shape_of(text: str) -> tuple[int, int, int, int]:
+    """Parse "T,B,N,H"."""
     try:
         tokens, batch, heads, width = map(whole_number(1), text.split(","))
     except (ValueError, argparse.ArgumentTypeError):
@@ -76,7 +95,7 @@ def shape_of(text: str) -> tuple[int, int, int, int]:
 
 
 def contenders(temperature: str, heads: int, tokens: int, device: str = "cpu") -> dict[str, Attend]:
-    """Name -> attention. Where a temperature is asked for, only ours has it, so that its price shows."""
+    """Return the contenders by name. Only ours has a temperature, so that its cost shows."""
     t = None
     if temperature != "none":
         t = torch.full(
@@ -99,7 +118,7 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, 
 
 
 def materialized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The published form: the whole matrix of probabilities, and its entropy through a logarithm."""
+    """Compute attention as published: the whole matrix of probabilities, and its entropy through a logarithm."""
     s = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     tokens = q.shape[2]
     s = s.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
@@ -108,7 +127,7 @@ def materialized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlexEntropy:
-    """FlexAttention with the keys as more columns of the values: sum_j p_j k_j gives the mean score, H = lse - mean."""
+    """FlexAttention with keys appended to the values. sum_j p_j k_j gives the mean score, and H = lse - mean."""
 
     def __init__(self) -> None:
         self.compiled: Any = None
@@ -129,8 +148,8 @@ class FlexEntropy:
 
 
 def measure_shape(shape: tuple[int, int, int, int], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record per contender; a contender that cannot run here has a reason in place of figures."""
-    torch._dynamo.reset()  # past eight shapes it would leave contenders uncompiled
+    """Return one record per contender. A contender that cannot run here has a reason in place of figures."""
+    torch._dynamo.reset()  # beyond eight shapes it would stop compiling
     tokens, batch, heads, width = shape
     make = partial(make_tensor, shape, arguments)
     inputs, grad_output = [make() for _ in range(3)], make().detach()
@@ -180,9 +199,10 @@ def both_ways(attend: Attend, inputs: list[Tensor], grad_output: Tensor, grad_en
 
 
 def times_ms(call: Callable[[], Any], device: str) -> list[float]:
-    """Milliseconds of a few calls after one that warms up.
+    """Time a few calls, in milliseconds, after one warm-up call.
 
-    On a GPU by events; before each the cache is overwritten, often enough that the host has launched the call by then.
+    On a GPU, events take the time. The cache is overwritten before each call, which also gives the host time to launch
+    it.
     """
     call()
     if device == "cpu":
@@ -202,7 +222,7 @@ def times_ms(call: Callable[[], Any], device: str) -> list[float]:
 
 
 def peak_memory_gib(call: Callable[[], Any], device: str) -> float | None:
-    """What a call allocates at most beyond what was there before; None on a CPU, which does not count."""
+    """Return the peak GiB that a call allocates beyond what was allocated before; None on a CPU."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()
@@ -217,7 +237,7 @@ def printable(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """Markdown: a row per contender and shape."""
+    """Format the results as Markdown, one row per contender and shape."""
     lines = [
         f"{report['machine']['device']}, torch {report['machine']['torch']}, {report['machine']['date']}, "
         f"commit {report['machine']['commit']}, {report['arguments']['dtype']}, causal; medians",
@@ -236,7 +256,7 @@ def as_table(report: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Forward with backward of every contender, as bars on a logarithmic axis, grouped by shape."""
+    """Draw the time of forward plus backward as bars, grouped by shape, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Does it learn the same? One run of the fused computation, one of the paper's formulas as they stand, compared.
+"""Check that the fused kernels learn like the paper's formulas: train once with each and compare the losses.
 
-The reference materializes attention's matrices, and multiplies and adds outside of the FFN's. Both start from the same
-weights and read the same samples; only rounding differs. Writes learning.json, learning.md and learning.png; the runs
-themselves stay below the output folder.
+The reference materializes the attention matrices, and scales and adds outside the FFN's matrix. Both runs start from
+the same weights and read the same samples, so they differ by rounding only. Writes learning.json, learning.md and
+learning.png. The runs themselves stay in the output folder.
 """
 
 import argparse
@@ -20,11 +20,11 @@ COMPUTATIONS = ("fused", "reference")
 
 
 def main(argv: list[str]) -> int:
-    """Runs both, or with --only one of them in this process, and compares what is in the output folder."""
+    """Train both and compare them. With --only, train one of them in this process."""
     options = parse(argv)
     if options.only:
         return train(options)
-    preflight(load_config(options.config, options.overrides), 1)  # else both runs would tell the faults
+    preflight(load_config(options.config, options.overrides), 1)  # else both runs would report the faults
     benchmark_report.make_folder(options.output)
     processes = []
     for name in COMPUTATIONS:
@@ -42,17 +42,25 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.benchmark learning", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, as for train/main.py")
-    parser.add_argument("--only", choices=COMPUTATIONS, help="train with this one only")
-    parser.add_argument("--at-once", action="store_true", help="both runs at the same time, on the same device")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
+    parser = argparse.ArgumentParser(
+        prog="python -m train.benchmark learning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/ereg.json"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    parser.add_argument("--only", choices=COMPUTATIONS, help="train only this one, without a comparison")
+    parser.add_argument("--at-once", action="store_true", help="run both at the same time, on the same device")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/learning"), metavar="DIR", help="default: %(default)s"
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def train(options: argparse.Namespace) -> int:
-    """One run, in a folder of its own; its exit status."""
+    """Train one of the two in its own folder. Return the exit status."""
     from train.main import main as train_main
 
     if options.only == "reference":
@@ -62,7 +70,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def use_reference() -> None:
-    """Lets the model attend through materialized matrices, and scale and add outside of the FFN's."""
+    """Make the model materialize attention matrices, and scale and add outside the FFN's matrix."""
     from torch import Tensor
 
     import model.transformer
@@ -95,12 +103,12 @@ def use_reference() -> None:
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics that have a validation loss."""
+    """Return the rows of a run's metrics that have a validation loss."""
     return [row for row in RunReader(run).metrics() if "validation_loss" in row]
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """Markdown: a row per evaluation."""
+    """Format the results as Markdown, one row per evaluation."""
     machine = report["machine"]
     lines = [
         f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}",
@@ -115,7 +123,7 @@ def as_table(report: dict[str, Any]) -> str:
 
 
 def plot(folder: Path) -> None:
-    """Training losses of both runs."""
+    """Draw the training losses of both runs."""
     import matplotlib
 
     matplotlib.use("Agg")

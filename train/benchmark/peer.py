@@ -1,6 +1,6 @@
-"""The usual GPT-2, to be measured against: LayerNorm, GELU, PyTorch's attention, whole logits, no biases.
+"""A standard GPT-2 to measure against: LayerNorm, GELU, PyTorch's attention, full logits, no biases.
 
-It is what a user would otherwise train: plain PyTorch under autocast, compiled whole, with fused AdamW and clipping.
+It is what a user would train otherwise: plain PyTorch under autocast, compiled, with fused AdamW and clipping.
 
 Tensor names carry their shape: B sequences, T tokens, D width, V vocabulary.
 """
@@ -32,7 +32,7 @@ class PeerBlock(nn.Module):
 
 
 class PeerModel(nn.Module):
-    """The mean cross-entropy of next tokens."""
+    """Computes the mean cross-entropy of next tokens."""
 
     def __init__(self, config: Config, padded_vocab_size: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class PeerModel(nn.Module):
 
 
 class Peer:
-    """The model with its optimizer, at a rate of 0."""
+    """The model with its optimizer, at learning rate 0."""
 
     def __init__(self, config: Config, padded_vocab_size: int, device: torch.device) -> None:
         torch.manual_seed(config.training.seed)
@@ -78,7 +78,7 @@ class Peer:
         )
 
     def train_step(self, tokens_TB: Tensor, labels_TB: Tensor) -> Tensor:
-        """One step on a batch in this project's layout; its loss."""
+        """Train one step on a batch in this project's layout, [T, B]. Return the loss."""
         with self.autocast:
             loss = self.loss(tokens_TB.t().contiguous(), labels_TB.t().contiguous())
         loss.backward()

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine they ran on, and the files they leave."""
+"""Describes the machine and writes the result files of benchmarks."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ from train.config import ConfigError
 
 
 def machine() -> dict[str, str]:
-    """Device, versions, day, commit and command, without which a figure means nothing."""
+    """Return device, versions, date, commit and command."""
     has_gpu = torch.cuda.is_available()
     described = {
         "device": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
@@ -38,7 +38,7 @@ def _commit() -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Raises ConfigError where no file can be put there, before anything is timed."""
+    """Create the output folder. Raise ConfigError if it cannot be written, before anything is timed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write(folder: Path, name: str, report: dict[str, Any], table: str) -> None:
-    """NAME.json and NAME.md below `folder`, and the table on the terminal."""
+    """Write NAME.json and NAME.md to `folder`, and print the table."""
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
     (folder / f"{name}.md").write_text(table)
     print(table)

@@ -1,11 +1,12 @@
-"""A whole training step, from the data on: tokens a second and memory, beside a GPT-2 of equal size and variants.
+"""Measure tokens per second and memory of a training step, against a GPT-2 of equal size and variants.
 
-Every contender is built as training builds it, warmed up, and timed in turn, several times over, so that a drifting
-clock touches all alike; the figures are medians. Memory is what PyTorch has reserved on the device at the peak of a
-step, a CUDA graph's included, beyond what other contenders hold; all are held at once. The learning rate is 0: the work
-is the same, and no contender diverges, whose steps would be refused and so be spared the optimizer's work.
-With data.path a dataset, samples are read and moved as in training; else tokens are random, which is said. Writes
-step.json, step.md and step.png.
+Every contender is built as training builds it and warmed up. All are then timed in turn, for several rounds, so that
+clock drift affects all alike. Figures are medians. Memory is what PyTorch reserves on the device at the peak of a step,
+CUDA graphs included, without what the other contenders hold.
+
+The learning rate is 0. The work is the same, and no contender can diverge and have its steps skipped. If data.path is a
+dataset, samples are read from it as in training; otherwise tokens are random, and a line says so. Writes step.json,
+step.md and step.png.
 """
 
 import argparse
@@ -49,12 +50,12 @@ WARM_UP_STEPS = 4
 
 
 def main(argv: list[str]) -> int:
-    """Runs the benchmark as the command line says and prints the table."""
+    """Run the benchmark, write its files and print the table."""
     options = parse(argv)
     from parallel.launch import choose_accelerator
 
     choose_accelerator()
-    torch._dynamo.config.automatic_dynamic_shapes = False  # each micro-batch size is compiled for itself
+    torch._dynamo.config.automatic_dynamic_shapes = False  # compile each micro-batch size separately
     config = load_config(options.config, options.overrides)
     manifest = dataset(config)
     contenders = variants(config, options)
@@ -82,20 +83,38 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.benchmark step", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, for instance configs/ereg.json")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, as for train/main.py")
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument(
-        "--micro-batch-sizes", nargs="+", type=whole_number(1), metavar="B", help="one step each; the file's"
+    parser = argparse.ArgumentParser(
+        prog="python -m train.benchmark step",
+        description=__doc__,
+        epilog="contenders:\n" + "\n".join(f"  {name:<15}{meaning}" for name, meaning in CONTENDERS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--recompute", nargs="+", choices=["none", "selective", "full"], help="activation recompute; the file's"
+        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/ereg.json"
     )
-    parser.add_argument("--steps", type=whole_number(1), default=10, help="timed steps a turn")
-    parser.add_argument("--rounds", type=whole_number(1), default=3, help="turns of each contender")
-    parser.add_argument("--profile", action="store_true", help="also write each contender's time by kernel (GPU)")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="default: all, see below"
+    )
+    parser.add_argument(
+        "--micro-batch-sizes",
+        nargs="+",
+        type=whole_number(1),
+        metavar="B",
+        help="micro-batch sizes to time (default: the configuration's)",
+    )
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        choices=["none", "selective", "full"],
+        help="values of training.activation_recompute to time (default: the configuration's)",
+    )
+    parser.add_argument("--steps", type=whole_number(1), default=10, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="rounds of timing (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also write the time of each kernel (needs a GPU)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
+    )
     options = parser.parse_intermixed_args(argv)
     if options.profile and not torch.cuda.is_available():
         parser.error("--profile needs a GPU, and there is none; leave it out")
@@ -104,7 +123,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Contender:
-    """A step to be timed, and what came of it."""
+    """A step to time, and its results."""
 
     name: str
     model: ModelConfig
@@ -125,7 +144,7 @@ class Contender:
 
 
 def build(contenders: list[tuple[str, Config]], manifest: Manifest | None) -> Iterator[Contender]:
-    """Contenders one after the other; each is warmed up before the next is built."""
+    """Build the contenders one after the other, so that each can be warmed up before the next is built."""
     from parallel.config import padded_vocab_size
     from parallel.launch import local_device
     from train.parts import build_engine
@@ -149,7 +168,7 @@ def build(contenders: list[tuple[str, Config]], manifest: Manifest | None) -> It
 
 
 def variants(config: Config, options: argparse.Namespace) -> list[tuple[str, Config]]:
-    """Name and configuration of each contender; GPT-2 does not recompute."""
+    """Return name and configuration of each contender. GPT-2 runs without recomputation only."""
     sizes = options.micro_batch_sizes or [config.training.micro_batch_size]
     recomputes = options.recompute or [config.training.activation_recompute]
     return [
@@ -160,7 +179,7 @@ def variants(config: Config, options: argparse.Namespace) -> list[tuple[str, Con
 
 
 def variant(config: Config, name: str, micro_batch_size: int, recompute: str) -> Config:
-    """The configuration of one contender: one micro-batch a step."""
+    """Return the configuration of one contender, with one micro-batch per step."""
     tree = config.as_dict()
     tree["training"] |= {
         "micro_batch_size": micro_batch_size,
@@ -191,7 +210,7 @@ def step_of(run: Callable[..., torch.Tensor], batches: Iterator[Any]) -> Callabl
 
 
 def dataset(config: Config) -> Manifest | None:
-    """The dataset, or None where there is none that can be read, which is said."""
+    """Open the dataset. Print a line and return None if it cannot be read."""
     try:
         return open_dataset_once(config.data.path, config.data.read_options())
     except DataError as error:
@@ -200,7 +219,7 @@ def dataset(config: Config) -> Manifest | None:
 
 
 def open_batches(config: Config, vocab_size: int, from_dataset: bool) -> Iterator["MicroBatch"]:
-    """Micro-batches on the device without end: of the dataset, or random tokens."""
+    """Yield micro-batches on the device without end, from the dataset or of random tokens."""
     from parallel.launch import local_device
     from parallel.micro_batch import micro_batch, to_device
     from train.parts import micro_batches, open_stream
@@ -214,7 +233,7 @@ def open_batches(config: Config, vocab_size: int, from_dataset: bool) -> Iterato
 
 
 def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> list[Contender]:
-    """Warms each up, measures its memory and its waits for the device, then times all in turn."""
+    """Warm up each contender and measure its memory and its waits for the device, then time all in turn."""
     ready = []
     for contender in contenders:
         for _ in range(WARM_UP_STEPS):
@@ -237,7 +256,7 @@ def measure(contenders: Iterator[Contender], options: argparse.Namespace) -> lis
 
 
 def measure_memory(contender: Contender) -> None:
-    """What two steps and all that they stand on take from the device, from a cache without unused blocks."""
+    """Measure what a contender and its steps reserve on the device, after freeing unused cached blocks."""
     if not torch.cuda.is_available():
         return
     reserved_bytes()
@@ -248,7 +267,11 @@ def measure_memory(contender: Contender) -> None:
 
 
 def described(contender: Contender, rate: float | None) -> dict[str, Any]:
-    """A record with every figure; shares are of the matrix product's rate and of the device's peak."""
+    """Return all figures of a contender.
+
+    Args:
+        rate: TFLOP/s of a large matrix product on this device, None on a CPU.
+    """
     step_time_s = statistics.median(contender.step_times_s)
     tokens_per_second = contender.tokens / step_time_s
     flops = training_flops_per_token(contender.model, contender.vocab_size)
@@ -274,7 +297,7 @@ def described(contender: Contender, rate: float | None) -> dict[str, Any]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """Markdown: a row per contender; MFU = tokens/s * FLOPs a token / the device's dense bf16 peak."""
+    """Format the results as Markdown, one row per contender. MFU = tokens/s * FLOPs per token / dense bf16 peak."""
     results = report["results"]
     peers = {r["micro_batch_size"]: r["tokens_per_second"] for r in results if r["name"] == "GPT-2"}
     machine = report["machine"]
@@ -312,7 +335,7 @@ def as_table(report: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Tokens a second as bars."""
+    """Draw tokens per second as bars."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Clocks, memory and waits of a step, without disturbing it."""
+"""Measures time, memory and waits of a step without slowing it down."""
 
 import contextlib
 import statistics
@@ -15,7 +15,7 @@ MATMUL_SIZE = 8192
 
 
 def timed(step: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of each of `steps` steps after one that settles; on a GPU between events, never waiting between steps."""
+    """Time `steps` steps, in seconds, after one warm-up step. On a GPU, events take the time, without waits between."""
     step()
     if not torch.cuda.is_available():
         marks = [time.perf_counter()]
@@ -33,10 +33,10 @@ def timed(step: Callable[[], Any], steps: int) -> list[float]:
 
 
 def host_time(step: Callable[[], Any], steps: int = 8) -> float | None:
-    """Seconds in which the host has launched a step on an idle device, a median; None without a GPU.
+    """Return the median seconds that the host takes to launch a step on an idle device; None without a GPU.
 
-    Near or above a step's own time it may mean that the device waits for the host, or that the host waits for room:
-    CUDA takes about 1,000 kernels ahead.
+    If this is near the time of a step or above it, the device may wait for the host. The host may also wait for the
+    device: CUDA queues about 1,000 kernels.
     """
     if not torch.cuda.is_available():
         return None
@@ -50,7 +50,7 @@ def host_time(step: Callable[[], Any], steps: int = 8) -> float | None:
 
 
 def reserved_bytes() -> int:
-    """What PyTorch has reserved on the device, after giving unused blocks back."""
+    """Return the bytes that PyTorch has reserved on the device, after freeing unused blocks."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()
@@ -59,8 +59,9 @@ def reserved_bytes() -> int:
 
 
 def count_device_waits(step: Callable[[], Any]) -> int | None:
-    """How often a step makes the host wait for the device: asked to, as timers do, or because it reads a result, which
-    PyTorch's own detector reports; None without a GPU.
+    """Count how often a step makes the host wait for the device; None without a GPU.
+
+    It waits if asked to synchronize, as timers do, or if it reads a result. PyTorch's own detector reports the latter.
     """
     if not torch.cuda.is_available():
         return None
@@ -79,7 +80,7 @@ def count_device_waits(step: Callable[[], Any]) -> int | None:
 
 
 def kernel_times(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, float, float]]:
-    """(kernel, launches a step, milliseconds a step), the longest first."""
+    """Return (kernel, launches per step, milliseconds per step), the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -95,8 +96,11 @@ def kernel_times(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, flo
 
 
 def matmul_tflops() -> tuple[float, float]:
-    """What the device's own bf16 product of two square matrices of random numbers reaches: as usually quoted, ten
-    products on a cool device, and once half a second of them has brought the power limit to bear, as training does.
+    """Measure TFLOP/s of a bf16 product of two random square matrices.
+
+    Returns:
+        Two medians of ten products: on a cool device, as usually quoted, and after half a second of products, when the
+        power limit acts as it does in training.
     """
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rates = []
