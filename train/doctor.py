@@ -1,12 +1,13 @@
-"""Checks machines before a big job; runs on every rank as training does, on CPUs too:
+"""Check the machines of a job before it starts. Runs on every rank, as training does, also on CPUs.
 
     deepspeed --num_gpus 8 train/doctor.py --config configs/ereg_1b.json
     python -m train.doctor --config configs/quickstart.json
     sbatch --nodes=16 slurm/doctor.sh
 
-Devices (speed, right products, memory), interconnect along each axis, disk and checkpoint speed, data and its hashes,
-room for checkpoints, clocks, versions. Prints a table, and writes one JSON line a check with --json. Exit status: 0 all
-is well, 1 something is not, 2 cannot start as asked.
+Checks devices (speed, results, memory), the interconnect along each axis, checkpoint and disk speed, the dataset and
+its hashes, free space, clocks and versions. Prints a table; --json also writes one JSON line per check.
+
+Exit status: 0 all is well, 1 there is trouble, 2 cannot start as asked.
 """
 
 import argparse
@@ -31,14 +32,14 @@ from train.start.preflight import checkpoint_faults
 from train.start.same_start import DifferenceError, LateError, compare_ranks
 
 OUTLIER = 0.8
-"""A rank whose speed is below this share of the median is named."""
+"""A rank whose speed is below this fraction of the median is reported."""
 MAX_CLOCK_SKEW_S = 1.0
 SPEEDS = ("matmul", "all-reduce", "checkpoint")
 
 
 @dataclass
 class Row:
-    """One check over all ranks."""
+    """One check on all ranks."""
 
     check: str
     unit: str
@@ -50,7 +51,7 @@ class Row:
         return [value for value in self.values if value is not None]
 
     def judge(self, hosts: list[str]) -> None:
-        """Adds what shows only in comparison: outliers in speed, clocks apart."""
+        """Add faults that only a comparison of ranks shows: slow ranks, clocks that differ."""
         if not self.known:
             return
         usual = statistics.median(self.known)
@@ -66,6 +67,7 @@ class Row:
                 self.faults.append(f"rank {rank} on {hosts[rank]}: its clock is {value:.1f} s off; set it (NTP)")
 
     def line(self) -> str:
+        """Format the check as a line of the table."""
         known = self.known
         numbers = [min(known), statistics.median(known), max(known)] if known else []
         columns = "".join(f"{value:>10.4g}" for value in numbers).rjust(30)
@@ -114,16 +116,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of the job to come")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
-    parser.add_argument("--all-shards", action="store_true", help="hash every shard of the dataset, not a sample")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration of the job")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    parser.add_argument("--all-shards", action="store_true", help="hash every shard of the dataset, not only a sample")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON lines")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     return parser.parse_intermixed_args(arguments)
 
 
 def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
-    """Runs every check on every rank; all ranks get all rows, and each rank's host."""
+    """Run every check on every rank. Return all rows and the host of each rank, on all ranks."""
     from data.stream.dataset import open_dataset
     from parallel.launch import initialize_distributed
 

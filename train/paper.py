@@ -1,12 +1,12 @@
-"""arXiv 2501.03489 as configurations: every row of its tables and figures, with the published number beside it.
+"""List every row of the tables and figures of arXiv 2501.03489, and write it as a configuration.
 
-    python -m train.paper list                                  every row, its table, what was published
+    python -m train.paper list                                  every row with its published perplexity
     python -m train.paper write --output configs/rows           a configuration file for each row
     python train/main.py --config configs/rows/codeparrot-12L-T128.EReg.json
 
-`SETTINGS` says how a group of rows was trained, `ROWS` which model each row is. The rows marked AERO stand in the
-companion paper, arXiv 2410.13060; those marked "missing" in neither: they separate what the paper varies together.
-Where the source is silent, the choice is marked [choice].
+`SETTINGS` defines how a group of rows was trained, `ROWS` the model of each row. Rows marked AERO are from the
+companion paper, arXiv 2410.13060. Rows marked "missing" are in neither paper; they separate ingredients that the paper
+varies together. Values that the papers do not state are marked [choice].
 """
 
 import argparse
@@ -92,7 +92,7 @@ class Row:
         setting: key of SETTINGS.
         label: what the tables call it, unique within the setting.
         architecture: name in model.config.ARCHITECTURES.
-        places: where it stands: tables, figures, "AERO" or "missing".
+        places: tables and figures that show it, "AERO" or "missing".
         perplexity: published validation perplexity; None where none was published.
         diverges: the paper reports NaN.
         changes: sections of the configuration that differ from the setting's.
@@ -108,11 +108,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unique, and free of what a shell would read as more than a name."""
+        """Return a unique name without characters that a shell would interpret."""
         return f"{self.setting}.{self.label}".replace("(", "-").replace(")", "")
 
     def tree(self) -> dict[str, Any]:
-        """The configuration's sections that this row sets."""
+        """Return the configuration's sections that this row sets."""
         tree: dict[str, Any] = {key: dict(section) for key, section in SETTINGS[self.setting].items()}
         tree["model"]["architecture"] = self.architecture
         for key, section in self.changes.items():
@@ -128,7 +128,7 @@ SHORT_NAMES = {"SM+LN+G": "SM+LN+G", "SM+LN+R": "SM+LN+R", "SM+ScFuFFN": "SM+ScF
 
 
 def _main_four(setting: str, places: tuple[str, ...], perplexities: tuple[float, ...]) -> Iterator[Row]:
-    """The four architectures that every result table of the paper holds."""
+    """Yield the four architectures that every result table of the paper has."""
     for (architecture, label), perplexity in zip(SHORT_NAMES.items(), perplexities, strict=True):
         yield Row(setting, label, architecture, places, perplexity)
 
@@ -187,7 +187,7 @@ def _rows() -> Iterator[Row]:
 
 
 def _ablations() -> Iterator[Row]:
-    """What the paper varies together: temperature, regularizer, their forms."""
+    """Yield rows that separate what the paper varies together: temperature, regularizer, their forms."""
     missing = ("missing",)
     yield Row(SMALL, "SM(t)+ScFuFFN", "SM(t)+ScFuFFN", missing)
     for label, changes in {
@@ -204,7 +204,7 @@ ROWS: dict[str, Row] = {row.name: row for row in _rows()}
 
 
 def rows_at(place: str) -> list[Row]:
-    """Rows of a table or figure, all of them for "all", or the one row of that name; empty for an unknown place."""
+    """Return the rows of a table or figure, every row for "all", or the one row of that name; else an empty list."""
     if place == "all":
         return list(ROWS.values())
     return [ROWS[place]] if place in ROWS else [row for row in ROWS.values() if place in row.places]
@@ -216,7 +216,7 @@ def places() -> list[str]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured private inference and the FLOPs printed beside it (two parties, 32 cores each, SecretFlow).
+    """A published measurement of private inference (two parties, 32 cores each, SecretFlow), and its printed FLOPs.
 
     Attributes:
         communication_gb, latency_min: as printed.
@@ -279,13 +279,17 @@ MEASUREMENTS: list[Measurement] = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.paper", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="print the rows")
+    listing = commands.add_parser("list", help="print every row with its published perplexity")
     writing = commands.add_parser("write", help="write a configuration file for each row")
     for command in (listing, writing):
-        command.add_argument("--only", metavar="PLACE", help=f"one of: {', '.join(places())}; or one row's name")
-    writing.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the files")
+        command.add_argument(
+            "--only", metavar="PLACE", help=f"only these rows: {', '.join(places())}; or the name of one row"
+        )
+    writing.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     options = parser.parse_args(arguments)
     rows = list(ROWS.values()) if options.only is None else rows_at(options.only)
     if not rows:

@@ -1,12 +1,12 @@
-"""What a private inference costs, in communication (GB) and latency (minutes), for any architecture and size.
+"""Predict the communication (GB) and latency (minutes) of private inference, for any architecture and size.
 
     python -m train.private_inference                              the calibrated costs and their error
-    python -m train.private_inference --config configs/ereg.json   what that model would cost
+    python -m train.private_inference --config configs/ereg.json   the cost of that model
 
-The model is a sum of operations times a cost each. The costs are calibrated, not derived: least squares of relative
-errors, none negative, on the 16 inferences measured in arXiv 2501.03489 and 2410.13060 (two parties, 32 cores each,
-SecretFlow). The measured latencies include the network as it was there; the papers state 100 Mbps, yet 145 GB in 30.7
-minutes are 630 Mbps, so no other network can be extrapolated from them.
+The prediction is a sum over operations, each with its own cost. The costs are fitted to the 16 inferences that
+arXiv 2501.03489 and 2410.13060 measured (two parties, 32 cores each, SecretFlow), by least squares of relative errors
+without negative costs. The measured latencies include the network of those measurements. The papers state 100 Mbps, but
+145 GB in 30.7 minutes are 630 Mbps, so latencies on other networks cannot be extrapolated.
 """
 
 import argparse
@@ -40,19 +40,19 @@ PER = (1e6, 1e6, 1e6, 1e6, 1e6, 1.0)  # costs are stated for so many
 
 @dataclass(frozen=True)
 class PrivateInferenceCost:
-    """One forward pass over one sequence."""
+    """Predicted cost of one forward pass over one sequence."""
 
     communication_gb: float
     latency_min: float
 
 
 def operation_counts(model: ModelConfig, vocab_size: int) -> Array:
-    """How many of each of OPERATIONS a forward pass over one sequence has, in units of PER: [6].
+    """Count each of OPERATIONS in a forward pass over one sequence, in units of PER: [6].
 
-    LayerNorm and ReLU are one kind: every measured model has both or neither, in the ratio 1 to 2, so only their sum is
-    known; a model with one of them is charged as if an element of either cost the same. An activation that was never
-    measured is charged as GELU. A layer costs by itself since every step of a protocol waits for the network. The norm
-    after the last block is left out, as in the paper's tables.
+    LayerNorm and ReLU are one kind. Every measured model has both or neither, in the ratio 1 to 2, so only the cost of
+    their sum is known; an element of either is charged the same. An activation that was never measured is charged as
+    GELU. Each layer has a cost of its own, because every step of a protocol waits for the network. The norm after the
+    last block does not count, as in the paper's tables.
     """
     operations = nonlinear_operations(model)
     elements = {kind: operation.elements for kind, operation in operations.items()}
@@ -69,18 +69,18 @@ def operation_counts(model: ModelConfig, vocab_size: int) -> Array:
 
 
 def private_inference_cost(model: ModelConfig, vocab_size: int) -> PrivateInferenceCost:
-    """Predicted cost of a resolved model; `leave_one_out` says how well such predictions hold."""
+    """Predict the cost of a resolved model. `leave_one_out` measures how good such predictions are."""
     return _cost(operation_counts(model, vocab_size), costs_per_operation())
 
 
 @cache
 def costs_per_operation() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """GB and minutes of each of OPERATIONS, for PER of them."""
+    """Return GB and minutes of each of OPERATIONS, per PER of them."""
     return calibrate(MEASUREMENTS)
 
 
 def calibrate(measurements: Sequence[Measurement]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Costs that minimize the squared relative errors over the measurements, none negative."""
+    """Fit non-negative costs that minimize the squared relative errors over the measurements."""
     from scipy.optimize import nnls
 
     counts = np.array([_counts(measurement) for measurement in measurements])
@@ -92,7 +92,7 @@ def calibrate(measurements: Sequence[Measurement]) -> tuple[tuple[float, ...], t
 
 
 def leave_one_out(measurements: Sequence[Measurement] = MEASUREMENTS) -> Array:
-    """Relative errors [measurements, 2] (GB, minutes) of predicting each measurement from all the others."""
+    """Return the relative errors of predicting each measurement from all others: [measurements, 2], GB and minutes."""
     predictions = []
     for index, left_out in enumerate(measurements):
         others = [*measurements[:index], *measurements[index + 1 :]]
@@ -117,7 +117,7 @@ def _measured(measurements: Sequence[Measurement]) -> Array:
 
 
 def calibration_table() -> str:
-    """The costs, and for each measurement what the model says of it when it has not seen it."""
+    """Format the fitted costs, and for each measurement the error of predicting it from the others."""
     lines = ["cost of                        GB         min"]
     for operation, per, gigabytes, minutes in zip(OPERATIONS, PER, *costs_per_operation(), strict=True):
         unit = f"{per:,.0f} {operation}s" if per > 1 else f"a {operation}"
@@ -137,16 +137,18 @@ def calibration_table() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.private_inference", description=(__doc__ or "").splitlines()[0]
+        prog="python -m train.private_inference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="cost of this configuration's model")
+    parser.add_argument("--config", metavar="FILE", help="predict the cost of this configuration's model")
     parser.add_argument(
-        "--vocab-size", type=whole_number(1), metavar="N", help="tokens (default: data.planned_vocab_size)"
+        "--vocab-size", type=whole_number(1), metavar="N", help="vocabulary size (default: data.planned_vocab_size)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, applied over the file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and (options.overrides or options.vocab_size is not None):
-        parser.error("overrides and --vocab-size need --config, the model that they are of")
+        parser.error("overrides and --vocab-size need --config")
     if options.config is None:
         print(calibration_table())
         return 0

@@ -1,10 +1,10 @@
-"""Copies the code and the resolved configuration into a run's folder, and prints that folder:
+"""Copy the code and the resolved configuration into a run's folder, and print that folder.
 
     python -m train.snapshot --config configs/ereg_1b.json --world-size 16 [section.key=value ...]
 
-Before that, what cannot start on so many processes is refused (exit status 2), by one process and in one place. A job
-that is requeued for weeks then runs what it was submitted with, whatever happens to the checkout meanwhile. A snapshot
-that is there already is kept; delete run_dir/code to have a new one taken.
+A job that is requeued for weeks then runs the code that it was submitted with, even if the checkout changes. An
+existing snapshot is kept; delete run_dir/code to take a new one. A configuration that cannot start on that many
+processes is refused first, with exit status 2.
 """
 
 import argparse
@@ -24,10 +24,14 @@ PACKAGES = ("model", "parallel", "data", "train", "configs", "slurm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.snapshot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.snapshot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of single keys")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes that will train")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    parser.add_argument(
+        "--world-size", type=int, required=True, metavar="N", help="number of processes that will train"
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -45,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def take(run_dir: Path) -> None:
-    """Copies the packages to run_dir/code unless that is there; a copy cut short is not taken for one."""
+    """Copy the packages to run_dir/code unless that exists. An interrupted copy does not count as one."""
     code, root = run_dir / CODE, Path(__file__).resolve().parents[1]
     if code.exists():
         return

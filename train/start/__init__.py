@@ -1,1 +1,1 @@
-"""Before any device is touched: what refuses a run, and whether all ranks run the same thing."""
+"""Checks before any device is used: whether the run can start, and whether all ranks run the same thing."""

@@ -1,6 +1,4 @@
-"""The checks of train.doctor. Every rank runs them together and measures itself; the verdicts are made from all ranks'
-numbers.
-"""
+"""The checks of train.doctor. All ranks run them together, and each measures itself."""
 
 import contextlib
 import os
@@ -40,7 +38,7 @@ BYTES_PER_PARAMETER = 12  # float32 master copy and two moments
 
 @dataclass
 class Finding:
-    """What one check found on one rank: a number that ranks are compared by, and faults in words."""
+    """The result of one check on one rank: a number to compare ranks by, and error messages."""
 
     check: str
     unit: str = ""
@@ -49,7 +47,7 @@ class Finding:
 
 
 def version_table(config: Config) -> dict[str, str]:
-    """Python, packages and device, in which ranks have to agree."""
+    """Return versions and device names, which must be the same on all ranks."""
     known = {**description(config)["versions"], "cuda": str(torch.version.cuda)}
     if ON_GPU:
         known["gpu"] = torch.cuda.get_device_name()
@@ -57,10 +55,10 @@ def version_table(config: Config) -> dict[str, str]:
 
 
 def matmul() -> Finding:
-    """Speed of a matrix product, and whether it gives the same product every time.
+    """Measure the speed of a matrix product, and check its result.
 
-    The product of two small-integer matrices is exact, so it can be checked without a reference device: its sum is the
-    product of column sums and row sums.
+    A product of matrices of small integers is exact. Its sum must equal the product of column sums and row sums, so no
+    reference device is needed.
     """
     finding, device = Finding("matmul", "TFLOP/s" if ON_GPU else "GFLOP/s"), local_device()
     dtype = torch.bfloat16 if ON_GPU else torch.float32
@@ -75,7 +73,7 @@ def matmul() -> Finding:
 
 
 def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of all elements of A B, added up in float64 from blocks whose elements float32 holds exactly."""
+    """Return the sum of all elements of A B, in float64, from blocks whose elements are exact in float32."""
     total = torch.zeros((), dtype=torch.float64, device=a.device)
     for start in range(0, len(a), 1024):
         total += (a[start : start + 1024].float() @ b.float()).double().sum()
@@ -83,7 +81,7 @@ def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def memory() -> Finding:
-    """Writes patterns over most of the free memory and reads them back."""
+    """Write bit patterns to most of the free memory and read them back."""
     finding, device = Finding("memory", "GiB"), local_device()
     free = torch.cuda.mem_get_info()[0] if ON_GPU else 1 << 28
     size = int(free * 0.9) // 8
@@ -98,7 +96,7 @@ def memory() -> Finding:
 
 
 def bandwidth(axis: str, group: ProcessGroup) -> Finding:
-    """Bus bandwidth of an all-reduce along one axis of the grid."""
+    """Measure the bus bandwidth of an all-reduce along one axis of the grid, and check its result."""
     finding, ranks = Finding(f"all-reduce {axis}", "GB/s"), dist.get_world_size(group)
     if ranks == 1:
         return finding
@@ -111,7 +109,7 @@ def bandwidth(axis: str, group: ProcessGroup) -> Finding:
 
 
 def disk(config: Config) -> list[Finding]:
-    """Speed of writing, with hashes as checkpoints are, and of reading back verified."""
+    """Measure the speed of writing and reading a file with hashes, as checkpoints are."""
     write, read = Finding("checkpoint write", "MB/s"), Finding("checkpoint read", "MB/s")
     folder = Folder(config.checkpoint_folder).child(f"doctor_{dist.get_rank():05d}")
     content = os.urandom(1 << 20)
@@ -136,7 +134,7 @@ def disk(config: Config) -> list[Finding]:
 
 
 def absent_folders(config: Config) -> list[Path]:
-    """The folders on this machine's disks that `disk` is going to make, innermost first."""
+    """Return the folders on local disks that `disk` will create, innermost first."""
     folder = Folder(config.checkpoint_folder)
     path = Path(folder.path)
     local = isinstance(folder.fs, LocalFileSystem)
@@ -144,14 +142,14 @@ def absent_folders(config: Config) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Takes back what `disk` has made; another rank may have done so, or something else use them by now."""
+    """Remove the folders that `disk` created, unless another rank was faster or they are in use by now."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def free_space(config: Config, vocab_size: int) -> Finding:
-    """Room for the checkpoints that are kept at one time, and one being written."""
+    """Check the space for all checkpoints that are kept at a time, and for one being written."""
     finding = Finding("free space", "GB")
     parameters = total_parameters(config.model, vocab_size)
     kept = config.checkpoint.keep + 1 + int(config.checkpoint.keep_best)
@@ -171,7 +169,7 @@ def free_space(config: Config, vocab_size: int) -> Finding:
 
 
 def data(config: Config, all_shards: bool) -> Finding:
-    """Whether shards can be reached and are what the manifest says; the ranks take turns through them."""
+    """Check that shards can be read and match the manifest. The ranks share the shards."""
     finding, started, num_bytes = Finding("data", "MB/s"), time.perf_counter(), 0
     try:
         manifest = open_dataset(config.data.path, config.data.read_options())
@@ -189,7 +187,7 @@ def data(config: Config, all_shards: bool) -> Finding:
 
 
 def clock() -> Finding:
-    """How far this rank's clock is from rank 0's, as well as the network lets one tell."""
+    """Measure how far this rank's clock is from rank 0's, as precisely as the network allows."""
     finding, best = Finding("clock skew", "s"), (float("inf"), 0.0)
     for _ in range(REPEATS):
         dist.barrier()
@@ -203,6 +201,7 @@ def clock() -> Finding:
 
 
 def axes(groups: Groups) -> dict[str, ProcessGroup]:
+    """Return the process group of each axis by the axis' name."""
     return {
         "tensor": groups.tensor,
         "context": groups.context,
@@ -213,7 +212,7 @@ def axes(groups: Groups) -> dict[str, ProcessGroup]:
 
 
 def temporary_space() -> Finding:
-    """Room where programs put temporary files, of which compilers need some."""
+    """Check the space for temporary files, which compilers need."""
     finding, folder = Finding("temporary space", "GB"), Path(tempfile.gettempdir())
     status = os.statvfs(folder)
     finding.value = status.f_bavail * status.f_frsize / 1e9
@@ -223,7 +222,7 @@ def temporary_space() -> Finding:
 
 
 def _usual_seconds(work: Callable[[], Any]) -> float:
-    """The second fastest of some runs: what the device can do when nothing else is in the way."""
+    """Return the second fastest of several runs, so that other load on the device hardly counts."""
     times = []
     for _ in range(REPEATS + 1):
         _synchronize()

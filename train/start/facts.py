@@ -1,8 +1,8 @@
-"""What a rank runs, as a flat table that can be compared with the other ranks'.
+"""Collects what a rank runs, as a flat table that is compared with those of other ranks.
 
-Left out is what may rightly differ between nodes: where a node finds or keeps things, as long as what lies there is
-compared (`PLACES`); and the commit, since a copy has none and a dirty checkout's says too little: the sources
-themselves are compared.
+Some things may differ between nodes and are left out. `PLACES` are where a node finds or keeps files; the dataset
+itself is compared. The commit is left out because a copy of the code has none, and that of a modified checkout says too
+little; the source files themselves are compared.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What can be said against a run before any device is touched."""
+"""Checks a run before any device is used."""
 
 from data.shards.manifest import Manifest
 from data.stream.dataset import open_dataset_once
@@ -7,10 +7,10 @@ from train.config import Config, ConfigError, dataset_faults, world_faults
 
 
 def preflight(config: Config, world_size: int) -> Manifest:
-    """The run's dataset, once configuration, number of processes and dataset fit together.
+    """Check that configuration, number of processes and dataset fit together. Return the dataset.
 
     Raises:
-        ConfigError: they do not; a line for each fault.
+        ConfigError: they do not; it has one line per fault.
         DataError: the dataset cannot be read.
     """
     manifest = open_dataset_once(config.data.path, config.data.read_options())
@@ -21,7 +21,7 @@ def preflight(config: Config, world_size: int) -> Manifest:
 
 
 def checkpoint_faults(config: Config) -> list[str]:
-    """Whether this installation knows the kind of place that checkpoints are to go to; nothing is written."""
+    """Return a fault if this installation cannot write to the address of checkpoints. Nothing is written."""
     try:
         Folder(config.checkpoint_folder)
     except (ValueError, ImportError) as error:
