@@ -1,12 +1,12 @@
-"""Cross-entropy of a linear head, chunk by chunk: the logits of all tokens are never held at once.
+"""Computes the cross-entropy of a linear head in chunks, so that the logits of all tokens never exist at once.
 
 For a chunk of tokens h [C, D], the head's weight W [V, D] and labels y [C]:
 
     logits = h W^T            lse = ln sum_v e^logits_v          loss = sum_c (lse_c - logits_c,y)
     dlogits = softmax(logits) - onehot(y)        dh = dlogits W        dW += dlogits^T h
 
-Both gradients are taken at once in the forward pass while the chunk's logits exist, which saves the fourth matrix
-product that recomputing them in the backward pass would cost; the backward pass multiplies by the upstream scalar.
+The forward pass computes both gradients while the chunk's logits exist. This saves a fourth matrix product, which
+recomputing the logits would cost. The backward pass only multiplies by the upstream scalar.
 
 The vocabulary may be split over ranks: `VocabularyShard` says where a shard starts and how to reduce over shards.
 """
@@ -50,15 +50,17 @@ def linear_cross_entropy(
     vocab_size: int,
     shard: VocabularyShard = WHOLE_VOCABULARY,
 ) -> Tensor:
-    """The cross-entropy in nats of softmax(hidden weight^T) against labels, summed over tokens: a scalar, float32 or
-    wider.
+    """Return the cross-entropy of softmax(hidden weight^T) against labels in nats, summed over tokens.
 
     Args:
         hidden_TBD: any leading shape, width D last; the same on every shard.
         weight_VD: this shard's rows of the head.
         labels_TB: int64, the leading shape of hidden; negative labels are ignored and contribute 0.
         vocab_size: rows of the whole head that are tokens; rows beyond are padding and get probability 0.
-        shard: which rows these are; its gradient for `hidden` is this shard's part, to be summed by the caller.
+        shard: which rows these are. The gradient of `hidden` is this shard's part; the caller sums it over shards.
+
+    Returns:
+        A scalar in float32 or wider.
     """
     hidden, labels = hidden_TBD.flatten(0, -2), labels_TB.flatten()
     return _LinearCrossEntropy.apply(hidden, weight_VD, labels, vocab_size, shard)
@@ -124,8 +126,10 @@ def _loss_and_gradient(
 
 
 def _row_statistics(logits: Tensor, local: Tensor, valid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of logits [C, V]: the largest over valid columns, the sum of e^(logit - largest) over them, and the
-    label's logit (0 if not here). Without valid columns the largest is -inf and the sum 0.
+    """Return three numbers for each row of logits [C, V].
+
+    They are the largest logit over valid columns, the sum of e^(logit - largest) over these, and the label's logit (0
+    if not here). Without valid columns, the largest is -inf and the sum 0.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
     here, column = _label_column(local, logits.shape[1])
@@ -138,10 +142,9 @@ def _row_statistics(logits: Tensor, local: Tensor, valid: int) -> tuple[Tensor, 
 
 
 def _gradient(logits: Tensor, local: Tensor, lse: Tensor, counted: Tensor, valid: int) -> Tensor:
-    """softmax - onehot for rows that count, in the logits' type: [C, V]. Consumes the logits.
+    """Return softmax - onehot for rows with a label, in the logits' type: [C, V]. Overwrites the logits.
 
-    The label's entry is taken in full precision before rounding: softmax - 1 of rounded numbers would lose what is
-    small.
+    The label's entry, softmax - 1, is computed in full precision before rounding, which keeps small values.
     """
     here, column = _label_column(local, logits.shape[1])
     probability = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp_()

@@ -1,5 +1,6 @@
-"""Loss and gradient of a chunk of logits in one kernel, for a head that is not split: each program reads one row twice,
-the second time from the cache, so that device memory sees one read and one write.
+"""Computes loss and gradient of a chunk of logits in one kernel, for a head that is not split.
+
+Each program reads one row twice. The second read hits the cache, so device memory sees one read and one write.
 """
 
 import torch
@@ -11,11 +12,11 @@ BLOCK, WARPS = 4096, 8
 
 
 def losses_in_place(logits: Tensor, labels: Tensor, valid: int, *, with_gradient: bool) -> Tensor:
-    """Of each row lse - logit of its label, 0 where the label is negative: [C], float32.
+    """Return lse - logit of the label for each row, 0 if the label is negative: [C], float32.
 
     Args:
-        logits: [C, V], contiguous, of float32 or half that; with_gradient leaves softmax - onehot in their place, 0 in
-            rows that do not count and in padding.
+        logits: [C, V], contiguous, in float32 or a 16-bit type. with_gradient overwrites them with softmax - onehot,
+            which is 0 in rows without a label and in padding.
         labels: [C] int64, below `valid`.
         valid: columns that are tokens; the rest is padding.
     """

@@ -1,17 +1,23 @@
-"""Initial weights that depend on the seed and a parameter's global name alone, never on how the model is laid out.
+"""Draws initial weights that depend only on the seed and a parameter's global name, never on the layout.
 
-Every parameter is drawn whole from a generator of its own, keyed by (seed, name), and then cut to the shard at hand:
-two layouts of one model start from the same numbers to the last bit, and a stage never draws what it does not hold.
+Every parameter is drawn whole from its own generator, keyed by (seed, name), and then cut to the local shard. Two
+layouts of one model therefore start from the same bits, and a stage never draws what it does not hold.
 
-Without norms the residual is multiplied, not added to: at the start a block's FFN multiplies its mean square by 1 + D
-std^2 / alpha^2, and attention by up to 1 + (D std^2)^2 once positions resemble each other. At the paper's 12 layers
-of width 768 that is 1.31 a block and 30 in all; at width 2560 it would be 2 to 4 a block, and attention collapses.
-One step of Adam then moves a block's output by about rate * D / alpha of its input, and the blocks of a network
-compound. So 'scaled' initialization draws the blocks' matrices with std ~ 1/sqrt(D) beyond the paper's width, which
-keeps D std^2, and beyond its depth divides what a block adds by L / 12: alpha starts there, and matrices that end a
-sub-block without an alpha start smaller. A tied head reads the input token back with a logit of about D std times its
-share of the residual, 17 nats at width 2560: so embeddings start with std ~ 1/D beyond the paper's width. The largest
-stable rate still falls about as 1 / (D sqrt(L)); see docs/study/stability.md.
+Without norms, blocks multiply the residual. At the start, the FFN of a block multiplies its mean square by 1 + D std^2
+/ alpha^2, and attention by up to 1 + (D std^2)^2 once positions resemble each other. At the paper's 12 layers of width
+768 that is a factor of 1.31 per block and 30 in all. At width 2560 it would be 2 to 4 per block, and attention would
+collapse. One step of Adam then moves a block's output by about rate * D / alpha of its input, and this compounds over
+blocks.
+
+Beyond the paper's sizes, 'scaled' initialization therefore does three things:
+
+- Beyond its width, it draws the blocks' matrices with std ~ 1/sqrt(D), which keeps D std^2.
+- Beyond its depth, it divides what a block adds by L / 12. Alpha starts there; matrices that end a sub-block without an
+  alpha start smaller.
+- Beyond its width, it draws embeddings with std ~ 1/D. A tied head reads the input token back with a logit of about
+  D std times its share of the residual, which would be 17 nats at width 2560.
+
+The largest stable learning rate still falls about as 1 / (D sqrt(L)); see docs/study/stability.md.
 """
 
 import hashlib
@@ -31,7 +37,7 @@ Cut = Callable[[str, Tensor], Tensor]
 PAPER_WIDTH, PAPER_DEPTH = 768, 12
 POWER_ITERATIONS_AT_START = 30
 TIED_HEAD_SOURCE = "embedding.word.weight"
-"""The parameter that a tied head repeats where a stage holds the head without the embedding."""
+"""The parameter that a tied head copies if its stage does not hold the embedding."""
 
 
 def _whole(name: str, tensor: Tensor) -> Tensor:
@@ -39,19 +45,19 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one parameter, independent between names and seeds."""
+    """Return a CPU generator for one parameter, independent between names and seeds."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def global_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
-    """The shape of every parameter of the whole, unpadded model by global name; allocates nothing."""
+    """Return the shape of every parameter of the whole, unpadded model by global name. Allocates nothing."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in named_parameters(Transformer(config, vocab_size))}
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`model.named_parameters()` under the names this project uses: a reparametrized weight keeps its plain name."""
+    """Yield `model.named_parameters()` under this project's names: a reparametrized weight keeps its plain name."""
     for name, parameter in model.named_parameters():
         yield plain_name(name), parameter
 
@@ -62,7 +68,7 @@ def plain_name(name: str) -> str:
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The whole initial tensor of the parameter `name` in float32."""
+    """Return the whole initial tensor of the parameter `name`, in float32."""
     kind = name.rsplit(".", 1)[-1]
     if kind == "gain":  # g = ||V|| so that W = V at the start
         weight_name = name.removesuffix("gain") + "weight"
@@ -85,13 +91,13 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 def depth_factor(config: ModelConfig) -> float:
-    """By how much less each block adds to the residual than one of the paper's 12 layers; 1 where norms bound it."""
+    """Return the factor by which a block adds less to the residual than one of the paper's 12 layers; 1 with norms."""
     scaled = config.initialization == "scaled" and config.norm == "none"
     return max(1.0, config.num_layers / PAPER_DEPTH) if scaled else 1.0
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
-    """Of the normal distribution that the matrix `name` is drawn from."""
+    """Return the standard deviation of the normal distribution that the matrix `name` is drawn from."""
     if config.initialization == "paper" or config.norm != "none":
         return config.init_std
     if not name.startswith("layers."):
@@ -104,9 +110,9 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int, cut: Cut = _whole) -> None:
-    """Fills every parameter and power-iteration vector of `model`, which may be a shard of the whole.
+    """Fill every parameter and power-iteration vector of `model`, which may be a shard of the whole.
 
-    Rows of a padded vocabulary beyond `vocab_size` are zero; they are masked in the loss and stay so.
+    Padding rows of the vocabulary, beyond `vocab_size`, are zero. The loss masks them, so they stay zero.
     """
     shapes = global_shapes(config, vocab_size)
     for name, parameter in named_parameters(model):

@@ -1,9 +1,10 @@
 """Weight and spectral normalization as reparametrizations of a linear layer's weight.
 
-A weight [rows, columns] may hold several matrices stacked head by head (query, key and value of one head, then of the
-next), of which only some are normalized: `slots` says how many are interleaved a head, `normalized` how many of them,
-from the first. A matrix sharded by rows or by columns becomes exact by handing in `sum_over_shards`, whose forward and
-backward both sum over the shards: norms are sums over all elements, and every shard's output depends on them.
+A weight [rows, columns] may hold several matrices stacked head by head: query, key and value of one head, then of the
+next. `slots` is their number per head, and the first `normalized` of them are normalized.
+
+Norms are sums over all elements. For a matrix sharded by rows or columns, the caller passes `sum_over_shards`, whose
+forward and backward both sum over the shards. The result is then exact.
 """
 
 from collections.abc import Callable

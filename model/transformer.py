@@ -29,12 +29,14 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 def scaled_matrix(
     weight: Tensor, divisor: Tensor | None, diagonal: Tensor | float | None, first_column: int = 0
 ) -> Tensor:
-    """W / divisor + diagonal * I, of which `weight` may hold a range of columns only, from `first_column` on.
+    """Return W / divisor + diagonal * I. `weight` may hold a range of W's columns only, from `first_column` on.
 
-    It costs operations an element of the matrix, where scaling a product or adding to it costs as many an element of
-    the activations; gradients of divisor and diagonal are sums over the matrix, not over tokens, and need no product
-    kept. Computed and summed in float32 or wider and rounded once. In bf16, beside a diagonal near 1, that leaves W's
-    own diagonal a resolution of 2^-8 (below 1) or 2^-7, which is also what a bf16 parameter near 1 has itself.
+    Scaling the matrix costs operations per element of the matrix; scaling the product would cost operations per element
+    of the activations. The gradients of divisor and diagonal are sums over the matrix, not over tokens, so no product
+    needs to be kept.
+
+    The result is computed in float32 or wider and rounded once. In bf16, next to a diagonal near 1, W's own diagonal
+    keeps a resolution of 2^-8 (below 1) or 2^-7. A bf16 parameter near 1 has the same.
     """
     exact = torch.promote_types(weight.dtype, torch.float32)
     matrix = weight if divisor is None else weight / divisor.to(exact)
@@ -45,8 +47,10 @@ def scaled_matrix(
 
 
 class Linear(nn.Linear):
-    """x (W / divisor + diagonal * I)^T + bias: a layer that owns its matrix alone, since what else it takes belongs to
-    heads or to a sub-block. A bias given here is added within the product.
+    """Linear layer, x (W / divisor + diagonal * I)^T + bias.
+
+    The layer owns only W, since the other arguments belong to heads or to a sub-block. A bias is added within the
+    product.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -63,9 +67,9 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Module):
-    """Word embedding plus, where positions are learned, position embedding: tokens [T, B] -> [T, B, D].
+    """Word embedding, plus position embedding if positions are learned: tokens [T, B] -> [T, B, D].
 
-    The tokens are those of the positions from `first_position` on; the whole sequence by default.
+    The tokens are at positions from `first_position` on, by default the whole sequence.
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
@@ -83,7 +87,7 @@ class Embedding(nn.Module):
 
 
 class CoreAttention(nn.Module):
-    """What attention does between its projections: rotary positions where chosen, and the softmax; no parameters."""
+    """The part of attention between its projections: rotary positions, if chosen, and the softmax. No parameters."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -105,12 +109,12 @@ class CoreAttention(nn.Module):
 
 
 class _GradientOfBiases(torch.autograd.Function):
-    """The identity on products [T, B, N 3 H] that the biases of query and key [N, H] are in; its backward pass gives
-    the biases their gradients.
+    """The identity on products [T, B, N 3 H] that already contain the biases of query and key, [N, H].
 
-    A bias b of the keys adds q_i . b to all scores of row i, which the softmax does not see: unless positions rotate
-    the keys, its gradient is 0. Summed over tokens it would come out as the rounding of everything else, on which Adam
-    takes steps as large as on any other gradient; and two thirds of the products' gradients would be read for nothing.
+    The backward pass computes the gradients of the biases. A key bias b adds q_i . b to all scores of row i, and the
+    softmax does not change. Its gradient is therefore 0, unless positions rotate the keys. Summing it over tokens would
+    give rounding noise, on which Adam takes steps as large as on any other gradient. It would also read two thirds of
+    the products' gradients for nothing.
     """
 
     @staticmethod
@@ -131,8 +135,8 @@ class _GradientOfBiases(torch.autograd.Function):
 class Attention(nn.Module):
     """Causal softmax attention, softmax_j(q_i . k_j / (t_i sqrt(H))), with the entropy of every row.
 
-    Query and key have a bias, value and output none; the key's acts, and learns, only where positions rotate the keys.
-    Query, key and value are one matrix, stacked head by head, so that a range of heads is a range of its rows.
+    Query and key have a bias; value and output have none. The key's bias acts, and learns, only if positions rotate the
+    keys. Query, key and value are one matrix, stacked head by head, so a range of heads is a range of its rows.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -153,7 +157,7 @@ class Attention(nn.Module):
         self.threshold = nn.Parameter(torch.empty(heads)) if config.regularized else None
 
     def temperature(self) -> Tensor | None:
-        """The positive divisor of the logits, [N] or [N, T], or None where there is none."""
+        """Return the positive divisor of the logits, [N] or [N, T]; None without a temperature."""
         if self.temperature_parameter is None:
             return None
         if self.temperature_form == "exp":
@@ -162,11 +166,11 @@ class Attention(nn.Module):
         return self.temperature_parameter
 
     def may_lack_gradient(self, is_one_hot: bool) -> set[str]:
-        """Names the parameters whose gradient may be exactly zero in a sound step.
+        """Return the names of parameters whose gradient may be exactly zero in a correct step.
 
-        A threshold has none while its heads' entropies lie within the regularizer's margin. A bias of the keys has none
-        unless positions rotate them. What only moves attention from one position to another has none where each token
-        attends to one position.
+        A threshold has no gradient while its head's entropy is within the regularizer's margin. A key bias has none
+        unless positions rotate the keys. If each token attends to one position, parameters that only move attention
+        between positions have none.
 
         Args:
             is_one_hot: whether a head's mean entropy is zero, as with saturated scores or sequences of one token.
@@ -193,10 +197,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN sub-block with its residual: beta * x + (1 / alpha) * FFN(x) where scaled (paper Eq. 8), else x + FFN(x).
+    """FFN sub-block with its residual: beta * x + (1 / alpha) * FFN(x) if scaled (paper Eq. 8), else x + FFN(x).
 
-    FFN is one D x D matrix W where fused, else W_down act(W_up x). Fused and without a norm before it the sub-block is
-    linear, and computed as one product: (beta * I + W / alpha) x.
+    FFN is one D x D matrix W if fused, else W_down act(W_up x). A fused FFN without a norm before it makes the
+    sub-block linear. It is then computed as one product: (beta * I + W / alpha) x.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -211,7 +215,7 @@ class FeedForward(nn.Module):
         self.beta = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
 
     def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
-        """FFN of x and the residual that it is added to, both [T, B, D] -> [T, B, D]; the same without a norm."""
+        """Add the FFN of x to the residual: both [T, B, D] -> [T, B, D]. Without a norm both are the same tensor."""
         if self.holds_residual:
             assert self.fused is not None
             return self.fused(x_TBD, divisor=self.alpha, diagonal=1.0 if self.beta is None else self.beta)
@@ -223,7 +227,7 @@ class FeedForward(nn.Module):
         return residual_TBD + self.contract(self.up(x_TBD))
 
     def contract(self, x_TBF: Tensor) -> Tensor:
-        """The second half of an FFN of two matrices: [T, B, F] -> [T, B, D]."""
+        """Compute the second half of an FFN of two matrices: [T, B, F] -> [T, B, D]."""
         assert self.down is not None
         return self.down(self.activation(x_TBF), divisor=self.alpha)
 
@@ -247,9 +251,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and vocabulary projection; rows of the weight beyond `vocab_size` are padding and never win
-    probability.
-    """
+    """Final norm and vocabulary projection. Rows of the weight beyond `vocab_size` are padding with probability 0."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, padded_vocab_size: int) -> None:
         super().__init__()
@@ -258,7 +260,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(padded_vocab_size, config.hidden_size))
 
     def forward(self, x_TBD: Tensor, labels_TB: Tensor | None = None) -> Tensor:
-        """Logits [T, B, vocab_size], or with labels the cross-entropy in nats summed over tokens, a float32 scalar."""
+        """Return logits [T, B, vocab_size]; with labels, the cross-entropy in nats summed over tokens, float32."""
         x_TBD = self.norm(x_TBD)
         if labels_TB is None:
             return F.linear(x_TBD, self.weight[: self.vocab_size])
@@ -273,7 +275,8 @@ class Transformer(nn.Module):
         vocab_size: tokens of the dataset's tokenizer.
         padded_vocab_size: rows of the embedding, at least vocab_size (matrix products want multiples of 128).
         layers: which blocks are held; all by default.
-        first, last: whether the embedding and the head are held. With both and a tied head they share one parameter.
+        first, last: whether the embedding and the head are held. If both are and the head is tied, they share one
+            parameter.
     """
 
     def __init__(
@@ -296,17 +299,17 @@ class Transformer(nn.Module):
         self.tie_head()
 
     def tie_head(self) -> None:
-        """Makes embedding and head one parameter where both are held and the head is tied."""
+        """Make embedding and head one parameter, if both are held and the head is tied."""
         if self.embedding is not None and self.head is not None and self.config.tied_head:
             self.head.weight = self.embedding.word.weight
 
     def hidden_states(self, x: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Runs embedding and layers as far as they are held.
+        """Run the embedding and the layers that are held.
 
         Args:
-            x: tokens [T, B] where the embedding is held, else hidden states [T, B, D].
-            document_start_BT: the first position that each may attend to (integers), where sequences are packed of
-                several documents; positions and per-position temperatures stay those of the packed sequence.
+            x: tokens [T, B] if the embedding is held, else hidden states [T, B, D].
+            document_start_BT: for sequences packed from several documents, the first position that each token may
+                attend to (integers). Positions and per-position temperatures stay those of the packed sequence.
 
         Returns:
             Hidden states [T, B, D] and the entropy in nats of each layer held, [B, N, T].
@@ -321,8 +324,10 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_TB: Tensor, labels_TB: Tensor | None = None, document_start_BT: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The whole model: logits [T, B, V], or the summed cross-entropy in nats with labels, and every layer's
-        entropy.
+        """Run the whole model.
+
+        Returns:
+            Logits [T, B, V], or with labels the summed cross-entropy in nats; and the entropies of every layer.
         """
         assert self.head is not None, "only a model that holds its head has an output"
         x_TBD, entropies_BNT = self.hidden_states(tokens_TB, document_start_BT)
@@ -330,7 +335,7 @@ class Transformer(nn.Module):
 
 
 def normalize_weights(block: Block, config: ModelConfig) -> None:
-    """Registers weight or spectral normalization at the linears that the configuration's placement names."""
+    """Register weight or spectral normalization on the linear layers that the configuration names."""
     for normalization, placement in (
         (WeightNormalization, config.weight_norm),
         (SpectralNormalization, config.spectral_norm),
@@ -343,7 +348,7 @@ def normalize_weights(block: Block, config: ModelConfig) -> None:
 
 
 def normalized_linears(config: ModelConfig, placement: str) -> dict[str, dict[str, Any]]:
-    """Linears of a block that `placement` (say 'QK+FFN') normalizes, with how many of the stacked matrices it means."""
+    """Return the linear layers that `placement` (say 'QK+FFN') normalizes, and which stacked matrices of each."""
     attention, _, ffn = placement.partition("+") if placement.startswith("Q") else ("", "", placement)
     linears: dict[str, dict[str, Any]] = {}
     if attention:

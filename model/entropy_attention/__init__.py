@@ -29,23 +29,25 @@ def entropy_attention(
     return_entropy: bool = True,
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """a_ij = softmax_j(q_i . k_j * scale / t_i); returns sum_j a_ij v_j and H_i = -sum_j a_ij ln a_ij.
+    """Compute attention and its row entropies, differentiable in both.
 
-    float32 is computed with IEEE products everywhere; tf32 is never used, whatever PyTorch's matmul precision says.
-    Backward passes are deterministic: no kernel adds atomically.
+        a_ij = softmax_j(q_i . k_j * scale / t_i)        output_i = sum_j a_ij v_j        H_i = -sum_j a_ij ln a_ij
+
+    float32 products are IEEE products; tf32 is never used, whatever PyTorch's matmul precision is. Backward passes are
+    deterministic: no kernel adds atomically.
 
     Args:
         query: [B, N, T, H], any strides with a contiguous last dimension; the output has its memory order.
         key, value: [B, K, T, H]; head n attends to key head n // (N / K), so N must be a multiple of K.
         temperature: t, [N] or [N, T], which divides the logits of a query row (arXiv 2501.03489, section 4); learnable.
         document_start: [B, T] integers, the first key that each query position sees, for sequences packed of several
-            documents. Must not decrease along T, and leave every row a key (at most i where causal): values are not
-            checked, which would wait for the device. Keys before it are skipped a block at a time.
+            documents. It must not decrease along T, and must leave every row a key (at most i if causal). Values are
+            not checked, since that would wait for the device. Keys before it are skipped in blocks.
         scale: multiplies the logits; 1 / sqrt(H) by default.
         causal: whether query i sees only keys 0 .. i.
         return_entropy: False leaves all work for the entropy out.
         implementation: 'triton' (CUDA kernels), 'blocked' (PyTorch, linear memory), 'reference' (materialized), or
-            'auto': Triton on a CUDA device where it has the type and is installed, else blocked.
+            'auto': Triton on a CUDA device if it is installed and supports the type, else blocked.
 
     Returns:
         Output [B, N, T, H] in the query's type, and entropy [B, N, T] in nats (float32, for float64 inputs float64), or
@@ -89,9 +91,9 @@ def entropy_attention(
 def joint_entropy_attention(
     qkv_TBN3H: Tensor, *, temperature: Tensor | None = None, document_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Causal `entropy_attention` of queries, keys and values as a joint projection leaves them: one tensor.
+    """Compute causal `entropy_attention` of queries, keys and values in one tensor, as a joint projection returns them.
 
-    Its gradient is one tensor too, written in place, where three would first have to be gathered.
+    The gradient is one tensor too, written in place. Three separate gradients would have to be copied into it.
 
     Args:
         qkv_TBN3H: query, key and value of each head.
@@ -133,7 +135,7 @@ def _check(
     scale: float | None,
     implementation: str,
 ) -> None:
-    """Raises ValueError with the first fault of the arguments."""
+    """Raise ValueError with the first fault of the arguments."""
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         raise ValueError(
             f"entropy_attention: query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}: "

@@ -1,16 +1,16 @@
-"""Attention with entropies in PyTorch, a block of query rows at a time: memory linear in T, gradients by hand.
+"""Attention with entropies in PyTorch, one block of query rows at a time: memory linear in T, hand-written gradients.
 
 For one query row with scaled scores s_j, m the largest of them, e_j = exp(s_j - m) and l = sum_j e_j:
 
     p_j = e_j / l        H = ln l - sum_j e_j (s_j - m) / l
 
-which, unlike ln sum_j exp(s_j) - sum_j p_j s_j, does not cancel for large scores. With upstream gradients dO of the
+Unlike ln sum_j exp(s_j) - sum_j p_j s_j, this does not cancel for large scores. With upstream gradients dO of the
 output and dH of the entropy,
 
     g_j = dO . v_j - dH ln p_j,    dS_j = p_j (g_j - sum_i p_i g_i)
 
-(s and its logarithms are kept in powers of two, for exp2 is the faster exponential) so that nothing of size T x T
-outlives a block. A short sequence is one block: then this is materialized attention.
+Nothing of size T x T outlives a block. Scores and logarithms are in base 2, since exp2 is faster. A short sequence is
+one block, which makes this materialized attention.
 
 Tensor names carry their shape: B sequences, N query heads, K key heads, G = N / K query heads a key head, T tokens,
 H head width, R rows of a block times G, C keys that the block can see, S the two parts of a row's shift, m and log l.

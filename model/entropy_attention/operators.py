@@ -1,10 +1,10 @@
-"""Attention with entropies for autograd: as operators of PyTorch's library, and directly where nobody looks on.
+"""Attention with entropies for autograd: as operators of PyTorch's library, and as plain calls in eager mode.
 
-To compilers and dispatch modes (fake tensors, selective recomputation) the operators are one call each. In eager mode
-`attention` skips their machinery, which costs the host more than a short sequence costs a GPU.
+Compilers and dispatch modes (fake tensors, selective recomputation) see each operator as one call. In eager mode
+`attention` bypasses the library, whose overhead on the host exceeds the GPU's time for a short sequence.
 
-Both take `projections`: query [B, N, T, H], key and value [B, K, T, H], or one joint tensor [T, B, N, 3, H] of all
-three. A joint one has a joint gradient, which the kernels write in place; three would have to be gathered into it.
+Both take `projections`: query [B, N, T, H], key and value [B, K, T, H], or one joint tensor [T, B, N, 3, H]. A joint
+tensor has a joint gradient, which the kernels write in place. Three separate gradients would have to be copied into it.
 
 Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width,
 S parts of a row's shift (see `attention_forward`).
@@ -64,10 +64,10 @@ def attention_forward(
     with_entropy: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output in the query's layout, entropy [B, N, T] in nats (empty where not asked for), and what the backward needs.
+    """Return the output in the query's layout, the entropy [B, N, T] in nats, and what the backward pass needs.
 
-    The last is [2, B, N, T]: each row's largest logit (Triton: its q . k) and the logarithm of the sum of exp(logit -
-    largest), apart, for their sum would be rounded.
+    The entropy is empty if it is not asked for. The last result is [2, B, N, T]: each row's largest logit (Triton: its
+    q . k), and the logarithm of the sum of exp(logit - largest). They stay separate because their sum would be rounded.
     """
     return _forward(projections, temperature, document_start, scale, causal, with_entropy, implementation)
 
@@ -196,7 +196,7 @@ attention_forward.register_autograd(_backward_of_operator, setup_context=_save_f
 
 
 class _Attention(torch.autograd.Function):
-    """The same without the library."""
+    """The same autograd function without PyTorch's operator library."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

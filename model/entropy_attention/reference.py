@@ -1,4 +1,4 @@
-"""Materialized attention with entropies in plain differentiable PyTorch: what the others are held against.
+"""Materialized attention with entropies in plain differentiable PyTorch: the reference for all other versions.
 
 Tensor names carry their shape: B sequences, N query heads, K key heads, T tokens, H head width.
 """
