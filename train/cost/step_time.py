@@ -53,17 +53,16 @@ class Assumptions:
     def lines(self) -> list[str]:
         """Describe the assumptions, one printed line each."""
         return [
-            f"matrix products at {self.products:.0%} of the bf16 peak, attention at {self.attention:.0%} or by memory, "
-            f"memory at {self.memory:.0%}, links at {self.links:.0%} of the data sheet",
-            f"a block moves {self.block_widths:g} widths of a token through memory outside products, "
-            f"{self.residual_widths:g} less where the FFN's matrix holds the residual, attention "
-            f"{self.attention_widths:g}; logits cross it {self.logits_passes:g} times; the optimizer moves "
-            f"{self.update_bytes:g} bytes a parameter",
-            f"launches take at least {1e3 * self.block_s:g} ms a block and micro-batch, replayed by CUDA graphs (data "
-            f"parallelism alone) {1e3 * self.replayed_block_s:g} ms; the engine {1e3 * self.micro_batch_s:g} ms a "
-            "micro-batch",
-            f"tensor- and context-parallel traffic is not hidden; of the replicas' {self.data_hidden:.0%} is; pipeline "
-            "stages idle (pp - 1) / (micro-batches + pp - 1) of the step",
+            f"rates: matrix products {self.products:.0%} of the bf16 peak, attention {self.attention:.0%} or limited "
+            f"by memory; memory {self.memory:.0%} and links {self.links:.0%} of the data sheet",
+            f"memory traffic outside products: {self.block_widths:g} model widths per token and block "
+            f"({self.residual_widths:g} less if the FFN includes the residual), attention "
+            f"{self.attention_widths:g}; logits {self.logits_passes:g} times; optimizer "
+            f"{self.update_bytes:g} bytes per parameter",
+            f"host: at least {1e3 * self.block_s:g} ms per block and micro-batch, {1e3 * self.replayed_block_s:g} ms "
+            f"with CUDA graphs (pure data parallelism); {1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
+            f"overlap: none for tensor- and context-parallel traffic, {self.data_hidden:.0%} of data-parallel traffic; "
+            "pipeline stages idle (pp - 1) / (micro-batches + pp - 1) of the step",
         ]
 
 
