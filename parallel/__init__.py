@@ -3,7 +3,7 @@
 import os
 import sys
 
-# `python -m parallel.compare` searches the working directory first, and so does a worker ("-c"). If this package lies
-# elsewhere, so do its neighbours, and a user's folder named `data` or `model` must not hide them.
+# `python -m parallel.compare` and worker processes ("-c") search the working directory first. If this package was
+# found elsewhere, search it last, so that a user's own folder `data` or `model` hides none of ours.
 if sys.argv[:1] in (["-m"], ["-c"]) and sys.path[0] in ("", os.getcwd()) and not os.path.exists("parallel/__init__.py"):
     sys.path.append(sys.path.pop(0))

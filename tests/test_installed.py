@@ -1,4 +1,4 @@
-"""Commands work from any folder, whatever lies there, and an installation holds every package."""
+"""Check that commands run from any folder, whatever it holds, and that an installation holds every package."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run Python in `folder`, with this project found on the path, as an editable install puts it there."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
     )
 
 

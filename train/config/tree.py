@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 SHARED = "share/entropy-guided-transformer"
-"""Where an installed wheel keeps configs/, below the environment."""
+"""Folder of the environment in which a wheel installs configs/."""
 
 
 class ConfigError(ValueError):
@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 def shipped(path: Path) -> Path:
-    """Return the file that comes with the project if `path` names one, `configs/...`, and is not here itself."""
+    """Return the shipped file if `path` is `configs/...` and does not exist in the working directory; else `path`."""
     if path.parts[:1] == ("configs",) and not path.exists():
         for root in (Path(__file__).resolve().parents[2], Path(sysconfig.get_path("data"), SHARED)):
             if (root / path).exists():
