@@ -113,6 +113,7 @@ def agree(config: Config) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,6 +163,7 @@ def examine(config: Config, all_shards: bool) -> tuple[list[Row], list[str]]:
 
 
 def print_table(rows: list[Row], hosts: list[str]) -> None:
+    """Print the checks and what they found wrong."""
     print(f"{len(hosts)} ranks on {len(set(hosts))} hosts\n")
     print(f"{'check':<22}{'least':>10}{'median':>10}{'most':>10}")
     for row in rows:

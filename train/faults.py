@@ -104,6 +104,7 @@ def report(error: Exception, fault: Fault) -> int:
 
 
 def is_rank_zero() -> bool:
+    """Return whether this process is rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -69,6 +69,7 @@ def dry_run(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="train/main.py",
         description="Train an entropy-guided softmax-only transformer, or any architecture of its paper.",
@@ -94,6 +95,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def last_words(config: Config, step: int, validation: "Validation | None") -> str:
+    """Return the line that a training process prints at its end."""
     if validation is not None:
         return (
             f"done: validation perplexity {validation.perplexity:.3f} ({validation.loss:.4f} nats a token); see "
@@ -105,6 +107,8 @@ def last_words(config: Config, step: int, validation: "Validation | None") -> st
 
 
 def leave() -> None:
+    """Leave the process group, if this process has joined one."""
+
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -211,6 +211,7 @@ def rows_at(place: str) -> list[Row]:
 
 
 def places() -> list[str]:
+    """Return every table and figure of the paper that a row stands in."""
     return sorted({place for row in ROWS.values() for place in row.places})
 
 

@@ -99,6 +99,7 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         prog="python -m train.benchmark attention",
@@ -113,6 +114,7 @@ def contenders(temperature: str, heads: int, tokens: int, device: str = "cpu") -
 
 
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+    """Run PyTorch's attention through one backend; it gives no entropies."""
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
 
@@ -178,6 +180,7 @@ def measure_shape(shape: tuple[int, int, int, int], arguments: argparse.Namespac
 
 
 def make_tensor(shape: tuple[int, int, int, int], arguments: argparse.Namespace) -> Tensor:
+    """Return random queries, keys or values [B, N, T, H], in the memory order that was asked for."""
     tokens, batch, heads, width = shape
     options: dict[str, Any] = {"device": arguments.device, "dtype": arguments.dtype}
     if arguments.tokens_first:
@@ -186,11 +189,13 @@ def make_tensor(shape: tuple[int, int, int, int], arguments: argparse.Namespace)
 
 
 def forward(attend: Attend, inputs: list[Tensor]) -> None:
+    """Run attention forward only."""
     with torch.no_grad():
         attend(*inputs)
 
 
 def both_ways(attend: Attend, inputs: list[Tensor], grad_output: Tensor, grad_entropy: Tensor) -> None:
+    """Run attention forward and backward."""
     output, entropy = attend(*inputs)
     results, gradients = (output,), (grad_output,)
     if entropy is not None:
@@ -233,6 +238,7 @@ def peak_memory_gib(call: Callable[[], Any], device: str) -> float | None:
 
 
 def printable(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as JSON can hold them."""
     return {name: value if isinstance(value, bool | int) else str(value) for name, value in vars(arguments).items()}
 
 

@@ -13,6 +13,8 @@ from train.config import Config
 
 
 class PeerBlock(nn.Module):
+    """A pre-norm block of GPT-2 with GELU and without entropies."""
+
     def __init__(self, width: int, heads: int, ffn_width: int) -> None:
         super().__init__()
         self.heads = heads

@@ -198,14 +198,17 @@ SIZES = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
 
 
 def engine_step(engine: Any) -> Callable[..., Any]:
+    """Return a call that trains one step with our engine at a learning rate of 0."""
     return lambda batches: engine.train_step(batches, learning_rate=0.0)[0].accepted
 
 
 def peer_step(peer: Any) -> Callable[..., Any]:
+    """Return a call that trains one step of the plain PyTorch peer."""
     return lambda batches: peer.train_step(*next(batches).tensors).isfinite()
 
 
 def step_of(run: Callable[..., torch.Tensor], batches: Iterator[Any]) -> Callable[[], torch.Tensor]:
+    """Return a call without arguments that trains one step on the next batches."""
     return lambda: run(batches)
 
 

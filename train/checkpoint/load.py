@@ -200,5 +200,6 @@ def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
 
 
 def first_failure(error: CheckpointException) -> str:
+    """Return the error of the first rank that failed, with its number."""
     rank, (cause, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {first_line(cause)}"

@@ -115,6 +115,7 @@ def compare_layouts(
 
 
 def print_reference(plain: OneProcess, global_batch_size: int) -> None:
+    """Print losses and gradient norm of one process, which layouts are compared with."""
     print(f"{plain.words}, global batches of {global_batch_size} random sequences; one process:")
     for batch, (cross_entropy, entropy_loss, norm) in enumerate(plain.measured.losses.tolist()):
         print(
@@ -126,6 +127,7 @@ def print_reference(plain: OneProcess, global_batch_size: int) -> None:
 
 
 def print_summary(plain: OneProcess, lines: list[dict[str, Any]]) -> None:
+    """Print how many layouts passed, and within what."""
     passed = sum(line["passed"] for line in lines)
     print(f"\n{passed} of {len(lines)} layouts equal one process within {plain.limit_words}")
     if lost := next((line["rounding"] for line in lines if line["passed"] and line["rounding"]), None):
@@ -156,6 +158,7 @@ def row(line: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     keys = ", ".join(f"{name} ({meaning})" for name, meaning in KEYS.items())
     parser = argparse.ArgumentParser(
         prog="python -m parallel.compare",

@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.layout_test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -35,6 +35,7 @@ def row(
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the rows as JSON, if a file was named or this machine has a GPU."""
     file = options.json
     if file is None and torch.cuda.is_available():
         card = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()

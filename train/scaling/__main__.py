@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m train.scaling", description="Scaling laws of an architecture.")
     commands = parser.add_subparsers(dest="command", required=True)
     _plan_options(
@@ -114,6 +115,8 @@ def _folder_name(text: str) -> str:
 
 
 def make_plan(options: argparse.Namespace) -> int:
+    """Write a suite: a ladder of sizes and budgets."""
+
     from data.errors import DataError
     from data.stream.dataset import open_dataset
 
@@ -175,6 +178,8 @@ def _write_suite(path: Path, tree: dict[str, Any]) -> None:
 
 
 def make_fit(options: argparse.Namespace) -> int:
+    """Fit the laws, print them and write them if asked to."""
+
     from train.scaling import summary
     from train.scaling.source import analyse_all, save_fits
 
@@ -202,6 +207,8 @@ def make_fit(options: argparse.Namespace) -> int:
 
 
 def make_report(options: argparse.Namespace) -> int:
+    """Write the report."""
+
     from train.scaling.report import write_report
     from train.scaling.source import analyse_all
 
@@ -234,6 +241,8 @@ def _series(options: argparse.Namespace) -> list["Series"]:
 
 
 def make_prediction(options: argparse.Namespace) -> int:
+    """Print the predicted loss of a size and length, or the best ones for a compute budget."""
+
     from train.scaling.analysis import SEARCHED, compute_optimal
     from train.scaling.law import interval
     from train.scaling.source import read_fits

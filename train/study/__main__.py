@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.study",
         description="Plans, runs and reports a suite of trainings.",
@@ -91,6 +92,8 @@ def command_words(text: str) -> list[str]:
 
 
 def run(suite: Suite, options: argparse.Namespace) -> int:
+    """Train every run that is not finished; return the exit status."""
+
     from train.study.runner import Runner
 
     if options.only and not any(options.only in (run.name, run.label) for run in suite.runs):
@@ -134,6 +137,8 @@ def holds_others(suite: Suite, only: str | None = None) -> bool:
 
 
 def status(suite: Suite, options: argparse.Namespace) -> int:
+    """Print where every run stands; return the exit status."""
+
     from train.study.report import results_rows
     from train.study.results import records
 
@@ -153,6 +158,8 @@ def status(suite: Suite, options: argparse.Namespace) -> int:
 
 
 def report(suite: Suite, options: argparse.Namespace) -> int:
+    """Write the report and print its files; return the exit status."""
+
     from train.study.report import write_report
 
     for file in write_report(suite, options.output or suite.output / "report", options.note):
@@ -161,6 +168,8 @@ def report(suite: Suite, options: argparse.Namespace) -> int:
 
 
 def slurm(suite: Suite, options: argparse.Namespace) -> int:
+    """Print or submit an array job of the next stage of every run; return the exit status."""
+
     from train.study.stages import prepare
     from train.study.state import next_stage
 

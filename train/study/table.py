@@ -110,6 +110,7 @@ def operations_text(operations: dict[str, NonlinearOperation]) -> str:
 
 
 def at_published_size(record: Record) -> bool:
+    """Return whether a run has the size that the paper's row was trained at."""
     return record.row is not None and record.row.config().model == record.model
 
 
