@@ -1,4 +1,4 @@
-"""Evaluates a run's newest checkpoint on the whole validation split, in one process, whatever layout trained it:
+"""Evaluate a run's newest checkpoint on the whole validation split, in one process, whatever layout trained it:
 
     python -m train.evaluate --run runs/quickstart
 
@@ -23,13 +23,18 @@ from train.run.names import CONFIG, EVALUATION
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use
 
+DESCRIPTION = "Evaluate a run's newest checkpoint on the validation split, in one process, whatever layout trained it."
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=DESCRIPTION)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a run that has a checkpoint")
-    parser.add_argument("--data", metavar="DIR", help="another prepared dataset with the same tokenizer")
+    parser.add_argument("--data", metavar="DIR", help="evaluate on another prepared dataset with the same tokenizer")
     parser.add_argument(
-        "--samples", type=whole_number(1), metavar="N", help="only the first N validation sequences (default: all)"
+        "--samples",
+        type=whole_number(1),
+        metavar="N",
+        help="evaluate only the first N validation sequences (default: all)",
     )
     options = parser.parse_args(arguments)
     choose_accelerator()
@@ -46,7 +51,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]:
-    """The row of evaluation.json for a run's newest checkpoint; raises one of the errors `main` reports."""
+    """Evaluate a run's newest checkpoint.
+
+    Args:
+        run: its folder.
+        data: another prepared dataset with the same tokenizer; None takes the run's own.
+        samples: number of validation sequences; None takes all.
+
+    Returns:
+        What evaluation.json holds: losses in nats a token, entropies in nats.
+
+    Raises:
+        ConfigError, DataError, RunError, CheckpointError, LaunchError: the run cannot be evaluated.
+    """
     from data.stream.dataset import open_dataset
     from parallel.engine.engine import evaluate_stage
     from parallel.launch import initialize_distributed
@@ -61,7 +78,7 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
         raise RunError(f"{run}: holds no run (no {CONFIG})")
     if not can_write(run / EVALUATION):
         raise RunError(f"{run / EVALUATION}: cannot be written; remove what is in its place, or copy the run")
-    tree.pop("health", None)  # has no say here, and earlier versions took values of it that are refused now
+    tree.pop("health", None)  # not used here; earlier versions took values that are refused now
     config = dataclasses.replace(single_process(config_from_dict(tree)), run_dir=str(run))  # it may have been moved
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
@@ -89,12 +106,12 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
 
 
 def single_process(config: Config) -> Config:
-    """The same model and data on one process."""
+    """Return the same model and data for one process."""
     return dataclasses.replace(config, parallel=type(config.parallel)())
 
 
 def summary(row: dict[str, Any], run: Path) -> str:
-    """What a person wants to know first."""
+    """Describe the result in three lines for the terminal."""
     means = [sum(layer) / len(layer) for layer in row["entropy_nats"]]
     lines = [
         f"step {row['step']}: validation perplexity {row['validation_perplexity']:.3f} "

@@ -1,11 +1,11 @@
-"""Draws every picture that a run supports, or compares several runs:
+"""Draw every picture that a run has the data for, or compare several runs:
 
     python -m train.figures --run runs/first
     python -m train.figures --run runs/ereg runs/baseline --output comparison
 
-One run gives the head map, layer entropies, head shares, thresholds, learned scales and losses, in its figures/ folder.
-Two or more give their validation losses in one picture and their head maps side by side. A run that is still writing
-may be drawn at any time.
+One run gives the head map, layer entropies, head shares, thresholds, learned scales and losses. They go to its figures/
+folder. Several runs give their validation losses in one picture and their head maps side by side. A run may be drawn
+while it trains.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.figures", description="Draws the pictures of a run, or compares runs."
+        prog="python -m train.figures", description="Draw the pictures of a run, or compare runs."
     )
     parser.add_argument(
         "--run",
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="extend",
         type=Path,
         metavar="DIR",
-        help="run directory; several are compared",
+        help="folder of a run; several runs are compared",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write (default: figures/ of the first run)"
@@ -53,12 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def figures_of(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
-    """File stem and figure of each picture that the rows suffice for."""
+    """Yield name and figure of each picture that the runs have the data for."""
     return run_figures(runs[0]) if len(runs) == 1 else comparison_figures(runs)
 
 
 def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
-    """Every picture of one run."""
+    """Yield name and figure of every picture of one run."""
     from train.pictures import maps, plots
 
     newest = run.newest_heads()
@@ -83,14 +83,14 @@ def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
 
 
 def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
-    """The pictures that hold several runs."""
+    """Yield name and figure of the pictures that hold several runs; warn if their datasets differ."""
     from train.pictures import maps, plots
 
     names = distinct_names(runs)
-    noted = {run.fingerprint for run in runs}
-    if len({(run.data_path, run.vocab_size) for run in runs} if None in noted else noted) > 1:
-        told = "; ".join(f"{run.folder}: {run.data_path}, vocabulary {run.vocab_size}" for run in runs)
-        print(f"warning: losses a token do not compare, since the runs' datasets differ ({told})", file=sys.stderr)
+    fingerprints = {run.fingerprint for run in runs}
+    if len({(run.data_path, run.vocab_size) for run in runs} if None in fingerprints else fingerprints) > 1:
+        datasets = "; ".join(f"{run.folder}: {run.data_path}, vocabulary {run.vocab_size}" for run in runs)
+        print(f"warning: losses a token do not compare, since the runs' datasets differ ({datasets})", file=sys.stderr)
         names = [f"{name} on {Path(run.data_path).name}" for name, run in zip(names, runs, strict=True)]
     curves = {name: run.validation_curve("tokens") for name, run in zip(names, runs, strict=True)}
     found = {name: curve for name, curve in curves.items() if curve is not None}
@@ -103,7 +103,15 @@ def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
 
 
 def learned_scales(rows: list[Row]) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
-    """Panels [S, L] of the learned scalars a run has, and the range that the temperature's layer means hide."""
+    """Collect the learned scalars that a run has.
+
+    Args:
+        rows: of entropies, one a logging step; not empty.
+
+    Returns:
+        Values [S, L] by panel title; and by the same titles the least and greatest value [S] over all heads and
+        positions, where a panel shows means.
+    """
     panels: dict[str, Array] = {}
     ranges: dict[str, tuple[Array, Array]] = {}
     if rows[-1].get("temperature") is not None:
@@ -121,7 +129,7 @@ def learned_scales(rows: list[Row]) -> tuple[dict[str, Array], dict[str, tuple[A
 
 
 def distinct_names(runs: list[Run]) -> list[str]:
-    """A short name for each run, the whole path where folders are named alike."""
+    """Name each run by its folder, or by its whole path if another has the same name."""
     titles = [run.title for run in runs]
     return [
         title if titles.count(title) == 1 else f"{run.folder}: {run.model['architecture']}"
@@ -130,8 +138,12 @@ def distinct_names(runs: list[Run]) -> list[str]:
 
 
 def save(figures: Iterator[tuple[str, "Figure"]], output: Path, file_format: str) -> Iterator[Path]:
-    """Writes each figure and yields its file; raises FigureError where nothing can be drawn or written."""
-    nothing = True
+    """Write each figure and yield its file.
+
+    Raises:
+        FigureError: there is nothing to draw, or a file cannot be written.
+    """
+    is_empty = True
     for stem, figure in figures:
         file = output / f"{stem}.{file_format}"
         try:
@@ -139,9 +151,9 @@ def save(figures: Iterator[tuple[str, "Figure"]], output: Path, file_format: str
             figure.savefig(file, dpi=150)
         except OSError as error:
             raise FigureError(f"{file}: cannot be written ({error.strerror}); choose another --output") from None
-        nothing = False
+        is_empty = False
         yield file
-    if nothing:
+    if is_empty:
         raise FigureError("nothing to draw: no run has reached its first logging step or evaluation; wait for one")
 
 

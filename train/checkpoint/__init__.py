@@ -1,1 +1,1 @@
-"""Saving and loading checkpoints that any layout can read."""
+"""Save and load checkpoints that any layout can read."""

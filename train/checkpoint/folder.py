@@ -1,12 +1,12 @@
-"""A folder that holds one checkpoint, and the marker that makes it complete; no file is ever unpickled.
+"""A folder that holds one checkpoint, and the marker that makes it complete. No file is ever unpickled.
 
     rank_00000_000.bin ...   tensor values (train/checkpoint/tensors.py)
-    tensors.json             where in them each tensor lies
-    checkpoint.json          what the run knows of the checkpoint, and the size and sha256 of every other file; its own
-                             sha256 stands in it, and its presence means "complete"
+    tensors.json             where each tensor lies in those files
+    checkpoint.json          the marker: step, configuration, dataset; size and sha256 of every other file, and a sha256
+                             of itself. A checkpoint is complete once it has one
 
-A folder is local or any address that fsspec knows (s3://, gs://, memory://; its package for that store has to be
-installed). The marker is moved into place last, so what a crash leaves is a folder without one.
+A folder is local, or any address that fsspec knows (s3://, gs://, memory://) if fsspec's package for that store is
+installed. The marker is moved into place last. So a crash while saving leaves a folder without one.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ PIECE_BYTES = 1 << 24
 
 
 class DamagedFileError(RuntimeError):
-    """A file of a checkpoint is missing or not what was written; names it."""
+    """A file of a checkpoint is missing or not what was written; the message names it."""
 
 
 @contextmanager
 def _errors_as_os_errors() -> Iterator[None]:
-    """Errors of a store's library, which derives them from Exception itself, as what those of a disk are."""
+    """Turn the errors of a store's library, which may derive from Exception itself, into OSError."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, LookupError, TypeError):
@@ -44,7 +44,7 @@ def _errors_as_os_errors() -> Iterator[None]:
 
 
 class Folder:
-    """A folder of files, local or in a store; what fails is an OSError, whatever the store."""
+    """A folder of files, on a disk or in a store. Every failure is an OSError, whatever the store."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -58,7 +58,7 @@ class Folder:
 
     @_errors_as_os_errors()
     def names(self) -> list[str]:
-        """What lies in it; empty where there is no such folder."""
+        """Return the names of what lies in it; empty if there is no such folder."""
         self.fs.invalidate_cache()
         try:
             return sorted(PurePosixPath(path).name for path in self.fs.ls(self.path, detail=False))
@@ -76,7 +76,7 @@ class Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator["HashedFile"]:
-        """A new file, on disk (where it is a disk) when this returns."""
+        """Open a new file; on a disk it is flushed to the disk when this returns."""
         with _errors_as_os_errors(), self.fs.open(f"{self.path}/{name}", "wb") as file:
             hashed = HashedFile(file)
             yield hashed
@@ -85,7 +85,7 @@ class Folder:
                 os.fsync(file.fileno())
 
     def write_last(self, name: str, content: bytes) -> None:
-        """A file that is there whole or not at all."""
+        """Write a file that is there as a whole or not at all."""
         with self.writing(name + ".tmp") as file:
             file.write(content)
         with _errors_as_os_errors():
@@ -97,14 +97,14 @@ class Folder:
 
     @_errors_as_os_errors()
     def remove(self) -> None:
-        """Deletes the folder, its marker first, so that no half-deleted checkpoint looks complete."""
+        """Delete the folder, its marker first, so that no half-deleted checkpoint looks complete."""
         if self.exists(MARKER):
             self.fs.rm_file(f"{self.path}/{MARKER}")
         if self.fs.exists(self.path):
             self.fs.rm(self.path, recursive=True)
 
     def free_bytes(self) -> int | None:
-        """Room left on a local disk; None for a store."""
+        """Return the free space of a local disk; None for a store."""
         if self.fs.protocol not in ("file", ("file", "local")):
             return None
         existing = next(path for path in (Path(self.path), *Path(self.path).parents) if path.exists())
@@ -113,7 +113,7 @@ class Folder:
 
 
 class HashedFile:
-    """Counts and hashes what is written through it."""
+    """Counts and hashes the bytes that are written through it."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._hash, self.num_bytes = file, hashlib.sha256(), 0
@@ -132,14 +132,18 @@ class HashedFile:
 
 
 def write_marker(folder: Folder, description: dict[str, Any]) -> None:
-    """Makes the checkpoint complete."""
+    """Write the marker, which makes the checkpoint complete."""
     text = json.dumps(description, sort_keys=True)
     marker = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "checkpoint": description}
     folder.write_last(MARKER, (json.dumps(marker, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_marker(folder: Folder) -> dict[str, Any]:
-    """What `write_marker` was given; raises DamagedFileError."""
+    """Read what `write_marker` was given.
+
+    Raises:
+        DamagedFileError: the marker is missing, damaged or of another format.
+    """
     try:
         with folder.reading(MARKER) as file:
             marker = json.loads(file.read())
@@ -157,7 +161,7 @@ def read_marker(folder: Folder) -> dict[str, Any]:
 
 
 def verify_file(folder: Folder, name: str, expected: dict[str, Any]) -> None:
-    """Raises DamagedFileError unless the file has its size and sha256."""
+    """Raise DamagedFileError unless the file has its size and sha256."""
     digest, found = hashlib.sha256(), 0
     try:
         with folder.reading(name) as file:
@@ -169,4 +173,6 @@ def verify_file(folder: Folder, name: str, expected: dict[str, Any]) -> None:
     if found != expected["bytes"]:
         raise DamagedFileError(f"{folder.describe(name)}: has {found} bytes, expected {expected['bytes']}")
     if digest.hexdigest() != expected["sha256"]:
-        raise DamagedFileError(f"{folder.describe(name)}: damaged (its sha256 is not the one noted when it was saved)")
+        raise DamagedFileError(
+            f"{folder.describe(name)}: damaged (its sha256 is not the one recorded when it was saved)"
+        )

@@ -1,10 +1,10 @@
-"""Checkpoints of a run, under global parameter names: any layout resumes what any other saved.
+"""Find and load checkpoints. Their tensors have global names, so any layout resumes what any other saved.
 
     checkpoints/step_00000500/    see train/checkpoint/folder.py
 
-This file finds and loads them, train/checkpoint/saver.py saves them. Before a checkpoint is loaded every file's size
-and sha256 are checked, each file by one rank; if any is damaged, the one before is taken. The ranks talk about
-checkpoints over a gloo group of their own, so that the training's collectives are not disturbed.
+Before a checkpoint is loaded, the size and sha256 of every file are checked, each file by one rank. If any file is
+damaged, the checkpoint before is taken. The ranks agree over a gloo group of their own, so that the collectives of the
+training are not disturbed. train/checkpoint/saver.py saves checkpoints.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +32,16 @@ VERIFYING_THREADS = 4
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; one clear line."""
+    """A checkpoint cannot be used; the message is one line."""
 
 
 class SavedCheckpoint:
-    """A complete checkpoint whose files are as they were written."""
+    """A complete checkpoint whose files are as they were written.
+
+    Attributes:
+        marker: what checkpoint.json holds.
+        names: global names of its tensors.
+    """
 
     def __init__(self, folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> None:
         self.folder, self.marker, self._group = folder, marker, group
@@ -46,10 +51,10 @@ class SavedCheckpoint:
         self.names = self._reader.read_metadata().state_dict_metadata.keys()
 
     def read(self, chunks: list[Chunk]) -> None:
-        """Fills the chunks; all ranks call.
+        """Fill the chunks with the saved values; all ranks call.
 
         Raises:
-            CheckpointError: something is not there, or not in this shape.
+            CheckpointError: a tensor is missing or has another shape.
         """
         try:
             dcp.load({}, storage_reader=self._reader, planner=ChunkLoadPlanner(chunks), process_group=self._group)
@@ -58,12 +63,12 @@ class SavedCheckpoint:
 
 
 def checkpoint_group(timeout_s: float) -> ProcessGroup:
-    """The group that checkpoints are agreed on over; all ranks call."""
+    """Create the process group over which ranks agree on checkpoints; all ranks call."""
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def steps_saved(root: Folder) -> list[int]:
-    """Steps of the complete checkpoints below a folder, oldest first."""
+    """Return the steps of the complete checkpoints below a folder, oldest first."""
     steps = [step for name in root.names() if (step := step_of(name)) is not None]
     return sorted(step for step in steps if root.child(checkpoint_name(step)).exists(MARKER))
 
@@ -71,9 +76,15 @@ def steps_saved(root: Folder) -> list[int]:
 def newest_sound(
     root: Folder, group: ProcessGroup, before: int | None = None
 ) -> tuple[SavedCheckpoint | None, list[str]]:
-    """The newest checkpoint (of a step below `before`) whose files are all intact, and what is wrong with newer ones.
+    """Find the newest checkpoint whose files are all intact; all ranks call and get the same answer.
 
-    All ranks call and get the same answer.
+    Args:
+        root: folder of the run's checkpoints.
+        group: from `checkpoint_group`.
+        before: only steps below this one count; None takes all.
+
+    Returns:
+        The checkpoint, or None if none is sound; and what is wrong with each newer one.
     """
     (steps,) = _from_rank_zero([steps_saved(root)] if dist.get_rank() == 0 else [None], group)
     faults: list[str] = []
@@ -91,11 +102,14 @@ def newest_sound(
 def newest_to_resume(
     root: Folder, group: ProcessGroup, config: Config, dataset: dict[str, Any]
 ) -> tuple[SavedCheckpoint | None, list[str]]:
-    """The newest sound checkpoint (None for a new run), and what is wrong with newer ones; all ranks call.
+    """Find the checkpoint to resume from; all ranks call.
+
+    Returns:
+        As `newest_sound`; None for a new run.
 
     Raises:
-        CheckpointError: there are checkpoints but none is sound, or it is of another model, dataset or batch size, or
-            the run has saved checkpoints that are not there.
+        CheckpointError: there are checkpoints but none is sound; it is of another model, dataset or batch size; or the
+            run has saved checkpoints that are not there.
     """
     saved, faults = newest_sound(root, group)
     if saved is None and faults:
@@ -111,7 +125,7 @@ def newest_to_resume(
 
 
 def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any], str | None]:
-    """The marker, and the first fault found in it or in the files, which the ranks check between them."""
+    """Return the marker, and the first fault in it or in the files; the ranks share the files between them."""
     try:
         marker, fault = (read_marker(folder) if dist.get_rank() == 0 else {}), None
     except DamagedFileError as error:
@@ -124,7 +138,7 @@ def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any
 
 
 def _opened(folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> tuple["SavedCheckpoint | None", str | None]:
-    """The checkpoint, whose table of tensors every rank reads; the first fault that any of them met."""
+    """Open the checkpoint on every rank; return it, and the first fault that any rank met."""
     saved, fault = None, None
     try:
         saved = SavedCheckpoint(folder, marker, group)
@@ -152,11 +166,11 @@ def _fault_of(folder: Folder, names: list[str], files: dict[str, Any]) -> str | 
 
 
 def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any], use: Use) -> None:
-    """Check that a checkpoint can be used for what is wanted of it.
+    """Check that a checkpoint is of the same run, as far as its use requires.
 
     Args:
         dataset: identity of the dataset here (train.parts.dataset_identity).
-        use: Use.WEIGHTS or Use.RESUME; train/run/same_run.py says what each asks for.
+        use: Use.WEIGHTS or Use.RESUME; train/run/same_run.py says which keys each one compares.
 
     Raises:
         CheckpointError: it is of another model or dataset, or its steps have another size.

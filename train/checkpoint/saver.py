@@ -1,7 +1,7 @@
-"""Saving a run's checkpoints in the background, and deleting those that need not be kept.
+"""Save a run's checkpoints in the background, and delete those that need not be kept.
 
-Training waits while the state is copied to host memory; a thread then writes it through torch.distributed.checkpoint,
-and the marker comes last.
+Training waits only while the state is copied to host memory. A thread then writes it through
+torch.distributed.checkpoint, the marker last.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ FAILURES_IN_A_ROW = 2
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be saved; one clear line."""
+    """A checkpoint could not be saved; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; `validation_loss` is of an evaluation at this very step."""
+    """Where a run stands; `validation_loss` is that of an evaluation at this very step, if there was one."""
 
     step: int
     data_state: dict[str, Any]
@@ -50,8 +50,8 @@ class CheckpointSaver:
     All ranks hold one and call the same methods at the same steps.
 
     Args:
-        dataset: its identity, which a resumed run must share.
-        told: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.
+        dataset: its identity (train.parts.dataset_identity), which a resumed run must share.
+        report: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class CheckpointSaver:
         vocab_size: int,
         dataset: dict[str, Any],
         group: ProcessGroup,
-        told: Callable[..., None] | None,
+        report: Callable[..., None] | None,
     ) -> None:
         self._config, self._engine, self._vocab_size = config, engine, vocab_size
-        self._group, self._told = group, told
+        self._group, self._report = group, report
         self._description = {"dataset": dataset, "world_size": dist.get_world_size(), **description(config)}
         self._root = Folder(config.checkpoint_folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -74,10 +74,10 @@ class CheckpointSaver:
         self.saved_step: int | None = None
 
     def save(self, progress: Progress) -> None:
-        """Copies the state, then writes in the background; first waits for the save before.
+        """Wait for the save before, copy the state, and write it in the background.
 
         Raises:
-            SaveError: two saves in a row failed; what was complete before them is intact.
+            SaveError: two saves in a row failed; earlier checkpoints are intact.
         """
         started = time.perf_counter()
         self._settle()
@@ -94,17 +94,17 @@ class CheckpointSaver:
         self._pending = self._thread.submit(self._write, chunks, state, time.perf_counter() - started)
 
     def finish(self) -> None:
-        """Waits until the last save is written; raises SaveError if it failed."""
+        """Wait until the last save is written; raise SaveError if it failed."""
         self._settle(last=True)
 
     def forget_after(self, step: int) -> None:
-        """Deletes checkpoints of later steps, after the run went back to `step`."""
+        """Delete the checkpoints of later steps, after the run went back to `step`."""
         if dist.get_rank() == 0:
             for later in (saved for saved in steps_saved(self._root) if saved > step):
                 self._root.child(checkpoint_name(later)).remove()
 
     def close(self) -> None:
-        """Lets the background thread end; a save that is not finished is finished first."""
+        """Finish the save that is being written, then end the background thread."""
         self._thread.shutdown(wait=True)
         if self._staging.done() and self._staging.exception() is None:
             self._staging.result().close()
@@ -130,21 +130,21 @@ class CheckpointSaver:
         except (Exception, CheckpointException) as error:  # a full disk, a store that does not answer, a rank gone
             cause = first_failure(error) if isinstance(error, CheckpointException) else first_line(error)
             message = f"{folder.address}: could not be saved ({cause})"
-            if self._told is not None:
-                self._told("save failed", step=state["step"], reason=message)
+            if self._report is not None:
+                self._report("save failed", step=state["step"], reason=message)
                 _remove_quietly(folder)
             raise SaveError(message) from None
-        if self._told is not None:
+        if self._report is not None:
             write_s = round(time.perf_counter() - started, 3)
-            self._told("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
-            with contextlib.suppress(OSError):  # of a store that does not list now: deleted after the next save
+            self._report("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
+            with contextlib.suppress(OSError):  # if the store does not list now, the next save prunes
                 prune(self._root, self._config, state["step"])
 
 
 def prune(root: Folder, config: Config, newest: int) -> None:
-    """Deletes complete checkpoints but the newest `keep`, multiples of `keep_every` and the best; and unfinished ones.
+    """Delete all checkpoints, finished or not, but the newest `keep`, multiples of `keep_every` and the best.
 
-    Those of steps after `newest` were found damaged when the run resumed: they count for nothing and are left alone.
+    Checkpoints of steps after `newest` were found damaged when the run resumed. They do not count and are left alone.
     """
     saved = steps_saved(root)
     steps = [step for step in saved if step <= newest]
@@ -162,7 +162,7 @@ def prune(root: Folder, config: Config, newest: int) -> None:
 
 
 def prepare(root: Folder) -> None:
-    """Makes the folder of checkpoints and sees that it can be written; raises CheckpointError."""
+    """Make the folder of checkpoints; raise CheckpointError if it cannot be written."""
     try:
         root.make()
         root.write_last("writable", b"")
@@ -181,6 +181,6 @@ def _validation_loss(folder: Folder) -> float | None:
 
 
 def _remove_quietly(folder: Folder) -> None:
-    """What cannot be deleted now is deleted after the next save."""
+    """Delete a folder, or leave it for `prune` after the next save."""
     with contextlib.suppress(OSError):
         folder.remove()

@@ -1,7 +1,7 @@
 """Host memory that a checkpoint is copied to, so that training goes on while it is written.
 
-On a GPU the memory is page-locked, once and in the background of the first steps, since locking takes seconds and
-copying into it runs at the speed of the bus.
+With a GPU the memory is page-locked, so that copies run at the speed of the bus. Locking takes seconds, so it is done
+once, in the background of the first steps.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from parallel.state.chunks import Chunk
 
 
 class Staging:
-    """Room for this rank's chunks; the layout of a run never changes.
+    """Host memory for this rank's chunks, whose sizes stay the same for the whole run.
 
     Args:
-        chunks: as they will be copied; only their sizes count here.
+        chunks: like those that will be copied; only their sizes and devices count here.
     """
 
     def __init__(self, chunks: list[Chunk]) -> None:
@@ -24,7 +24,7 @@ class Staging:
         self._locked = all(_lock(self._memory, device) for device in self._devices) and bool(self._devices)
 
     def copy(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks with their values in host memory; overwrites what was copied before."""
+        """Copy the chunks to host memory, over what was copied before; wait until the copies are done."""
         copies, start = [], 0
         for chunk in chunks:
             room = self._memory[start : start + chunk.tensor.nbytes]
@@ -37,6 +37,7 @@ class Staging:
         return copies
 
     def close(self) -> None:
+        """Unlock the memory."""
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
             self._locked = False
@@ -47,6 +48,6 @@ def _padded_bytes(chunk: Chunk) -> int:
 
 
 def _lock(memory: torch.Tensor, device: torch.device) -> bool:
-    """Page-locks memory; False where the system does not allow so much, which costs speed only."""
-    with torch.cuda.device(device):  # a new thread begins on the first device, which may be another rank's
+    """Page-lock memory; return False if the system does not allow so much, which costs speed only."""
+    with torch.cuda.device(device):  # a new thread starts on the first device, which may be another rank's
         return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0

@@ -1,9 +1,9 @@
-"""How torch.distributed.checkpoint's tensors lie in files: plain values and a table of them in JSON.
+"""The file format of a checkpoint's tensors: plain values, and a table of them in JSON.
 
     rank_00000_000.bin    the rectangles that rank 0 saved, one after the other, row by row in little-endian order
     tensors.json          name -> dtype, shape, and for every rectangle its place in which file
 
-torch's own format pickles its table and every tensor; reading this one cannot run anything.
+torch.distributed.checkpoint's own format pickles its table and every tensor. Reading this one cannot run any code.
 """
 
 import json
@@ -40,10 +40,12 @@ class Place:
 
 
 class Writer(StorageWriter):
-    """Writes a checkpoint into a folder.
+    """Writes a checkpoint into a folder, for torch.distributed.checkpoint.
 
     Args:
-        description: of the checkpoint; the table of its files is added.
+        folder: of the checkpoint.
+        rank: which appears in the names of this rank's files.
+        description: what the marker is to hold besides the table of files.
     """
 
     def __init__(self, folder: Folder, rank: int, description: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ class Writer(StorageWriter):
         pass
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Clears what an interrupted save left; no rank writes before the coordinator's plan has reached it."""
+        """Delete what an interrupted save left; no rank writes before the coordinator's plan has reached it."""
         if is_coordinator:
             self._folder.remove()
             self._folder.make()
@@ -95,7 +97,7 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads a checkpoint from a folder; of each rectangle only the rows that are wanted."""
+    """Reads a checkpoint from a folder; of each rectangle it reads only the rows that are wanted."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -142,7 +144,7 @@ class Reader(StorageReader):
 
 
 def _read_rectangle(file: BinaryIO, offset: int, item: ReadItem, saved: Any) -> Tensor:
-    """The wanted part of a saved rectangle: whole rows are read, columns are cut from them."""
+    """Read the wanted part of a saved rectangle: whole rows, then columns are cut from them."""
     chunk = next(c for c in _hinted(saved.chunks, item.storage_index.index) if c.offsets == item.storage_index.offset)
     row_values = math.prod(chunk.sizes[1:])
     row_bytes = row_values * saved.properties.dtype.itemsize
@@ -162,7 +164,7 @@ def _hinted(chunks: list[ChunkStorageMetadata], index: int | None) -> list[Chunk
 
 
 def _by_size(plan: SavePlan) -> Iterator[list[Any]]:
-    """Items in files of about FILE_BYTES each, so that hashes can be checked by many at once."""
+    """Group items into files of about FILE_BYTES each, so that several ranks can check hashes at once."""
     group: list[Any] = []
     size = 0
     for item in plan.items:

@@ -1,4 +1,4 @@
-"""Maps of heads, [L, N]: layers down, heads across, a number in every cell that can hold one.
+"""Draw maps of heads [L, N]: layers down, heads across, a number in every cell that has room for one.
 
 Layer 0 reads the embedding. Entropies are in nats, thresholds are fractions of ln T, NaN marks what was not measured.
 """
@@ -24,12 +24,12 @@ POINTS_PER_INCH = 72
 
 
 def head_map_figure(entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
-    """Mean entropy of every head, [L, N] in nats; colours run from 0 to the causal ceiling, so that maps compare."""
+    """Draw the mean entropy of every head, [L, N] in nats; colours run from 0 to the causal ceiling."""
     return head_maps_figure({title: entropy_nats}, [seq_length])
 
 
 def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) -> Figure:
-    """Head maps side by side on one colour scale, up to the largest ceiling of all.
+    """Draw head maps side by side on one colour scale, from 0 to the largest ceiling.
 
     Args:
         maps: title -> entropies [L, N] in nats; sizes may differ from run to run.
@@ -58,7 +58,7 @@ def head_maps_figure(maps: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) 
 
 
 def threshold_map_figure(threshold: ArrayLike, title: str = "") -> Figure:
-    """Learned thresholds theta, [L, N] as fractions of ln T, and each layer's mean and variance over its heads."""
+    """Draw the learned thresholds [L, N] as fractions of ln T, and each layer's mean and variance over its heads."""
     values = np.asarray(threshold, dtype=float)
     layers, heads = values.shape
     width_in, height_in = _map_size_in((layers, heads))
@@ -85,7 +85,7 @@ def threshold_map_figure(threshold: ArrayLike, title: str = "") -> Figure:
 
 
 def _map_size_in(cells: tuple[int, ...], columns: int = 1, rows: int = 1) -> tuple[float, float]:
-    """Width and height in inches of the cells of one map of several: readable cells while all fit on one page."""
+    """Return width and height in inches of one map's cells: readable, while all maps fit on one page."""
     layers, heads = cells
     width_in = min(0.48 * heads, LARGEST_MAP_IN[0] / columns)
     height_in = min(0.32 * layers, LARGEST_MAP_IN[1] / rows)
@@ -93,7 +93,7 @@ def _map_size_in(cells: tuple[int, ...], columns: int = 1, rows: int = 1) -> tup
 
 
 def _draw_map(axes: Axes, values: Array, colour_range: tuple[float, float], cell_in: tuple[float, float]) -> AxesImage:
-    """Draws [L, N] with layer 0 on top and a number in each cell that is large enough to hold one."""
+    """Draw [L, N] with layer 0 on top and a number in each cell that has room for one."""
     colours: Colormap = colormaps["viridis"].with_extremes(bad=MISSING)
     low, high = colour_range
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=colours, vmin=low, vmax=max(high, low + 1e-6))
@@ -117,7 +117,7 @@ def _draw_map(axes: Axes, values: Array, colour_range: tuple[float, float], cell
 
 
 def _annotation_style(cell_in: tuple[float, float]) -> tuple[int | None, float]:
-    """Decimals and font size in points of a cell's number: two decimals where they fit, else one, else no number."""
+    """Return decimals and font size in points of a cell's number; None if not even one decimal fits."""
     for decimals, characters in ((2, 4.0), (1, 3.0)):
         width_limit = cell_in[0] * POINTS_PER_INCH * 0.86 / (characters * 0.58)  # a digit is 0.58 em wide on average
         font_size = min(8.0, width_limit, cell_in[1] * POINTS_PER_INCH * 0.62)
@@ -127,7 +127,7 @@ def _annotation_style(cell_in: tuple[float, float]) -> tuple[int | None, float]:
 
 
 def _ticks(count: int, cell_in: float) -> tuple[NDArray[np.int_], list[str]]:
-    """Every index where there is room, else every 2nd, 4th, 8th."""
+    """Return the indices to label: all if there is room, else every 2nd, 4th, 8th."""
     stride = 1
     while stride * cell_in < 0.17:
         stride *= 2
@@ -136,7 +136,7 @@ def _ticks(count: int, cell_in: float) -> tuple[NDArray[np.int_], list[str]]:
 
 
 def _rounded_range(values: Array) -> tuple[float, float]:
-    """The range of the finite values, widened to whole tenths; never empty."""
+    """Return the range of the finite values, widened to whole tenths; never empty."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         return 0.0, 1.0
@@ -147,6 +147,6 @@ def _rounded_range(values: Array) -> tuple[float, float]:
 def _colour_bar(
     figure: Figure, image: AxesImage, axes: list[Axes], label: str, size_in: tuple[float, float]
 ) -> Colorbar:
-    """A bar as high as the maps beside it, which take `size_in` (width, height) in inches."""
+    """Add a colour bar as high as the maps beside it, which take `size_in` (width, height) in inches."""
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.22 / size_in[0], aspect=size_in[1] / 0.18)
     return tidy_bar(bar, label)

@@ -1,4 +1,4 @@
-"""The curves of arXiv 2501.03489 as functions from arrays to figures: no files, no pyplot, no global state.
+"""Draw the curves of arXiv 2501.03489: arrays in, figures out; no files, no pyplot, no global state.
 
 Axes of arrays: L layers, N heads, S logging steps. Entropies are in nats, and NaN marks what a run could not measure.
 """
@@ -30,14 +30,14 @@ QUARTER_COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#E69F00")
 
 
 def head_shares(entropy_nats: ArrayLike) -> Array:
-    """Shares of heads whose entropy lies in each quarter of the largest observed head entropy.
+    """Return the shares of heads whose entropy lies in each quarter of the largest head entropy.
 
     Args:
         entropy_nats: any shape, usually [L, N]; NaN heads are left out.
 
     Returns:
-        [4], lowest quarter first, summing to 1 (all NaN where no head is finite). A head on an edge counts upwards;
-        where every entropy is 0 all heads are collapsed. Source: arXiv 2501.03489, the discussion of entropic overload.
+        [4], lowest quarter first, summing to 1; all NaN if no head is finite. A head on an edge counts upwards. If
+        every entropy is 0, all heads are collapsed. Source: arXiv 2501.03489, the discussion of entropic overload.
     """
     values = np.asarray(entropy_nats, dtype=float).ravel()
     values = values[np.isfinite(values)]
@@ -52,7 +52,7 @@ def head_shares(entropy_nats: ArrayLike) -> Array:
 
 
 def layer_entropy_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
-    """Mean entropy of each layer against step, under the causal ceiling.
+    """Draw the mean entropy of each layer against step, under the causal ceiling.
 
     Args:
         steps: [S], optimizer steps.
@@ -82,11 +82,11 @@ def layer_entropy_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: 
 
 
 def bins_figure(steps: ArrayLike, entropy_nats: ArrayLike, title: str = "") -> Figure:
-    """Shares of heads in four quarters of the largest head entropy: over the run, and at its last step in percent.
+    """Draw the shares of heads in quarters of the largest head entropy, over the run and at its last step.
 
     Args:
         steps: [S], optimizer steps.
-        entropy_nats: [S, L, N]; the largest entropy is taken anew at each step.
+        entropy_nats: [S, L, N]; each step has a largest entropy of its own.
     """
     x = np.asarray(steps, dtype=float)
     percent_S4 = 100 * np.array([head_shares(snapshot) for snapshot in np.asarray(entropy_nats, dtype=float)])
@@ -118,12 +118,12 @@ def scales_figure(
     ranges: Mapping[str, tuple[ArrayLike, ArrayLike]],
     title: str = "",
 ) -> Figure:
-    """Learned scalars of each layer against step, a panel each.
+    """Draw the learned scalars of each layer against step, one panel a kind.
 
     Args:
         steps: [S], optimizer steps.
         panels: axis label -> [S, L].
-        ranges: axis label -> (least, greatest) over everything the layers' means hide, [S] each; drawn as a grey band.
+        ranges: axis label -> (least, greatest), [S] each, over all that the means hide; drawn as a grey band.
     """
     figure = new_figure(3.9 * len(panels) + 0.9, 3.6)
     drawn = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -148,7 +148,7 @@ def scales_figure(
 def loss_figure(
     train: Mapping[str, ArrayLike], validation: tuple[ArrayLike, ArrayLike] | None, title: str = ""
 ) -> Figure:
-    """Cross-entropy of training and validation against step; the entropy loss below it where there is one.
+    """Draw cross-entropy of training and validation against step; below it the entropy loss, if there is one.
 
     Args:
         train: step, ce_loss, entropy_loss; each [S], nats a token.
@@ -176,7 +176,7 @@ def loss_figure(
 
 
 def validation_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str = "") -> Figure:
-    """Validation loss of several runs against tokens, so that runs of other batch sizes compare.
+    """Draw validation losses against tokens, so that runs of different batch sizes compare.
 
     Args:
         runs: name -> (tokens, losses in nats a token), each [E].

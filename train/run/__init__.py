@@ -1,1 +1,1 @@
-"""The folder of a run: its one writer and its one reader."""
+"""The folder of a run: its one writer, its one reader, and whether it holds the same run."""

@@ -1,1 +1,1 @@
-"""Scaling laws of an architecture: a ladder of runs, fits of its losses, and what they predict."""
+"""Scaling laws of an architecture: plan a ladder of runs, fit a law to their losses, predict from it."""

@@ -1,4 +1,4 @@
-"""Scaling laws, from the plan of a ladder to the report:
+"""Plan a ladder of runs, train it, fit a scaling law, predict from it, and report it:
 
     python -m train.scaling plan --flops 1e17 --data datasets/mine --output configs/suites/ladder.json
     python -m train.scaling run configs/suites/ladder.json
@@ -6,7 +6,8 @@
     python -m train.scaling predict laws.json --parameters 1e9 --tokens 2e10
     python -m train.scaling report configs/suites/ladder.json --output docs/study/ladder
 
-`fit` and `report` also read a CSV file of (N, D, loss), of one architecture or, with a column `architecture`, several.
+`fit` and `report` also read a CSV file of (N, D, loss). It holds one architecture, or several with a column
+`architecture`.
 """
 
 import argparse
@@ -50,32 +51,38 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.scaling", description="Scaling laws of an architecture.")
     commands = parser.add_subparsers(dest="command", required=True)
     _plan_options(
-        commands.add_parser("plan", help="write a suite: a ladder of sizes and token budgets for a compute budget")
+        commands.add_parser(
+            "plan", help="plan a ladder of sizes and token budgets for a compute budget; write it as a suite"
+        )
     )
-    commands.add_parser("run", help="train it: the same as python -m train.study run")
+    commands.add_parser("run", help="train the suite; the same as python -m train.study run")
     for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("source", type=Path, help="suite file (.json) or CSV file")
+        command.add_argument("source", type=Path, help="suite file (.json) or CSV file of points")
         command.add_argument("overrides", nargs="*", metavar="section.key=value",
-                             help="of a suite, the same as it was run with")  # fmt: skip
+                             help="overrides that the suite was run with")  # fmt: skip
         command.add_argument("--parameters", choices=("total", "body"), default="total",
-                             help="N of a suite: all, or without embeddings and head (default: total)")  # fmt: skip
+                             help="what N counts: all, or without embeddings and head (default: total)")  # fmt: skip
         command.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN",
-                             help="CSV columns by hand: N, D, C, loss, architecture, say N='Model Size'")  # fmt: skip
+                             help="CSV column for N, D, C, loss or architecture, say N='Model Size'")  # fmt: skip
         command.add_argument("--least-ratio", type=real_number(0), default=0.0, metavar="R",
-                             help="leave out points with fewer tokens a parameter (default: none)")  # fmt: skip
+                             help="leave out points with fewer tokens a parameter (default: keep all)")  # fmt: skip
         command.add_argument("--without-outliers", action="store_true",
-                             help="leave out points far off the law of the others; listed anyway")  # fmt: skip
+                             help="leave out points far off the law of the others; they are still listed")  # fmt: skip
         command.add_argument("--resamples", type=whole_number(1, 100_000), default=1000, metavar="N",
-                             help="of the bootstrap (default: 1000)")  # fmt: skip
+                             help="number of bootstrap resamples (default: 1000)")  # fmt: skip
         command.add_argument("--output", type=Path, metavar="PATH",
-                             help="fit: file for predict; report: folder (default: report/ beside it)")  # fmt: skip
-        command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
-    predict = commands.add_parser("predict", help="loss of a size and length, or the best ones for a compute budget")
-    predict.add_argument("fits", type=Path, metavar="FILE", help="written by fit --output")
-    predict.add_argument("--parameters", type=real_number(1), metavar="N")
-    predict.add_argument("--tokens", type=real_number(1, 1e18), metavar="D")
-    predict.add_argument("--flops", type=real_number(1, MOST_FLOPS), metavar="C", help="training FLOPs, at 6 N D")
+                             help="fit: file for predict; report: folder (default: report/ beside source)")  # fmt: skip
+        command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the top of the report")
+    predict = commands.add_parser(
+        "predict", help="predict the loss of a size and length, or the best ones for a compute budget"
+    )
+    predict.add_argument("fits", type=Path, metavar="FILE", help="file that fit --output wrote")
+    predict.add_argument("--parameters", type=real_number(1), metavar="N", help="size; together with --tokens")
+    predict.add_argument("--tokens", type=real_number(1, 1e18), metavar="D", help="length of the training")
+    predict.add_argument(
+        "--flops", type=real_number(1, MOST_FLOPS), metavar="C", help="training FLOPs, counted as 6 N D; alone"
+    )
     return parse_with_overrides(parser, arguments)
 
 
@@ -84,31 +91,41 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
                          help="training FLOPs of all runs together")  # fmt: skip
     command.add_argument("--architectures", nargs="+", default=["EReg(SM(t)+ScFuFFN)", "SM+LN+G"],
                          choices=list(ARCHITECTURES),
-                         metavar="NAME", help="paper's names (default: EReg and SM+LN+G)")  # fmt: skip
+                         metavar="NAME", help="by the paper's names (default: EReg and SM+LN+G)")  # fmt: skip
     command.add_argument("--sizes", type=whole_number(1, len(DEPTHS)), default=5, metavar="N",
-                         help="of each architecture (default: 5)")  # fmt: skip
+                         help="number of sizes of each architecture (default: 5)")  # fmt: skip
     command.add_argument("--ratios", type=real_number(1e-3, 1e6), nargs="+", default=[5, 10, 20], metavar="R",
-                         help="budgets in tokens a parameter (default: 5 10 20)")  # fmt: skip
+                         help="token budgets, in tokens a parameter (default: 5 10 20)")  # fmt: skip
     command.add_argument("--levels", type=whole_number(0, 100), default=0, metavar="K",
                          help="evaluate all sizes at K common levels of compute, within --ratios")  # fmt: skip
     command.add_argument(
-        "--counted", choices=("total", "body"), default="total", help="parameters that ratios refer to"
+        "--counted",
+        choices=("total", "body"),
+        default="total",
+        help="which parameters --ratios counts (default: total)",
     )
     command.add_argument("--seq-length", type=whole_number(1, 1 << 20), default=128, metavar="T",
                          help="context in tokens (default: 128)")  # fmt: skip
-    command.add_argument("--data", required=True, metavar="DIR", help="prepared dataset; its vocabulary is counted")
+    command.add_argument(
+        "--data", required=True, metavar="DIR", help="prepared dataset; its vocabulary counts as parameters"
+    )
     command.add_argument("--vocab-size", type=whole_number(1, 10**7), metavar="V",
-                         help="where the dataset is not prepared yet")  # fmt: skip
+                         help="size of the vocabulary, if the dataset is not prepared yet")  # fmt: skip
     command.add_argument("--rates", type=real_number(1e-3, 1e3), nargs="+", default=[1.0], metavar="F",
-                         help="factors of the learning rate swept at the smallest size (default: 1)")  # fmt: skip
+                         help="factors of the learning rate to sweep at the smallest size (default: 1)")  # fmt: skip
     command.add_argument("--micro-batch-tokens", type=whole_number(1), default=65536, metavar="N",
                          help="largest micro-batch in tokens (default: 65536)")  # fmt: skip
-    command.add_argument("--name", type=_folder_name, default="ladder", help="of the suite (default: ladder)")
-    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file")
+    command.add_argument(
+        "--name",
+        type=_folder_name,
+        default="ladder",
+        help="name of the suite, which trains in runs/NAME (default: ladder)",
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file to write")
 
 
 def _folder_name(text: str) -> str:
-    """An argparse type: the suite trains in runs/NAME."""
+    """Check that a name can name a folder; an argparse type."""
     if not re.fullmatch(r"\w[\w.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a folder's name of letters, digits and . + - _")
     return text
@@ -153,7 +170,7 @@ def make_plan(options: argparse.Namespace) -> int:
 
 
 def _check_output(path: Path, is_folder: bool = False) -> None:
-    """Raises PointsError where nothing can be written there, before work is done for it."""
+    """Raise PointsError if the output cannot be written there, before any work is done for it."""
     wanted = "a folder" if is_folder else "a file"
     if path.exists() and path.is_dir() != is_folder:
         raise PointsError(f"--output {path}: is {'a folder' if path.is_dir() else 'a file'}; name {wanted} to write")
@@ -164,7 +181,7 @@ def _check_output(path: Path, is_folder: bool = False) -> None:
 
 
 def _write_suite(path: Path, tree: dict[str, Any]) -> None:
-    """Writes what `run` will load; a tree that does not load leaves the file as it was."""
+    """Write a suite file. If the suite does not load, leave the file as it was and raise LadderError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
@@ -181,7 +198,7 @@ def make_fit(options: argparse.Namespace) -> int:
     """Fit the laws, print them and write them if asked to."""
 
     from train.scaling import summary
-    from train.scaling.source import analyse_all, save_fits
+    from train.scaling.fits import analyse_all, save_fits
 
     if options.output is not None:
         _check_output(options.output)
@@ -208,9 +225,8 @@ def make_fit(options: argparse.Namespace) -> int:
 
 def make_report(options: argparse.Namespace) -> int:
     """Write the report."""
-
+    from train.scaling.fits import analyse_all
     from train.scaling.report import write_report
-    from train.scaling.source import analyse_all
 
     folder = options.output or options.source.parent / "report"
     _check_output(folder, is_folder=True)
@@ -224,7 +240,7 @@ def make_report(options: argparse.Namespace) -> int:
 
 
 def _counted(options: argparse.Namespace) -> str:
-    """In brackets which parameters are N; a CSV file knows only its own."""
+    """Return ' (total)' or ' (body)' for a suite; empty for a CSV file, which has its own count."""
     return f" ({options.parameters})" if options.source.suffix == ".json" else ""
 
 
@@ -244,8 +260,8 @@ def make_prediction(options: argparse.Namespace) -> int:
     """Print the predicted loss of a size and length, or the best ones for a compute budget."""
 
     from train.scaling.analysis import SEARCHED, compute_optimal
+    from train.scaling.fits import read_fits
     from train.scaling.law import interval
-    from train.scaling.source import read_fits
 
     given = [key for key in ("flops", "parameters", "tokens") if getattr(options, key) is not None]
     if given not in (["flops"], ["parameters", "tokens"]):

@@ -1,4 +1,4 @@
-"""What follows from a law: the compute-optimal allocation, isoFLOP parabolas, the error on runs held out."""
+"""Compute what follows from a law: compute-optimal allocation, isoFLOP parabolas, error on held-out runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ Array = NDArray[np.float64]
 FlopsPerToken = Callable[[Array], Array]
 """Training FLOPs a token of a model of N parameters."""
 
-SEARCHED = (1e4, 1e14)  # parameters among which an optimum is looked for
+SEARCHED = (1e4, 1e14)  # parameters; the range in which an optimum is searched
 SAME_COMPUTE = 0.15  # points whose ln C differ by less belong to one isoFLOP curve
 FEWEST_SIZES = 4  # of an isoFLOP curve; three would always lie on a parabola
 
 
 def six_flops_per_parameter(parameters: Array) -> Array:
-    """The usual estimate, C = 6 N D."""
+    """Estimate training FLOPs a token by the usual rule, C = 6 N D."""
     return 6 * np.asarray(parameters, dtype=float)
 
 
@@ -36,7 +36,14 @@ class Allocation:
 def compute_optimal(
     law: LossLaw, flops: ArrayLike, flops_per_token: FlopsPerToken = six_flops_per_parameter, grid_points: int = 2001
 ) -> Allocation:
-    """Minimizes the law at each budget of training FLOPs over the size, by search, for any cost a token."""
+    """Find the size with the lowest loss for each compute budget.
+
+    Args:
+        law: of the architecture.
+        flops: budgets of training FLOPs.
+        flops_per_token: training FLOPs a token at N parameters; any function.
+        grid_points: sizes tried over SEARCHED; a parabola through the best three refines the optimum.
+    """
     budgets = np.atleast_1d(np.asarray(flops, dtype=float))
     sizes = np.geomspace(*SEARCHED, grid_points)
     tokens = budgets[:, None] / flops_per_token(sizes)[None]
@@ -51,7 +58,7 @@ def compute_optimal(
 
 
 def exponents(law: LossLaw) -> tuple[float, float]:
-    """a and b of N_opt ~ C^a, D_opt ~ C^b where C is proportional to N D."""
+    """Return a and b of N_opt ~ C^a and D_opt ~ C^b, for C proportional to N D."""
     total = law.alpha + law.beta
     return law.beta / total, law.alpha / total
 
@@ -72,10 +79,10 @@ class IsoFlop:
 
 
 def isoflops(points: Points) -> list[IsoFlop]:
-    """Parabolas through the runs of equal compute, those that open upwards with their minimum among the sizes run.
+    """Fit a parabola of the loss in ln N to the runs of each compute budget.
 
-    Runs are grouped by compute; where too few coincide, each size's losses are interpolated (ln loss in ln C) at the
-    budgets that most sizes bracket.
+    Runs are grouped by compute. If too few coincide, each size's losses are interpolated (ln loss in ln C) at budgets
+    that most sizes bracket. Only parabolas that open upwards, with their minimum among the sizes run, are returned.
     """
     groups = _grouped(points) or _interpolated(points)
     curves = []
@@ -121,14 +128,14 @@ def _interpolated(points: Points, budgets: int = 6) -> list[tuple[float, Array, 
 
 
 def power_law(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
-    """Exponent and factor of y = factor * x^exponent, by least squares of logarithms."""
+    """Fit y = factor * x^exponent by least squares of logarithms; return exponent and factor."""
     exponent, log_factor = np.polyfit(np.log(np.asarray(x, dtype=float)), np.log(np.asarray(y, dtype=float)), 1)
     return float(exponent), float(np.exp(log_factor))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well a law fitted to the cheaper runs predicts the dearest ones."""
+    """How well a law fitted to the cheaper runs predicts the dearest; `predicted` is parallel to `points`."""
 
     fit: Fit
     points: Points
@@ -140,7 +147,7 @@ class HeldOut:
 
 
 def held_out(points: Points, share: float = 0.2) -> HeldOut | None:
-    """Leaves out the share of runs with the most compute and predicts them; None where too few remain to fit."""
+    """Predict the share of runs with the most compute from the others; return None if too few remain to fit."""
     count = max(1, round(share * len(points)))
     dearest = np.zeros(len(points), dtype=bool)
     dearest[np.argsort(points.flops, kind="stable")[-count:]] = True

@@ -1,4 +1,4 @@
-"""Two architectures against each other: where their curves cross in parameters, tokens, compute and communication."""
+"""Compare two architectures: find where their losses cross in parameters, tokens, compute and communication."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ GRID_POINTS = 241
 
 @dataclass(frozen=True)
 class Curve:
-    """An architecture: its law, resamples of it, and what a model of N parameters costs.
+    """An architecture: its law, and what a model of N parameters costs.
 
     Attributes:
         resamples: laws of the bootstrap; may be empty.
-        communication_gb: of a private inference of a model of N parameters, or None where it is unknown.
+        flops_per_token: training FLOPs a token at N parameters.
+        communication_gb: of a private inference at N parameters; None if unknown.
     """
 
     name: str
@@ -34,13 +35,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the better one changes.
+    """Where the better one of two architectures changes along an axis.
 
     Attributes:
-        at: values of the axis at which the losses are equal; empty where one is better throughout.
-        below: the name of the one that is better below the first crossing, or throughout.
-        interval: of the first crossing over resamples, or None without resamples that cross.
-        share: of resamples that cross within the range; NaN without resamples.
+        axis: in words.
+        range: of the axis that was searched.
+        at: values of the axis at which the losses are equal; empty if one is better throughout.
+        below: name of the one that is better below the first crossing, or throughout.
+        interval: 95% interval of the first crossing over resamples; None if no resample crosses.
+        share: share of resamples that cross within the range; NaN without resamples.
     """
 
     axis: str
@@ -52,7 +55,15 @@ class Crossing:
 
 
 def crossings(first: Curve, second: Curve, axis: str, grid: Array, difference: Quantity) -> Crossing:
-    """Finds the zeros of `difference` (second minus first) over the grid, and over pairs of resamples."""
+    """Find where `difference` is zero over a grid, for the two laws and for pairs of their resamples.
+
+    Args:
+        first: the architecture that is better where the difference is positive.
+        second: the other.
+        axis: name of the grid's quantity.
+        grid: increasing, positive.
+        difference: loss of the second minus that of the first over the grid, given their laws.
+    """
     at, first_is_better = _zeros(grid, difference(first.law, second.law))
     firsts = []
     pairs = list(zip(first.resamples, second.resamples, strict=False))
@@ -76,11 +87,18 @@ def compare(
     flops: tuple[float, float],
     at: tuple[float, float],
 ) -> list[Crossing]:
-    """Crossings in N (at one D), in D (at one N), in compute (each at its optimum), in communication (at that D).
+    """Find where the losses of two architectures cross, along each axis.
+
+    The axes are N at a fixed D, D at a fixed N, compute with each model at its optimal size, and communication at a
+    fixed D.
 
     Args:
-        parameters, tokens, flops: ranges looked at; crossings outside the range measured are extrapolations.
-        at: the N and D held fixed along the other axes.
+        first: an architecture.
+        second: another.
+        parameters: range of N to search; crossings beyond the measured range are extrapolations.
+        tokens: range of D to search.
+        flops: range of compute to search.
+        at: the N and D that are held fixed along the other axes.
     """
     at_parameters, at_tokens = at
     sizes, lengths, budgets = (np.geomspace(*ends, GRID_POINTS) for ends in (parameters, tokens, flops))
@@ -128,14 +146,14 @@ def compare(
 
 
 def size_at(curve: Curve, gigabytes: Array, sizes: Array) -> Array:
-    """Parameters that a budget of communication buys; NaN outside the sizes."""
+    """Return the parameters that budgets of communication pay for; NaN outside the range of `sizes`."""
     assert curve.communication_gb is not None
     costs = curve.communication_gb(sizes)
     return np.exp(np.interp(np.log(gigabytes), np.log(costs), np.log(sizes), left=np.nan, right=np.nan))
 
 
 def _zeros(grid: Array, difference: Array) -> tuple[list[float], bool]:
-    """Zeros (interpolated in the logarithm of the grid), and whether the difference is positive before the first."""
+    """Return the zeros, interpolated in the grid's logarithm, and whether the difference starts out positive."""
     known = np.isfinite(difference)
     x, y = np.log(grid[known]), difference[known]
     if not len(y):
@@ -147,9 +165,13 @@ def _zeros(grid: Array, difference: Array) -> tuple[list[float], bool]:
 
 
 def along_ladder(sizes: Array, values: Array) -> Callable[[Array], Array]:
-    """A cost of a model of N parameters, from the ladder's own models: straight lines between logarithms.
+    """Interpolate a cost of a model of N parameters between the ladder's own models, linearly in logarithms.
 
-    Beyond the ends the line through the last two goes on; one model alone gives a cost proportional to N.
+    Beyond the ends, the line through the last two models goes on. One model alone gives a cost proportional to N.
+
+    Args:
+        sizes: N of each model.
+        values: its cost.
     """
     order = np.argsort(sizes)
     x, y = np.log(np.asarray(sizes, dtype=float)[order]), np.log(np.asarray(values, dtype=float)[order])

@@ -1,9 +1,9 @@
-"""A ladder of sizes for a compute budget: which models, how many tokens each, at which learning rate and batch.
+"""Plan a ladder of sizes for a compute budget: which models, how many tokens each, which learning rate and batch.
 
-Sizes keep heads of width 64 and a width of 64 times the depth, as GPT-2 small does, between 2 and 32 layers. A norm-
-free block changes the residual by about (rate * width / alpha) a step, and blocks compound over the depth, so the
-largest stable rate falls with the width and with the square root of the depth; the same rule is used for every
-architecture of a comparison.
+Sizes have 2 to 32 layers, a width of 64 times the depth and heads of width 64, as GPT-2 small has. In a step, a block
+without norm changes the residual by about (rate * width / alpha), and blocks compound over the depth. So the largest
+stable rate falls with the width and with the square root of the depth. Every architecture of a comparison follows the
+same rule.
 """
 
 import dataclasses
@@ -26,16 +26,18 @@ DECAY_FRACTION = 0.2
 
 
 class LadderError(ValueError):
-    """No ladder fits; one clear line."""
+    """No ladder fits; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One size of an architecture with its budgets.
+    """One size of an architecture, with its budgets.
 
     Attributes:
+        body_parameters: without embeddings and head.
         budgets_tokens: tokens of each result, rounded to whole steps.
-        flops: of the trunk and all branches together.
+        global_batch_size: in sequences.
+        flops: training FLOPs of the trunk and all branches together.
     """
 
     model: ModelConfig
@@ -52,27 +54,27 @@ class Rung:
 
 
 def short_name(architecture: str) -> str:
-    """Without brackets, which shells want quoted: SMt+ScFuFFN; EReg alone where they hold what is regularized."""
+    """Remove brackets, which shells need quoted: SMt+ScFuFFN. EReg loses what its brackets hold."""
     return re.sub(r"\(SM.*|[()]", "", architecture)
 
 
 def learning_rate(layers: int, width: int) -> float:
-    """5e-4 at 12 x 768, falling with the width and the root of the depth; two digits."""
+    """Return the learning rate in two digits: 5e-4 at 12 x 768, falling with the width and the root of the depth."""
     rate = REFERENCE_RATE * REFERENCE_WIDTH / width * math.sqrt(REFERENCE_DEPTH / layers)
     return float(f"{min(rate, LARGEST_RATE):.2g}")
 
 
 def batch_size(tokens: float, seq_length: int) -> int:
-    """Sequences a step: about 2,000 steps to the end, and about 4,096 to 524,288 tokens a step where sequences allow.
+    """Return the sequences of a step: about 2,000 steps to the end, within 4,096 to 524,288 tokens a step.
 
-    A power of two, so that micro-batches of a power of two divide it.
+    It is a power of two, so that micro-batches of a power of two divide it.
     """
     step_tokens = 2 ** min(19, max(12, round(math.log2(tokens / 2000))))
     return int(2 ** max(0, round(math.log2(step_tokens / seq_length))))
 
 
 def rung(model: ModelConfig, vocab_size: int, tokens: Sequence[float]) -> Rung:
-    """One model and the token counts it is to be evaluated at."""
+    """Plan one model that is to be evaluated at the given token counts."""
     sequences = batch_size(max(tokens), model.seq_length)
     step_tokens = sequences * model.seq_length
     budgets = tuple(sorted({max(10, round(count / step_tokens)) * step_tokens for count in tokens}))
@@ -98,12 +100,18 @@ def plan(
     counted: str = "total",
     levels: int = 0,
 ) -> list[Rung]:
-    """The highest ladder of `sizes` consecutive sizes, the same for every architecture, that the budget pays for.
+    """Find the ladder with the largest sizes that the budget pays for; its sizes are the same for every architecture.
 
     Args:
-        ratios: tokens for each parameter counted ('total' or 'body').
-        levels: where not 0, so many levels of compute take the place of the ratios, whose least and greatest then bound
-            them: every size is evaluated at each level that lies between, so that sizes compare at equal compute.
+        architectures: by the paper's names.
+        budget_flops: training FLOPs of all runs together.
+        sizes: number of consecutive sizes.
+        ratios: token budgets, in tokens a parameter.
+        vocab_size: of the dataset.
+        seq_length: context in tokens.
+        counted: which parameters the ratios count, 'total' or 'body'.
+        levels: if not 0, evaluate at this many common levels of compute instead, so that sizes compare at equal
+            compute. Each size takes the levels between its smallest and its largest ratio.
 
     Raises:
         LadderError: not even the smallest sizes fit; says what they would take.
@@ -131,7 +139,7 @@ def plan(
 def _tokens(
     models: Sequence[ModelConfig], vocab_size: int, ratios: Sequence[float], counted: str, levels: int
 ) -> list[list[float]]:
-    """Token counts of each model."""
+    """Return the token budgets of each model."""
     count = body_parameters if counted == "body" else total_parameters
     bases = [count(model, vocab_size) for model in models]
     if not levels:
@@ -162,7 +170,15 @@ def _model(architecture: str, depth: int, seq_length: int) -> ModelConfig:
 def suite_tree(
     name: str, rungs: Sequence[Rung], data: str, micro_batch_tokens: int, rate_factors: Sequence[float] = (1.0,)
 ) -> dict[str, Any]:
-    """The suite file of a ladder; several rate factors are swept at the smallest size of each architecture."""
+    """Make the suite file of a ladder.
+
+    Args:
+        name: of the suite.
+        rungs: of the ladder.
+        data: path of the dataset.
+        micro_batch_tokens: largest micro-batch in tokens.
+        rate_factors: of the learning rate, to sweep at the smallest size of each architecture.
+    """
     smallest = {one.model.architecture: min(r.parameters for r in rungs if _same_architecture(r, one))
                 for one in rungs}  # fmt: skip
     runs = []

@@ -1,8 +1,8 @@
-"""The law L(N, D) = E + A / N^alpha + B / D^beta and its fit to measured losses.
+"""Fit the law L(N, D) = E + A / N^alpha + B / D^beta to measured losses; N counts parameters, D tokens.
 
-The fit is that of Hoffmann et al. 2022 (arXiv 2203.15556, approach 3): Huber's loss of the residuals of ln L, from a
-grid of starts, over (ln A, ln B, ln E, alpha, beta). All starts move at once, as one batch of damped Gauss-Newton
-steps on reweighted least squares; the best few are then polished with BFGS. N counts parameters, D tokens.
+The fit is that of Hoffmann et al. 2022 (arXiv 2203.15556, approach 3). It minimizes Huber's loss of the residuals of
+ln L over (ln A, ln B, ln E, alpha, beta), from a grid of starts. All starts move at once, as one batch of damped
+Gauss-Newton steps on reweighted least squares. BFGS then polishes the best few.
 """
 
 import itertools
@@ -21,14 +21,14 @@ GRID = {  # starts, as in the paper; their product is 4,500
     "alpha": (0.0, 0.5, 1.0, 1.5, 2.0),
     "beta": (0.0, 0.5, 1.0, 1.5, 2.0),
 }
-SIEVE = ((12, 600), (30, 40), (300, 40))  # (steps, starts kept after them): most starts show early that they lose
-CHUNK = 250  # starts moved together, so that their arrays stay in the processor's cache
+SIEVE = ((12, 600), (30, 40), (300, 40))  # (steps, starts kept after them): most starts fall behind early
+CHUNK = 250  # starts that move together; their arrays stay in the processor's cache
 PATIENCE = 8  # steps without progress after which a start rests
 
 
 @dataclass(frozen=True)
 class LossLaw:
-    """Coefficients of one architecture."""
+    """The coefficients of one architecture."""
 
     E: float
     A: float
@@ -37,7 +37,7 @@ class LossLaw:
     beta: float
 
     def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> Array:
-        """In the unit of the losses fitted; shapes broadcast."""
+        """Return the loss in the unit of the fitted losses; shapes broadcast."""
         n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
         return np.asarray(self.E + self.A * n**-self.alpha + self.B * d**-self.beta)
 
@@ -47,11 +47,12 @@ class LossLaw:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law with how it was found.
+    """A law, and how it was found.
 
     Attributes:
         objective: sum of Huber losses of the residuals of ln L.
-        starts, agreeing: how many starts there were, and how many of those polished ended within 1% of the best.
+        starts: number of starts.
+        agreeing: how many of the polished starts ended within 1% of the best objective.
     """
 
     law: LossLaw
@@ -61,14 +62,20 @@ class Fit:
 
 
 class FitError(ValueError):
-    """The points do not determine a law; one clear line."""
+    """The points do not determine a law; the message is one line."""
 
 
 def fit(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike, delta: float = DELTA) -> Fit:
-    """Fits the law to points, each [P].
+    """Fit the law to P points.
+
+    Args:
+        parameters: N, [P].
+        tokens: D, [P].
+        losses: [P].
+        delta: of Huber's loss, in ln L.
 
     Raises:
-        FitError: fewer than 5 points, or all of one N or one D, or a value that is not positive and finite.
+        FitError: there are fewer than 5 points, only one N or one D, or a value that is not positive and finite.
     """
     n, d, y = _checked(parameters, tokens, losses)
     starts = np.array(list(itertools.product(*GRID.values())))
@@ -85,10 +92,15 @@ def fit(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike, delta: floa
 def refit(
     law: LossLaw, parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike, counts: ArrayLike, delta: float = DELTA
 ) -> list[LossLaw]:
-    """Fits of many reweighted copies of the points at once, starting from a law near them: bootstrap resamples.
+    """Fit R reweighted copies of the points at once, starting from a law near them.
 
     Args:
-        counts: [R, P], how often each resample holds each point.
+        law: fitted to the points.
+        parameters: N, [P].
+        tokens: D, [P].
+        losses: [P].
+        counts: [R, P], how often each copy contains each point.
+        delta: of Huber's loss, in ln L.
     """
     n, d, y = _checked(parameters, tokens, losses)
     weights = np.asarray(counts, dtype=float)
@@ -106,21 +118,21 @@ def bootstrap(
     seed: int = 1,
     delta: float = DELTA,
 ) -> list[LossLaw]:
-    """Laws of `resamples` draws of the points with replacement."""
+    """Fit the law to `resamples` draws of the points with replacement; arguments as in `refit`."""
     points = len(np.asarray(losses))
     counts = np.random.default_rng(seed).multinomial(points, np.full(points, 1 / points), size=resamples)
     return refit(law, parameters, tokens, losses, counts, delta)
 
 
 def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """The central share `level` of bootstrap values; NaN values are left out."""
+    """Return the ends of the central share `level` of the values; NaN is left out."""
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(np.asarray(values, dtype=float), (tail, 100 - tail))
     return float(low), float(high)
 
 
 def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> tuple[Array, Array, Array]:
-    """ln N, ln D, ln L."""
+    """Return ln N, ln D, ln L."""
     n, d, y = (np.asarray(values, dtype=float).ravel() for values in (parameters, tokens, losses))
     if not len(n) == len(d) == len(y):
         raise FitError(f"{len(n)} parameter counts, {len(d)} token counts and {len(y)} losses: one of each is needed")
@@ -135,7 +147,7 @@ def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> tup
 
 
 def _theta(law: LossLaw) -> Array:
-    terms = np.maximum([law.A, law.B, law.E], np.finfo(float).tiny)  # a fit may leave no room for one
+    terms = np.maximum([law.A, law.B, law.E], np.finfo(float).tiny)  # a fit may make one of them 0
     return np.array([*np.log(terms), law.alpha, law.beta])
 
 
@@ -145,7 +157,7 @@ def _law(theta: Array) -> LossLaw:
 
 
 def _residuals(theta_S5: Array, n: Array, d: Array, y: Array) -> tuple[Array, Array]:
-    """Residuals [S, P] of ln L and the shares [S, 3, P] of the law's three terms, from which gradients follow."""
+    """Return residuals [S, P] of ln L, and the shares [S, 3, P] of the law's terms, which give its gradients."""
     a, b, e, alpha, beta = (theta_S5[:, index, None] for index in range(5))
     terms = np.stack([a - alpha * n, b - beta * d, np.broadcast_to(e, (len(theta_S5), len(n)))], axis=1)
     top = terms.max(axis=1, keepdims=True)
@@ -155,7 +167,7 @@ def _residuals(theta_S5: Array, n: Array, d: Array, y: Array) -> tuple[Array, Ar
 
 
 def _jacobian(shares: Array, n: Array, d: Array) -> Array:
-    """Derivatives [S, 5, P] of the residuals."""
+    """Return the derivatives [S, 5, P] of the residuals."""
     first, second, third = shares[:, 0], shares[:, 1], shares[:, 2]
     return np.stack([first, second, third, -first * n, -second * d], axis=1)
 
@@ -168,10 +180,10 @@ def _huber(residuals: Array, delta: float) -> Array:
 def _descend(
     theta: Array, n: Array, d: Array, y: Array, weights: Array, delta: float, steps: int
 ) -> tuple[Array, Array]:
-    """Levenberg-Marquardt on Huber's loss, every row of theta [S, 5] by itself; returns thetas and objectives [S].
+    """Minimize Huber's loss by Levenberg-Marquardt, each row of theta [S, 5] by itself.
 
-    Huber's loss is, at each point, a square with weight min(1, delta / |r|): so each step solves a weighted least
-    squares problem, and is taken only by the rows that it makes better.
+    At each point, Huber's loss is a square with weight min(1, delta / |r|). So each step solves a weighted least
+    squares problem. Only the rows that it improves take the step. Returns thetas and objectives [S].
     """
     found = [
         _descend_chunk(theta[start : start + CHUNK].copy(), n, d, y, weights[start : start + CHUNK], delta, steps)
@@ -199,7 +211,7 @@ def _descend_chunk(
 
 
 def _step(theta: Array, n: Array, d: Array, y: Array, weights: Array, damping: Array, delta: float) -> Array:
-    """One damped Gauss-Newton step of the reweighted squares: [S, 5]."""
+    """Return a damped Gauss-Newton step [S, 5] for the reweighted squares."""
     residuals, shares = _residuals(theta, n, d, y)
     jacobian = _jacobian(shares, n, d)
     weighted = jacobian * (weights * np.minimum(1.0, delta / np.maximum(np.abs(residuals), 1e-300)))[:, None]

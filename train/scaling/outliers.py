@@ -1,4 +1,4 @@
-"""Points far off the law that the others follow: a few of them can decide its exponents."""
+"""Find points far off the law of the others. A few of them can decide its exponents."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ COEFFICIENTS = 5
 
 @dataclass(frozen=True)
 class Outliers:
-    """How far each point lies from the law of those that are not outliers; arrays are [P].
+    """How far each of P points lies from the law of those that are not outliers.
 
     Attributes:
         law: fitted to the points that are not far.
         spread: robust standard deviation of their residuals of ln L.
-        deviations: each point's residual of ln L over the spread; positive where its loss is above the law.
+        deviations: [P], each point's residual of ln L over the spread; positive if its loss is above the law.
     """
 
     law: LossLaw
@@ -33,9 +33,13 @@ class Outliers:
 
 
 def outliers(points: Points, law: LossLaw) -> Outliers:
-    """Starts from the law of all points, and refits without the far ones until the same ones are far.
+    """Find outliers: start from the law of all points, and refit without the far ones until the same ones are far.
 
-    Judging by the law of all would let outliers hide behind each other, since they bend it towards themselves.
+    The law of all points would not do: outliers bend it towards themselves, and so hide each other.
+
+    Args:
+        points: of one architecture.
+        law: fitted to all of them.
     """
     far = np.zeros(len(points), dtype=bool)
     for _ in range(MOST_ROUNDS):
@@ -50,9 +54,10 @@ def outliers(points: Points, law: LossLaw) -> Outliers:
 
 
 def robust_spread(residuals: Array) -> float:
-    """1.4826 times the median size, without the 5 smallest: a fit of 5 coefficients passes through so many points.
+    """Return the robust standard deviation: 1.4826 times the median size of the residuals.
 
-    At least Huber's delta, below which the fit takes all residuals for noise.
+    The 5 smallest are left out, since a fit of 5 coefficients can pass through as many points. The result is at least
+    Huber's delta, below which the fit treats all residuals as noise.
     """
     sizes = np.sort(np.abs(residuals))[COEFFICIENTS:]
     return max(DELTA, 1.4826 * float(np.median(sizes))) if len(sizes) else DELTA

@@ -1,4 +1,4 @@
-"""Pictures of scaling laws: points, laws and their resamples in, figures out."""
+"""Draw scaling laws: points, laws and their resamples in, figures out."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ BAND_RESAMPLES = 100
 
 
 def fit_figure(points: Points, law: LossLaw) -> Figure:
-    """Losses against parameters, coloured by tokens, with the law's lines at some of the token counts."""
+    """Draw losses against parameters, coloured by tokens, and the law's lines at up to MOST_LINES token counts."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     tidy(axes)
@@ -39,7 +39,7 @@ def fit_figure(points: Points, law: LossLaw) -> Figure:
 
 
 def isoflop_figure(curves: Sequence[IsoFlop], title: str, unit: str) -> Figure:
-    """Loss against parameters at equal compute, with the parabolas and their minima."""
+    """Draw loss against parameters at equal compute, with the parabolas and their minima."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     tidy(axes)
@@ -58,7 +58,7 @@ def isoflop_figure(curves: Sequence[IsoFlop], title: str, unit: str) -> Figure:
 
 
 def frontier_figure(curves: Sequence[Curve], flops: tuple[float, float], unit: str) -> Figure:
-    """Loss at the optimal size against training FLOPs, with 95% bands of the resamples."""
+    """Draw the loss at the optimal size against training FLOPs, with 95% bands of the resamples."""
     figure = new_figure(6.8, 4.2)
     axes = figure.subplots()
     budgets = np.geomspace(*flops, 60)
@@ -72,9 +72,9 @@ def frontier_figure(curves: Sequence[Curve], flops: tuple[float, float], unit: s
 
 
 def communication_figure(curves: Sequence[Curve], sizes: tuple[float, float], tokens: float) -> Figure:
-    """Loss against communication of a private inference, along each architecture's sizes at one token count.
+    """Draw loss against communication of a private inference, along each architecture's sizes at one token count.
 
-    Only suites know it, whose losses are in nats.
+    Only suites know the communication, and their losses are in nats.
     """
     figure = new_figure(6.8, 4.2)
     axes = figure.subplots()
@@ -90,7 +90,7 @@ def communication_figure(curves: Sequence[Curve], sizes: tuple[float, float], to
 
 
 def _band(axes: Axes, x: Array, lines: Array, index: int, name: str) -> None:
-    """The first line, and the range of 95% of all of them."""
+    """Draw the first line, and the range of 95% of all lines."""
     tidy(axes)
     colour = PALETTE[index % len(PALETTE)]
     low, high = np.nanpercentile(lines, (2.5, 97.5), axis=0)

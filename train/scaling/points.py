@@ -1,4 +1,4 @@
-"""Measured points (N, D, loss) of one or several architectures, from a CSV file of anyone's."""
+"""Read measured points (N, D, loss) of one or several architectures from anyone's CSV file."""
 
 import csv
 import math
@@ -16,16 +16,20 @@ NATS = "nats a token"
 
 
 class PointsError(ValueError):
-    """The points cannot be read; one clear line."""
+    """The points cannot be read; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """Runs of one architecture: parameters N, tokens D, training FLOPs C, and the loss; each [P].
+    """P runs of one architecture.
 
     Attributes:
+        parameters: N, [P].
+        tokens: D, [P].
+        losses: [P].
+        flops: training FLOPs C, [P].
+        remarks: what the reader noticed, a sentence without a full stop each.
         unit: of the losses.
-        remarks: what was noticed when they were read, one sentence without a full stop each.
     """
 
     name: str
@@ -40,11 +44,12 @@ class Points:
         return len(self.losses)
 
     def where(self, kept: NDArray[np.bool_]) -> "Points":
+        """Return only the points for which `kept` [P] is true."""
         n, d, losses, c = (values[kept] for values in (self.parameters, self.tokens, self.losses, self.flops))
         return Points(self.name, n, d, losses, c, self.remarks, self.unit)
 
 
-# Column names as people write them, lower case without spaces, marks and a unit in brackets.
+# Column names as people write them, in lower case, without spaces, punctuation and a unit in brackets.
 ALIASES = {
     "N": ("n", "params", "parameters", "numparams", "numparameters", "parametercount", "modelsize", "modelparams",
           "nparams"),
@@ -66,13 +71,17 @@ DELIMITERS = ",;\t"
 
 
 def read_csv(path: Path, columns: dict[str, str] | None = None) -> list[Points]:
-    """Reads points of each architecture in a file with a header line.
+    """Read the points of each architecture from a file with a header line.
 
-    Columns are found by name (see ALIASES) unless `columns` says which is which, say {"N": "Model Size"}. Where D is
-    absent it is C / (6 N), where C is absent it is 6 N D. Numbers may end in K, M, B, T, or the header in (M) or
-    (billions). Rows without a value are left out, and a remark says so. A column that was not asked for tells
-    architectures apart only where one of its values stands for several sizes: else it names runs or sizes. Losses are
-    in nats a token where their column has a name found by itself, else in what its name says.
+    A missing D is C / (6 N), a missing C is 6 N D. Numbers may end in K, M, B or T, and a header in (M) or (billions).
+    Rows without a value are left out, and a remark says so.
+
+    A column that ALIASES takes for the architecture must have a value with several sizes. Otherwise it names runs or
+    sizes, and is ignored. Losses are in nats a token if ALIASES knows their column, else in the unit that it names.
+
+    Args:
+        path: of the file.
+        columns: N, D, C, loss or architecture -> header, say {"N": "Model Size"}; the others are found by ALIASES.
 
     Raises:
         PointsError: no such file or column, or a value that is no positive number; names line and column.
@@ -95,7 +104,7 @@ def read_csv(path: Path, columns: dict[str, str] | None = None) -> list[Points]:
 
 
 def _rows(path: Path) -> list[tuple[int, Row]]:
-    """(line, header's word -> text) of each row."""
+    """Return (line number, header -> text) of each row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = file.readline()
@@ -121,7 +130,7 @@ def _rows(path: Path) -> list[tuple[int, Row]]:
 
 
 def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[float] | None:
-    """N, D, loss, C of a row; None where one of them is missing and does not follow from the others."""
+    """Return N, D, loss, C of a row; None if one is missing and does not follow from the others."""
     n, d, c, loss = (_number(path, line, row, found[key]) if key in found else None for key in ("N", "D", "C", "loss"))
     if n is None or loss is None or (d is None and c is None):
         return None
@@ -145,7 +154,7 @@ def _values(path: Path, line: int, row: Row, found: dict[str, str]) -> list[floa
 
 
 def _tells_apart(names: Sequence[str], sizes: Sequence[float]) -> bool:
-    """Whether a column's values are architectures rather than runs or sizes."""
+    """Whether a column's values are architectures, not runs or sizes."""
     pairs = set(zip(names, sizes, strict=True))
     return len(pairs) > len(set(names))
 
@@ -161,13 +170,13 @@ def _repeats(points: Sequence[Sequence[float]]) -> tuple[str, ...]:
 
 
 def points_of(name: str, rows: Sequence[Sequence[float]], remarks: tuple[str, ...] = (), unit: str = NATS) -> Points:
-    """Points from rows (N, D, loss, C)."""
+    """Make points from rows (N, D, loss, C)."""
     n, d, loss, c = np.array(rows, dtype=float).T
     return Points(name, n, d, loss, c, remarks, unit)
 
 
 def write_csv(path: Path, series: Iterable[Points]) -> None:
-    """A file that `read_csv` reads."""
+    """Write a file that `read_csv` reads."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["architecture", "N", "D", "loss", "C"])
@@ -177,7 +186,7 @@ def write_csv(path: Path, series: Iterable[Points]) -> None:
 
 
 def _columns(path: Path, header: list[str], chosen: dict[str, str]) -> dict[str, str]:
-    """N, D, C, loss, architecture -> the header's own word for it."""
+    """Return N, D, C, loss, architecture -> the file's header for it."""
     known = [word for word in header if word]
     plain = {_plain(word): word for word in known}
     found = {key: next((plain[word] for word in words if word in plain), "") for key, words in ALIASES.items()}
@@ -199,12 +208,12 @@ def _columns(path: Path, header: list[str], chosen: dict[str, str]) -> dict[str,
 
 
 def _plain(word: str) -> str:
-    """As in ALIASES."""
+    """Write a header as in ALIASES."""
     return re.sub(r"[^a-z0-9]", "", UNIT.sub("", word).lower())
 
 
 def _number(path: Path, line: int, row: Row, column: str) -> float | None:
-    """A positive number; None where there is none."""
+    """Parse a positive number; return None if the cell is empty."""
     text = (row.get(column) or "").strip().replace("_", "")
     if text.lower() in MISSING:
         return None

@@ -1,4 +1,4 @@
-"""The report of scaling laws: coefficients, held-out error, allocation, and where two architectures cross."""
+"""Write the report of scaling laws: coefficients, held-out error, allocation, and where two architectures cross."""
 
 from itertools import combinations
 from pathlib import Path
@@ -7,13 +7,14 @@ import numpy as np
 
 from train.scaling.analysis import compute_optimal, isoflops, power_law
 from train.scaling.compare import Crossing, compare
+from train.scaling.fits import Analysis
 from train.scaling.law import interval
 from train.scaling.points import Points
-from train.scaling.source import Analysis, Series
+from train.scaling.source import Series
 from train.scaling.summary import coefficient_table, doubts, outlier_table, outliers_text, series_text
 from train.study.document import Document
 
-DECADES_BEYOND = 3  # of compute, that allocations and crossings look ahead
+DECADES_BEYOND = 3  # of compute beyond the runs, for allocations and crossings
 RESAMPLES_COMPARED = 200
 MOST_COLUMNS = 10
 
@@ -27,11 +28,16 @@ def write_report(
     failures: list[str],
     note: str = "",
 ) -> list[Path]:
-    """Writes report.md, report.html and the pictures; returns the two reports.
+    """Write report.md, report.html and the pictures; return the paths of the two reports.
 
     Args:
-        counted: which parameters are N, 'total' or 'body', or '' where they are a file's own.
-        failures: a line for each series without a law.
+        folder: of the report.
+        source: the suite or CSV file.
+        counted: which parameters N counts, in brackets; empty for a CSV file, which has its own count.
+        series: the points of every architecture.
+        analyses: of those whose points determine a law.
+        failures: a line for each of the others.
+        note: a sentence for the top of the report.
     """
     document = Document(folder, f"Scaling laws of {source.stem}")
     known = {one.name: one.series for one in analyses}  # without outliers, where they are left out
@@ -48,8 +54,9 @@ def write_report(
     document.heading("L(N, D) = E + A / N^alpha + B / D^beta")
     document.table(*coefficient_table(analyses))
     document.text(
-        "Huber's loss (delta 1e-3) of residuals of ln L; brackets are 95% intervals of a bootstrap over points. "
-        "a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with most compute, predicted from the rest."
+        "Fitted with Huber's loss (delta 1e-3) of the residuals of ln L. Brackets are 95% intervals of a bootstrap "
+        "over points. a is the exponent of N_opt ~ C^a. Held out: the fifth of the runs with the most compute, "
+        "predicted from the rest."
     )
     for one in analyses:
         for line in doubts(one):
@@ -63,7 +70,7 @@ def write_report(
 
 
 def _losses(document: Document, series: list[Series]) -> None:
-    """The points themselves, where they make a table that can be read."""
+    """Add a table of the points, unless it would be too wide to read."""
     lengths = sorted({float(tokens) for one in series for tokens in one.points.tokens})
     if not lengths or len(lengths) > MOST_COLUMNS:
         return
@@ -145,9 +152,9 @@ def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
         [_crossing_row(crossing, measured) for crossing, measured in zip(found, _measured(found, ranges), strict=True)],
     )
     document.text(
-        "Where the two laws cross; the size and length held fixed are the largest that both have. "
-        f"Looked at up to {DECADES_BEYOND} decades beyond the runs; crossings beyond them are extrapolations of two "
-        "laws and no more certain than their intervals."
+        "Where the two laws cross. The size and length held fixed are the largest that both have. The search goes "
+        f"{DECADES_BEYOND} decades beyond the runs. Crossings beyond the runs extrapolate two laws, and are no more "
+        "certain than their intervals."
     )
     pair = f"{both[0].name}_{both[1].name}"
     stem = "".join(character if character.isalnum() else "-" for character in pair)
@@ -159,7 +166,7 @@ def _comparison(document: Document, first: Analysis, second: Analysis) -> None:
 
 
 def _measured_gaps(document: Document, first: Points, second: Points) -> None:
-    """Losses of the first minus those of the second at equal N and D, without a law; only where both were measured."""
+    """Add measured losses of the first minus those of the second, at equal N and D, without a law."""
     lengths = sorted(set(first.tokens) & set(second.tokens))
     rows = []
     for size in sorted(set(first.parameters)):
@@ -170,8 +177,8 @@ def _measured_gaps(document: Document, first: Points, second: Points) -> None:
         return
     document.table(["parameters", *(f"{tokens / 1e6:.3g}M tokens" for tokens in lengths)], rows)
     document.text(
-        f"Measured: loss of {first.name} minus that of {second.name} at equal parameters and tokens, the latter "
-        "interpolated between its two nearest sizes (linear in ln N). Below zero the former is better."
+        f"Measured: loss of {first.name} minus that of {second.name} at equal parameters and tokens. The latter is "
+        f"interpolated between its two nearest sizes (linear in ln N). Below zero, {first.name} is better."
     )
 
 
@@ -187,7 +194,7 @@ def _gap(first: Points, second: Points, size: float, length: float) -> float:
 
 
 def _measured(found: list[Crossing], ranges: list[tuple[float, float]]) -> list[float]:
-    """The end of what was measured on each crossing's axis; communication grows with the parameters."""
+    """Return the end of the measured range on each crossing's axis; communication has none."""
     ends = [ranges[0][1], ranges[1][1], ranges[2][1]]
     return [ends[index] if index < len(ends) else float("inf") for index in range(len(found))]
 

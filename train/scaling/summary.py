@@ -1,18 +1,19 @@
-"""An analysis in words and tables, for the terminal and the report."""
+"""Describe an analysis in words and tables, for the terminal and the report."""
 
 import numpy as np
 
 from train.scaling.analysis import exponents
+from train.scaling.fits import COEFFICIENTS, Analysis
 from train.scaling.law import DELTA
 from train.scaling.outliers import FAR
-from train.scaling.source import COEFFICIENTS, Analysis, Series
+from train.scaling.source import Series
 
 Table = tuple[list[str], list[list[str]]]
-MOST_OUTLIERS = 20  # listed; more than these are a pattern, not outliers
+MOST_OUTLIERS = 20  # listed; more are a pattern, not outliers
 
 
 def series_text(series: Series, counted: str) -> str:
-    """How many points of which range, and what is not among them; `counted` says which parameters are N."""
+    """Say how many points of which range there are, and what was left out; `counted` as in `write_report`."""
     points = series.points
     notes = [f"Left out: {'; '.join(series.left_out)}"] if series.left_out else []
     if not len(points):
@@ -25,7 +26,7 @@ def series_text(series: Series, counted: str) -> str:
 
 
 def coefficient_table(analyses: list[Analysis]) -> Table:
-    """A row for each analysis, and below it one without its outliers."""
+    """Return a row for each analysis, and below it one without its outliers."""
     header = ["architecture", *COEFFICIENTS, "a", "objective", "starts at the best", "held-out error"]
     rows = []
     for one in analyses:
@@ -44,7 +45,7 @@ def _cells(one: Analysis) -> list[str]:
 
 
 def doubts(one: Analysis) -> list[str]:
-    """What makes the law meaningless beyond its points, one line each."""
+    """Return one line for each reason why the law means nothing beyond its points."""
     law, points = one.fit.law, one.series.points
     if np.ptp(np.log(points.losses)) < DELTA:
         return [f"all losses lie within {DELTA:.1%} of each other: no coefficient means anything"]
@@ -64,6 +65,7 @@ def doubts(one: Analysis) -> list[str]:
 
 
 def held_out_text(one: Analysis) -> str:
+    """Say how far the law of the cheaper runs is off the dearest ones."""
     if one.held_out is None:
         return "too few points"
     errors = np.abs(one.held_out.relative_errors)
@@ -71,7 +73,7 @@ def held_out_text(one: Analysis) -> str:
 
 
 def outliers_text(one: Analysis) -> str:
-    """How many there are and what they do to the law; empty where there are none."""
+    """Say how many outliers there are and what they do to the law; empty if there are none."""
     count = int(one.outliers.far.sum())
     if not count:
         return ""
@@ -98,7 +100,7 @@ def _range(values: np.ndarray) -> str:
 
 
 def outlier_table(one: Analysis) -> Table:
-    """The outliers, farthest first."""
+    """Return a row for each outlier, farthest first."""
     points, found = one.series.points, one.outliers
     order = np.argsort(-np.abs(found.deviations))[: min(MOST_OUTLIERS, int(found.far.sum()))]
     rows = []
@@ -111,7 +113,7 @@ def outlier_table(one: Analysis) -> Table:
 
 
 def lines_of(table: Table, turned: bool = False) -> list[str]:
-    """A table for the terminal; turned, its rows become columns."""
+    """Format a table for the terminal; if turned, its rows become columns."""
     header, rows = table
     grid = [header, *rows]
     if turned:

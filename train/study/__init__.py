@@ -1,1 +1,1 @@
-"""Studies: many runs planned from one file, run to their end, and reported side by side."""
+"""Studies: plan many runs in one file, train them all, and report them side by side."""

@@ -1,13 +1,13 @@
-"""Plans, runs and reports a suite of trainings:
+"""Plan, run and report a suite of trainings:
 
     python -m train.study run configs/suites/small.json
     python -m train.study status configs/suites/small.json
     python -m train.study report configs/suites/small.json --output docs/study/small
 
-`run` does what is unfinished and may be stopped and started at any time. A run that diverges is a result: it is
-recorded with its step and layer, and not begun again unless --retry asks for it. A folder that holds a run of another
-configuration is refused: its results are not the suite's. On a cluster `slurm`
-submits an array job of the next stage of every run; a suite with budgets wants it once for each stage.
+`run` trains what is unfinished. It may be stopped and started at any time. A run that diverges is a result: its step
+and layer are recorded, and it is not started again without --retry. A folder that holds a run of another configuration
+is refused, since its results are not the suite's. On a cluster, `slurm` submits an array job of the next stage of every
+run. A suite with budgets needs it once for each stage.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 from data.command_line import print_faults, real_number, run_command, whole_number
 from train.config.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
+
+NOT_FINISHED = "the same command goes on; python -m train.study status says where each stands"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,48 +40,50 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.study",
-        description="Plans, runs and reports a suite of trainings.",
-        epilog="The suite file is explained in train/study/suite.py; the paper's rows: python -m train.paper list",
+        description="Plan, run and report a suite of trainings.",
+        epilog="train/study/suite.py explains the suite file; python -m train.paper list prints the paper's rows.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train everything unfinished, here")
-    run.add_argument("--only", metavar="RUN", help="one run, by its name or by its label for all seeds")
+    run = commands.add_parser("run", help="train everything that is unfinished, on this machine")
+    run.add_argument("--only", metavar="RUN", help="only this run: a name, or a label for all its seeds")
     run.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
         "--launcher",
         type=command_words,
         default=[],
         metavar="COMMAND",
-        help="before train/main.py, say 'deepspeed --num_gpus 8' (default: one process a run)",
+        help="command before train/main.py, say 'deepspeed --num_gpus 8' (default: one process a run)",
     )
     run.add_argument(
         "--time-limit",
         type=real_number(0),
         default=0,
         metavar="S",
-        help="seconds after which running processes are ended",
+        help="seconds after which trainings save and stop (default: no limit)",
     )
-    run.add_argument("--retry", action="store_true", help="begin runs anew that diverged")
-    status = commands.add_parser("status", help="print where every run stands")
-    status.add_argument("--json", action="store_true", help="one JSON object a result instead")
-    report = commands.add_parser("report", help="write the report of what has been reached")
-    report.add_argument("--output", type=Path, metavar="DIR", help="folder (default: report/ in the suite's output)")
-    report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the report's head")
-    slurm = commands.add_parser("slurm", help="print or submit an array job: the next stage of every unfinished run")
-    slurm.add_argument("--submit", action="store_true", help="submit it with sbatch")
+    run.add_argument("--retry", action="store_true", help="start diverged runs anew")
+    status = commands.add_parser("status", help="print the state of every run")
+    status.add_argument("--json", action="store_true", help="print one JSON object a result instead")
+    report = commands.add_parser("report", help="write a report of the results so far")
+    report.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the report (default: report/ in the suite's folder)"
+    )
+    report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the top of the report")
+    slurm = commands.add_parser("slurm", help="print or submit an array job of the next stage of every unfinished run")
+    slurm.add_argument("--submit", action="store_true", help="submit the job with sbatch")
     for command in (run, status, report, slurm):
         command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suites/small.json")
         command.add_argument(
             "overrides",
             nargs="*",
             metavar="section.key=value",
-            help="for every run, say data.path=datasets/mine; output=DIR is the suite's folder",
+            help="override for every run, say data.path=datasets/mine; output=DIR sets the suite's folder",
         )
     return parse_with_overrides(parser, arguments)
 
 
 def command_words(text: str) -> list[str]:
-    """An argparse type: the words of a command that is there."""
+    """Split a command as a shell would and check that it is installed; an argparse type."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -110,7 +114,7 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         time_limit_s=options.time_limit,
         say=lambda text: print(text, flush=True),
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the trainings with it
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: trainings save and end
     try:
         failed = runner.run(options.only)
     except KeyboardInterrupt:
@@ -119,13 +123,12 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
-        words = "the same command goes on; python -m train.study status says where each stands"
-        print(f"error: {failed} run(s) are not finished; {words}", file=sys.stderr)
+        print(f"error: {failed} run(s) are not finished; {NOT_FINISHED}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def holds_others(suite: Suite, only: str | None = None) -> bool:
-    """Whether a folder of the suite has a run of another configuration, which training would mix with this one."""
+    """Return whether a folder of the suite holds a run of another configuration; print an error message about it."""
     from train.study.state import read_state
 
     for planned in suite.runs:

@@ -1,4 +1,4 @@
-"""A report as Markdown beside its pictures, and as one HTML file that holds them."""
+"""Write a report twice: as Markdown beside its pictures, and as one HTML file that contains them."""
 
 import base64
 import html
@@ -19,14 +19,14 @@ code, pre { background: #f4f4f4; border-radius: 3px; } pre { padding: .6rem; ove
 """
 
 
-LARGEST_PIXELS = (1500, 1800)
+LARGEST_PIXELS = (1500, 1800)  # width, height of a picture
 
 
 class Document:
-    """Collects blocks of Markdown and pictures, and writes both files.
+    """Collects headings, texts, tables and pictures, and writes both files.
 
     Args:
-        folder: of the report; pictures go to its `pictures/`.
+        folder: of the report; pictures go to its pictures/ folder.
         title: the first heading.
     """
 
@@ -36,23 +36,27 @@ class Document:
         self._pictures: dict[str, Figure] = {}
 
     def heading(self, text: str) -> None:
+        """Start a section."""
         self._blocks.append(f"## {text}")
 
     def text(self, text: str) -> None:
+        """Add a paragraph of Markdown."""
         self._blocks.append(text)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Add a table; its first column is aligned to the left, the others to the right."""
         lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
         self._blocks.append(
             "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
         )
 
     def picture(self, stem: str, figure: "Figure", caption: str) -> None:
+        """Add a picture, to be written to pictures/STEM.png."""
         self._pictures[stem] = figure
         self._blocks.append(f"![{caption}](pictures/{stem}.png)\n\n*{caption}*")
 
     def write(self) -> list[Path]:
-        """Writes report.md, report.html and the pictures; returns the two reports."""
+        """Write report.md, report.html and the pictures; return the paths of the two reports."""
         import markdown
 
         pictures = self.folder / "pictures"
@@ -74,7 +78,7 @@ class Document:
         return files
 
     def _inlined(self, body: str) -> str:
-        """The page with each picture in place of its name, so that the file can be sent alone."""
+        """Replace the address of each picture by the picture itself, so that the file can be sent alone."""
 
         def data(match: re.Match[str]) -> str:
             picture = (self.folder / match[1]).read_bytes()

@@ -46,7 +46,7 @@ def launched(launcher: Sequence[str], config_file: Path, log: Path, must_end: Mu
 def forked(config_file: Path, log: Path, must_end: MustEnd) -> int:
     """Train in a process forked from a server that has everything imported; otherwise as `launched`."""
     os.environ.update(environment())
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then leaves the server forkable
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that asking for a GPU leaves the server forkable
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.study.preload"])
     process = context.Process(target=_train, args=(config_file, log))

@@ -1,4 +1,4 @@
-"""Pictures that hold many runs: arrays in, figures out.
+"""Draw pictures of many runs: arrays in, figures out.
 
 Axes of arrays: L layers, N heads, S logging steps.
 """
@@ -17,7 +17,7 @@ from train.run.entropy_words import QUARTERS, ceiling_nats
 
 
 def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:
-    """Training cross-entropy and gradient norm of single steps, against the step.
+    """Draw training cross-entropy and gradient norm against step.
 
     Args:
         runs: name -> (steps, cross-entropy in nats a token, gradient norm before clipping), each [S].
@@ -38,10 +38,13 @@ def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) 
 
 
 def largest_rise(losses: ArrayLike) -> tuple[float, int]:
-    """The most that a loss exceeds the running mean of those before it (weight 0.1 for each new one), and where.
+    """Find the largest rise of a loss over the running mean of the losses before it.
 
     Args:
-        losses: [S]; ends at the first that is not finite.
+        losses: [S]; only those before the first that is not finite count.
+
+    Returns:
+        The rise in nats and its index. The mean gives each new loss a weight of 0.1.
     """
     values = np.asarray(losses, dtype=float)
     mean, worst, place = values[0], 0.0, 0
@@ -55,10 +58,11 @@ def largest_rise(losses: ArrayLike) -> tuple[float, int]:
 
 
 def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_lengths: Sequence[int]) -> Figure:
-    """Each layer's mean entropy against step, one panel a run (Figures 5 and 8 of the paper).
+    """Draw each layer's mean entropy against step, one panel a run (Figures 5 and 8 of the paper).
 
     Args:
         runs: title -> (steps [S], entropies in nats [S, L, N]).
+        seq_lengths: T of each run, in tokens.
     """
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
@@ -80,7 +84,7 @@ def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_
 
 
 def shares_figure(runs: Mapping[str, ArrayLike]) -> Figure:
-    """Shares of heads in quarters of each run's largest head entropy (Figures 2a and 7).
+    """Draw the shares of heads in quarters of each run's largest head entropy (Figures 2a and 7 of the paper).
 
     Args:
         runs: name -> entropies [L, N] in nats; NaN heads are left out.
@@ -103,7 +107,11 @@ def shares_figure(runs: Mapping[str, ArrayLike]) -> Figure:
 
 
 def nan_counts_figure(runs: Mapping[str, Sequence[int]]) -> Figure:
-    """Heads of each layer whose entropy is NaN in the last logged row (the paper's count of NaNs a layer)."""
+    """Draw how many heads of each layer are NaN.
+
+    Args:
+        runs: name -> NaN heads of each layer in the last row, as the paper counts them.
+    """
     figure = new_figure(7.2, 3.2)
     axes = figure.subplots()
     tidy(axes)
@@ -117,7 +125,7 @@ def nan_counts_figure(runs: Mapping[str, Sequence[int]]) -> Figure:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """A model: what its private inference communicates and how well it predicts."""
+    """A model: what its private inference communicates, and its perplexity; `published` if the paper says so."""
 
     name: str
     communication_gb: float
@@ -126,7 +134,7 @@ class ParetoPoint:
 
 
 def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
-    """Perplexity against communication; filled: measured here, hollow: published. Lines join the undominated."""
+    """Draw perplexity against communication. Filled: measured here. Hollow: published. Lines join the undominated."""
     figure = new_figure(9.6, 4.6)
     axes = figure.subplots()
     tidy(axes)
@@ -169,7 +177,7 @@ def pareto_figure(points: Sequence[ParetoPoint]) -> Figure:
 
 
 def undominated(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
-    """Points than which none is as cheap and as good, by rising communication."""
+    """Return the points that no other point beats in both communication and perplexity, by rising communication."""
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda p: (p.communication_gb, p.perplexity)):
         if not front or point.perplexity < front[-1].perplexity:

@@ -1,11 +1,11 @@
-"""Imported once by the server that forks the trainings of a study, so that each starts with the libraries loaded.
+"""Import the libraries once, in the server that forks the trainings of a study, so that each training starts at once.
 
 Nothing here may touch a GPU: a process that has done so cannot be forked.
 """
 
 import signal
 
-at_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study, not this server, says what Ctrl-C does
+at_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study answers Ctrl-C, not this server
 
 from parallel.launch import choose_accelerator  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""The report of a suite: its table beside the paper's numbers, and its pictures."""
+"""Write the report of a suite: its results beside the paper's, and its pictures."""
 
 import contextlib
 from pathlib import Path
@@ -20,7 +20,16 @@ MOST_PANELS = 12  # pictures stay readable; the report says what it leaves out
 
 
 def write_report(suite: Suite, folder: Path, note: str = "") -> list[Path]:
-    """Writes the report of whatever has been reached so far; returns its files."""
+    """Write the report of the results so far.
+
+    Args:
+        suite: the study.
+        folder: of the report.
+        note: a sentence for the top of the report.
+
+    Returns:
+        The paths of report.md and report.html.
+    """
     found = records(suite)
     groups = grouped(found)
     document = Document(folder, f"Study {suite.name}")
@@ -37,11 +46,11 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     tokens = sum(record.tokens for record in found)
     lines = [f"{len(found)} results ({counts}); {tokens / 1e6:,.1f} million tokens seen by them in all."]
-    with contextlib.suppress(RunError, LookupError):  # missing or damaged: the report lacks it
+    with contextlib.suppress(RunError, LookupError):  # if it is missing or damaged, the report goes without
         machine = read_object(suite.output / ENVIRONMENT) or {}
         lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
     begun = [description(record.folder) for record in found if record.state.word != "other"]
-    commits = {str(commit) for noted in begun if (commit := noted.get("git_commit"))}
+    commits = {str(commit) for described in begun if (commit := described.get("git_commit"))}
     if commits:
         lines.append(f"Commit {', '.join(sorted(commits))}.")
     shapes = {(model.num_layers, model.hidden_size, model.num_attention_heads, model.seq_length)
@@ -50,11 +59,11 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
         layers, width, heads, length = shapes.pop()
         lines.append(f"All models: {layers} layers of width {width}, {heads} heads, T = {length}.")
     lines.append(
-        "Perplexity is over the whole validation split of each run's own dataset. Published figures are from other "
-        "data, and mostly from larger models and longer runs: compare gaps, not values."
+        "Perplexity is over the whole validation split of each run's own dataset. Published figures come from other "
+        "data, and mostly from larger models and longer runs. So compare gaps, not values."
     )
     if any(group.unfinished for group in groups):
-        lines.append("Some runs are unfinished: their rows rest on the seeds that are done.")
+        lines.append("Some runs are unfinished: their rows use the seeds that are done.")
     return lines
 
 
@@ -105,7 +114,7 @@ def _pictures(document: Document, groups: list[Group]) -> None:
 
 
 def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
-    """How smoothly each run trained."""
+    """Add a table and a picture of how smoothly each run trained."""
     from train.study import pictures
 
     trained = [(title_of(group), run.training_rows) for group, run in drawn if run.training_rows]
@@ -129,15 +138,15 @@ def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
               "largest gradient norm", "steps whose gradient is not finite", "tokens/s (median)"]  # fmt: skip
     document.table(header, rows)
     document.text(
-        "Of one seed each. A step whose gradient is not finite changes nothing: a run of many such steps stands still. "
-        "tokens/s are of one run, which may have shared the device with others."
+        "One seed of each model. A step whose gradient is not finite changes nothing, so a run of many such steps "
+        "stands still. tokens/s are of one run, which may have shared the device with others."
     )
     shown = dict(list(curves.items())[:MOST_PANELS])
     document.picture("training", pictures.training_figure(shown), "Training loss and gradient norm of single steps")
 
 
 def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
-    """The map of the first regularized run."""
+    """Add the threshold map of the first regularized run."""
     from train.pictures import maps
 
     for group, run in shown:
@@ -169,7 +178,7 @@ def _pareto(document: Document, groups: list[Group]) -> None:
 
 
 def _last_budget(drawn: list[tuple[Group, Run]]) -> list[tuple[Group, Run]]:
-    """Of runs with several budgets, the longest alone."""
+    """Keep only each run's largest budget."""
     longest: dict[str, tuple[Group, Run]] = {}
     for group, run in drawn:
         kept = longest.get(group.label)
@@ -191,12 +200,12 @@ def _loaded(record: Record) -> Run | None:
 
 
 def _last_heads(run: Run) -> Array:
-    """The last row's entropies; those of a diverged run are NaN, and the picture says so."""
+    """Return the last row's entropies; those of a diverged run are NaN, and the picture says so."""
     return as_array(run.head_rows[-1]["entropy_nats"])
 
 
 def results_rows(found: list[Record]) -> list[dict[str, Any]]:
-    """One flat object a result, for programs."""
+    """Return one flat object a result, for programs to read."""
     return [
         {
             "label": record.label,

@@ -1,4 +1,4 @@
-"""What the runs of a suite gave: one record for each result, from its folder and from counting."""
+"""Collect the results of a suite: one record for each, with counts and costs of its model."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -25,12 +25,14 @@ class Record:
     """One result: a run of one seed and one budget.
 
     Attributes:
-        label: of the suite's run; records that differ in seed alone share it and `tokens`.
-        planned_tokens: of the whole run.
-        tokens: that it has seen.
-        data: address of its dataset; losses on different ones are not comparable.
-        parameters, body_parameters: all, and without word and position embeddings and the head.
-        flops: of training as far as it got.
+        label: of the suite's run; records that differ in seed alone share it and `planned_tokens`.
+        planned_tokens: tokens of the whole run.
+        tokens: tokens seen so far.
+        data: address of its dataset; losses on different datasets do not compare.
+        vocab_size: 0 if it is unknown.
+        parameters: all parameters.
+        body_parameters: those of the blocks and the final norm, without embeddings and head.
+        flops: training FLOPs spent so far.
     """
 
     label: str
@@ -57,12 +59,12 @@ class Record:
 
     @property
     def cost(self) -> PrivateInferenceCost | None:
-        """None where the vocabulary is unknown."""
+        """Predicted cost of private inference; None if the vocabulary is unknown."""
         return private_inference_cost(self.model, self.vocab_size) if self.vocab_size else None
 
 
 def records(suite: Suite) -> list[Record]:
-    """Every result of the suite, also of runs that have not begun."""
+    """Return every result of the suite, including those of runs that have not begun."""
     return [record for run in suite.runs for record in _of_run(run)]
 
 
@@ -71,15 +73,15 @@ def _of_run(run: PlannedRun) -> Iterable[Record]:
     for stage in run.stages:
         state = read_state(stage) if lost is None else lost
         if state.word in ("diverged", "other") and lost is None and not stage.is_result:
-            lost = state  # such a trunk has no further branches
+            lost = state  # a lost trunk has no further branches
         if stage.is_result:
             yield _record(run, stage, state)
 
 
 def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     config = stage.config
-    noted = {} if state.word == "other" else description(stage.folder)
-    vocab_size = vocabulary(noted, config)
+    described = {} if state.word == "other" else description(stage.folder)
+    vocab_size = vocabulary(described, config)
     known_size = max(vocab_size, 1)
     tokens = state.step * config.tokens_per_step
     return Record(
@@ -99,9 +101,9 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
     )
 
 
-def vocabulary(noted: dict[str, Any], config: Config) -> int:
-    """Tokens as the run noted them, else of the dataset, else as planned; 0 where none of them is known."""
-    size = noted.get("vocab_size")  # not by runs that have not begun, nor by earlier versions
+def vocabulary(described: dict[str, Any], config: Config) -> int:
+    """Return the vocabulary that the run recorded, else the dataset's, else the planned one; 0 if none is known."""
+    size = described.get("vocab_size")  # runs that have not begun, and earlier versions, have none
     if type(size) is int and 0 < size < 2**31:
         return size
     try:
@@ -126,7 +128,7 @@ class Group:
 
     @property
     def first(self) -> Record:
-        """The one whose pictures stand for the group: finished if any is."""
+        """The record whose pictures stand for the group: a finished one if there is any."""
         return next((record for record in self.records if record.loss is not None), self.records[0])
 
     @property
@@ -146,12 +148,16 @@ class Group:
         return sum(not record.state.is_final for record in self.records)
 
     def mean_and_half_width(self, level: float = 0.95) -> tuple[float, float | None] | None:
-        """Mean perplexity over seeds and half the width of Student's interval; None for the latter with one seed."""
+        """Return mean perplexity over seeds and half the width of its interval, as `student`."""
         return student(self.perplexities, level)
 
 
 def student(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None] | None:
-    """Mean and half the width of Student's interval of it; None for the latter with one value, None without any."""
+    """Return the mean and half the width of Student's interval for it.
+
+    Returns:
+        (mean, None) for one value; None without values.
+    """
     if len(values) < 2:
         return (values[0], None) if values else None
     from scipy.stats import t
@@ -160,7 +166,7 @@ def student(values: Sequence[float], level: float = 0.95) -> tuple[float, float 
 
 
 def grouped(found: Iterable[Record]) -> list[Group]:
-    """By label and budget, in the suite's order."""
+    """Group records by label and budget, in the suite's order."""
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in found:
         groups.setdefault((record.label, record.planned_tokens), []).append(record)

@@ -1,4 +1,4 @@
-"""A suite file and the runs it stands for.
+"""Load a suite file and plan its runs.
 
     {"name": "table2", "output": "runs/table2", "seeds": [1, 2, 3],
      "base": {"data": {"path": "datasets/mine"}, "training": {"train_tokens": 50e6}},
@@ -7,9 +7,10 @@
               {"name": "wide", "config": {"model": {"hidden_size": 1024}}, "budgets_tokens": [50e6, 100e6, 200e6]}]}
 
 `rows` names a table, a figure or one row of the paper (python -m train.paper list), "all", or a list of such names. A
-run's configuration is the row's, overridden by the suite's `base`, overridden by its own `config`. A run with
-`budgets_tokens` trains once to the largest budget at a constant rate (schedule 'wsd'), and a branch decays to zero
-for each budget: one run serves them all.
+run's configuration is the row's, overridden by the suite's `base`, overridden by its own `config`.
+
+A run with `budgets_tokens` serves several budgets. Its trunk trains to the largest one at a constant rate (schedule
+'wsd'). For each budget a branch leaves the trunk, and its rate decays to zero.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_folder_name(value: Any) -> bool:
-    """Of one folder in another: no path that leads elsewhere, or into a run."""
+    """Whether it names one folder in another: no path that leads elsewhere, or into a run."""
     return _is_text(value) and "/" not in value and value not in (".", "..") and len(value) <= 200
 
 
@@ -71,17 +72,18 @@ RUN_KEYS: dict[str, Shape] = {
 
 
 class SuiteError(ValueError):
-    """The suite cannot be used; one line a fault."""
+    """The suite cannot be used; the message has one line a fault."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One start of train/main.py.
+    """One training: a run, or the trunk or a branch of a run with budgets.
 
     Attributes:
-        config: complete; its run_dir is the folder that the stage trains in.
-        copied_from: the folder whose checkpoint at `copied_step` a branch starts from, or None.
-        is_result: whether its last evaluation is a result; the constant-rate part of a branched run is not.
+        config: resolved; its run_dir is the folder that the stage trains in.
+        copied_from: the trunk's folder, for a branch; else None.
+        copied_step: step of the trunk at which the branch starts.
+        is_result: whether its last evaluation is a result; that of a trunk is not.
     """
 
     config: Config
@@ -96,7 +98,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One model trained from one seed, in one stage or, with several budgets, in several."""
+    """One model trained from one seed.
+
+    Attributes:
+        name: its label and seed; its folder below the suite's.
+        label: the suite file's name for the model, the same for all seeds.
+        stages: in the order of training; one, or with budgets a trunk and a branch for each.
+        row: of the paper, if it is one.
+    """
 
     name: str
     label: str
@@ -107,7 +116,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Suite:
-    """All runs of a study."""
+    """All runs of a study; `output` is the folder that holds theirs."""
 
     name: str
     output: Path
@@ -115,13 +124,14 @@ class Suite:
 
 
 def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
-    """Reads a suite file.
+    """Load a suite file.
 
     Args:
-        overrides: `section.key=value` for every run, over all that the file says; `output=DIR` is the suite's.
+        path: of the file.
+        overrides: `section.key=value` for every run, which win over the file; `output=DIR` sets the suite's folder.
 
     Raises:
-        SuiteError: every fault of the file and of the configurations it makes.
+        SuiteError: lists every fault of the file and of the configurations that it makes.
     """
     path = shipped(path)
     if not path.exists():
@@ -175,7 +185,7 @@ def _shape_faults(tree: Tree) -> list[str]:
 
 
 def _misfits(tree: Tree, shapes: dict[str, Shape], where: str, needed: Collection[str] = ()) -> list[str]:
-    """Keys that are unknown or missing, and values that have not the shape of their key."""
+    """List keys that are unknown or missing, and values that do not have the shape of their key."""
     known = f"known keys: {', '.join(sorted(shapes))}"
     faults = [f"{where}{key!r} is no known key; {known}" for key in sorted(tree.keys() - shapes)]
     faults += [f"{where}{key} is missing; expected {shapes[key][1]}" for key in sorted(set(needed) - tree.keys())]
@@ -187,7 +197,7 @@ def _misfits(tree: Tree, shapes: dict[str, Shape], where: str, needed: Collectio
 
 
 def _entries(entry: Tree, base: Tree) -> list[tuple[str, Row | None, Tree]]:
-    """(label, row of the paper, configuration tree) of each model an entry names."""
+    """Return (label, row of the paper, configuration tree) of each model that an entry names."""
     own = entry.get("config", {})
     if "rows" in entry:
         rows = {row.name: row for name in _row_names(entry) for row in rows_at(name)}
@@ -201,7 +211,7 @@ def _row_names(entry: Tree) -> list[str]:
 
 
 def merged(*trees: Tree) -> Tree:
-    """Later trees win key by key; a run's length in one unit replaces that in the other."""
+    """Merge configuration trees. Later ones win key by key; a length in steps replaces one in tokens and vice versa."""
     result: Tree = {}
     for tree in trees:
         for key, value in tree.items():
@@ -227,10 +237,18 @@ def _planned(
 
 
 def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:
-    """A trunk at a constant rate, and at each budget a branch whose rate falls to the floor over decay_fraction of it.
+    """Plan a run with budgets: a trunk at a constant rate, and a branch for each budget.
 
-    The trunk stops where the next branch begins and is resumed after it. Each branch is the run that a 'wsd' schedule
-    of its own length would have been, since until there both have the same rate.
+    Over the last decay_fraction of its budget, a branch's rate falls to the floor. The trunk stops where a branch
+    starts, and is resumed after it. Each branch is the run that a 'wsd' schedule of its own length would have given: up
+    to its start both have the same rate.
+
+    Args:
+        config: of the whole run.
+        budgets_tokens: in any order.
+
+    Returns:
+        For each budget, smallest first: the trunk up to the branch, then the branch.
     """
     optimizer = dataclasses.replace(config.optimizer, schedule="wsd")
     warmup = round(optimizer.warmup_fraction * config.train_steps)
@@ -239,9 +257,8 @@ def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:
     steady = dataclasses.replace(optimizer, decay_fraction=0.0)
     folder = Path(config.run_dir)
     budgets = sorted(set(budgets_tokens))
-    kept = dataclasses.replace(
-        config.checkpoint, keep=max(config.checkpoint.keep, len(budgets))
-    )  # a branch may go anew
+    keep = max(config.checkpoint.keep, len(budgets))  # a branch that was deleted starts again from its own
+    kept = dataclasses.replace(config.checkpoint, keep=keep)
     stages = []
     for budget in budgets:
         steps = max(1, round(budget / config.tokens_per_step))

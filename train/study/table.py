@@ -1,15 +1,16 @@
-"""The main table of a report: perplexities beside the paper's and the baselines', operations, private inference."""
+"""Write the main table of a report: perplexity beside the baselines and the paper, operations, private inference."""
 
 from train.cost.flops import NonlinearOperation, forward_flops, nonlinear_operations, printed_gflops
 from train.study.document import Document
 from train.study.results import Group, Record, student
 
-BASELINES = ("SM+LN+G", "SM+ScFuFFN")  # the usual decoder, and what temperatures and regularizer are added to
+BASELINES = ("SM+LN+G", "SM+ScFuFFN")
+"""The usual decoder, and the softmax-only decoder that temperatures and regularizer are added to."""
 SYMBOLS = {"softmax": "SM", "layernorm": "LN", "gelu": "G", "relu": "R"}
 
 
 def write_table(document: Document, groups: list[Group]) -> None:
-    """A row for each model and budget, with what explains the columns."""
+    """Add a row for each model and budget, and a legend of the columns."""
     header = ["model", "tokens (M)", "seeds done", "perplexity", f"vs {BASELINES[0]}", f"vs {BASELINES[1]}",
               "published", f"vs {BASELINES[0]} there", "vs published", "NaN", "FFN", "attention",
               "nonlinear operations", "GB", "min"]  # fmt: skip
@@ -22,10 +23,10 @@ def write_table(document: Document, groups: list[Group]) -> None:
         ],
     )
     document.text(
-        "±: 95% interval over seeds (Student's t); that of a gap is over the gaps between runs of one seed, which read "
-        "the same data in the same order; models of different data are not compared. vs published: at the published "
-        "size alone. FFN and attention: FLOPs of a forward pass over one sequence, as arXiv 2501.03489 counts them. GB "
-        "and min: predicted by `python -m train.private_inference`. NaN: seeds diverged."
+        "±: 95% interval over seeds (Student's t). The interval of a gap is over pairs of runs of one seed, which read "
+        "the same data in the same order. Models of different data are not compared. vs published: only at the "
+        "published size. NaN: number of seeds that diverged. FFN and attention: FLOPs of a forward pass over one "
+        "sequence, as arXiv 2501.03489 counts them. GB and min: predicted by `python -m train.private_inference`."
     )
 
 
@@ -56,12 +57,12 @@ def _row(group: Group, groups: list[Group], name: str) -> list[str]:
 
 
 def with_half_width(form: str, value: tuple[float, float | None]) -> str:
-    """'3.210 ± 0.012', without the latter where one seed gives none."""
+    """Format (3.21, 0.012) as '3.210 ± 0.012'; one seed has no half width."""
     return form.format(value[0]) + ("" if value[1] is None else f" ± {form.replace('+', '').format(value[1])}")
 
 
 def gap_text(group: Group, baseline: Group | None) -> str:
-    """How much larger the perplexity is than the baseline's, over the seeds that both have; '-' without any."""
+    """Format how much larger the perplexity is than the baseline's, over the seeds that both have; '-' without any."""
     if baseline is None or baseline is group:
         return "-"
     theirs = {record.seed: record.perplexity for record in baseline.records}
@@ -72,7 +73,7 @@ def gap_text(group: Group, baseline: Group | None) -> str:
 
 
 def flops_text(record: Record) -> tuple[str, str]:
-    """FLOPs of (FFN, attention) as the paper prints them, in units of 1e6 where they are fewer than its unit."""
+    """Format the FLOPs of (FFN, attention) as the paper does, in B; in M if they are fewer than 1e9."""
     flops = forward_flops(record.model)
     ffn, attention = printed_gflops(record.model)
     return _flops_cell(flops.ffn, ffn), _flops_cell(flops.attention, attention)
@@ -83,7 +84,7 @@ def _flops_cell(flops: float, printed: str) -> str:
 
 
 def _baseline(group: Group, groups: list[Group], architecture: str) -> Group | None:
-    """The model of that architecture of the same size and length, on the same data."""
+    """Find the group of that architecture with the same size, length and data."""
 
     def setting(record: Record) -> tuple[object, ...]:
         model = record.model
@@ -96,12 +97,12 @@ def _baseline(group: Group, groups: list[Group], architecture: str) -> Group | N
 
 
 def relative(value: float | None, reference: float | None) -> str:
-    """'+3.1%', or a dash where either is unknown."""
+    """Format value / reference - 1 as '+3.1%'; '-' if either is unknown."""
     return "-" if value is None or not reference else f"{value / reference - 1:+.1%}"
 
 
 def operations_text(operations: dict[str, NonlinearOperation]) -> str:
-    """As the paper's tables write them: 'SM:144x128x128 LN:24x128x768'."""
+    """Format operations as the paper's tables do: 'SM:144x128x128 LN:24x128x768'."""
     return " ".join(
         f"{SYMBOLS[kind]}:{operation.count}x{operation.rows}x{operation.columns}"
         for kind, operation in operations.items()
@@ -115,7 +116,7 @@ def at_published_size(record: Record) -> bool:
 
 
 def title_of(group: Group) -> str:
-    """Short: the row's label in the paper, with the budget where several share it."""
+    """Return a short title: the row's label in the paper, and the budget if it is one of several."""
     record = group.first
     name = record.row.label if record.row else record.label
     return f"{name}, {record.planned_tokens / 1e6:.3g}M" if record.folder.name.startswith("tokens") else name
