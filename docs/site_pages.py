@@ -1,4 +1,4 @@
-"""Make the pages of the site that come from elsewhere: the home page from README.md, the reference from the code.
+"""Make the pages of the site that come from elsewhere: those beside docs/, and the reference from the code.
 
 MkDocs calls the functions named on_*. Nothing is written into docs/.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES_OF = {"README": "index.md", "CONTRIBUTING": "contributing.md", "CHANGELOG": "changelog.md"}
 PACKAGES = ("model", "parallel", "data", "train")
 sys.path.insert(0, str(ROOT))
 
@@ -30,7 +31,9 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made here."""
     made = {
-        "index.md": home(),
+        "index.md": "---\nhide: [navigation]\n---\n" + from_root("README.md"),
+        "contributing.md": from_root("CONTRIBUTING.md"),
+        "changelog.md": from_root("CHANGELOG.md"),
         "reference/configuration.md": configuration(),
         "reference/commands.md": commands(),
         **{f"reference/api/{room}.md": api(room, modules) for room, modules in rooms().items()},
@@ -40,11 +43,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def home() -> str:
-    """Return README.md with its links as they are inside docs/; files of the code lead to their API."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = "---\nhide: [navigation]\n---\n" + re.sub(r"\]\(docs/", "](", text)
-    text = re.sub(r"\[([A-Z]+(?:\.md)?)\]\(\1\)", r"`\1`", text)  # files beside README.md
+def from_root(name: str) -> str:
+    """Return a page beside docs/ with its links as they are inside docs/; files of the code lead to their API."""
+    text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text(encoding="utf-8"))
+    text = re.sub(r"\]\(([A-Z]+)\.md\)", lambda link: f"]({PAGES_OF[link[1]]})", text)
+    text = text.replace("[LICENSE](LICENSE)", "`LICENSE`")
     return re.sub(r"\]\(([\w/]+)\.py\)", lambda link: f"]({api_address(link[1])})", text)
 
 
