@@ -1,7 +1,7 @@
 """Compare loaders on the same random tokens: `python -m data.benchmark --tokens 100e6`.
 
-Each loader delivers shuffled sequences of --seq-length tokens from one process, in int64 batches as a training rank
-reads them. Loaders that are not installed are left out:
+Each loader runs in one process and delivers int64 batches of shuffled sequences, as a training rank reads them. Loaders
+that are not installed are left out:
 
     this project         shards of this project, checked and resumable
     memmap               a memory-mapped array read at random: an upper bound, without checks
@@ -9,8 +9,8 @@ reads them. Loaders that are not installed are left out:
     litdata              its streaming loader
     mosaicml-streaming   its streaming dataset
 
-"first batch" is the time in seconds from opening the dataset. "resume" is the time in seconds to the next batch of a
-run that has consumed half an epoch; a dash means that the loader cannot resume.
+The column "first batch" is the time from opening the dataset to its first batch, in seconds. The column "resume" is the
+time until a run that has consumed half an epoch gets its next batch; a dash means that the loader cannot resume.
 """
 
 import argparse

@@ -35,6 +35,17 @@ def output_file(text: str) -> Path:
     return Path(text)
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the option --workers, the number of processes; the default is one for each core that this process may use."""
+    parser.add_argument(
+        "--workers",
+        type=whole_number(1, 4096),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="number of processes (default: all cores)",
+    )
+
+
 def can_write(file: Path) -> bool:
     """Return whether `file` can be created or replaced; its folder must exist."""
     return file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()

@@ -13,7 +13,6 @@ import argparse
 import glob
 import itertools
 import math
-import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import run_command, whole_number
+from data.command_line import add_workers, run_command
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME, ReadOptions, is_remote, open_source
 from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
@@ -54,14 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder of the dataset; created if missing, may be the shards' own",
     )
     add("--text-key", default="text", metavar="KEY", help='key of the text in .json members (default "text")')
-    cores = len(os.sched_getaffinity(0))
-    add(
-        "--workers",
-        type=whole_number(1, 4096),
-        default=cores,
-        metavar="N",
-        help="number of processes (default: all cores)",
-    )
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import real_number, run_command, whole_number
+from data.command_line import add_workers, real_number, run_command, whole_number
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.shards.manifest import SPLITS, TOKENIZER
@@ -90,14 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--text-key", default="text", metavar="KEY", help='key of the text in .jsonl lines (default "text")')
     add("--skip-bad-text", action="store_true", help="leave out and report files that are damaged or not UTF-8")
-    cores = len(os.sched_getaffinity(0))
-    add(
-        "--workers",
-        type=whole_number(1, 4096),
-        default=cores,
-        metavar="N",
-        help="number of processes (default: all cores)",
-    )
+    add_workers(parser)
     add("--stage", choices=("all", *STAGES), default="all", help="run one stage only (default all)")
     add("--task", default="0/1", metavar="I/N", help="with --stage: run only the jobs of task I of N (default 0/1)")
     add("--overwrite", action="store_true", help="discard the dataset or unfinished work in DIR")

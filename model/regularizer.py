@@ -7,9 +7,9 @@
 
 The published code and the published algorithm take delta at different granularities, so this is a choice:
 
-`per_query` (the published code and results) takes delta for every sequence and query position, and averages the
-penalty over them.
-`per_head` (Algorithm 1) averages the entropy over positions and sequences first, and takes delta once per head.
+- `per_query`, as in the published code and results: take delta at every query position of every sequence, then average
+  the penalties.
+- `per_head`, as in Algorithm 1: average the entropy over positions and sequences, then take delta once per head.
 
 The published code sums over the sequences and positions of a micro-batch, so its lambda depends on their number.
 `coefficient` multiplies a mean instead: coefficient = lambda * micro_batch_size * T. For the paper's CodeParrot runs

@@ -172,14 +172,8 @@ class RowParallelLinear(mcore.RowParallelLinear):
 
 def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:
     """Return the column-parallel form of a bias-free linear layer; its weight is uninitialized."""
-    layer = ColumnParallelLinear(
-        linear.in_features,
-        linear.out_features,
-        config=_layer_config(groups, sequence_parallel),
-        init_method=nn.init.normal_,
-        bias=False,
-        tp_group=groups.tensor,
-    )
+    shared = _linear_arguments(groups, sequence_parallel)
+    layer = ColumnParallelLinear(linear.in_features, linear.out_features, **shared)
     layer.group_name = name_of(groups.tensor)
     return layer
 
@@ -192,16 +186,8 @@ def row_parallel(
     Args:
         input_is_parallel: whether the input holds only this rank's features.
     """
-    layer = RowParallelLinear(
-        linear.in_features,
-        linear.out_features,
-        config=_layer_config(groups, sequence_parallel),
-        init_method=nn.init.normal_,
-        bias=False,
-        input_is_parallel=input_is_parallel,
-        skip_bias_add=False,
-        tp_group=groups.tensor,
-    )
+    shared = {**_linear_arguments(groups, sequence_parallel), "input_is_parallel": input_is_parallel}
+    layer = RowParallelLinear(linear.in_features, linear.out_features, **shared, skip_bias_add=False)
     layer.group_name, layer.first_column = name_of(groups.tensor), groups.grid.tp_rank * layer.input_size_per_partition
     return layer
 
@@ -220,6 +206,16 @@ def vocab_parallel_embedding(embedding: nn.Embedding, groups: Groups) -> nn.Modu
 def copy_to_tensor_region(x: Tensor, groups: Groups) -> Tensor:
     """Return x; the backward pass sums its gradient over tensor-parallel ranks."""
     return mcore.copy_to_tensor_model_parallel_region(x, group=groups.tensor)
+
+
+def _linear_arguments(groups: Groups, sequence_parallel: bool) -> dict[str, Any]:
+    """Return the arguments that column- and row-parallel layers share."""
+    return {
+        "config": _layer_config(groups, sequence_parallel),
+        "init_method": nn.init.normal_,
+        "bias": False,
+        "tp_group": groups.tensor,
+    }
 
 
 def _layer_config(groups: Groups, sequence_parallel: bool) -> Any:

@@ -3,9 +3,9 @@
     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux
 
 Everything runs below one process in its own pid, mount, network and hostname namespaces. Ending it ends the cluster.
-Each node is a child with its own pid namespace and hostname, and an address on the loopback interface (10.99.0.1 is
-n1). A node that crashes therefore takes its daemon, its steps and their connections with it. Without root, a user
-namespace surrounds everything.
+Each node is a child process with its own pid namespace and hostname. Its address lies on the loopback interface; node
+n1 has 10.99.0.1. A node that crashes therefore takes its daemon, its steps and their connections with it. Without root,
+a user namespace surrounds everything.
 """
 
 import json
