@@ -34,10 +34,11 @@ from tqdm import tqdm
 from data.command_line import add_workers, real_number, run_command, whole_number
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
+from data.files.own import write_atomically
 from data.shards.manifest import SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer
 from data.text.input_files import DEFAULT_INCLUDE, Slice, find_files, plan_parts
-from data.text.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job, write_whole
+from data.text.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         preparation.write_parts(parts)
         del parts  # it lists every input file, and workers need the memory
         if options.tokenizer is not None:
-            write_whole(options.output / TOKENIZER, options.tokenizer.read_bytes())
+            write_atomically(options.output / TOKENIZER, options.tokenizer.read_bytes())
         for stage in STAGES if options.stage == "all" else (options.stage,):
             _run_stage(preparation, stage, *_task(options.task), options.workers)
     if (options.output / REPORT).exists():
@@ -191,7 +192,7 @@ def _adopt_plan(preparation: Preparation, plan_sha256: str) -> None:
             f"--output {preparation.output}: holds unfinished work on other input or settings; finish it, or discard "
             "it with --overwrite"
         )
-    write_whole(note, f"{plan_sha256}\n".encode())
+    write_atomically(note, f"{plan_sha256}\n".encode())
 
 
 def _discard(folder: Path) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from data.command_line import can_write, print_faults, run_command, whole_number
 from data.errors import DataError
+from data.files.own import write_atomically
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
-from train.run.folder import write_atomically
 from train.run.names import CONFIG, EVALUATION
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use

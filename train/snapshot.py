@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from data.command_line import run_command
+from data.files.own import write_atomically
 from train.config import ConfigError, load_config
-from train.run.folder import COMMIT, git_commit, write_atomically
+from train.run.folder import COMMIT, git_commit
 from train.run.names import CODE, RESOLVED
 from train.start.preflight import preflight
 

@@ -20,9 +20,7 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
+from data.files.own import write_atomically
 from data.shards import document_list
 from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shards.tar_layout import token_dtype_for
@@ -87,9 +86,10 @@ class Preparation:
 
     def write_parts(self, parts: list[list[Slice]]) -> None:
         """List the slices of each part in the work folder."""
+        (self.work / "plan").mkdir(parents=True, exist_ok=True)
         for part, slices in enumerate(parts):
             if not self.file("plan", part, "json").exists():
-                write_whole(self.file("plan", part, "json"), json.dumps(slices).encode())
+                write_atomically(self.file("plan", part, "json"), json.dumps(slices).encode())
 
     def slices(self, part: int) -> list[Slice]:
         """Return the slices of a part."""
@@ -123,7 +123,7 @@ def run_job(preparation: Preparation, stage: str, job: int) -> None:
     result.parent.mkdir(parents=True, exist_ok=True)
     summary = _STAGES[stage](preparation, job)
     if stage != "finish":
-        write_whole(result, json.dumps(summary).encode())
+        write_atomically(result, json.dumps(summary).encode())
 
 
 def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Iterator[tuple[str, str, bytes, bytes]]:
@@ -152,7 +152,7 @@ def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
                 sample.write(json.dumps([documents, text]).encode() + b"\n")
             documents += 1
     _partial(preparation.file("scan", part, "sample.gz")).rename(preparation.file("scan", part, "sample.gz"))
-    write_whole(preparation.file("scan", part, "hashes"), hashes)
+    write_atomically(preparation.file("scan", part, "hashes"), hashes)
     return {"documents": documents, "text_bytes": text_bytes, "skipped": skipped}
 
 
@@ -174,7 +174,7 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     lowest = _ALL
     for part, end in enumerate(ends):
         kept = keep[end - counts[part] : end]
-        write_whole(preparation.file("merge", part, "keep"), np.packbits(kept).tobytes())
+        write_atomically(preparation.file("merge", part, "keep"), np.packbits(kept).tobytes())
         if kept.any():
             lowest = min(lowest, int(read_hashes(files[part])["high"][kept].min()))
     threshold = int(preparation.settings.validation_fraction * _ALL)
@@ -186,7 +186,7 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     if threshold and lowest >= threshold:
         threshold = lowest + 1  # a small input: the document with the lowest hash becomes the validation split
     if preparation.settings.tokenizer_sha256 is None:
-        write_whole(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
+        write_atomically(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
     return {"kept": int(keep.sum()), "threshold": threshold}
 
 
@@ -275,7 +275,9 @@ def _pack(preparation: Preparation, job: int) -> dict[str, Any]:
             documents.append(document_starts_in(lines, start, first, last))
         start = end
     info = write_shard(path, np.concatenate(pieces), dtype)
-    write_whole(path.with_suffix(document_list.SUFFIX), document_list.pack_document_list(itertools.chain(*documents)))
+    write_atomically(
+        path.with_suffix(document_list.SUFFIX), document_list.pack_document_list(itertools.chain(*documents))
+    )
     return {"split": split, "shard": vars(info)}
 
 
@@ -285,11 +287,11 @@ def _finish(preparation: Preparation, _: int) -> None:
     for result in preparation.results("pack"):
         shards[result["split"]].append(ShardInfo(**result["shard"]))
     report = _report(preparation, tokenizer)
-    write_whole(preparation.output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(preparation.output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     dtype = token_dtype_for(tokenizer.vocab_size)
     model = (preparation.output / TOKENIZER).read_bytes()
     text = manifest_json("tokens", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, shards)
-    write_whole(preparation.output / MANIFEST_NAME, text.encode())
+    write_atomically(preparation.output / MANIFEST_NAME, text.encode())
     load_manifest(preparation.output)
     for left_by_a_kill in preparation.output.glob("*.partial"):
         left_by_a_kill.unlink()
@@ -316,14 +318,6 @@ def _report(preparation: Preparation, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
-
-
-def write_whole(path: Path, content: bytes | bytearray) -> None:
-    """Write a file in one rename. Tasks on other machines may write the same file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.rename(path)
 
 
 _STAGES: dict[str, Callable[[Preparation, int], dict[str, Any] | None]] = {

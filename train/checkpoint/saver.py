@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import first_line
+from data.files.strict_json import finite_or_none
 from parallel.engine.engine import Engine
 from parallel.state.chunks import Chunk, ChunkSavePlanner
 from train.checkpoint.folder import DamagedFileError, Folder, read_marker
@@ -24,7 +25,7 @@ from train.checkpoint.load import CheckpointError, first_failure, steps_saved
 from train.checkpoint.staging import Staging
 from train.checkpoint.tensors import Writer
 from train.config import Config
-from train.run.folder import description, finite_or_none
+from train.run.folder import description
 from train.run.names import checkpoint_name, step_of
 
 FAILURES_IN_A_ROW = 2

@@ -43,6 +43,7 @@ from typing import Any
 import torch
 
 from data.command_line import output_file, print_faults, real_number, whole_number
+from data.files.strict_json import finite_or_none
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
@@ -52,7 +53,6 @@ from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import CONFIGURED
 from train.compare.reference import OneProcess, OneProcessAsTrained
 from train.config import Config, ConfigError, load_config
-from train.run.folder import finite_or_none
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from train.run.folder import write_atomically
+from data.files.own import write_atomically
 from train.run.names import GOODPUT
 from train.run.reader import RunReader
 

@@ -6,7 +6,6 @@ What lies in it is listed in train/run/names.py. It is read through train/run/re
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from data.files.own import write_atomically
+from data.files.strict_json import finite_or_none
 from train.config import Config
 from train.run import names
 from train.run.reader import RunError, read_rows
@@ -140,17 +141,3 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def finite_or_none(value: Any) -> Any:
-    """Replace NaN and infinities by None, since JSON has neither; lists item by item."""
-    if isinstance(value, list):
-        return [finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

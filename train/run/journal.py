@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from data.files.strict_json import finite_or_none
 from train.run import names
-from train.run.folder import finite_or_none
 from train.run.reader import RunReader
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.run.folder import write_atomically
+from data.files.own import write_atomically
 from train.scaling.analysis import HeldOut, exponents, held_out
 from train.scaling.compare import Curve
 from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval

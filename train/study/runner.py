@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from train.run.folder import write_atomically
+from data.files.own import write_atomically
 from train.run.names import FAILURE, LOG
 from train.study.launch import MustEnd, forked, launched
 from train.study.stages import prepare

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from train.run.folder import write_atomically
+from data.files.own import write_atomically
 from train.run.names import ENTROPY, FAILURE, METRICS, STAGE
 from train.run.reader import RunReader
 from train.study.suite import Stage
