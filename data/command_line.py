@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from data.errors import DataError
+from data.errors import DataError, safe_text
+from data.files.address import local_path
 
 N = TypeVar("N", int, float)
 _LARGEST_WHOLE_NUMBER = 10**15
@@ -28,11 +29,29 @@ def real_number(least: float, most: float = _LARGEST_NUMBER) -> Callable[[str], 
     return lambda text: _bounded(text, float, "a number", least, most)
 
 
+def path_argument(text: str) -> Path:
+    """Parse a file or folder of this machine (an argparse type): "~" is the user's home, as in a configuration."""
+    try:
+        return local_path(text)
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def output_file(text: str) -> Path:
     """Parse an output file (an argparse type); reject a path that cannot be written before any work is done."""
-    if not can_write(Path(text)):
+    path = path_argument(text)
+    if not can_write(path):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a file in a folder that exists and can be written")
-    return Path(text)
+    return path
+
+
+def add_allow_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the option --allow-commands, the user's word that commands in files may run."""
+    parser.add_argument(
+        "--allow-commands",
+        action="store_true",
+        help="run 'pipe:' commands that the files of the run or the mixture name; only if you trust their author",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +73,7 @@ def can_write(file: Path) -> bool:
 def print_faults(error: Exception) -> None:
     """Print each line of an error's message to stderr as an error of its own."""
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {safe_text(line)}", file=sys.stderr)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -76,14 +95,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         status = main() or 0
         sys.stdout.flush()
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_faults(error)
         status = 2
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
             status = 128 + signal.SIGPIPE
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print_faults(error)
             status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,14 +1,37 @@
 """The errors that reading or preparing data raises, and how their messages are made safe to print."""
 
+import re
+
+_SECRETS = [
+    # scheme://user:password@host
+    re.compile(r"(://)[^/?#\s'\"]+(@)"),
+    # ?token=... of an address
+    re.compile(
+        r"(?i)([?&;][\w.-]*(?:token|secret|passw|pwd|signature|credential|key|auth|jwt|sig|sas)[\w.-]*=)[^\s&;'\"#]+()"
+    ),
+    # Authorization: Bearer ...  X-Auth-Token: ...
+    re.compile(
+        r"(?i)\b((?:(?:proxy-)?authorization|cookie|[\w-]+-(?:token|key|secret))\s*:\s*(?:(?:bearer|basic|token)\s+)?)"
+        r"[^\s'\"]+()"
+    ),
+    # API_KEY=...  password=...
+    re.compile(r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|KEY)[A-Z0-9_]*=)[^\s;&'\"]+()"),
+    re.compile(r"(?i)\b((?:password|passwd|pwd|secret|access_?token|api_?key)=)[^\s;&'\"]+()"),
+    # --token ...  -u user:password
+    re.compile(r"(?i)(--?(?:token|password|passwd|secret|api-key|user|u)[= ])(?!-)[^\s'\"]+()"),
+]
+HIDDEN = "***"
+
 
 class DataError(ValueError):
     """A fault in the user's data or settings. One line states what was found, what was expected, and the remedy.
 
-    Control characters in the message are escaped, since file names and server replies may hold them.
+    Control characters in the message are escaped, since file names and server replies may hold them. Secrets of
+    addresses are hidden.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(safe_text(message))
 
 
 class DamagedShardError(DataError):
@@ -22,6 +45,22 @@ class DamagedShardFileError(DamagedShardError):
 def printable(text: str, keep: str = "") -> str:
     """Return `text` with control characters escaped as in a Python string, except those in `keep`."""
     return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+
+
+def redacted(text: str) -> str:
+    """Return a text with the secrets of the addresses and commands in it replaced by "***".
+
+    These are what stands before the "@" of a host, and the values of parameters, headers and options whose names speak
+    of a secret. Host and path stay, since people need them to find a fault.
+    """
+    for secret in _SECRETS:
+        text = secret.sub(rf"\g<1>{HIDDEN}\g<2>", text)
+    return text
+
+
+def safe_text(text: str, keep: str = "") -> str:
+    """Return a text for the terminal or a log: `printable` and `redacted`."""
+    return redacted(printable(text, keep))
 
 
 def first_line(error: BaseException) -> str:

@@ -20,9 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import add_workers, run_command
+from data.command_line import add_workers, path_argument, run_command
 from data.errors import DataError
-from data.fetch.sources import MANIFEST_NAME, ReadOptions, is_remote, open_source
+from data.fetch.sources import MANIFEST_NAME, ReadOptions, open_source
+from data.files.address import is_remote
+from data.files.own import write_atomically
 from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
 from data.shards.tar_layout import token_dtype_for
 from data.shards.text_index import IndexJob, index_shard
@@ -44,10 +46,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="shards to train on; {000..019} is a range, and globs work if --address is a folder",
     )
     add("--validation", nargs="+", default=[], metavar="NAME", help="shards to validate on, named likewise")
-    add("--tokenizer", type=Path, required=True, metavar="FILE", help="the tokenizer.model to use")
+    add("--tokenizer", type=path_argument, required=True, metavar="FILE", help="the tokenizer.model to use")
     add(
         "--output",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="DIR",
         help="folder of the dataset; created if missing, may be the shards' own",
@@ -73,12 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
     by_split = {"train": infos[: len(names["train"])], "validation": infos[len(names["train"]) :]}
     model = options.tokenizer.read_bytes()
     if not _holds(options.output / TOKENIZER, model):
-        (options.output / TOKENIZER).write_bytes(model)
+        write_atomically(options.output / TOKENIZER, model)
     dtype = token_dtype_for(tokenizer.vocab_size)
     text = manifest_json(
         "text", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, by_split, options.text_key
     )
-    (options.output / MANIFEST_NAME).write_text(text)
+    write_atomically(options.output / MANIFEST_NAME, text)
     manifest = load_manifest(options.output)
     for split in SPLITS:
         print(f"{options.output}: {split}: {len(manifest.shards[split])} shards, {manifest.num_tokens(split)} tokens")
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _check(options: argparse.Namespace, names: list[str]) -> None:
     """Raise DataError for a fault before anything is written. The output may be the folder of the shards."""
-    open_source(options.address, ReadOptions())  # raises DataError for an address that cannot be read
+    open_source(options.address, ReadOptions(allow_commands=True))  # raises DataError for one that cannot be read
     if not names:
         raise DataError(f"--address {options.address}: names no shard; see --train and --validation")
     if len(names) > MAX_SHARDS:

@@ -10,14 +10,18 @@
 
 import argparse
 import contextlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data.command_line import run_command, whole_number
+from data.command_line import add_allow_commands, path_argument, run_command, whole_number
 from data.errors import DamagedShardError, DataError, printable
 from data.fetch.sources import ReadOptions
+from data.files.address import is_command
+from data.files.own import open_to_read
+from data.files.strict_json import check_shape, parse_json, read_json
 from data.shards.document_list import documents_of
 from data.shards.manifest import SPLITS, Manifest
 from data.shards.tokenizer import Tokenizer
@@ -46,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="print the samples of training step N (from 1); needs --run, or --seq-length and --global-batch-size",
     )
-    add("--run", type=Path, metavar="RUN", help="run directory that gives the settings below")
+    add("--run", type=path_argument, metavar="RUN", help="run directory that gives the settings below")
     add("--split", choices=SPLITS, default="train", help="split to read samples from (default train)")
     add("--seq-length", type=whole_number(1), metavar="T", help="tokens per sample")
     add("--global-batch-size", type=whole_number(1, 1 << 20), metavar="B", help="sequences per step")
@@ -54,7 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     window = whole_number(1)
     add("--window-shards", type=window, default=DEFAULT_WINDOW_SHARDS, help="data.shuffle_window_shards (default 8)")
     add("--on-damage", choices=("stop", "skip"), default="stop", help="data.on_damage of the run (default stop)")
-    add("--cache-dir", type=Path, metavar="DIR", help="where fetched files are stored")
+    add("--cache-dir", type=path_argument, metavar="DIR", help="where fetched files are stored")
+    add_allow_commands(parser)
     return parser.parse_args(arguments)
 
 
@@ -62,8 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Print what was asked for; raise DataError for a fault in the dataset, the run or the options."""
     options = parse_arguments(arguments)
     options.reading = {"on_damage": options.on_damage, "cache_dir": options.cache_dir}
+    allow_commands = options.allow_commands or is_command(options.path or "")
     if options.run is not None:
         _take_from_run(options)
+    options.reading["allow_commands"] = allow_commands
     if options.path is None:
         raise DataError("name a dataset, or a run with --run")
     manifest = open_dataset(options.path, ReadOptions.of(options.reading))
@@ -80,6 +87,18 @@ def main(arguments: list[str] | None = None) -> None:
             _verify(manifest)
 
 
+WHERE: dict[str, Any] = {"resumed": {"step": int}, "rolled back": {"step": int, "next_sample": int}}
+"""Events of a journal that say where a run went on, and what they hold."""
+SETTINGS = {
+    "config": {
+        "data": {"path": str},
+        "model": {"seq_length": int},
+        "training": {"global_batch_size": int, "seed": int},
+    }
+}
+"""What config.json of a run must hold."""
+
+
 def first_sample_of(step: int, global_batch_size: int, run: Path | None) -> int:
     """Return the first sample that a step read.
 
@@ -90,21 +109,33 @@ def first_sample_of(step: int, global_batch_size: int, run: Path | None) -> int:
     """
     begun = [(0, 0)]
     journal = None if run is None else run / "journal.jsonl"
-    for line in journal.read_text().splitlines() if journal is not None and journal.exists() else ():
-        with contextlib.suppress(ValueError):  # a line that a crash cut short
-            row = json.loads(line)
-            if row.get("event") in ("rolled back", "resumed"):
-                begun[1:] = [(at, sample) for at, sample in begun[1:] if at < row["step"]]
-            if row.get("event") == "rolled back":
-                begun.append((row["step"], row["next_sample"]))
+    for row in _events(journal) if journal is not None and journal.exists() else ():
+        if row["event"] in ("rolled back", "resumed"):
+            begun[1:] = [(at, sample) for at, sample in begun[1:] if at < row["step"]]
+        if row["event"] == "rolled back":
+            begun.append((row["step"], row["next_sample"]))
     at, sample = max((at, sample) for at, sample in begun if at < step)
     return sample + (step - 1 - at) * global_batch_size
+
+
+def _events(journal: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events that say where a run went on; lines that a crash cut short are left out."""
+    with open_to_read(journal) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                check_shape(row, {"event": str})
+                if row["event"] in WHERE:
+                    check_shape(row, WHERE[row["event"]])
+                    yield row
 
 
 def _take_from_run(options: argparse.Namespace) -> None:
     path = options.run / "config.json"
     try:
-        config = json.loads(path.read_bytes())["config"]
+        described = read_json(path)
+        check_shape(described, SETTINGS)
+        config = described["config"]
         options.path = options.path or config["data"]["path"]
         options.reading = config["data"]
         options.window_shards = config["data"].get("shuffle_window_shards", options.window_shards)
@@ -117,7 +148,7 @@ def _take_from_run(options: argparse.Namespace) -> None:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); is this a run directory?") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: lacks the settings of a run ({error!r})") from error
+        raise DataError(f"{path}: lacks the settings of a run ({error})") from error
     if options.step is not None and options.step > last_step:
         raise DataError(f"--step {options.step}: {options.run} ends at step {last_step}; name a step from 1 to that")
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import add_workers, real_number, run_command, whole_number
+from data.command_line import add_workers, path_argument, real_number, run_command, whole_number
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.files.own import write_atomically
@@ -54,9 +54,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="files, folders or globs; .txt, .py and .jsonl are found in folders, also as .gz and .zst",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the dataset; created if missing")
+    add("--output", type=path_argument, required=True, metavar="DIR", help="folder of the dataset; created if missing")
     add("--vocab-size", type=whole_number(259, 1 << 24), metavar="N", help="learn a vocabulary of this many tokens")
-    add("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model instead of learning one")
+    add("--tokenizer", type=path_argument, metavar="FILE", help="use this SentencePiece model instead of learning one")
     add(
         "--include",
         nargs="+",

@@ -46,8 +46,11 @@ last_saved_step() { # RUN_DIR: prints the step of its newest checkpoint, -1 befo
 
 # train CONFIG [section.key=value ...]: trains until the run is complete, over as many starts as that takes.
 train() {
-    local config=$1 python run_dir status
+    local config=$1 python run_dir status word allowed=()
     shift
+    for word in "$@"; do # the user's word that commands may run, which no file records
+        case $word in data.allow_commands=* | data.path=pipe:*) allowed+=("$word") ;; esac
+    done
     python=$(find_python)
     run_dir=$("$python" -m train.snapshot --config "$config" --world-size "$SLURM_NTASKS" "$@") || exit 2
     last_saved_step "$run_dir" >> "$run_dir/starts.txt"
@@ -55,7 +58,7 @@ train() {
     asked=""
     trap 'asked=USR1; say "time is nearly up: saving"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # signals the ranks only
     trap 'asked=${asked:-TERM}; say "asked to end"' TERM # the ranks got it from Slurm; a second signal would kill them before they save
-    launch "$python" "$run_dir/code/train/main.py" --config "$run_dir/resolved.json" &
+    launch "$python" "$run_dir/code/train/main.py" --config "$run_dir/resolved.json" "${allowed[@]}" &
     wait_for $!
     say "ranks ended with status $status"
     case "$asked$status" in

@@ -23,7 +23,7 @@ from typing import Any
 if not __package__:  # run as a file: the packages lie beside train/, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.command_line import can_write, print_faults, run_command
+from data.command_line import can_write, path_argument, print_faults, run_command
 from data.errors import DataError
 from parallel.launch import LaunchError, choose_accelerator, world_size
 from train.config import Config, ConfigError, load_config, world_faults
@@ -120,7 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="configuration of the job")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
     parser.add_argument("--all-shards", action="store_true", help="hash every shard of the dataset, not only a sample")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON lines")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the table as JSON lines")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     return parser.parse_intermixed_args(arguments)
 

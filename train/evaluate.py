@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.command_line import can_write, print_faults, run_command, whole_number
+from data.command_line import add_allow_commands, can_write, path_argument, print_faults, run_command, whole_number
 from data.errors import DataError
+from data.files.address import is_command
 from data.files.own import write_atomically
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
@@ -28,8 +29,11 @@ DESCRIPTION = "Evaluate a run's newest checkpoint on the validation split, in on
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=DESCRIPTION)
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a run that has a checkpoint")
+    parser.add_argument(
+        "--run", required=True, type=path_argument, metavar="DIR", help="folder of a run that has a checkpoint"
+    )
     parser.add_argument("--data", metavar="DIR", help="evaluate on another prepared dataset with the same tokenizer")
+    add_allow_commands(parser)
     parser.add_argument(
         "--samples",
         type=whole_number(1),
@@ -41,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     from train.checkpoint.load import CheckpointError
 
     try:
-        row = evaluate(options.run, options.data, options.samples)
+        row = evaluate(options.run, options.data, options.samples, options.allow_commands)
     except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
         print_faults(error)
         return 2
@@ -50,13 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]:
+def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: bool = False) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint.
 
     Args:
         run: its folder.
         data: another prepared dataset with the same tokenizer; None takes the run's own.
         samples: number of validation sequences; None takes all.
+        allow_commands: whether the run's own dataset may be read by a command. `data` may always.
 
     Returns:
         What evaluation.json holds: losses in nats a token, entropies in nats.
@@ -79,9 +84,10 @@ def evaluate(run: Path, data: str | None, samples: int | None) -> dict[str, Any]
     if not can_write(run / EVALUATION):
         raise RunError(f"{run / EVALUATION}: cannot be written; remove what is in its place, or copy the run")
     tree.pop("health", None)  # not used here; earlier versions took values that are refused now
-    config = dataclasses.replace(single_process(config_from_dict(tree)), run_dir=str(run))  # it may have been moved
+    tree["run_dir"] = str(run)  # it may have been moved
     if data is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+        tree["data"] = {**tree.get("data", {}), "path": data}
+    config = single_process(config_from_dict(tree, allow_commands or is_command(data or "")))
     initialize_distributed()
     root, group = Folder(config.checkpoint_folder), checkpoint.checkpoint_group(config.health.save_limit_s)
     saved, faults = checkpoint.newest_sound(root, group)

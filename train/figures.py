@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.command_line import run_command
+from data.command_line import path_argument, run_command
 from train.pictures.run import Array, FigureError, Run, as_array, load_run
 from train.run.names import FIGURES
 from train.run.reader import Row
@@ -32,12 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
         required=True,
         nargs="+",
         action="extend",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder of a run; several runs are compared",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to write (default: figures/ of the first run)"
+        "--output", type=path_argument, metavar="DIR", help="where to write (default: figures/ of the first run)"
     )
     parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="file type (default: png)")
     options = parser.parse_args(arguments)

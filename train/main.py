@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
 from data.command_line import run_command  # noqa: E402
+from data.errors import redacted  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.config.schedule import fast_start  # noqa: E402
 from train.faults import DONE, explained, fault_of, is_rank_zero, report  # noqa: E402
@@ -121,7 +122,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except Exception:  # whose cause nobody foresaw
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,10 +14,9 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from data.command_line import run_command
+from data.command_line import path_argument, run_command
 from train.config import Config, config_from_dict
 
 CODEPARROT_TOKENS = 16_700_000 * 128  # the paper's 16.7 million examples of 128 tokens
@@ -290,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument(
             "--only", metavar="PLACE", help=f"only these rows: {', '.join(places())}; or the name of one row"
         )
-    writing.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    writing.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder to write to")
     options = parser.parse_args(arguments)
     rows = list(ROWS.values()) if options.only is None else rows_at(options.only)
     if not rows:

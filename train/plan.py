@@ -72,7 +72,7 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
     vocab_size, source = vocabulary(config, manifest)
     grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
-    print(json.dumps(config.as_dict(), indent=2))
+    print(json.dumps(config.record(), indent=2))
     padded = padded_vocab_size(vocab_size, grid.tp)
     print(f"\nvocabulary        {vocab_size:,} tokens (from {source}), padded to {padded:,}")
     print(f"parameters        {sum(counts.values()):,}")

@@ -11,10 +11,9 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
-from data.command_line import run_command
+from data.command_line import print_faults, run_command
 from data.files.own import write_atomically
 from train.config import ConfigError, load_config
 from train.run.folder import COMMIT, git_commit
@@ -40,11 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir = Path(config.run_dir)
         take(run_dir)
         resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
-        write_atomically(run_dir / RESOLVED, json.dumps(resolved, indent=2) + "\n")
+        write_atomically(run_dir / RESOLVED, json.dumps(resolved, indent=2) + "\n", mode=config.file_mode)
     except ConfigError as error:
-        return _failed(str(error))
+        print_faults(error)
+        return 2
     except OSError as error:
-        return _failed(f"run_dir {config.run_dir}: cannot be written ({error}); choose another run_dir")
+        print_faults(OSError(f"run_dir {config.run_dir}: cannot be written ({error}); choose another run_dir"))
+        return 2
     print(run_dir.resolve())
     return 0
 
@@ -60,12 +61,6 @@ def take(run_dir: Path) -> None:
             shutil.copytree(root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
     (partial / COMMIT).write_text(f"{git_commit()}\n")
     os.replace(partial, code)
-
-
-def _failed(text: str) -> int:
-    for line in text.splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

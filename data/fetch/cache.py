@@ -6,18 +6,23 @@
 
 A process takes a file's lock first, then cache/lock.
 
-The least recently used files are removed to make room. An open file stays readable after it was removed.
+The least recently used files are removed to make room. An open file stays readable after it was removed. Files of
+other names are not counted, removed or written to, since the folder may hold what is not the cache's.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.errors import DataError
 from data.fetch.transport import WrongContentError
+from data.files.own import open_to_append
+
+_OWN_NAME = re.compile(r"[0-9a-f]{64}(\.partial)?")
 
 
 class Cache:
@@ -93,8 +98,9 @@ class Cache:
     def _reserve(self, partial: Path, num_bytes: int) -> None:
         """Create the partial file at its full size. Remove the least recently used files to make room."""
         with _lock(self._root / "lock"):
-            for other in self._root.glob("??/*.partial"):
-                _remove_if_left_by_a_kill(other)
+            for path, _ in list(self._files()):
+                if path.suffix == ".partial":
+                    _remove_if_left_by_a_kill(path)
             entries = sorted((status.st_mtime_ns, status.st_size, path) for path, status in self._files())
             excess = sum(size for _, size, _ in entries) + num_bytes - self._limit_bytes
             for _, size, path in entries:
@@ -103,12 +109,12 @@ class Cache:
                 if path.suffix != ".partial":
                     path.unlink(missing_ok=True)
                     excess -= size
-            with partial.open("wb") as file:
+            with open_to_append(partial) as file:
                 file.truncate(num_bytes)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._root.glob("??/*"):
-            if path.suffix != ".lock":
+            if _OWN_NAME.fullmatch(path.name) and path.name.startswith(path.parent.name):
                 with contextlib.suppress(FileNotFoundError):
                     yield path, path.stat()
 
@@ -136,6 +142,6 @@ def _store(partial: Path, pieces: Iterable[bytes], sha256: str, num_bytes: int) 
 
 @contextlib.contextmanager
 def _lock(path: Path, how: int = 0) -> Iterator[None]:
-    with path.open("w") as file:
+    with open_to_append(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX | how)
         yield

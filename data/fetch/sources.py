@@ -1,12 +1,14 @@
 """Find the files of a dataset by its address:
 
-    some/folder                       read in place
+    some/folder, file:///some/folder  read in place
     http://host/dataset, https://...  fetched into the cache
     s3://bucket/dataset, gs://...     fetched into the cache through fsspec; needs fsspec's package for that store
     pipe:ssh host cat /data/{}        fetched into the cache: the output of a shell command; {} is the file's name
 
-Only the user's own configuration names addresses. A manifest names plain files, so it can neither run a command nor
-reach outside its dataset. The size of a fetch is bounded before it starts. A fetched file is stored under its sha256.
+Commands run only if the user has allowed them on the command line (`ReadOptions.allow_commands`), since a
+configuration, a mixture file or the folder of a run may come from somebody else. A manifest names plain files, so it
+can neither run a command nor reach outside its dataset. The size of a fetch is bounded before it starts. A fetched file
+is stored under its sha256.
 
 To add an address scheme, write its `stream_...` function in data/fetch/transport.py and name it in `STREAMS`.
 """
@@ -22,6 +24,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from data.errors import DataError
 from data.fetch.cache import Cache
 from data.fetch.transport import steady, stream_fsspec, stream_http, stream_pipe, with_retries
+from data.files.address import is_command, is_remote, local_path
 
 MANIFEST_NAME = "manifest.json"
 _MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
@@ -43,6 +46,7 @@ class ReadOptions:
         cache_gigabytes: How much they may take, in GB.
         fetch_attempts: How often a fetch is tried.
         fetch_time_limit_s: Longest wait for the next piece (1 MiB) of a file, in seconds.
+        allow_commands: Whether addresses may be read that run code (`is_command`).
     """
 
     on_damage: str = "stop"
@@ -50,6 +54,7 @@ class ReadOptions:
     cache_gigabytes: float = 100.0
     fetch_attempts: int = 5
     fetch_time_limit_s: float = 60.0
+    allow_commands: bool = False
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("stop", "skip"):
@@ -63,7 +68,7 @@ class ReadOptions:
         """Read the options from a run's `data` section. Keys that are absent or null keep their defaults."""
         named = {name: settings[name] for name in cls.__dataclass_fields__ if settings.get(name) is not None}
         if "cache_dir" in named:
-            named["cache_dir"] = Path(named["cache_dir"]).expanduser()
+            named["cache_dir"] = local_path(named["cache_dir"])
         return cls(**named)
 
 
@@ -88,16 +93,20 @@ class Source(Hashable, Protocol):
         """Drop the cached copy of a damaged file; return False if there is only the original."""
 
 
-def is_remote(address: str | Path) -> bool:
-    """Return whether an address names anything but a folder."""
-    return isinstance(address, str) and (address.startswith("pipe:") or "://" in address)
-
-
 def open_source(address: str | Path, options: ReadOptions) -> Source:
-    """Return the source that an address names. Nothing is fetched yet."""
+    """Return the source that an address names. Nothing is fetched yet.
+
+    Raises:
+        DataError: The address cannot be used, or runs code and `options` does not allow that.
+    """
     if not is_remote(address):
-        return LocalSource(Path(address))
+        return LocalSource(local_path(address))
     text = str(address)
+    if is_command(text) and not options.allow_commands:
+        raise DataError(
+            f"{text}: runs a command; if you trust it, add data.allow_commands=true to the command line of a training "
+            "or a study, --allow-commands to that of another tool"
+        )
     if text.startswith("pipe:"):
         if "{}" not in text:
             raise DataError(f"{text}: the command needs {{}} where the name of the file goes")

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import fsspec
@@ -85,6 +85,19 @@ def steady(pieces: Iterator[bytes], time_limit_s: float) -> Iterator[bytes]:
         raise FetchError(str(error)) from error
 
 
+class _SameScheme(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to http or https only, and never from https to http, where others can read what is sent."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if new != old and (old, new) != ("http", "https"):
+            raise ValueError(f"the server redirects from {old} to {new}, {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_SameScheme)
+
+
 def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]:
     """Yield the body of `address`/`name`; raise FetchError if it is shorter than announced.
 
@@ -94,7 +107,7 @@ def stream_http(address: str, name: str, time_limit_s: float) -> Iterator[bytes]
     try:
         if not urlsplit(url).hostname:
             raise ValueError("it names no host")
-        response = _within(time_limit_s, lambda: urllib.request.urlopen(url, timeout=time_limit_s))
+        response = _within(time_limit_s, lambda: _OPENER.open(url, timeout=time_limit_s))
         announced, received = response.headers.get("Content-Length"), 0
         while piece := _next_piece(response, time_limit_s):
             received += len(piece)

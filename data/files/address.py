@@ -9,18 +9,11 @@ So a "~" means the same folder everywhere.
 """
 
 import os
-import re
 from pathlib import Path
 
-from data.errors import DataError
+from data.errors import DataError, redacted
 
 _MOST_CHARACTERS = 4096
-_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
-_NAMED_SECRET = re.compile(
-    r"(?i)((?:[\w-]*(?:token|secret|password|passwd|signature|credential|api[_-]?key|access[_-]?key|authorization)[\w-]*"
-    r"|sig|auth|pwd|key)(?:=|:\s*(?:(?:bearer|basic)\s+)?))[^\s&;'\"#,)\]}]+"
-)
-HIDDEN = "***"
 
 
 def is_remote(address: str | Path) -> bool:
@@ -30,8 +23,12 @@ def is_remote(address: str | Path) -> bool:
 
 
 def is_command(address: str | Path) -> bool:
-    """Return whether an address is a shell command, which must not run unless the user has written it."""
-    return str(address).startswith("pipe:")
+    """Return whether reading an address can run code: a shell command, or a chain of fsspec's (a::b, reference://).
+
+    Such an address must not be used unless the user has allowed it on the command line.
+    """
+    text = str(address)
+    return text.startswith(("pipe:", "reference://")) or ("::" in text and "://" in text)
 
 
 def local_path(address: str | Path) -> Path:
@@ -62,12 +59,3 @@ def local_path(address: str | Path) -> Path:
 def resolved_address(address: str) -> str:
     """Return a path as `local_path` does, and a remote address without a slash at its end."""
     return address if is_command(address) else address.rstrip("/") if is_remote(address) else str(local_path(address))
-
-
-def redacted(text: str) -> str:
-    """Return a text with the secrets of the addresses in it replaced by "***".
-
-    These are the part before "@" of a host, and the values of parameters whose names speak of a secret: token,
-    signature, key, password and the like. The host and the path stay, since people need them to find the fault.
-    """
-    return _NAMED_SECRET.sub(rf"\g<1>{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))

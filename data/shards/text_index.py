@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import DataError
-from data.fetch.sources import ReadOptions, is_remote, open_source
+from data.fetch.sources import ReadOptions, open_source
+from data.files.address import is_remote, local_path
 from data.shards.manifest import ShardInfo
 from data.shards.tar_layout import CHUNK_BYTES, chunk_digest
 from data.shards.text_shard import MAX_DOCUMENT_BYTES, member_text
@@ -59,14 +60,14 @@ def index_shard(job: IndexJob) -> ShardInfo:
         DataError: The shard is damaged or holds no text, or another file is where the link belongs.
     """
     if not is_remote(job.address):
-        target = Path(os.path.realpath(Path(job.address) / job.name))
+        target = Path(os.path.realpath(local_path(job.address) / job.name))
         info = _index_file(job, target)
         _link(job.output / job.name, target)
         return info
     with tempfile.TemporaryDirectory(dir=job.output) as folder:
         path = Path(folder) / "shard"
         with path.open("wb") as file:
-            open_source(job.address, ReadOptions()).copy(job.name, file)
+            open_source(job.address, ReadOptions(allow_commands=True)).copy(job.name, file)
         return _index_file(job, path)
 
 

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 from data.fetch.sources import ReadOptions
+from data.files.address import local_path
 from data.shards.manifest import Manifest, load_manifest
 from data.stream.mixture import load_mixture
 
@@ -23,7 +24,7 @@ def open_dataset(address: str | Path, options: ReadOptions | None = None) -> Man
     """
     options = options or ReadOptions()
     if str(address).endswith(".json"):
-        return load_mixture(Path(address), options)
+        return load_mixture(local_path(address), options)
     return load_manifest(address, options)
 
 

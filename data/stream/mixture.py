@@ -32,7 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.fetch.sources import ReadOptions, is_remote
+from data.fetch.sources import ReadOptions
+from data.files.address import is_remote, local_path
+from data.files.strict_json import read_json
 from data.shards.manifest import SPLITS, Manifest, ShardInfo, Stage, load_manifest
 from data.stream.order import permute
 from data.stream.samples import SampleReader
@@ -64,12 +66,14 @@ def load_mixture(path: Path, options: ReadOptions) -> Mixture:
         DataError: A file cannot be read, or the datasets do not fit together (another tokenizer, wrong weights).
     """
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
         addresses, stages = _addresses(fields, path.parent), _stages(fields)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); name a dataset folder or a mixture file"
         ) from error
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         example = '{"datasets": [{"path": DIR, "weight": 1}, ...]}'
         raise DataError(f"{path}: not a mixture ({type(error).__name__}: {error}); expected {example}") from error
@@ -175,7 +179,7 @@ def _require_keys(fields: Any, known: set[str]) -> None:
 
 
 def _resolved(address: str, folder: Path) -> str | Path:
-    return address if is_remote(address) else folder / address
+    return address if is_remote(address) else folder / local_path(address)
 
 
 def _stages(fields: dict[str, Any]) -> tuple[Stage, ...]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.command_line import whole_number
+from data.command_line import path_argument, whole_number
 from model.entropy_attention import entropy_attention
 from train.benchmark import report as benchmark_report
 
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="rounds of timing (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
+        "--output", type=path_argument, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
     )
     arguments = parser.parse_args(argv)
     arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32"))

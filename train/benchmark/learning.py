@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.command_line import path_argument
 from train.benchmark import report as benchmark_report
 from train.config import load_config
 from train.run.reader import RunReader
@@ -55,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", choices=COMPUTATIONS, help="train only this one, without a comparison")
     parser.add_argument("--at-once", action="store_true", help="run both at the same time, on the same device")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/learning"), metavar="DIR", help="default: %(default)s"
+        "--output", type=path_argument, default=Path("runs/learning"), metavar="DIR", help="default: %(default)s"
     )
     return parser.parse_intermixed_args(argv)
 

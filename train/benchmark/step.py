@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.command_line import whole_number
+from data.command_line import path_argument, whole_number
 from data.errors import DataError
 from data.shards.manifest import Manifest
 from data.stream.dataset import open_dataset_once
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     results = [described(contender, rate) for contender in measure(build(contenders, manifest), options)]
     report = {
         "machine": benchmark_report.machine(),
-        "config": config.as_dict(),
+        "config": config.record(),
         "matmul_tflops": rate,
         "sustained_matmul_tflops": sustained,
         "results": results,
@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="also write the time of each kernel (needs a GPU)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
+        "--output", type=path_argument, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
     )
     options = parser.parse_intermixed_args(argv)
     if options.profile and not torch.cuda.is_available():

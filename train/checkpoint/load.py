@@ -205,7 +205,7 @@ def check_not_lost(root: Folder, run_dir: Path) -> None:
 
 def changed_settings(saved: SavedCheckpoint, config: Config) -> dict[str, list[Any]]:
     """Return [old, new] of each setting that is not what the checkpoint was trained with."""
-    return same_run.changed_settings(saved.marker["config"], config.as_dict())
+    return same_run.changed_settings(saved.marker["config"], config.record())
 
 
 def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:

@@ -3,6 +3,7 @@
 from train.config.config import (
     DERIVED_DEEPSPEED_KEYS,
     Config,
+    allows_commands,
     config_from_dict,
     dataset_faults,
     load_config,
@@ -15,6 +16,7 @@ __all__ = [
     "DERIVED_DEEPSPEED_KEYS",
     "Config",
     "ConfigError",
+    "allows_commands",
     "config_from_dict",
     "dataset_faults",
     "load_config",

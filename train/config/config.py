@@ -7,11 +7,13 @@ Precedence: defaults < file < `section.key=value` on the command line. An exampl
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import HIDDEN, DataError, redacted
+from data.files.address import is_command, local_path, resolved_address
 from data.shards.manifest import SPLITS, Manifest
 from data.stream.token_stream import open_reader
 from model.config import ModelConfig, explained
@@ -54,7 +56,19 @@ class Config:
     )
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return all keys, for another process to train with; without the user's word that commands may run."""
+        tree = dataclasses.asdict(self)
+        tree["data"]["allow_commands"] = False
+        return tree
+
+    def record(self) -> dict[str, Any]:
+        """Return all keys as the files of a run keep them and commands print them: without secrets of addresses."""
+        return {key: _without_secrets(value) for key, value in self.as_dict().items()}
+
+    @property
+    def file_mode(self) -> int:
+        """Permissions of a file that holds `as_dict`: the owner's alone if an address has a secret."""
+        return 0o666 if self.record() == self.as_dict() else 0o600
 
     @property
     def checkpoint_folder(self) -> str:
@@ -93,26 +107,80 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a value is wrong. It holds all faults, each with its remedy.
     """
-    tree = read_json(Path(path))
-    faults: list[str] = []
+    try:
+        tree = read_json(local_path(path))
+    except DataError as error:
+        raise ConfigError([f"--config {error}"]) from None
+    faults = allowed_in_file(tree)
     for override in overrides or []:
         apply_override(tree, override, faults)
     _let_override_win(tree, overrides or [])
-    config = build(Config, tree, "", faults)
+    return _checked(tree, faults, allows_commands(overrides or []))
+
+
+def config_from_dict(tree: dict[str, Any], allow_commands: bool = False) -> Config:
+    """Build a configuration from a tree as `Config.as_dict` returns it, with the checks of `load_config`.
+
+    Args:
+        allow_commands: whether the user has allowed on the command line that addresses run commands.
+    """
+    return _checked(tree, allowed_in_file(tree), allow_commands)
+
+
+def allows_commands(overrides: list[str]) -> bool:
+    """Return whether overrides on the command line allow commands: they say so, or name a command as data.path."""
+    values = dict(override.partition("=")[::2] for override in overrides)
+    return values.get("data.allow_commands") == "true" or is_command(values.get("data.path", ""))
+
+
+def allowed_in_file(tree: dict[str, Any]) -> list[str]:
+    """Return a fault if a file allows commands, which only the command line may."""
+    data = tree.get("data")
+    if not isinstance(data, dict) or data.get("allow_commands", False) is False:
+        return []
+    return ["data.allow_commands: counts on the command line only; remove it from the file and add it there"]
+
+
+def _checked(tree: dict[str, Any], faults: list[str], allow_commands: bool) -> Config:
+    config = _with_paths(build(Config, tree, "", faults), faults)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_commands=allow_commands))
     faults += section_faults(config)
     if faults:
         raise ConfigError(faults)
     return dataclasses.replace(config, model=config.model.resolved())
 
 
-def config_from_dict(tree: dict[str, Any]) -> Config:
-    """Build a configuration from a tree as `Config.as_dict` returns it, with the checks of `load_config`."""
-    faults: list[str] = []
-    config = build(Config, tree, "", faults)
-    faults += section_faults(config)
-    if faults:
-        raise ConfigError(faults)
-    return dataclasses.replace(config, model=config.model.resolved())
+def _with_paths(config: Config, faults: list[str]) -> Config:
+    """Turn the addresses of this machine into paths, so that all of the program finds the same files."""
+
+    def path(key: str, address: str | None, resolve: Callable[[str], Any]) -> Any:
+        if not address:
+            return address
+        try:
+            if HIDDEN in address:
+                raise DataError(f"{address}: was recorded without its secret; name the address on the command line")
+            return str(resolve(address))
+        except DataError as error:
+            faults.append(f"{key} = {error}")
+            return address
+
+    data, checkpoint = config.data, config.checkpoint
+    return dataclasses.replace(
+        config,
+        run_dir=path("run_dir", config.run_dir, local_path),
+        data=dataclasses.replace(
+            data,
+            path=path("data.path", data.path, resolved_address),
+            cache_dir=path("data.cache_dir", data.cache_dir, local_path),
+        ),
+        checkpoint=dataclasses.replace(checkpoint, path=path("checkpoint.path", checkpoint.path, resolved_address)),
+    )
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return redacted(value) if isinstance(value, str) else value
 
 
 def section_faults(config: Config) -> list[str]:

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.fetch.sources import ReadOptions
+from data.files.address import is_command
 from model.config import explained
 
 RECENT_STEPS = 20
 """Number of steps over which `health.skip_limit` counts skipped ones."""
 LARGEST_VOCABULARY = 10**9
+LONGEST_LIMIT_S = 10**8
+"""Of a time limit: three years."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class DataConfig:
     )
     fetch_attempts: int = explained(5, "Attempts to download a file before the run stops.")
     fetch_time_limit_s: float = explained(60.0, "Longest wait for the next MiB of a download, in seconds.")
+    allow_commands: bool = explained(
+        False,
+        "Whether addresses may run commands ('pipe:COMMAND {}'), also those in a mixture file. It is your word, so it "
+        "counts on the command line only, and no file of a run records it. An override data.path='pipe:...' "
+        "implies it.",
+    )
 
     def faults(self) -> list[str]:
         faults = []
@@ -57,12 +66,12 @@ class DataConfig:
                 f"data.planned_vocab_size = {self.planned_vocab_size} must be at least 1 and at most "
                 f"{LARGEST_VOCABULARY:,} (tokens), or null"
             )
-        for name in ("shuffle_window_shards", "prefetch_micro_batches", "fetch_attempts"):
+        for name in ("shuffle_window_shards", "prefetch_micro_batches"):
             if getattr(self, name) < 1:
                 faults.append(f"data.{name} = {getattr(self, name)} must be at least 1")
-        for name in ("cache_gigabytes", "fetch_time_limit_s"):
-            if getattr(self, name) <= 0:
-                faults.append(f"data.{name} = {getattr(self, name)} must be positive")
+        for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
+            if not 0 < getattr(self, name) <= 1_000_000:
+                faults.append(f"data.{name} = {getattr(self, name)} must be positive and at most 1,000,000")
         return faults
 
     def read_options(self) -> ReadOptions:
@@ -222,6 +231,8 @@ class CheckpointConfig:
             faults.append(f"checkpoint.keep = {self.keep} must be at least 1")
         if self.keep_every < 0:
             faults.append(f"checkpoint.keep_every = {self.keep_every} must not be negative; 0 keeps none for good")
+        if self.path and is_command(self.path):
+            faults.append(f"checkpoint.path = {self.path!r} must be a folder or the address of one store")
         if self.path == "":
             faults.append("checkpoint.path is empty; name a folder or an fsspec address, or null for run_dir")
         return faults
@@ -274,8 +285,10 @@ class HealthConfig:
         if self.rollback_limit < 0:
             faults.append(f"health.rollback_limit = {self.rollback_limit} must not be negative; 0 stops at once")
         for name in ("start_limit_s", "step_limit_s", "save_limit_s", "evaluation_limit_s"):
-            if getattr(self, name) <= 0:
-                faults.append(f"health.{name} = {getattr(self, name)} must be positive (seconds)")
+            if not 0 < getattr(self, name) <= LONGEST_LIMIT_S:
+                faults.append(
+                    f"health.{name} = {getattr(self, name)} must be positive and at most {LONGEST_LIMIT_S:,} (seconds)"
+                )
         return faults
 
 

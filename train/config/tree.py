@@ -3,15 +3,22 @@
 import dataclasses
 import difflib
 import json
-import sys
 import sysconfig
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from data.files import strict_json
+
 SHARED = "share/entropy-guided-transformer"
 """Folder of the environment in which a wheel installs configs/."""
+
+
+LARGEST_WHOLE_NUMBER = 2**53
+"""Up to here a float holds every whole number."""
+LARGEST_NUMBER = 1e30
+"""Of any setting: its square is still far from the largest number that float32 or float64 holds."""
 
 
 class ConfigError(ValueError):
@@ -39,29 +46,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     path = shipped(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {fault}" for fault in error.faults]) from None
+        tree = strict_json.read_json(path)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such configuration file; shipped ones are in configs/"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError([f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"]) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
-        raise ConfigError([f"{path}: expected a JSON object with sections ({error})"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror}); name a JSON file"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: expected a JSON object with sections, found {type(tree).__name__}"])
     return tree
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Refuse a key that is given twice: the parser itself would silently take the last."""
-    found = [key for key, _ in pairs]
-    twice = sorted({key for key in found if found.count(key) > 1})
-    if twice:
-        raise ConfigError([f"{key} is given twice in one section; keep one" for key in twice])
-    return dict(pairs)
 
 
 def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
@@ -71,8 +65,8 @@ def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> No
         faults.append(f"{override!r} is not of the form section.key=value")
         return
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = strict_json.parse_json(text)
+    except ValueError:
         value = text
     *sections, last = key.split(".")
     for section in sections:
@@ -97,11 +91,12 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
             if isinstance(value, dict):
                 values[key] = build(types_by_name[key], value, f"{name}.", faults)
             else:
-                faults.append(f"{name} = {json.dumps(value)} must be a section (a JSON object)")
+                faults.append(f"{name} = {_shown(value)} must be a section (a JSON object)")
         else:
             fitting = _fit(types_by_name[key], value)
             if fitting is None:
-                faults.append(f"{name} = {json.dumps(value)} must be {describe_type(types_by_name[key])}")
+                bound = " (at most 2^53, and 1e30 with a fraction)" if _is_huge(value) else ""
+                faults.append(f"{name} = {_shown(value)} must be {describe_type(types_by_name[key])}{bound}")
             else:
                 values[key] = fitting[0]
     return cls(**values)
@@ -122,9 +117,9 @@ def _fit(expected: Any, value: Any) -> tuple[Any] | None:
     if isinstance(value, bool):
         return (value,) if expected is bool else None
     if expected is float and isinstance(value, int | float):
-        return (float(value),) if abs(value) <= sys.float_info.max else None
-    if expected is int and isinstance(value, float) and value.is_integer():
-        return (int(value),)  # 1e9 is how people write token counts
+        return (float(value),) if abs(value) <= LARGEST_NUMBER else None
+    if expected is int and isinstance(value, int | float):  # 1e9 is how people write token counts
+        return (int(value),) if value == int(value) and abs(value) <= LARGEST_WHOLE_NUMBER else None
     return (value,) if isinstance(value, expected) else None
 
 
@@ -137,3 +132,13 @@ def describe_type(expected: Any) -> str:
         return " or ".join(describe_type(option) for option in typing.get_args(expected))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
     return names.get(expected, "an object")
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, float | int) and abs(value) > LARGEST_WHOLE_NUMBER
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON, cut off if it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

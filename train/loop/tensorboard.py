@@ -83,7 +83,7 @@ class TensorBoardLog:
 
 def flat_hyperparameters(config: Config) -> dict[str, Any]:
     """Flatten the sections that define a run to 'section.key' -> value; TensorBoard takes no null and no list."""
-    tree = config.as_dict()
+    tree = config.record()
     return {
         f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
         for section in HYPERPARAMETER_SECTIONS

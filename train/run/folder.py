@@ -103,7 +103,7 @@ def description(config: Config) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"config": config.as_dict(), "versions": versions, "git_commit": git_commit()}
+    return {"config": config.record(), "versions": versions, "git_commit": git_commit()}
 
 
 def git_commit() -> str | None:

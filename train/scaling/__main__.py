@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.command_line import print_faults, real_number, run_command, whole_number
+from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
 from model.config import ARCHITECTURES
 from train.config.overrides import parse_with_overrides
 from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree
@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands.add_parser("run", help="train the suite; the same as python -m train.study run")
     for name, help_text in (("fit", "fit the law and print its coefficients"), ("report", "write the report")):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("source", type=Path, help="suite file (.json) or CSV file of points")
+        command.add_argument("source", type=path_argument, help="suite file (.json) or CSV file of points")
         command.add_argument("overrides", nargs="*", metavar="section.key=value",
                              help="overrides that the suite was run with")  # fmt: skip
         command.add_argument("--parameters", choices=("total", "body"), default="total",
@@ -71,13 +71,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                              help="leave out points far off the law of the others; they are still listed")  # fmt: skip
         command.add_argument("--resamples", type=whole_number(1, 100_000), default=1000, metavar="N",
                              help="number of bootstrap resamples (default: 1000)")  # fmt: skip
-        command.add_argument("--output", type=Path, metavar="PATH",
+        command.add_argument("--output", type=path_argument, metavar="PATH",
                              help="fit: file for predict; report: folder (default: report/ beside source)")  # fmt: skip
         command.add_argument("--note", default="", metavar="TEXT", help="a sentence for the top of the report")
     predict = commands.add_parser(
         "predict", help="predict the loss of a size and length, or the best ones for a compute budget"
     )
-    predict.add_argument("fits", type=Path, metavar="FILE", help="file that fit --output wrote")
+    predict.add_argument("fits", type=path_argument, metavar="FILE", help="file that fit --output wrote")
     predict.add_argument("--parameters", type=real_number(1), metavar="N", help="size; together with --tokens")
     predict.add_argument("--tokens", type=real_number(1, 1e18), metavar="D", help="length of the training")
     predict.add_argument(
@@ -121,7 +121,7 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
         default="ladder",
         help="name of the suite, which trains in runs/NAME (default: ladder)",
     )
-    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="suite file to write")
+    command.add_argument("--output", type=path_argument, required=True, metavar="FILE", help="suite file to write")
 
 
 def _folder_name(text: str) -> str:

@@ -17,9 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-from data.command_line import print_faults, real_number, run_command, whole_number
+from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
 from train.config.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
 
@@ -66,13 +65,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     status.add_argument("--json", action="store_true", help="print one JSON object a result instead")
     report = commands.add_parser("report", help="write a report of the results so far")
     report.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the report (default: report/ in the suite's folder)"
+        "--output",
+        type=path_argument,
+        metavar="DIR",
+        help="folder of the report (default: report/ in the suite's folder)",
     )
     report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the top of the report")
     slurm = commands.add_parser("slurm", help="print or submit an array job of the next stage of every unfinished run")
     slurm.add_argument("--submit", action="store_true", help="submit the job with sbatch")
     for command in (run, status, report, slurm):
-        command.add_argument("suite", type=Path, metavar="SUITE", help="suite file, say configs/suites/small.json")
+        command.add_argument(
+            "suite", type=path_argument, metavar="SUITE", help="suite file, say configs/suites/small.json"
+        )
         command.add_argument(
             "overrides",
             nargs="*",

@@ -14,19 +14,19 @@ POLL_S = 0.1
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
-def launched(launcher: Sequence[str], config_file: Path, log: Path, must_end: MustEnd) -> int:
+def launched(launcher: Sequence[str], arguments: list[str], log: Path, must_end: MustEnd) -> int:
     """Train under a launcher to the end, or until `must_end`, when the training saves and stops.
 
     Args:
         launcher: the command before train/main.py, say ("deepspeed", "--num_gpus", "8").
-        config_file: of the training.
+        arguments: of train/main.py.
         log: file that its output is appended to.
         must_end: asked several times a second.
 
     Returns:
         The exit status; negative if the training was ended early.
     """
-    command = [*launcher, str(MAIN), "--config", str(config_file)]
+    command = [*launcher, str(MAIN), *arguments]
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
@@ -43,13 +43,13 @@ def launched(launcher: Sequence[str], config_file: Path, log: Path, must_end: Mu
         return process.returncode
 
 
-def forked(config_file: Path, log: Path, must_end: MustEnd) -> int:
+def forked(arguments: list[str], log: Path, must_end: MustEnd) -> int:
     """Train in a process forked from a server that has everything imported; otherwise as `launched`."""
     os.environ.update(environment())
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that asking for a GPU leaves the server forkable
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.study.preload"])
-    process = context.Process(target=_train, args=(config_file, log))
+    process = context.Process(target=_train, args=(arguments, log))
     process.start()
     while process.is_alive():
         if must_end():
@@ -60,7 +60,7 @@ def forked(config_file: Path, log: Path, must_end: MustEnd) -> int:
     return process.exitcode or 0
 
 
-def _train(config_file: Path, log: Path) -> None:
+def _train(arguments: list[str], log: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the study then has its trainings save and end
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
@@ -70,7 +70,7 @@ def _train(config_file: Path, log: Path) -> None:
     from train.main import main
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the server's number is not inherited
-    status = main(["--config", str(config_file)])
+    status = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # nothing of the server's is torn down

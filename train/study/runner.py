@@ -104,9 +104,11 @@ class Runner:
 
     def _start(self, stage: Stage, must_end: MustEnd) -> None:
         """Train one stage; if its process fails, write its last error message to failure.txt."""
-        config_file = prepare(stage)
+        arguments = ["--config", str(prepare(stage))]
+        if stage.config.data.allow_commands:  # the user's word to the study; no file holds it
+            arguments.append("data.allow_commands=true")
         start = partial(launched, self.launcher) if self.launcher else forked
-        status = start(config_file, stage.folder / LOG, must_end)
+        status = start(arguments, stage.folder / LOG, must_end)
         if status > 0 and not must_end():
             lines = (stage.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
             errors = [line for line in lines if line.startswith("error:")] or lines[-1:]

@@ -22,7 +22,7 @@ def prepare(stage: Stage) -> Path:
     if stage.copied_from is not None:
         branch_off(stage)
     config_file = stage.folder / STAGE
-    write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n")
+    write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n", stage.config.file_mode)
     return config_file
 
 

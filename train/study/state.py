@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError, printable
+from data.errors import DataError, printable, redacted
 from data.stream.dataset import open_dataset_once
 from train.run.entropy_words import COLLAPSED_NATS, collapsed_layers
 from train.run.names import METRICS
@@ -80,7 +80,7 @@ def difference_from(stage: Stage) -> str:
     """
     for each in same_run_in(stage.folder, stage.config.as_dict(), Use.RESULT):
         return f"{each.key} is {each.there!r} in {stage.folder} and {each.here!r} here"
-    config, our_path = RunReader(stage.folder).config() or {}, stage.config.data.path
+    config, our_path = RunReader(stage.folder).config() or {}, redacted(stage.config.data.path)
     their_path = config.get("data", {}).get("path", our_path)
     if their_path != our_path and is_other_data(stage):
         return f"data.path is {their_path!r} in {stage.folder} and {our_path!r}, which holds other data, here"

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, ConfigError, config_from_dict
+from data.files.address import local_path
+from train.config import Config, ConfigError, allows_commands, config_from_dict
 from train.config.tree import apply_override, read_json, shipped
 from train.paper import Row, places, rows_at
 
@@ -144,19 +145,22 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     changed: Tree = {}
     for override in overrides or []:
         apply_override(changed, override, faults)
+    allow_commands = allows_commands(overrides or [])
+    if isinstance(changed.get("data"), dict):
+        changed["data"].pop("allow_commands", None)
     if "output" in changed:
         tree["output"] = changed.pop("output")
     faults += _misfits({"overrides": changed}, {"overrides": SECTIONS}, "") + _shape_faults(tree)
     if faults:
         raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
-    output = Path(tree.get("output", f"runs/{tree['name']}"))
+    output = local_path(tree.get("output", f"runs/{tree['name']}"))
     runs: list[PlannedRun] = []
     for number, entry in enumerate(tree["runs"]):
         for label, row, config_tree in _entries(entry, tree.get("base", {})):
             for seed in tree.get("seeds", [1]):
                 try:
                     whole = merged(config_tree, changed)
-                    runs.append(_planned(label, row, whole, entry.get("budgets_tokens"), seed, output))
+                    runs.append(_planned(label, row, whole, entry.get("budgets_tokens"), seed, output, allow_commands))
                 except ConfigError as error:
                     faults += [f"runs[{number}] {label}: {fault}" for fault in error.faults]
                     break
@@ -225,13 +229,13 @@ def merged(*trees: Tree) -> Tree:
 
 
 def _planned(
-    label: str, row: Row | None, tree: Tree, budgets: list[float] | None, seed: int, output: Path
+    label: str, row: Row | None, tree: Tree, budgets: list[float] | None, seed: int, output: Path, allow_commands: bool
 ) -> PlannedRun:
     name = f"{label}/seed{seed}"
     if budgets:
         tree = merged(tree, {"training": {"train_tokens": int(max(budgets))}})
     tree = merged(tree, {"training": {"seed": seed}, "run_dir": str(output / name)})
-    config = config_from_dict(tree)
+    config = config_from_dict(tree, allow_commands)
     stages = branched(config, [int(budget) for budget in budgets]) if budgets else (Stage(config),)
     return PlannedRun(name, label, seed, stages, row)
 

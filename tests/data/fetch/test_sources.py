@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from data.fetch.cache import Cache
 from data.fetch.sources import ReadOptions
 from data.fetch.transport import FetchError
 from data.shards.manifest import load_manifest
+from data.stream.dataset import open_dataset
 from data.stream.token_stream import TokenStream
 from tests.data.made import SEQ_LENGTH, make_dataset
 
@@ -39,7 +41,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def options(tmp_path: Path, **changes: object) -> ReadOptions:
-    fields: dict = {"cache_dir": tmp_path / "cache", "fetch_time_limit_s": 5.0, **changes}
+    fields: dict = {"cache_dir": tmp_path / "cache", "fetch_time_limit_s": 5.0, "allow_commands": True, **changes}
     return ReadOptions(**fields)
 
 
@@ -58,6 +60,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.fail = lambda number, name: None
+        self.redirect = ""
         self.requests: list[str] = []
         outer = self
 
@@ -66,6 +69,11 @@ class Server:
                 outer.requests.append(self.path.strip("/"))
                 how = outer.fail(len(outer.requests), self.path.strip("/"))
                 path = folder / self.path.strip("/")
+                if outer.redirect:
+                    self.send_response(302)
+                    self.send_header("Location", outer.redirect)
+                    self.end_headers()
+                    return
                 if isinstance(how, int) or not path.exists():
                     self.send_error(how or 404)
                     return
@@ -220,6 +228,8 @@ def test_a_cached_copy_that_others_remove_or_mend_does_not_pass_for_damage(
     real, num_opened = os.open, []
 
     def remove_first(path: Any, *arguments: Any) -> int:
+        if Path(path).suffix or Path(path).name == "lock":
+            return real(path, *arguments)
         num_opened.append(path)
         if len(num_opened) == 1:
             os.unlink(path)
@@ -277,6 +287,50 @@ def test_a_cache_that_cannot_be_written_is_told(server: Server, tmp_path: Path) 
 def test_a_pipe_that_fails_or_hangs_is_told(tmp_path: Path, command: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_manifest(command, options(tmp_path, fetch_attempts=2, fetch_time_limit_s=0.2))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["pipe:touch {canary} {{}}", "simplecache::pipe://touch {canary}", "reference://{canary}", "a::file://{canary}"],
+)
+def test_no_code_runs_unless_the_user_allows_it(tmp_path: Path, address: str) -> None:
+    canary = tmp_path / "canary"
+    address = address.format(canary=canary)
+    (tmp_path / "mixture.json").write_text(json.dumps({"datasets": [{"path": address, "weight": 1}]}))
+    for named in (address, tmp_path / "mixture.json"):
+        with pytest.raises(DataError, match="runs a command; if you trust it"):
+            open_dataset(named, options(tmp_path, allow_commands=False))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "gopher://x"])
+def test_a_redirect_to_another_scheme_is_refused(server: Server, tmp_path: Path, target: str) -> None:
+    server.redirect = target
+    with pytest.raises(DataError) as error:
+        load_manifest(server.address, options(tmp_path))
+    assert "redirect" in str(error.value).lower()
+
+
+def test_a_redirect_to_the_same_scheme_is_followed(made: Path, server: Server, tmp_path: Path) -> None:
+    other = Server(made)
+    server.redirect = f"{other.address}/manifest.json"
+    assert load_manifest(server.address, options(tmp_path)).fingerprint == load_manifest(made).fingerprint
+    other.close()
+
+
+def test_the_cache_removes_only_what_is_its_own(tmp_path: Path) -> None:
+    theirs = [tmp_path / "cache/ab/thesis.tex", tmp_path / "cache/ab/x.partial", tmp_path / "cache/ab" / ("c" * 64)]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+    (tmp_path / "cache/lock").write_text("not a lock")
+    cache = Cache(tmp_path / "cache", 100)
+    contents = [bytes([number]) * 60 for number in range(3)]  # only one fits at a time
+    for content in contents:
+        cache.fill(hashlib.sha256(content).hexdigest(), 60, [content], "x")
+    assert [cache.find(hashlib.sha256(content).hexdigest(), 60) is not None for content in contents] == [0, 0, 1]
+    assert [path.read_text() for path in theirs] == ["precious"] * 3
+    assert (tmp_path / "cache/lock").read_text() == "not a lock"
 
 
 def test_a_pipe_has_to_say_where_the_name_goes(tmp_path: Path) -> None:

@@ -93,7 +93,9 @@ def test_shards_from_afar(shards: Path, indexed: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "far").glob("*.tar"))
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"datasets": [{"path": "far", "shards": address}]}))
-    far, near = TokenStream(mixture, "validation", 16, 4), TokenStream(indexed, "validation", 16, 4)
+    allowed = ReadOptions(allow_commands=True)
+    far = TokenStream(mixture, "validation", 16, 4, options=allowed)
+    near = TokenStream(indexed, "validation", 16, 4)
     for one, other in zip(far, near, strict=True):
         assert np.array_equal(one, other)
 

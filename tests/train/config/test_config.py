@@ -63,7 +63,7 @@ def test_the_last_override_of_a_key_wins(tmp_path: Path) -> None:
         ("data.path=some/where", "data", "path", "some/where"),
         ('data.path="quoted name"', "data", "path", "quoted name"),
         ("data.path=a=b", "data", "path", "a=b"),
-        pytest.param("data.path=" + "[" * 100_000, "data", "path", "[" * 100_000, id="brackets"),
+        pytest.param("data.path=" + "[" * 4000, "data", "path", "[" * 4000, id="brackets"),
         ("model.architecture=SM+LN+G", "model", "architecture", "SM+LN+G"),
         ("parallel.zero_stage=2", "parallel", "zero_stage", 2),
     ],
@@ -166,7 +166,7 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("model.num_layers=0", r"model\.num_layers = 0 must be at least 1 and at most 10,000"),
         ("model.num_layers=100000", r"model\.num_layers = 100000 must be at least 1 and at most 10,000"),
         ("model.hidden_size=1e12", r"model\.hidden_size = 1000000000000 must be at least 1 and at most 1,000,000"),
-        ("data.planned_vocab_size=1e18", r"data\.planned_vocab_size = 10+ must be .* at most 1,000,000,000 .*"),
+        ("data.planned_vocab_size=1e15", r"data\.planned_vocab_size = 10+ must be .* at most 1,000,000,000 .*"),
         ("model.num_attention_heads=7", r"model\.hidden_size = 768 is not a multiple of .*num_attention_heads = 7.*"),
         ("model.ffn_hidden_size=-4", r"model\.ffn_hidden_size = -4 must be at least 1.*"),
         ("model.activation=gelu", r"model\.fused_ffn = true needs model\.activation = 'identity', not 'gelu'.*"),
@@ -201,7 +201,7 @@ def test_override_below_a_value(tmp_path: Path) -> None:
             r"health\.skip_limit = 21 must be at most 20: it counts refused steps among the last 20",
         ),
         ("health.skip_limit=0", r"health\.skip_limit = 0 must be at least 1 \(steps\)"),
-        ("health.step_limit_s=0", r"health\.step_limit_s = 0\.0 must be positive \(seconds\)"),
+        ("health.step_limit_s=0", r"health\.step_limit_s = 0\.0 must be positive and at most 100,000,000 \(seconds\)"),
         ("health.rollback_limit=-1", r"health\.rollback_limit = -1 must not be negative; 0 stops at once"),
         ("logging.interval=0", r"logging\.interval = 0 must be at least 1 \(steps\)"),
         ("logging.image_interval=-1", r"logging\.image_interval = -1 must not be negative; 0 .*"),
@@ -298,8 +298,8 @@ def test_other_deepspeed_keys_pass_through(tmp_path: Path) -> None:
         ('{"model": {"num_layers": 2},}', r"line 1, column \d+: not JSON"),
         ('{\n  "model": {\n    num_layers: 2}}', r"line 3, column 5: not JSON"),
         ("[1, 2]", r"expected a JSON object with sections, found list"),
-        pytest.param("[" * 100_000, r"expected a JSON object with sections \(maximum recursion", id="brackets"),
-        pytest.param('{"run_dir": ' + "9" * 5000, r"with sections \(Exceeds the limit", id="digits"),
+        pytest.param("[" * 100_000, r"brackets within brackets", id="brackets"),
+        pytest.param('{"run_dir": ' + "9" * 5000, "has 5000 digits", id="digits"),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, wanted: str) -> None:
@@ -313,7 +313,7 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path, wanted in (
         (tmp_path / "absent.json", "no such configuration file"),
         (tmp_path, "cannot be read"),
-        (tmp_path / "latin.json", "cannot be read"),
+        (tmp_path / "latin.json", "byte 13 is not UTF-8"),
     ):
         with pytest.raises(ConfigError, match=wanted) as caught:
             load_config(path)

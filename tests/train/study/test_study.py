@@ -404,7 +404,7 @@ def test_an_array_job_trains_the_next_stage_of_every_run(
     assert capsys.readouterr().out.strip() == expected
     assert main(["run", str(file), "--only", "a"]) == 0
     for stage in load_suite(file).runs[1].stages[:1]:
-        assert forked(prepare(stage), stage.folder / "log.txt", lambda: False) == 0
+        assert forked(["--config", str(prepare(stage))], stage.folder / "log.txt", lambda: False) == 0
     capsys.readouterr()
     assert main(["slurm", str(file)]) == 0
     assert capsys.readouterr().out.strip() == f"sbatch --array=0-0 slurm/sweep.sh {b}/tokens2560/stage.json"
