@@ -20,6 +20,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import threading
@@ -34,11 +35,11 @@ from tqdm import tqdm
 from data.command_line import add_workers, path_argument, real_number, run_command, whole_number
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
-from data.files.own import write_atomically
+from data.files.own import open_to_append, write_atomically
 from data.shards.manifest import SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer
 from data.text.input_files import DEFAULT_INCLUDE, Slice, find_files, plan_parts
-from data.text.preparation import REPORT, STAGES, WORK, Preparation, Settings, run_job
+from data.text.preparation import OWN_NAME, PLAN, REPORT, STAGES, WORK, Preparation, Settings, run_job
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -135,11 +136,17 @@ def _check(options: argparse.Namespace) -> None:
         raise DataError("give either --vocab-size N, to learn a vocabulary, or --tokenizer FILE, to use one")
     if options.output.exists() and not options.output.is_dir():
         raise DataError(f"--output {options.output}: is a file; name a folder")
-    if options.output.is_dir() and any(options.output.iterdir()):
-        ours = any((options.output / name).exists() for name in (MANIFEST_NAME, WORK))
-        if not ours:
-            raise DataError(f"--output {options.output}: holds other files; name an empty or new folder")
+    if options.output.is_dir() and any(options.output.iterdir()) and not _is_ours(options.output):
+        raise DataError(f"--output {options.output}: holds other files; name an empty or new folder")
     _task(options.task)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether a preparation has begun in the folder."""
+    try:
+        return re.fullmatch(r"[0-9a-f]{64}\s*", (folder / PLAN).read_text()) is not None
+    except (OSError, ValueError):
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} <= {WORK, f"{WORK}/lock"}
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -176,7 +183,7 @@ def _is_prepared(preparation: Preparation, plan_sha256: str) -> bool:
     """Return whether the folder holds the finished dataset of this plan; raise DataError if it holds another."""
     if not (preparation.output / MANIFEST_NAME).exists():
         return False
-    note = preparation.output / "plan.sha256"
+    note = preparation.output / PLAN
     if note.exists() and note.read_text().strip() == plan_sha256:
         return True
     raise DataError(
@@ -186,7 +193,7 @@ def _is_prepared(preparation: Preparation, plan_sha256: str) -> bool:
 
 
 def _adopt_plan(preparation: Preparation, plan_sha256: str) -> None:
-    note = preparation.output / "plan.sha256"
+    note = preparation.output / PLAN
     if note.exists() and note.read_text().strip() != plan_sha256:
         raise DataError(
             f"--output {preparation.output}: holds unfinished work on other input or settings; finish it, or discard "
@@ -196,19 +203,19 @@ def _adopt_plan(preparation: Preparation, plan_sha256: str) -> None:
 
 
 def _discard(folder: Path) -> None:
-    for name in (MANIFEST_NAME, TOKENIZER, REPORT, "plan.sha256"):
-        (folder / name).unlink(missing_ok=True)
-    for split in SPLITS:
-        for path in folder.glob(f"{split}-[0-9]*.*"):
+    """Delete what a preparation has written, and nothing else; what says that the folder is ours goes last."""
+    for path in list(folder.iterdir()):
+        if OWN_NAME.fullmatch(path.name) and path.name != PLAN:
             path.unlink()
     shutil.rmtree(folder / WORK, ignore_errors=True)
+    (folder / PLAN).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(preparation: Preparation, exclusive: bool) -> Iterator[None]:
     """Lock the folder. Tasks of one stage may share it; a whole preparation needs it alone."""
     preparation.work.mkdir(parents=True, exist_ok=True)
-    with (preparation.work / "lock").open("w") as lock:
+    with open_to_append(preparation.work / "lock") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import DataError
+from data.files.address import local_path
 
 DEFAULT_INCLUDE = tuple(f"*.{kind}{packed}" for kind in ("txt", "py", "jsonl") for packed in ("", ".gz", ".zst"))
 COLLECTION_BYTES = 256 << 10
@@ -102,9 +103,9 @@ def largest_whole_bytes(path: str) -> int:
 
 
 def _expand(given: str) -> list[Path]:
-    path = Path(given)
     if not given:
         raise DataError("--input '': names nothing (an unset variable?); name files, folders or globs")
+    path = local_path(given)
     if path.exists():
         if not (path.is_file() or path.is_dir()):
             raise DataError(
@@ -113,7 +114,7 @@ def _expand(given: str) -> list[Path]:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{given}: the file is empty; give a file with text")
         return [path]
-    matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if not matches:
         raise DataError(f"{given}: no such file or folder, and as a pattern it matches nothing; check --input")
     return matches

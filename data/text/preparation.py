@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ from data.text.encoded_part import EncodedPart, document_starts_in
 from data.text.input_files import Slice
 
 WORK = ".work"
+PLAN = "plan.sha256"
+_LASTING = rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.(?:tar|digests|documents\.jsonl\.gz)|" + "|".join(
+    re.escape(name) for name in (MANIFEST_NAME, TOKENIZER, "report.json", PLAN)
+)
+OWN_NAME = re.compile(rf"{_LASTING}|(?:{_LASTING})\.partial|\.(?:{_LASTING})\.[0-9a-f]{{8}}\.tmp")
+"""Names of the files that a preparation writes beside its work folder, also of unfinished ones."""
 REPORT = "report.json"
 _ALL = 1 << 64
 
@@ -293,8 +300,9 @@ def _finish(preparation: Preparation, _: int) -> None:
     text = manifest_json("tokens", tokenizer.end_of_document, tokenizer.vocab_size, model, dtype, shards)
     write_atomically(preparation.output / MANIFEST_NAME, text.encode())
     load_manifest(preparation.output)
-    for left_by_a_kill in preparation.output.glob("*.partial"):
-        left_by_a_kill.unlink()
+    for path in list(preparation.output.iterdir()):
+        if OWN_NAME.fullmatch(path.name) and path.suffix in (".partial", ".tmp"):  # left by a kill
+            path.unlink()
     shutil.rmtree(preparation.work)
 
 

@@ -1,12 +1,11 @@
-"""Check the user's `deepspeed` section, so that a wrong key or value gives one clear error line.
+"""Check the values in the user's `deepspeed` section, so that a wrong one gives one clear error line.
 
-DeepSpeed ignores unknown top-level keys, and reports unknown nested keys with pydantic's errors.
+DeepSpeed reports some with pydantic's errors, and fails on others only later. Its keys are checked where the
+configuration is (train/config/config.py).
 """
 
-import contextlib
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pydantic
@@ -16,59 +15,16 @@ class DeepSpeedSectionError(ValueError):
     """DeepSpeed does not accept the section `deepspeed` of a configuration; one line a fault."""
 
 
-class _WatchedDict(dict[str, Any]):
-    """Records which of its keys were read, also through its copies."""
-
-    def __init__(self, items: dict[str, Any], asked: set[Any]) -> None:
-        super().__init__(items)
-        self.asked = asked
-
-    def __getitem__(self, key: Any) -> Any:
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key: Any) -> bool:
-        self.asked.add(key)
-        return super().__contains__(key)
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        return self  # so that `key in config.keys()`, as DeepSpeed asks, is recorded
-
-    def __deepcopy__(self, memo: Any) -> "_WatchedDict":
-        return _WatchedDict({key: copy.deepcopy(value, memo) for key, value in self.items()}, self.asked)
-
-
-@contextlib.contextmanager
-def handed_over(config: dict[str, Any], own: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the configuration for DeepSpeed to read, and check that it reads every key of the user's.
+def check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
+    """Let DeepSpeed parse the configuration, and check types that it accepts here but fails on later.
 
     Args:
         config: the whole configuration.
         own: the user's part of it.
 
     Raises:
-        DeepSpeedSectionError: at the start, if DeepSpeed refuses a value; at the end, if it has not read one of the
-            user's keys.
+        DeepSpeedSectionError: DeepSpeed refuses a value.
     """
-    _check_values(config, own)
-    watched = _WatchedDict(config, set())
-    yield watched
-    unknown = sorted(own.keys() - watched.asked)
-    if unknown:
-        raise DeepSpeedSectionError(
-            "\n".join(
-                f"deepspeed.{key} = {own[key]!r} is no key that DeepSpeed reads; fix its spelling or remove it"
-                for key in unknown
-            )
-        )
-
-
-def _check_values(config: dict[str, Any], own: dict[str, Any]) -> None:
-    """Let DeepSpeed parse the configuration, and check types that it accepts here but fails on later."""
     if not own:
         return
     from deepspeed.runtime.config import DeepSpeedConfig

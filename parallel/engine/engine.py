@@ -33,7 +33,7 @@ from parallel.engine.accumulation import accumulate_together, scatter_averages
 from parallel.engine.clipping import decide_on_device, leave_norms_on_device
 from parallel.engine.compiled import compiled_blocks
 from parallel.engine.cuda_graph import replay_training_passes
-from parallel.engine.deepspeed_section import handed_over
+from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
 from parallel.engine.telemetry import FINITE, PendingReport, StepLimits
 from parallel.launch import local_device
@@ -106,12 +106,13 @@ class Engine:
         # DeepSpeed prints its partitioning. With gradients enabled, its flat buffers would keep gradient nodes of the
         # parameters alive. Those belong to this stream, which a CUDA graph must not touch.
         is_compiled = bool(compiled_blocks(stage.transformer))
-        settings = handed_over(deepspeed_config(config, groups, is_compiled), config.deepspeed)
-        with settings as handed, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        settings = deepspeed_config(config, groups, is_compiled)
+        check_values(settings, config.deepspeed)
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             self.engine, *_ = deepspeed.initialize(
                 model=PipelineStage(stage, groups) if self.pipelined else stage,
                 optimizer=optimizer,
-                config=handed,
+                config=settings,
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )

@@ -497,12 +497,26 @@ def test_bad_files_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
     assert "bad.txt" in line
 
 
-def test_a_folder_with_other_files_is_left_alone(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("all my work")
+@pytest.mark.parametrize("name", ["thesis.tex", "manifest.json", ".work/thesis.tex", "plan.sha256", "train-000000.tar"])
+def test_a_folder_with_other_files_is_left_alone(corpus: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "set" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("all my work")
     for more in ([], ["--overwrite"]):
         with pytest.raises(DataError, match="holds other files"):
-            run(corpus, tmp_path, *more)
-    assert (tmp_path / "thesis.tex").read_text() == "all my work"
+            run(corpus, tmp_path / "set", *more)
+    assert theirs.read_text() == "all my work"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+
+
+def test_files_beside_a_dataset_are_left_alone(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "set", "--workers", "1", "--stage", "scan")
+    names = ["train-2024.csv", "train-000001.xlsx", "notes.partial", "train-000000.tar.partial.bak", ".notes.tmp"]
+    for name in names:
+        (tmp_path / "set" / name).write_text("precious")
+    run(corpus, tmp_path / "set", "--workers", "1")
+    run(corpus, tmp_path / "set", "--workers", "1", "--overwrite", "--shard-megabytes", "0.01")
+    assert [(tmp_path / "set" / name).read_text() for name in names] == ["precious"] * len(names)
 
 
 def test_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from train.config.sections import (
     OptimizerConfig,
     TrainingConfig,
 )
-from train.config.tree import ConfigError, apply_override, build, read_json
+from train.config.tree import ConfigError, apply_override, build, close_to, read_json
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Config:
     deepspeed: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Passed through to DeepSpeed's configuration. Keys that follow from other sections are refused."
+            "help": "Passed on to DeepSpeed: its own reports and the sizes of its buckets. Keys that "
+            "follow from other sections, or whose features this program does not support, are refused."
         },
     )
     run_dir: str = explained(
@@ -201,7 +202,7 @@ def section_faults(config: Config) -> list[str]:
         faults += section.faults()
     if not config.run_dir:
         faults.append("run_dir is empty; name the folder of this run, say runs/first")
-    return faults + derived_key_faults(config)
+    return faults + deepspeed_faults(config)
 
 
 DERIVED_DEEPSPEED_KEYS = {
@@ -223,12 +224,48 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 
 
-def derived_key_faults(config: Config) -> list[str]:
-    """Return a fault for each key of the deepspeed section that is derived from other sections."""
+PASSED_DEEPSPEED_KEYS = (
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+)
+"""Keys of DeepSpeed that this program passes on: what they do was seen to work with its engine."""
+PASSED_ZERO_KEYS = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+)
+"""Likewise of its section zero_optimization."""
+
+
+def deepspeed_faults(config: Config) -> list[str]:
+    """Return a fault for each key of the deepspeed section that is derived from other sections or not passed on."""
     faults = []
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        faults.append(f"deepspeed.zero_optimization = {json.dumps(zero)} must be a section (a JSON object)")
+        return [f"deepspeed.zero_optimization = {json.dumps(zero)} must be a section (a JSON object)"]
+    derived = {key.partition(".")[0] for key in DERIVED_DEEPSPEED_KEYS} - {"zero_optimization"}
+    for prefix, keys, known in (
+        ("deepspeed", config.deepspeed.keys() - derived - {"zero_optimization"}, PASSED_DEEPSPEED_KEYS),
+        ("deepspeed.zero_optimization", zero.keys() - {"stage", "memory_efficient_linear"}, PASSED_ZERO_KEYS),
+    ):
+        faults += [
+            f"{prefix}.{key} is not passed on to DeepSpeed; {close_to(key, known)}" for key in sorted(keys - set(known))
+        ]
     for key, source in DERIVED_DEEPSPEED_KEYS.items():
         node: Any = config.deepspeed
         for part in key.split("."):

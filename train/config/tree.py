@@ -6,6 +6,7 @@ import json
 import sysconfig
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,9 +85,7 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
     for key, value in tree.items():
         name = prefix + key
         if key not in types_by_name:
-            near = difflib.get_close_matches(key, types_by_name, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(types_by_name)}"
-            faults.append(f"{name} is no known key; {hint}")
+            faults.append(f"{name} is no known key; {close_to(key, types_by_name, prefix)}")
         elif dataclasses.is_dataclass(types_by_name[key]):
             if isinstance(value, dict):
                 values[key] = build(types_by_name[key], value, f"{name}.", faults)
@@ -100,6 +99,12 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
             else:
                 values[key] = fitting[0]
     return cls(**values)
+
+
+def close_to(key: str, known: Collection[str], prefix: str = "") -> str:
+    """Return a hint for a key that is not among the known ones: the one that it resembles, or all."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
 
 
 def _fit(expected: Any, value: Any) -> tuple[Any] | None:

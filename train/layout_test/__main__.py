@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from data.command_line import print_faults, run_command, whole_number
+from data.command_line import output_file, path_argument, print_faults, run_command, whole_number
 from train.layout_test.cases import ARITHMETICS, FAMILIES, Case
 from train.layout_test.jobs import choose, job, prepare
 from train.layout_test.launch import Job, run_all
@@ -43,7 +43,7 @@ SMALL = [
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="layout_test_") as scratch:
-        work = Path(options.work or scratch)
+        work = options.work or Path(scratch)
         try:
             chosen = choose(options)
             jobs = {case: job(case, options, work) for case in chosen}
@@ -89,9 +89,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", metavar="DIR", help="prepared dataset (default: prepare Python's standard library)"
     )
-    parser.add_argument("--work", metavar="DIR", help="folder that keeps runs and logs (default: a temporary one)")
+    parser.add_argument(
+        "--work", type=path_argument, metavar="DIR", help="folder that keeps runs and logs (default: a temporary one)"
+    )
     parser.add_argument(
         "--json",
+        type=output_file,
         metavar="FILE",
         help="file of results (default: docs/benchmarks/layouts_CARD_xN.json on GPUs, else none)",
     )
