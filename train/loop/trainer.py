@@ -33,7 +33,7 @@ from train.loop.time_limits import GRACE_S
 from train.loop.trouble import TroubleReporter
 from train.loop.validation import Validation, validate, validation_tokens
 from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
-from train.run.folder import RunDirectory
+from train.run.directory import RunDirectory
 
 
 class TrainingError(RuntimeError):

@@ -10,9 +10,13 @@ evaluation.json     written by train.evaluate
 checkpoints/        step_00000500/ and so on, unless checkpoint.path names another place
 tensorboard/  figures/
 run.lock            locked by the process that trains
-code/  resolved.json                  written by train.snapshot before a Slurm job starts
+run.json            the run's identity, which its checkpoints bear too (train/run/identity.py)
+stacks/             where every rank stood when a time limit passed
+code/  resolved.json  starts.txt      written by train.snapshot and the job script before a Slurm job starts
 stage.json  log.txt  failure.txt      written by train.study around a training
 """
+
+import re
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -24,9 +28,12 @@ EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 FIGURES = "figures"
+STACKS = "stacks"
 LOCK = "run.lock"
+IDENTITY = "run.json"
 CODE = "code"
 RESOLVED = "resolved.json"
+STARTS = "starts.txt"
 STAGE = "stage.json"
 LOG = "log.txt"
 FAILURE = "failure.txt"
@@ -35,12 +42,26 @@ MARKER = "checkpoint.json"
 """In a checkpoint's folder: makes it complete (train/checkpoint/folder.py)."""
 
 
+TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
+"""Only a training writes these, so a folder that has one of them holds a run."""
+
+_AROUND = (EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG, FAILURE)
+_JOB = re.compile(r".*\.(log|out|err)|code\..*\.tmp|\.nfs.*|\.gitignore|\.gitkeep|lost\+found")
+"""Output of jobs and shells, an interrupted snapshot, and what file systems and git put into an empty folder."""
+
+
+def is_around_a_run(name: str) -> bool:
+    """Return whether a file or folder of this name may lie in a run's folder before the run has begun."""
+    return name in _AROUND or _JOB.fullmatch(name) is not None
+
+
 def checkpoint_name(step: int) -> str:
     """Return the name of a checkpoint's folder: step_00000500."""
     return f"step_{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """Return the step of a checkpoint's folder, or None if the name is another (say of an unfinished copy)."""
+    """Return the step of a checkpoint's folder, or None if the name is any other: step_7, step_00000007.bak."""
     digits = name.removeprefix("step_")
-    return int(digits) if digits != name and digits.isdecimal() else None
+    is_number = digits.isascii() and digits.isdecimal() and len(digits) <= 18
+    return step if is_number and name == checkpoint_name(step := int(digits)) else None

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import TINY, prepare_sources
 from train.config import Config
-from train.run.folder import RunDirectory
+from train.run.directory import RunDirectory
 from train.run.reader import RunReader
 from train.scaling.__main__ import main as scaling
 from train.scaling.points import PointsError
