@@ -4,17 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 
-def on_rank_zero(function: Callable[[], Any]) -> Any:
-    """Run a function on rank 0, and return its result or raise its error on every rank; all ranks call."""
+def on_rank_zero(function: Callable[[], Any], group: ProcessGroup | None = None) -> Any:
+    """Run a function on rank 0, and return its result or raise its error on every rank; all ranks call.
+
+    Args:
+        group: of all ranks, over which the outcome is sent; None takes the default group.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

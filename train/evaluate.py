@@ -20,6 +20,7 @@ from data.files.address import is_command
 from data.files.own import write_atomically
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
+from train.run.directory import recorded_run_id
 from train.run.names import CONFIG, EVALUATION
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     choose_accelerator()
-    from train.checkpoint.load import CheckpointError
+    from train.checkpoint.root import CheckpointError
 
     try:
         row = evaluate(options.run, options.data, options.samples, options.allow_commands)
@@ -90,7 +91,7 @@ def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: b
     config = single_process(config_from_dict(tree, allow_commands or is_command(data or "")))
     initialize_distributed()
     root, group = Folder(config.checkpoint_folder), checkpoint.checkpoint_group(config.health.save_limit_s)
-    saved, faults = checkpoint.newest_sound(root, group)
+    saved, faults = checkpoint.newest_sound(root, group, recorded_run_id(run))
     for fault in faults:
         print(f"warning: {fault}; the one before is evaluated", file=sys.stderr)
     if saved is None:

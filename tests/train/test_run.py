@@ -14,7 +14,7 @@ def interrupted_copy(run: Path, step: int) -> Path:
     """A run as a crash some steps after the checkpoint of `step` leaves it: later rows, the last of them cut off."""
     copy = run.with_name("interrupted")
     shutil.copytree(run, copy)
-    for later in (copy / "checkpoints").iterdir():
+    for later in (copy / "checkpoints").glob("step_*"):
         if int(later.name.removeprefix("step_")) > step:
             shutil.rmtree(later)
     text = (copy / "metrics.jsonl").read_text()

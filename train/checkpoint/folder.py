@@ -13,19 +13,41 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from train.run.names import MARKER
+from data.files.own import open_to_read
+from data.files.strict_json import check_shape
+from train.run.names import MARKER, step_of
 
 TENSORS = "tensors.json"
 FORMAT = 3
-NEEDED = {"format", "step", "adam_step", "data_state", "config", "dataset", "files"}
+SHAPE = {
+    "format": int,
+    "step": int,
+    "adam_step": float,
+    "data_state": dict,
+    "config": dict,
+    "dataset": dict,
+    "files": dict,
+}
+"""What a marker must hold."""
+MOST_BYTES = 1 << 30
+"""Of a marker or a table of tensors: far more than any layout of any model needs."""
+UNFINISHED = ".tmp"
 PIECE_BYTES = 1 << 24
+_OURS = re.compile(r"rank_\d{5,}_\d{3,}\.bin")
+
+
+def is_file_of_ours(name: str) -> bool:
+    """Return whether a checkpoint has a file of exactly this name, finished or not."""
+    return name in (TENSORS, MARKER, MARKER + UNFINISHED) or _OURS.fullmatch(name) is not None
 
 
 class DamagedFileError(RuntimeError):
@@ -44,11 +66,19 @@ def _errors_as_os_errors() -> Iterator[None]:
 
 
 class Folder:
-    """A folder of files, on a disk or in a store. Every failure is an OSError, whatever the store."""
+    """A folder of files, on a disk or in a store. Every failure is an OSError, whatever the store.
+
+    On a disk, a new file is never written through a link, nor over another file.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         self.fs, self.path = fsspec.core.url_to_fs(self.address)
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder on a disk of this machine; None in a store."""
+        return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
     def child(self, name: str) -> "Folder":
         return Folder(f"{self.address}/{name}")
@@ -56,60 +86,102 @@ class Folder:
     def describe(self, name: str) -> str:
         return f"{self.address}/{name}"
 
-    @_errors_as_os_errors()
     def names(self) -> list[str]:
         """Return the names of what lies in it; empty if there is no such folder."""
-        self.fs.invalidate_cache()
-        try:
-            return sorted(PurePosixPath(path).name for path in self.fs.ls(self.path, detail=False))
-        except FileNotFoundError:
-            return []
+        return sorted(self.entries())
 
     @_errors_as_os_errors()
-    def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(f"{self.path}/{name}"))
+    def entries(self) -> dict[str, bool]:
+        """Return the names of what lies in it, and whether each is a file, not a folder or link."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {
+            PurePosixPath(entry["name"]).name: entry["type"] == "file" and not entry.get("islink", False)
+            for entry in found
+        }
 
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
-        with _errors_as_os_errors(), self.fs.open(f"{self.path}/{name}", "rb") as file:
+        """Open a file; on a disk, only a regular one, or a link to one."""
+        with _errors_as_os_errors(), self._open_to_read(name) as file:
             yield file
+
+    def read(self, name: str, most_bytes: int = MOST_BYTES) -> bytes:
+        """Return what a file holds.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be read.
+            ValueError: it is larger than `most_bytes`.
+        """
+        with self.reading(name) as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise ValueError(f"has more than {most_bytes:,} bytes")
+        return bytes(content)
 
     @contextmanager
     def writing(self, name: str) -> Iterator["HashedFile"]:
         """Open a new file; on a disk it is flushed to the disk when this returns."""
-        with _errors_as_os_errors(), self.fs.open(f"{self.path}/{name}", "wb") as file:
+        mode = "wb" if self.local_path is None else "xb"
+        with _errors_as_os_errors(), self.fs.open(f"{self.path}/{name}", mode) as file:
             hashed = HashedFile(file)
             yield hashed
             file.flush()
             with suppress(AttributeError, io.UnsupportedOperation):  # stores have no file descriptors
                 os.fsync(file.fileno())
 
+    def create(self, name: str, content: bytes) -> None:
+        """Write a small file; raise FileExistsError if there is one, as far as the store can tell."""
+        if self.local_path is not None:
+            try:
+                with self.writing(name) as file:
+                    file.write(content)
+            except FileExistsError:
+                raise
+            except OSError:  # a full disk
+                with suppress(OSError):
+                    self.remove_file(name)
+                raise
+            return
+        with _errors_as_os_errors():
+            self.fs.invalidate_cache()
+            self.fs.pipe_file(f"{self.path}/{name}", content, mode="create")
+
     def write_last(self, name: str, content: bytes) -> None:
         """Write a file that is there as a whole or not at all."""
-        with self.writing(name + ".tmp") as file:
+        with self.writing(name + UNFINISHED) as file:
             file.write(content)
         with _errors_as_os_errors():
-            self.fs.mv(f"{self.path}/{name}.tmp", f"{self.path}/{name}")
+            self.fs.mv(f"{self.path}/{name}{UNFINISHED}", f"{self.path}/{name}")
 
     @_errors_as_os_errors()
     def make(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
 
     @_errors_as_os_errors()
-    def remove(self) -> None:
-        """Delete the folder, its marker first, so that no half-deleted checkpoint looks complete."""
-        if self.exists(MARKER):
-            self.fs.rm_file(f"{self.path}/{MARKER}")
-        if self.fs.exists(self.path):
-            self.fs.rm(self.path, recursive=True)
+    def remove_file(self, name: str) -> None:
+        self.fs.rm_file(f"{self.path}/{name}")
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if nothing lies in it; a store has no folders of their own."""
+        with suppress(Exception):
+            self.fs.rmdir(self.path)
 
     def free_bytes(self) -> int | None:
         """Return the free space of a local disk; None for a store."""
-        if self.fs.protocol not in ("file", ("file", "local")):
+        path = self.local_path
+        if path is None:
             return None
-        existing = next(path for path in (Path(self.path), *Path(self.path).parents) if path.exists())
-        status = os.statvfs(existing)
+        status = os.statvfs(next(each for each in (path, *path.parents) if each.exists()))
         return status.f_bavail * status.f_frsize
+
+    def _open_to_read(self, name: str) -> BinaryIO:
+        path = self.local_path
+        return self.fs.open(f"{self.path}/{name}", "rb") if path is None else open_to_read(path / name)
 
 
 class HashedFile:
@@ -142,21 +214,37 @@ def read_marker(folder: Folder) -> dict[str, Any]:
     """Read what `write_marker` was given.
 
     Raises:
-        DamagedFileError: the marker is missing, damaged or of another format.
+        DamagedFileError: the marker is missing, cannot be read, is damaged or of another format.
     """
     try:
-        with folder.reading(MARKER) as file:
-            marker = json.loads(file.read())
+        return parse_marker(folder, folder.read(MARKER))
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{folder.describe(MARKER)}: damaged ({error})") from None
+
+
+def parse_marker(folder: Folder, content: bytes) -> dict[str, Any]:
+    """Return what `write_marker` was given; `content` is that of the marker in `folder`.
+
+    Raises:
+        DamagedFileError: it is damaged, of another format, or of another step than the folder.
+    """
+    try:
+        marker = json.loads(content)
+        check_shape(marker, {"sha256": str, "checkpoint": SHAPE})
         description = marker["checkpoint"]
         text = json.dumps(description, sort_keys=True)
-        intact = marker["sha256"] == hashlib.sha256(text.encode()).hexdigest()
-        missing = NEEDED - description.keys()
-        if missing or description["format"] != FORMAT or any("/" in name for name in description["files"]):
-            raise ValueError(f"not of format {FORMAT}, or without {', '.join(sorted(missing)) or 'plain file names'}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if marker["sha256"] != hashlib.sha256(text.encode()).hexdigest():
+            raise ValueError("its contents do not have the sha256 it states")
+        if description["format"] != FORMAT:
+            raise ValueError(f"of format {description['format']}, not {FORMAT}")
+        for name, digest in description["files"].items():
+            if not is_file_of_ours(name):
+                raise ValueError(f"{name!r:.60} is no name of a file of a checkpoint")
+            check_shape(digest, {"bytes": int, "sha256": str}, f"files.{name}")
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{folder.describe(MARKER)}: damaged ({error})") from None
-    if not intact:
-        raise DamagedFileError(f"{folder.describe(MARKER)}: damaged (its contents do not have the sha256 it states)")
+    if (step := step_of(PurePosixPath(folder.path).name)) not in (None, description["step"]):
+        raise DamagedFileError(f"{folder.describe(MARKER)}: is of step {description['step']}, not of step {step}")
     return dict(description)
 
 

@@ -21,6 +21,7 @@ from data.errors import first_line
 from parallel.agreement import on_rank_zero
 from parallel.state.chunks import Chunk, ChunkLoadPlanner
 from train.checkpoint.folder import DamagedFileError, Folder, read_marker, verify_file
+from train.checkpoint.root import CheckpointError
 from train.checkpoint.tensors import Reader
 from train.config import Config
 from train.run import same_run
@@ -29,10 +30,6 @@ from train.run.reader import RunReader
 from train.run.same_run import Use
 
 VERIFYING_THREADS = 4
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message is one line."""
 
 
 class SavedCheckpoint:
@@ -70,28 +67,34 @@ def checkpoint_group(timeout_s: float) -> ProcessGroup:
 def steps_saved(root: Folder) -> list[int]:
     """Return the steps of the complete checkpoints below a folder, oldest first."""
     steps = [step for name in root.names() if (step := step_of(name)) is not None]
-    return sorted(step for step in steps if root.child(checkpoint_name(step)).exists(MARKER))
+    return sorted(step for step in steps if MARKER in root.child(checkpoint_name(step)).entries())
 
 
 def newest_sound(
-    root: Folder, group: ProcessGroup, before: int | None = None
+    root: Folder, group: ProcessGroup, run_id: str | None, before: int | None = None
 ) -> tuple[SavedCheckpoint | None, list[str]]:
     """Find the newest checkpoint whose files are all intact; all ranks call and get the same answer.
 
     Args:
         root: folder of the run's checkpoints.
         group: from `checkpoint_group`.
+        run_id: identity of the run; None, of a run of an earlier version, takes any.
         before: only steps below this one count; None takes all.
 
     Returns:
         The checkpoint, or None if none is sound; and what is wrong with each newer one.
+
+    Raises:
+        CheckpointError: the newest intact one is of another run.
+        OSError: the folder cannot be read now.
     """
-    (steps,) = _from_rank_zero([steps_saved(root)] if dist.get_rank() == 0 else [None], group)
+    steps = on_rank_zero(lambda: steps_saved(root), group)
     faults: list[str] = []
     for step in reversed([step for step in steps if before is None or step < before]):
         folder = root.child(checkpoint_name(step))
         marker, fault = _verified_marker(folder, group)
         if fault is None:
+            check_owner(folder, marker, run_id)
             saved, fault = _opened(folder, marker, group)
         if fault is None:
             return saved, faults
@@ -99,8 +102,18 @@ def newest_sound(
     return None, faults
 
 
+def check_owner(folder: Folder, marker: dict[str, Any], run_id: str | None) -> None:
+    """Raise CheckpointError if a checkpoint is of another run; those of earlier versions do not say whose they are."""
+    theirs = marker.get("run_id")
+    if run_id is not None and theirs not in (None, run_id):
+        raise CheckpointError(
+            f"{folder.address}: is of run {theirs}, and this is run {run_id}; move it away. To go on from it, give it "
+            "to a new run_dir: as its checkpoints/, with nothing else"
+        )
+
+
 def newest_to_resume(
-    root: Folder, group: ProcessGroup, config: Config, dataset: dict[str, Any]
+    root: Folder, group: ProcessGroup, run_id: str, config: Config, dataset: dict[str, Any]
 ) -> tuple[SavedCheckpoint | None, list[str]]:
     """Find the checkpoint to resume from; all ranks call.
 
@@ -108,10 +121,10 @@ def newest_to_resume(
         As `newest_sound`; None for a new run.
 
     Raises:
-        CheckpointError: there are checkpoints but none is sound; it is of another model, dataset or batch size; or the
-            run has saved checkpoints that are not there.
+        CheckpointError: there are checkpoints but none is sound; it is of another run, model, dataset or batch size; or
+            the run has saved checkpoints that are not there.
     """
-    saved, faults = newest_sound(root, group)
+    saved, faults = newest_sound(root, group, run_id)
     if saved is None and faults:
         raise CheckpointError(
             f"{root.address}: no checkpoint is intact: {'; '.join(faults)}; restore one from a copy, or choose another "
@@ -130,7 +143,7 @@ def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any
         marker, fault = (read_marker(folder) if dist.get_rank() == 0 else {}), None
     except DamagedFileError as error:
         marker, fault = {}, str(error)
-    marker, fault = _from_rank_zero([marker, fault], group)
+    marker, fault = on_rank_zero(lambda: (marker, fault), group)
     if fault is None:
         names = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
         fault = _first_of_all_ranks(_fault_of(folder, names, marker["files"]), group)
@@ -206,11 +219,6 @@ def check_not_lost(root: Folder, run_dir: Path) -> None:
 def changed_settings(saved: SavedCheckpoint, config: Config) -> dict[str, list[Any]]:
     """Return [old, new] of each setting that is not what the checkpoint was trained with."""
     return same_run.changed_settings(saved.marker["config"], config.record())
-
-
-def _from_rank_zero(values: list[Any], group: ProcessGroup) -> list[Any]:
-    dist.broadcast_object_list(values, src=0, group=group)
-    return values
 
 
 def first_failure(error: CheckpointException) -> str:

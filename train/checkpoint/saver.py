@@ -20,13 +20,14 @@ from data.errors import first_line
 from data.files.strict_json import finite_or_none
 from parallel.engine.engine import Engine
 from parallel.state.chunks import Chunk, ChunkSavePlanner
-from train.checkpoint.folder import DamagedFileError, Folder, read_marker
-from train.checkpoint.load import CheckpointError, first_failure, steps_saved
+from train.checkpoint.folder import DamagedFileError, Folder, parse_marker
+from train.checkpoint.load import first_failure, steps_saved
+from train.checkpoint.root import OwnedRoot
 from train.checkpoint.staging import Staging
 from train.checkpoint.tensors import Writer
 from train.config import Config
 from train.run.folder import description
-from train.run.names import checkpoint_name, step_of
+from train.run.names import MARKER, checkpoint_name, step_of
 
 FAILURES_IN_A_ROW = 2
 
@@ -52,6 +53,8 @@ class CheckpointSaver:
 
     Args:
         dataset: its identity (train.parts.dataset_identity), which a resumed run must share.
+        run_id: the run's identity.
+        owned: on rank 0, the run's checkpoints; None elsewhere.
         report: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.
     """
 
@@ -62,16 +65,24 @@ class CheckpointSaver:
         vocab_size: int,
         dataset: dict[str, Any],
         group: ProcessGroup,
+        run_id: str,
+        owned: OwnedRoot | None,
         report: Callable[..., None] | None,
     ) -> None:
         self._config, self._engine, self._vocab_size = config, engine, vocab_size
-        self._group, self._report = group, report
-        self._description = {"dataset": dataset, "world_size": dist.get_world_size(), **description(config)}
+        self._group, self._owned, self._report = group, owned, report
+        self._description = {
+            "run_id": run_id,
+            "dataset": dataset,
+            "world_size": dist.get_world_size(),
+            **description(config),
+        }
         self._root = Folder(config.checkpoint_folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staging: Future[Staging] = self._thread.submit(Staging, engine.state_chunks(vocab_size))
         self._pending: Future[None] | None = None
         self._failures = 0
+        self._left: set[str] = set()
         self.saved_step: int | None = None
 
     def save(self, progress: Progress) -> None:
@@ -100,9 +111,9 @@ class CheckpointSaver:
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, after the run went back to `step`."""
-        if dist.get_rank() == 0:
+        if self._owned is not None:
             for later in (saved for saved in steps_saved(self._root) if saved > step):
-                self._root.child(checkpoint_name(later)).remove()
+                self._owned.discard(checkpoint_name(later))
 
     def close(self) -> None:
         """Finish the save that is being written, then end the background thread."""
@@ -124,30 +135,50 @@ class CheckpointSaver:
 
     def _write(self, chunks: list[Chunk], state: dict[str, Any], blocked_s: float) -> None:
         started = time.perf_counter()
-        folder = self._root.child(checkpoint_name(state["step"]))
+        name = checkpoint_name(state["step"])
+        folder = self._root.child(name)
         try:
-            writer = Writer(folder, dist.get_rank(), state)
+            writer = Writer(folder, dist.get_rank(), state, lambda: self._begin(name))
             dcp.save({}, storage_writer=writer, planner=ChunkSavePlanner(chunks), process_group=self._group)
         except (Exception, CheckpointException) as error:  # a full disk, a store that does not answer, a rank gone
             cause = first_failure(error) if isinstance(error, CheckpointException) else first_line(error)
             message = f"{folder.address}: could not be saved ({cause})"
-            if self._report is not None:
-                self._report("save failed", step=state["step"], reason=message)
-                _remove_quietly(folder)
+            if self._owned is not None:
+                self._tell("save failed", step=state["step"], reason=message)
+                with contextlib.suppress(Exception):  # the next save prunes it
+                    self._owned.discard(name)
             raise SaveError(message) from None
-        if self._report is not None:
+        if self._owned is not None:
             write_s = round(time.perf_counter() - started, 3)
-            self._report("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
+            self._tell("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
             with contextlib.suppress(OSError):  # if the store does not list now, the next save prunes
-                prune(self._root, self._config, state["step"])
+                left = [each for each in prune(self._owned, self._config, state["step"]) if each not in self._left]
+                self._left.update(left)
+                if left:
+                    self._tell("left alone", root=self._root.address, names=left)
+
+    def _begin(self, name: str) -> None:
+        assert self._owned is not None
+        self._owned.begin(name)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        if self._report is not None:
+            self._report(event, **fields)
 
 
-def prune(root: Folder, config: Config, newest: int) -> None:
-    """Delete all checkpoints, finished or not, but the newest `keep`, multiples of `keep_every` and the best.
+def prune(owned: OwnedRoot, config: Config, newest: int) -> list[str]:
+    """Delete this run's checkpoints, finished or not, but the newest `keep`, multiples of `keep_every` and the best.
 
     Checkpoints of steps after `newest` were found damaged when the run resumed. They do not count and are left alone.
+
+    Returns:
+        What lies there under the name of a checkpoint and is not this run's: it is left alone, too.
+
+    Raises:
+        OSError: the store does not answer; nothing more is deleted.
     """
-    saved = steps_saved(root)
+    root = owned.root
+    saved = [step for step in steps_saved(root) if owned.is_ours(checkpoint_name(step))]
     steps = [step for step in saved if step <= newest]
     kept = set(steps[-config.checkpoint.keep :]) | (set(saved) - set(steps))
     if config.checkpoint.keep_every:
@@ -157,31 +188,14 @@ def prune(root: Folder, config: Config, newest: int) -> None:
             step: loss for step in steps if (loss := _validation_loss(root.child(checkpoint_name(step)))) is not None
         }
         kept |= {min(losses, key=lambda step: (losses[step], -step))} if losses else set()
-    for name in root.names():
-        if name.startswith("step_") and step_of(name) not in kept:
-            _remove_quietly(root.child(name))
-
-
-def prepare(root: Folder) -> None:
-    """Make the folder of checkpoints; raise CheckpointError if it cannot be written."""
-    try:
-        root.make()
-        root.write_last("writable", b"")
-        root.fs.rm_file(f"{root.path}/writable")
-    except Exception as error:  # stores raise errors of their own
-        raise CheckpointError(
-            f"{root.address}: cannot be written ({error}); choose another checkpoint.path or run_dir"
-        ) from None
+    there = [step for name in root.names() if (step := step_of(name)) is not None]
+    return [left for step in sorted(set(there) - kept) for left in owned.discard(checkpoint_name(step))]
 
 
 def _validation_loss(folder: Folder) -> float | None:
+    """Return the loss that a marker states; None if it is damaged or states none. OSError: it cannot be read now."""
     try:
-        return read_marker(folder)["validation_loss"]
-    except (DamagedFileError, KeyError):
+        loss = parse_marker(folder, folder.read(MARKER)).get("validation_loss")
+    except (DamagedFileError, ValueError):
         return None
-
-
-def _remove_quietly(folder: Folder) -> None:
-    """Delete a folder, or leave it for `prune` after the next save."""
-    with contextlib.suppress(OSError):
-        folder.remove()
+    return float(loss) if isinstance(loss, int | float) else None

@@ -8,7 +8,7 @@ torch.distributed.checkpoint's own format pickles its table and every tensor. Re
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -46,19 +46,19 @@ class Writer(StorageWriter):
         folder: of the checkpoint.
         rank: which appears in the names of this rank's files.
         description: what the marker is to hold besides the table of files.
+        begin: makes the folder ready (OwnedRoot.begin); called on the coordinator, rank 0, alone.
     """
 
-    def __init__(self, folder: Folder, rank: int, description: dict[str, Any]) -> None:
-        self._folder, self._rank, self._description = folder, rank, description
+    def __init__(self, folder: Folder, rank: int, description: dict[str, Any], begin: Callable[[], None]) -> None:
+        self._folder, self._rank, self._description, self._begin = folder, rank, description, begin
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Delete what an interrupted save left; no rank writes before the coordinator's plan has reached it."""
+        """Make the folder ready; no rank writes before the coordinator's plan has reached it."""
         if is_coordinator:
-            self._folder.remove()
-            self._folder.make()
+            self._begin()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -109,9 +109,8 @@ class Reader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
             try:
-                with self._folder.reading(TENSORS) as file:
-                    self._metadata = _metadata(json.loads(file.read()))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                self._metadata = _metadata(json.loads(self._folder.read(TENSORS)))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
                 raise DamagedFileError(f"{self._folder.describe(TENSORS)}: damaged ({error})") from None
         return self._metadata
 

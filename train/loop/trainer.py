@@ -4,7 +4,7 @@ import contextlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,8 +19,10 @@ from parallel.sharding.stage import StageStatistics
 from parallel.state.replicas import check_replicas
 from train.checkpoint import load as checkpoint
 from train.checkpoint.folder import Folder
-from train.checkpoint.load import CheckpointError, SavedCheckpoint
-from train.checkpoint.saver import CheckpointSaver, Progress, prepare
+from train.checkpoint.load import SavedCheckpoint
+from train.checkpoint.places import Places
+from train.checkpoint.root import CheckpointError
+from train.checkpoint.saver import CheckpointSaver, Progress
 from train.config import Config
 from train.config.schedule import learning_rate
 from train.loop.clock import Clock
@@ -33,7 +35,6 @@ from train.loop.time_limits import GRACE_S
 from train.loop.trouble import TroubleReporter
 from train.loop.validation import Validation, validate, validation_tokens
 from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
-from train.run.directory import RunDirectory
 
 
 class TrainingError(RuntimeError):
@@ -97,18 +98,19 @@ class Trainer:
         manifest: of the dataset at `config.data.path`.
         clock: limits and counts each section.
         stop: asks for an early end.
+        places: where the run writes, open.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, clock: Clock, stop: StopRequest) -> None:
-        self.config, self.manifest, self.clock, self.stop = config, manifest, clock, stop
+    def __init__(self, config: Config, manifest: Manifest, clock: Clock, stop: StopRequest, places: Places) -> None:
+        self.config, self.manifest, self.clock, self.stop, self.places = config, manifest, clock, stop, places
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
         dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
-        on_rank_zero(lambda: prepare(self.root))
-        saved, faults = checkpoint.newest_to_resume(self.root, self.group, config, dataset)
+        saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
+        self.step = 0 if saved is None else saved.step
+        in_the_way = places.in_the_way(self.step, lambda step: self._due(config.checkpoint.interval, step))
         self.engine = build_engine(config, manifest.vocab_size)
         self.stream = open_stream(config, self.engine.groups.grid, "train")
         self.health = Health(config.health)
-        self.step = 0
         if saved is not None:
             self._restore(saved)
             try:
@@ -123,8 +125,11 @@ class Trainer:
             clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
         changed = checkpoint.changed_settings(saved, config) if saved is not None else {}
         self.log = RunLog(self.folder, config, self.step, faults, changed) if is_first else None
-        told = None if self.log is None else self.log.saving
-        self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
+        self._warn_of_places(in_the_way)
+        told = None if self.log is None else self._tell_save
+        self.saver = CheckpointSaver(
+            config, self.engine, manifest.vocab_size, dataset, self.group, places.run_id, places.owned, told
+        )
         self.metrics = StepMetrics(config, manifest.vocab_size, clock.steps)
         options = config.data.read_options()
         self.trouble = TroubleReporter(self.engine, self.stream, config.model.seq_length, options)
@@ -181,9 +186,14 @@ class Trainer:
         tokens = validation_tokens(self.manifest, self.config, limit_samples)
         return not on_rank_zero(lambda: is_validated(self.folder, self.step, tokens))
 
-    def _due(self, interval: int) -> bool:
-        """Whether a thing done every `interval` steps (0: only at the end) is due now. At the end everything is."""
-        return self.step == self.config.train_steps or every(interval, self.step)
+    def _due(self, interval: int, step: int | None = None) -> bool:
+        """Whether a thing done every `interval` steps (0: only at the end) is due. At the end everything is.
+
+        Args:
+            step: after which; None is now.
+        """
+        step = self.step if step is None else step
+        return step == self.config.train_steps or every(interval, step)
 
     def _evaluation_is_due(self) -> bool:
         """Whether a validation on part of the split is due; that on the whole split comes after the last step."""
@@ -244,8 +254,27 @@ class Trainer:
             rows = self.metrics.flush()
             heads = head_snapshot(self.engine.stage, self.trouble.last_statistics, self.engine.groups)
             ranks = self.rank_times.gather()
+            self.places.check()
             if self.log is not None:
                 self.log.steps(rows, heads, ranks, self.clock.goodput)
+
+    def _warn_of_places(self, in_the_way: list[str]) -> None:
+        if self.log is None:
+            return
+        for words in self.places.owned.words if self.places.owned is not None else []:
+            self.log.warn("run identified", words, run_id=self.places.run_id)
+        if in_the_way:
+            self._tell_save("left alone", root=self.root.address, names=in_the_way)
+
+    def _tell_save(self, event: str, **fields: Any) -> None:
+        """Record what the saver reports; called on the thread that saves."""
+        if self.log is not None and event == "left alone":
+            names, root = fields["names"], fields["root"]
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            words = f"{root}: {len(names)} things look like checkpoints or lie in one, but are not this run's ({shown})"
+            self.log.warn(event, f"{words}; they are left alone", **fields)
+        elif self.log is not None:
+            self.log.saving(event, **fields)
 
     def _write_rows(self) -> None:
         rows = self.metrics.flush()
@@ -288,7 +317,7 @@ class Trainer:
         self._finish_save()
         first_refused, from_step = self.health.first_refused(self.step), self.step
         with self.clock.section("go_back"):
-            saved, _ = checkpoint.newest_sound(self.root, self.group, before=first_refused)
+            saved, _ = checkpoint.newest_sound(self.root, self.group, self.places.run_id, first_refused)
             if not self.health.may_go_back(self.step) or saved is None:
                 self._give_up(
                     "no checkpoint is older" if saved is None else "going back to a checkpoint has not helped"
@@ -328,15 +357,15 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
         Exception: what else `train.faults.FAULTS` lists.
     """
     clock = Clock(config, rank())
-    directory: list[RunDirectory] = []
+    places = Places(config)
     trainer: Trainer | None = None
     error: BaseException | None = None
     try:
         with clock.section("start_up"):
             initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
-            on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
-            trainer = Trainer(config, manifest, clock, stop)
-            on_rank_zero(lambda: directory[0].describe(dataset_identity(manifest)))
+            places.open()
+            trainer = Trainer(config, manifest, clock, stop, places)
+            places.describe(dataset_identity(manifest))
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:
         error = raised
@@ -349,5 +378,4 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
         if trainer is not None:
             trainer.close(error)
         clock.close()
-        for each in directory:
-            each.close()
+        places.close()

@@ -44,7 +44,7 @@ class RunDirectory:
             check_is_of_a_run(self.path)
             self._lock = FileLock(self.path / names.LOCK)
         except HeldError as held:
-            holder = printable(held.strerror.strip()[:200]) or "another process"
+            holder = printable((held.strerror or "").strip()[:200]) or "another process"
             raise RunError(
                 f"run_dir {self.path}: {holder} is training there; wait for it or choose another run_dir"
             ) from None
@@ -105,8 +105,8 @@ def check_link(path: Path) -> None:
         return
     if stat.S_ISLNK(there.st_mode) and there.st_uid not in trusted:
         raise RunError(
-            f"{path}: is a link to {os.readlink(path)} that user {there.st_uid} made, who owns neither this process nor "
-            "the folder; remove it, or make it yourself"
+            f"{path}: is a link to {os.readlink(path)} that user {there.st_uid} made, who owns neither this process "
+            "nor the folder; remove it, or make it yourself"
         )
 
 
@@ -143,10 +143,13 @@ def recorded_run_id(run_dir: Path) -> str | None:
     """Return the identity that run.json or else config.json records; None if neither does.
 
     Raises:
-        RunError: config.json is damaged.
+        RunError: one of them is damaged.
     """
     described = RunReader(run_dir).description() or {}
-    found = identity_in(run_dir / names.IDENTITY) or identity_or_none(described.get("run_id"))
+    file = run_dir / names.IDENTITY
+    found = identity_in(file) or identity_or_none(described.get("run_id"))
+    if found is None and file.exists() and file.stat().st_size:
+        raise RunError(f"{file}: names no run; restore it, or delete it if the run is this folder's")
     return None if found is None else found.run_id
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def bandwidth(axis: str, group: ProcessGroup) -> Finding:
 def disk(config: Config) -> list[Finding]:
     """Measure the speed of writing and reading a file with hashes, as checkpoints are."""
     write, read = Finding("checkpoint write", "MB/s"), Finding("checkpoint read", "MB/s")
-    folder = Folder(config.checkpoint_folder).child(f"doctor_{dist.get_rank():05d}")
+    folder = Folder(config.checkpoint_folder).child(f"doctor_{secrets.token_hex(8)}")
     content = os.urandom(1 << 20)
     try:
         folder.make()
@@ -127,7 +128,9 @@ def disk(config: Config) -> list[Finding]:
         write.faults.append(f"{_here()}: {folder.address} cannot be written and read back ({error})")
     finally:
         try:
-            folder.remove()
+            if folder.names():
+                folder.remove_file("probe.bin")
+            folder.remove_if_empty()
         except Exception as error:
             write.faults.append(f"{_here()}: {folder.address} cannot be deleted ({error})")
     return [write, read]

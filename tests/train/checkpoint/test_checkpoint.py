@@ -124,7 +124,7 @@ def _newest_sound(root: str) -> int:
         return read(self, *args, **kwargs)
 
     checkpoint.Reader.read_metadata = failing  # type: ignore[method-assign]
-    saved, faults = checkpoint.newest_sound(Folder(root), checkpoint.checkpoint_group(30.0))
+    saved, faults = checkpoint.newest_sound(Folder(root), checkpoint.checkpoint_group(30.0), None)
     assert saved is not None and faults == ["tensors.json: cannot be read (stale file handle)"]
     return saved.step
 
@@ -199,7 +199,7 @@ def test_the_newest_every_nth_and_the_best_are_kept(tiny_config: Path, tmp_path:
     assert run_main(1, tiny_config, *settings).statuses == [0]
     losses = {row["step"]: row["validation_loss"] for row in rows(tmp_path / "run") if "validation_loss" in row}
     best = min((step for step in losses if step < 12), key=lambda step: losses[step])
-    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").iterdir()}
+    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").glob("step_*")}
     assert kept == {4, 8, 11, 12} | {best}
 
 
@@ -258,15 +258,20 @@ def _through_memory() -> bool:
     from parallel.launch import initialize_distributed
     from parallel.state.chunks import Chunk, ChunkLoadPlanner, ChunkSavePlanner
     from train.checkpoint.folder import MARKER, Folder, read_marker, verify_file
+    from train.checkpoint.root import OwnedRoot
     from train.checkpoint.tensors import Reader, Writer
 
     initialize_distributed()
-    folder = Folder("memory://run/step_1")
+    folder, owned = Folder("memory://run/step_00000001"), OwnedRoot(Folder("memory://run"), "a")
     whole = torch.randn(6, 5)
     halves = [Chunk("w", (6, 5), (0, 0), whole[:3]), Chunk("w", (6, 5), (3, 0), whole[3:])]
     known = {"step": 1, "adam_step": 1, "data_state": {}, "config": {}, "dataset": {}}
-    dcp.save({}, storage_writer=Writer(folder, 0, known), planner=ChunkSavePlanner(halves))
-    assert folder.exists(MARKER)
+    dcp.save(
+        {},
+        storage_writer=Writer(folder, 0, known, lambda: owned.begin("step_00000001")),
+        planner=ChunkSavePlanner(halves),
+    )
+    assert MARKER in folder.names()
     for name, digest in read_marker(folder)["files"].items():
         verify_file(folder, name, digest)
     found = torch.zeros(6, 5)
