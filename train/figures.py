@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.command_line import path_argument, run_command
+from train.pictures.files import write_picture
 from train.pictures.run import Array, FigureError, Run, as_array, load_run
 from train.run.names import FIGURES
 from train.run.reader import Row
@@ -148,7 +149,7 @@ def save(figures: Iterator[tuple[str, "Figure"]], output: Path, file_format: str
         file = output / f"{stem}.{file_format}"
         try:
             output.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=150)
+            write_picture(figure, file, dpi=150)
         except OSError as error:
             raise FigureError(f"{file}: cannot be written ({error.strerror}); choose another --output") from None
         is_empty = False

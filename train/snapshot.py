@@ -10,14 +10,17 @@ processes is refused first, with exit status 2.
 import argparse
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
 from data.command_line import print_faults, run_command
 from data.files.own import write_atomically
 from train.config import ConfigError, load_config
+from train.run.directory import check_is_of_a_run, check_links
 from train.run.folder import COMMIT, git_commit
 from train.run.names import CODE, RESOLVED
+from train.run.reader import RunError
 from train.start.preflight import preflight
 
 PACKAGES = ("model", "parallel", "data", "train", "configs", "slurm")
@@ -37,10 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         preflight(config, options.world_size)
         run_dir = Path(config.run_dir)
+        check_links(run_dir)
+        if run_dir.exists():
+            check_is_of_a_run(run_dir)
         take(run_dir)
         resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
         write_atomically(run_dir / RESOLVED, json.dumps(resolved, indent=2) + "\n", mode=config.file_mode)
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print_faults(error)
         return 2
     except OSError as error:
@@ -55,7 +61,7 @@ def take(run_dir: Path) -> None:
     code, root = run_dir / CODE, Path(__file__).resolve().parents[1]
     if code.exists():
         return
-    partial = run_dir / f"{CODE}.{os.getpid()}.tmp"
+    partial = run_dir / f"{CODE}.{secrets.token_hex(4)}.tmp"
     for package in PACKAGES:
         if (root / package).exists():
             shutil.copytree(root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -14,7 +14,6 @@ Gradients are read where the optimizer reads them, after clipping: Adam's first 
 
 import itertools
 import math
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,12 @@ from torch import Tensor
 
 from parallel.names import listed
 from train.checkpoint.folder import Folder
+from train.checkpoint.root import OwnedRoot
 from train.checkpoint.tensors import Reader
 from train.compare.comparison import ROUNDING as ROUNDINGS
 from train.compare.comparison import gradient_errors, gradient_limits, lost_in_one_step, worst_of
+from train.run.directory import recorded_run_id
+from train.run.identity import new_run_id
 from train.run.names import CHECKPOINTS
 from train.run.reader import RunReader
 
@@ -57,7 +59,7 @@ def read_run(folder: Path) -> Trained:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process only
         dcp.load(moments, storage_reader=reader, no_dist=True)
-    shutil.rmtree(folder / CHECKPOINTS)
+    OwnedRoot(Folder(str(folder / CHECKPOINTS)), recorded_run_id(folder) or new_run_id()).discard_all()
     plain = {name.removeprefix(FIRST_MOMENT): moment for name, moment in moments.items()}
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]  # JSON has no NaN
     return Trained(plain, losses, rows[0]["grad_norm"])

@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.files.own import open_to_append
 from train.config import Config
 from train.faults import TIMED_OUT
 from train.run.journal import Journal
+from train.run.names import STACKS
 
 SECTIONS = ("start", "step", "save", "evaluation")
 GRACE_S = 30.0
@@ -28,7 +30,7 @@ class TimeLimits:
     """Watches the section that this rank is in; writes stacks to run_dir/stacks/rank_00000.txt and standard error."""
 
     def __init__(self, config: Config, rank: int) -> None:
-        self._file, self._rank = Path(config.run_dir) / "stacks" / f"rank_{rank:05d}.txt", rank
+        self._file, self._rank = Path(config.run_dir) / STACKS / f"rank_{rank:05d}.txt", rank
         self._limits_s = {name: getattr(config.health, f"{name}_limit_s") for name in SECTIONS}
         self._changed = threading.Condition()
         self._section: tuple[str, float, float] | None = None  # name, limit, when it ends
@@ -88,8 +90,9 @@ class TimeLimits:
             if self._rank == 0:
                 Journal(self._file.parents[1]).write("time limit", section=name, limit_s=limit_s)
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("w") as file:
-                print(text, file=file, flush=True)
+            with open_to_append(self._file) as file:
+                file.truncate(0)
+                file.write(f"{text}\n".encode())
                 faulthandler.dump_traceback(file)
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(sys.__stderr__ or 2)

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.files.own import write_atomically
+from train.pictures.files import write_picture
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -63,9 +66,8 @@ class Document:
         pictures.mkdir(parents=True, exist_ok=True)
         for stem, figure in self._pictures.items():
             width_in, height_in = figure.get_size_inches()
-            figure.savefig(
-                pictures / f"{stem}.png", dpi=min(110, LARGEST_PIXELS[0] / width_in, LARGEST_PIXELS[1] / height_in)
-            )
+            dpi = min(110, LARGEST_PIXELS[0] / width_in, LARGEST_PIXELS[1] / height_in)
+            write_picture(figure, pictures / f"{stem}.png", dpi)
         text = "\n\n".join([f"# {self.title}", *self._blocks]) + "\n"
         body = markdown.markdown(text, extensions=["tables", "fenced_code"])
         page = (
@@ -74,7 +76,7 @@ class Document:
         )
         files = [self.folder / "report.md", self.folder / "report.html"]
         for file, content in zip(files, (text, page), strict=True):
-            file.write_text(content, encoding="utf-8")
+            write_atomically(file, content)
         return files
 
     def _inlined(self, body: str) -> str:

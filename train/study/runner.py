@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from data.files.own import write_atomically
 from train.run.names import FAILURE, LOG
 from train.study.launch import MustEnd, forked, launched
-from train.study.stages import prepare
+from train.study.stages import discard, prepare
 from train.study.state import State, read_state
 from train.study.suite import PlannedRun, Stage, Suite
 
@@ -85,7 +84,7 @@ class Runner:
             state = read_state(stage)
             where = f"[{number}/{total}] {run.name}" + (f" {stage.folder.name}" if len(run.stages) > 1 else "")
             if state.word == "diverged" and self.retry:
-                shutil.rmtree(stage.folder)
+                discard(stage)
                 state = read_state(stage)
             if state.can_train:
                 self.say(f"{where}: {'resumes at step ' + str(state.step) if state.step else 'starts'}")

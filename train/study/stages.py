@@ -2,11 +2,27 @@
 
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
 from data.files.own import write_atomically
-from train.run.names import ENTROPY, FAILURE, METRICS, STAGE
+from train.checkpoint.folder import Folder, is_file_of_ours
+from train.checkpoint.root import OwnedRoot
+from train.run.directory import recorded_run_id
+from train.run.identity import Identity, new_run_id
+from train.run.names import (
+    ENTROPY,
+    EVALUATION,
+    FAILURE,
+    IDENTITY,
+    LOG,
+    MARKER,
+    METRICS,
+    STAGE,
+    TENSORBOARD,
+    TRAINED,
+)
 from train.run.reader import RunReader
 from train.study.suite import Stage
 
@@ -37,18 +53,46 @@ def branch_off(stage: Stage) -> None:
     earlier = [step for step in trunk.complete_steps() if step <= stage.copied_step]
     if branch.complete_steps() or not earlier:
         return
+    run_id = recorded_run_id(stage.folder) or recorded_run_id(stage.copied_from) or new_run_id()
+    identity = Identity(run_id, str(stage.folder.absolute()))
+    write_atomically(stage.folder / IDENTITY, identity.to_json())
     for file in (METRICS, ENTROPY):  # before the checkpoint, which says that a branch has begun
-        shutil.copyfile(stage.copied_from / file, stage.folder / f"{file}.tmp")
-        os.replace(stage.folder / f"{file}.tmp", stage.folder / file)  # resuming cuts it back to the checkpoint's step
-    finished = branch.checkpoint(max(earlier))
-    unfinished = finished.with_name(f"{finished.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(trunk.checkpoint(max(earlier)), unfinished, copy_function=_link_or_copy)
-    os.replace(unfinished, finished)
+        _copy(stage.copied_from / file, stage.folder / file)  # resuming cuts it back to the checkpoint's step
+    source, target = trunk.checkpoint(max(earlier)), branch.checkpoint(max(earlier))
+    OwnedRoot(Folder(str(target.parent)), run_id).begin(target.name)
+    for name in sorted(each.name for each in source.iterdir() if is_file_of_ours(each.name) and each.name != MARKER):
+        _link_or_copy(source / name, target / name)
+    _copy(source / MARKER, target / MARKER)  # last, since it makes the checkpoint complete
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def discard(stage: Stage) -> None:
+    """Delete what a training has written, so that the stage begins anew. Other files in its folder stay.
+
+    Raises:
+        RunError: config.json is damaged.
+    """
+    root = Folder(stage.config.checkpoint_folder)
+    OwnedRoot(root, recorded_run_id(stage.folder) or new_run_id()).discard_all()
+    if root.local_path is not None:
+        (root.local_path / IDENTITY).unlink(missing_ok=True)
+    for name in (*TRAINED, EVALUATION, FAILURE, LOG):
+        (stage.folder / name).unlink(missing_ok=True)
+    for events in (stage.folder / TENSORBOARD).glob("events.out.tfevents.*"):
+        events.unlink()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)  # a checkpoint is never written to once complete
     except OSError:
-        shutil.copyfile(source, target)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; the target is there as a whole or not at all."""
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        shutil.copyfile(source, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
