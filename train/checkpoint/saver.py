@@ -25,8 +25,8 @@ from train.checkpoint.load import CheckpointError, first_failure, steps_saved
 from train.checkpoint.staging import Staging
 from train.checkpoint.tensors import Writer
 from train.config import Config
-from train.run.folder import description
 from train.run.names import checkpoint_name, step_of
+from train.run.provenance import description
 
 FAILURES_IN_A_ROW = 2
 

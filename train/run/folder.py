@@ -4,11 +4,9 @@ What lies in it is listed in train/run/names.py. It is read through train/run/re
 """
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -17,14 +15,12 @@ from data.files.own import write_atomically
 from data.files.strict_json import finite_or_none
 from train.config import Config
 from train.run import names
+from train.run.provenance import description
 from train.run.reader import RunError, read_rows
 from train.run.same_run import Use, same_run_in
 
 LOOK_S = 1.0
 """Longer than a reader who asks whether a folder is in use holds its lock."""
-COMMIT = "COMMIT"
-"""File at the root of a snapshot of the code (train.snapshot) that says which commit it is."""
-PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "triton")
 
 
 class RunDirectory:
@@ -93,32 +89,6 @@ def check_same_run(path: Path, config: Config) -> None:
         another = "model" if any(each.key.startswith("model.") for each in differing) else "seed"
         shown = "; ".join(f"{each.key} is {each.there!r} there and {each.here!r} here" for each in differing[:3])
         raise RunError(f"run_dir {path} holds a run of another {another} ({shown}); choose another run_dir")
-
-
-def description(config: Config) -> dict[str, Any]:
-    """Return the part of config.json that follows from the configuration and this installation."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"config": config.record(), "versions": versions, "git_commit": git_commit()}
-
-
-def git_commit() -> str | None:
-    """Return the commit of the code that runs, or None outside a git checkout.
-
-    It ends in '-dirty' if files differ from the commit.
-    """
-    noted = Path(__file__).resolve().parents[2] / COMMIT
-    if noted.exists():
-        return noted.read_text().strip()
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 class JsonLines:
