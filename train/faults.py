@@ -51,6 +51,7 @@ FAULTS = {
     "LibraryChangedError": Fault(REFUSED),
     "TrainingError": Fault(DIVERGED),
     "SaveError": Fault(FAILED),
+    "LockLostError": Fault(FAILED),
     "LateError": Fault(TIMED_OUT),
     # one node's network or disk may be the cause
     "LaunchError": Fault(FAILED, Reporter.EACH_NODE),

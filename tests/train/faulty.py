@@ -90,8 +90,8 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 def killed_before_change(arguments: list[str], log: str, number: int) -> None:
     """kill -9 by itself before the change `number` (from 1) to a file or folder of its run, or right after a row."""
     import train.main
-    from train.run.folder import JsonLines
     from train.run.journal import Journal
+    from train.run.rows import JsonLines
 
     folder = next(word for word in arguments if word.startswith("run_dir=")).removeprefix("run_dir=")
     seen, run_main = 0, train.main.main

@@ -4,7 +4,7 @@ import contextlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -97,9 +97,12 @@ class Trainer:
         manifest: of the dataset at `config.data.path`.
         clock: limits and counts each section.
         stop: asks for an early end.
+        directory: the run's folder, on rank 0; None elsewhere.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, clock: Clock, stop: StopRequest) -> None:
+    def __init__(
+        self, config: Config, manifest: Manifest, clock: Clock, stop: StopRequest, directory: RunDirectory | None
+    ) -> None:
         self.config, self.manifest, self.clock, self.stop = config, manifest, clock, stop
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
         dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
@@ -118,11 +121,12 @@ class Trainer:
             if "health_state" in saved.marker:  # earlier versions did not save it
                 self.health.load_state_dict(saved.marker["health_state"])
         self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
-        is_first = rank() == 0
-        if is_first:
-            clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
         changed = checkpoint.changed_settings(saved, config) if saved is not None else {}
-        self.log = RunLog(self.folder, config, self.step, faults, changed) if is_first else None
+        self.log: RunLog | None = None
+        if directory is not None:
+            damage = clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
+            self.log = RunLog(directory, config, self.step, faults, changed, recorded_logs(saved))
+            self.log.damaged(damage, self.step)
         told = None if self.log is None else self.log.saving
         self.saver = CheckpointSaver(config, self.engine, manifest.vocab_size, dataset, self.group, told)
         self.metrics = StepMetrics(config, manifest.vocab_size, clock.steps)
@@ -271,7 +275,8 @@ class Trainer:
         loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
         with self.clock.section("save"):
             self._write_rows()  # before the checkpoint, since a resumed run goes on after them
-            self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
+            logs = {} if self.log is None else self.log.prefixes()
+            self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss, logs))
         self.save_is_due = False
 
     def _finish_save(self) -> None:
@@ -300,7 +305,8 @@ class Trainer:
             self.health.forget()
             if self.log is not None:
                 self.clock.goodput.lose(lost_s + seconds_after(self.folder, self.step))
-                self.log.went_back(from_step, self.step, first_refused, self.stream.samples_consumed)
+                next_sample = self.stream.samples_consumed
+                self.log.went_back(from_step, self.step, first_refused, next_sample, recorded_logs(saved))
 
     def _give_up(self, why: str) -> NoReturn:
         self._log()
@@ -312,6 +318,12 @@ class Trainer:
     def _restore(self, saved: SavedCheckpoint) -> None:
         self.engine.load_state(saved, self.manifest.vocab_size)
         self.step = saved.step
+
+
+def recorded_logs(saved: SavedCheckpoint | None) -> dict[str, Any]:
+    """Return what a checkpoint has recorded of the run's files; empty for one of an earlier version."""
+    logs = {} if saved is None else saved.marker.get("logs")
+    return logs if isinstance(logs, dict) else {}
 
 
 def every(interval: int, step: int) -> bool:
@@ -335,7 +347,7 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
         with clock.section("start_up"):
             initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
             on_rank_zero(lambda: directory.append(RunDirectory(config.run_dir, config)))
-            trainer = Trainer(config, manifest, clock, stop)
+            trainer = Trainer(config, manifest, clock, stop, directory[0] if directory else None)
             on_rank_zero(lambda: directory[0].describe(dataset_identity(manifest)))
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:

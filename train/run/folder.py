@@ -4,7 +4,6 @@ What lies in it is listed in train/run/names.py. It is read through train/run/re
 """
 
 import fcntl
-import json
 import os
 import platform
 import time
@@ -12,15 +11,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.files.own import write_atomically
-from data.files.strict_json import finite_or_none
+from data.files.strict_json import to_json
 from train.config import Config
 from train.run import names
 from train.run.provenance import description
-from train.run.reader import RunError, read_rows
+from train.run.reader import RunError
 from train.run.same_run import Use, same_run_in
 
 LOOK_S = 1.0
 """Longer than a reader who asks whether a folder is in use holds its lock."""
+
+
+class LockLostError(RuntimeError):
+    """The run no longer holds its folder; the message is one line."""
 
 
 class RunDirectory:
@@ -48,7 +51,26 @@ class RunDirectory:
             dataset: its identity (train.parts.dataset_identity).
         """
         content = {"vocab_size": dataset["vocab_size"], "dataset": dataset, **description(self._config)}
-        write_atomically(self.path / names.CONFIG, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.path / names.CONFIG, to_json(content, indent=2) + "\n")
+
+    def check_held(self) -> None:
+        """Check that the lock is still in the folder, since another training may come in where it is not.
+
+        Raises:
+            LockLostError: somebody removed or replaced it, or the whole folder.
+        """
+        path = self.path / names.LOCK
+        try:
+            is_held = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path, follow_symlinks=False))
+        except FileNotFoundError:
+            is_held = False
+        except OSError:  # a file server that does not answer now
+            return
+        if not is_held:
+            raise LockLostError(
+                f"{path}: was removed or replaced while the run held it, so another run may write to the same folder; "
+                "see that none does, then start again: it goes on from the newest checkpoint"
+            )
 
     def close(self) -> None:
         """Release the lock."""
@@ -89,25 +111,3 @@ def check_same_run(path: Path, config: Config) -> None:
         another = "model" if any(each.key.startswith("model.") for each in differing) else "seed"
         shown = "; ".join(f"{each.key} is {each.there!r} there and {each.here!r} here" for each in differing[:3])
         raise RunError(f"run_dir {path} holds a run of another {another} ({shown}); choose another run_dir")
-
-
-class JsonLines:
-    """A file of one JSON object a line, each of some step.
-
-    Args:
-        path: of the file; rows of later steps than `last_step` are removed, so that no step appears twice.
-        last_step: the step that the run resumes after.
-    """
-
-    def __init__(self, path: Path, last_step: int) -> None:
-        if path.exists():
-            rows = [row for row in read_rows(path) if row["step"] <= last_step]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", buffering=1)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row, with null for what is not finite; it is in the file when this returns."""
-        self._file.write(json.dumps({key: finite_or_none(value) for key, value in row.items()}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()

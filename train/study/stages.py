@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from data.files.own import write_atomically
-from train.run.names import ENTROPY, FAILURE, METRICS, STAGE
+from train.run.names import ENTROPY, FAILURE, JOURNAL, METRICS, RANKS, STAGE
 from train.run.reader import RunReader
 from train.study.suite import Stage
 
@@ -37,7 +37,9 @@ def branch_off(stage: Stage) -> None:
     earlier = [step for step in trunk.complete_steps() if step <= stage.copied_step]
     if branch.complete_steps() or not earlier:
         return
-    for file in (METRICS, ENTROPY):  # before the checkpoint, which says that a branch has begun
+    for file in (METRICS, ENTROPY, RANKS, JOURNAL):  # before the checkpoint, which says that a branch has begun
+        if not (stage.copied_from / file).exists():
+            continue  # training the branch warns of what its checkpoint says there was
         shutil.copyfile(stage.copied_from / file, stage.folder / f"{file}.tmp")
         os.replace(stage.folder / f"{file}.tmp", stage.folder / file)  # resuming cuts it back to the checkpoint's step
     finished = branch.checkpoint(max(earlier))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from train.run import names
-from train.run.folder import JsonLines
 from train.run.journal import Journal
 from train.run.reader import RunError, RunReader, read_lines, read_rows
+from train.run.rows import JsonLines
 
 ROOT = Path(__file__).parents[3]
 
