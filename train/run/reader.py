@@ -194,15 +194,27 @@ def read_rows_from_the_end(path: Path) -> Iterator[Row]:
     except FileNotFoundError:
         return
     with file:
-        start, rest = file.seek(0, 2), b""
-        while start > 0:
-            end, start = start, max(0, start - PIECE_BYTES)
-            file.seek(start)
-            rest, *lines = (file.read(end - start) + rest[:MOST_LINE_BYTES]).split(b"\n")
-            for content in reversed(lines if start else [rest, *lines]):
-                row = parse_row(content)
-                if (step := step_of(row)) is not None and row is not None:
-                    yield {**row, "step": step}
+        for content in _lines_from_the_end(file):
+            row = parse_row(content)
+            if (step := step_of(row)) is not None and row is not None:
+                yield {**row, "step": step}
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of an open file, the last one first, without their ends; leave out those that are too long."""
+    start, parts = file.seek(0, 2), list[bytes]()
+    while start > 0:
+        end, start = start, max(0, start - PIECE_BYTES)
+        file.seek(start)
+        first, *lines = file.read(end - start).split(b"\n")
+        if lines:
+            lines[-1] += b"".join(reversed(parts))
+            yield from reversed(lines)
+            parts = []
+        parts.append(first)
+        if len(parts) * PIECE_BYTES > MOST_LINE_BYTES:
+            parts = [b""]
+    yield b"".join(reversed(parts))
 
 
 def step_of(row: Row | None) -> int | None:

@@ -235,22 +235,22 @@ def test_rows_are_read_from_the_end_as_from_the_beginning(tmp_path: Path, monkey
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Resume a file of 400 MB, half of it one line, in a process that may use 200 MB more than it has at its start."""
+    """Resume a file of 120 MB, half of it one line, in a process that may use 70 MB more than at its start."""
     path = tmp_path / names.METRICS
     prefix = written(path, 3)
     with path.open("ab") as file:
-        for _ in range(100):
-            file.write(b'{"step": 4, "x": "' + b"x" * 2_000_000 + b'"}\n')
-        file.write(b"x" * 200_000_000)
+        for _ in range(60):
+            file.write(b'{"step": 4, "x": "' + b"x" * 1_000_000 + b'"}\n')
+        file.write(b"x" * 60_000_000)
     code = """if True:
         import json, resource, sys
         from pathlib import Path
-        from train.loop.log import is_validated, seconds_after
+        from train.run.reader import read_rows_from_the_end
         from train.run.rows import JsonLines
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 200_000_000
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 70_000_000
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
         path, prefix = Path(sys.argv[1]), json.loads(sys.argv[2])
-        seconds_after(path.parent, 3), is_validated(path.parent, 3, 1)
+        assert sum(1 for _ in read_rows_from_the_end(path)) == 63
         assert JsonLines(path, 4, [prefix]).damage is None
         assert JsonLines(path, 4, [{**prefix, "sha256": "0"}]).damage
         assert JsonLines(path, 3).damage is None
