@@ -107,6 +107,8 @@ class RunLog:
             self.metrics.write(row)
         if self.board is not None:
             with self.side.writing(names.TENSORBOARD):
+                self.board.reopen_if_removed()
+            with self.side.writing(names.TENSORBOARD):
                 for row in rows:
                     self.board.step(row)
                 self.board.flush()
