@@ -65,10 +65,11 @@ def parse_json(content: str | bytes) -> Any:
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """Return the object that a line of a file of JSON lines holds, or None if it holds none.
 
-    It is twice as fast as `parse_json`, since it looks neither for a key given twice nor at how large numbers are.
+    NaN and infinities, which other programs write, become None. It is twice as fast as `parse_json`, since it looks
+    neither for a key given twice nor at how large numbers are.
     """
     try:
-        value = json.loads(line.decode(), parse_constant=_not_json)
+        value = json.loads(line.decode(), parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
