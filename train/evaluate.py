@@ -7,7 +7,6 @@ Writes evaluation.json: validation loss (nats a token), perplexity, and the mean
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from functools import partial
@@ -18,6 +17,7 @@ from data.command_line import add_allow_commands, can_write, path_argument, prin
 from data.errors import DataError
 from data.files.address import is_command
 from data.files.own import write_atomically
+from data.files.strict_json import to_json
 from parallel.launch import LaunchError, choose_accelerator
 from train.config import Config, ConfigError, config_from_dict
 from train.run.directory import recorded_run_id
@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
         print_faults(error)
         return 2
-    write_atomically(options.run / EVALUATION, json.dumps(row, indent=1) + "\n")
+    write_atomically(options.run / EVALUATION, to_json(row, indent=1) + "\n")
+    if "reason" in row:
+        print(f"warning: {row['reason']}", file=sys.stderr)
     print(summary(row, options.run))
     return 0
 
@@ -101,7 +103,13 @@ def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: b
     stage, groups = build_stage(config, manifest.vocab_size)
     load_weights(stage, groups, saved, manifest.vocab_size)
     result = validate(stage, groups, config, samples, partial(evaluate_stage, stage))
+    lost = not math.isfinite(result.loss)
     return {
+        **(
+            {"reason": f"the validation loss is {result.loss}: the weights are lost; null is not finite"}
+            if lost
+            else {}
+        ),
         "step": saved.step,
         "tokens": saved.step * config.tokens_per_step,
         "validation_loss": result.loss,

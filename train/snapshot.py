@@ -18,8 +18,8 @@ from data.command_line import print_faults, run_command
 from data.files.own import write_atomically
 from train.config import ConfigError, load_config
 from train.run.directory import check_is_of_a_run, check_links
-from train.run.folder import COMMIT, git_commit
 from train.run.names import CODE, RESOLVED
+from train.run.provenance import COMMIT, git_commit
 from train.run.reader import RunError
 from train.start.preflight import preflight
 
@@ -65,7 +65,7 @@ def take(run_dir: Path) -> None:
     for package in PACKAGES:
         if (root / package).exists():
             shutil.copytree(root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (partial / COMMIT).write_text(f"{git_commit()}\n")
+    (partial / COMMIT).write_text(f"{git_commit() or 'unknown'}\n")  # not that of a repository it may lie in
     os.replace(partial, code)
 
 

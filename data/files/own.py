@@ -5,8 +5,10 @@ link is what people want who keep their data elsewhere. Writing through one woul
 """
 
 import errno
+import itertools
 import os
 import secrets
+import shutil
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -70,6 +72,50 @@ def write_atomically(path: Path, content: str | bytes | bytearray, mode: int = 0
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: Path, leave: bool = False) -> Path:
+    """Keep what lies at a path under a name of its own, and return that: NAME.damaged, or NAME.damaged.2 and so on.
+
+    Nothing is ever overwritten. It may be anything: a file, a folder, a link, a pipe.
+
+    Args:
+        leave: whether a file also stays where it is, for the caller to replace.
+
+    Raises:
+        OSError: it cannot be kept; it is still where it was.
+    """
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged" + (f".{number}" if number > 1 else ""))
+        try:
+            _keep_as(path, aside, leave)
+            return aside
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def _keep_as(path: Path, aside: Path, leave: bool) -> None:
+    """Give what lies at `path` another name; raise FileExistsError if that name is taken."""
+    if stat.S_ISDIR(path.lstat().st_mode):
+        aside.mkdir()  # takes the name; an empty folder may be renamed over
+        path.rename(aside)
+        return
+    try:
+        os.link(path, aside, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, or a file of somebody else
+        taken = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with os.fdopen(taken, "wb") as copy:
+            if leave:
+                with open_to_read(path) as file:
+                    shutil.copyfileobj(file, copy)
+        if not leave:
+            os.replace(path, aside)
+        return
+    if not leave:
+        path.unlink()
 
 
 def _regular(file: int, path: str | os.PathLike[str]) -> int:

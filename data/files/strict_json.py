@@ -14,7 +14,10 @@ MOST_BYTES = 1 << 26
 """Of a JSON file from outside, unless its reader says otherwise: 64 MiB."""
 
 Shape = Any
-"""What a value must be: a type, a tuple of types, a dict of required keys and their shapes, or a list of one shape."""
+"""What a value must be: a type, a tuple of types, a dict of keys and their shapes, or a list of one shape.
+
+A key of a dict that ends in "?" may be missing.
+"""
 
 _WORDS = {
     dict: "an object",
@@ -59,6 +62,19 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("not JSON that can be read (brackets within brackets, too deep)") from None
 
 
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the object that a line of a file of JSON lines holds, or None if it holds none.
+
+    NaN and infinities, which other programs write, become None. It is twice as fast as `parse_json`, since it looks
+    neither for a key given twice nor at how large numbers are.
+    """
+    try:
+        value = json.loads(line.decode(), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """Return a value as JSON, with null for NaN and infinities at any depth."""
     return json.dumps(finite_or_none(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
@@ -74,7 +90,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def check_shape(value: Any, shape: Shape, name: str = "") -> None:
-    """Check that a JSON value has the required keys, and that they have the right types; other keys may be anything.
+    """Check that a JSON value has the keys of a shape, and that they have the right types; other keys may be anything.
 
     `float` accepts whole numbers too, and neither number accepts true or false.
 
@@ -88,10 +104,12 @@ def check_shape(value: Any, shape: Shape, name: str = "") -> None:
         raise ValueError(f"{name or 'the content'} is {_shown(value)}, expected {expected}")
     if isinstance(shape, dict):
         for key, inner in shape.items():
+            key, may_be_missing = key.removesuffix("?"), key.endswith("?")
             full = f"{name}.{key}" if name else key
-            if key not in value:
+            if key in value:
+                check_shape(value[key], inner, full)
+            elif not may_be_missing:
                 raise ValueError(f"{full} is missing")
-            check_shape(value[key], inner, full)
     elif isinstance(shape, list):
         for index, item in enumerate(value):
             check_shape(item, shape[0], f"{name}[{index}]")

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
@@ -199,6 +200,20 @@ class Engine:
             vocab_size: without padding.
         """
         return StateMap(self.stage, self.groups, vocab_size).saved_chunks(self.optimizer)
+
+    @torch.no_grad()
+    def weights_are_finite(self, vocab_size: int) -> bool:
+        """Return whether the float32 weights of all ranks are finite; all ranks call.
+
+        A sum is finite only if what it adds up is. So one number is read for each tensor, and none is copied.
+        """
+        weights = (chunk.tensor for chunk in self.state_chunks(vocab_size) if chunk.name.startswith("model."))
+        sums = [tensor.sum(dtype=torch.float32).to(self.device) for tensor in weights]
+        bad = torch.zeros(1, device=self.device)
+        if sums:
+            bad += (~torch.isfinite(torch.stack(sums))).sum()
+        dist.all_reduce(bad)
+        return not bad.item()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

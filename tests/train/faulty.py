@@ -54,6 +54,26 @@ def with_slow_rank(arguments: list[str], on_rank: int, seconds: float, from_step
     return main_output(arguments)
 
 
+def with_lost_weights(arguments: list[str], step: int) -> Output:
+    """The update of one step makes a weight of rank 0 NaN, the first time that it is done."""
+    from parallel.engine.engine import Engine
+
+    train_step, calls = Engine.train_step, 0
+
+    def faulty(self: Any, *inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = train_step(self, *inputs)
+        if calls == step and os.environ["RANK"] == "0":
+            chunks = [chunk for chunk in self.state_chunks(64) if chunk.name.startswith("model.")]
+            chunks[0].tensor.view(-1)[0] = float("nan")
+            next(self.stage.parameters()).data.view(-1)[0] = float("nan")
+        return result
+
+    Engine.train_step = faulty  # type: ignore[method-assign]
+    return main_output(arguments)
+
+
 def with_too_little_memory(arguments: list[str], in_step: int) -> Output:
     """A step asks for more memory than there is, in a GPU's words."""
     from parallel.engine.engine import Engine
@@ -90,8 +110,8 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 def killed_before_change(arguments: list[str], log: str, number: int) -> None:
     """kill -9 by itself before the change `number` (from 1) to a file or folder of its run, or right after a row."""
     import train.main
-    from train.run.folder import JsonLines
     from train.run.journal import Journal
+    from train.run.rows import JsonLines
 
     folder = next(word for word in arguments if word.startswith("run_dir=")).removeprefix("run_dir=")
     seen, run_main = 0, train.main.main

@@ -305,7 +305,7 @@ def remove_rows(folder: Path) -> None:
         (change("evaluation.json", "entropy_nats", None), ["evaluation.json", "entropy_nats"]),
         (change("evaluation.json", "temperature", "x"), ["evaluation.json", "temperature is no array"]),
         (change_size("0"), ["config.json", "seq_length"]),
-        (change_size("1e400"), ["config.json", "seq_length"]),
+        (change_size("1e400"), ["config.json", "1e400 is too large"]),
         (change_size('"128"'), ["config.json", "seq_length"]),
         (remove_rows, ["nothing to draw"]),
         (lambda folder: (folder / "figures").write_text("a file in the way"), ["figures", "--output"]),

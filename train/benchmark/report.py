@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from train.config import ConfigError
+from train.run.provenance import git_commit
 
 
 def machine() -> dict[str, str]:
@@ -21,7 +21,7 @@ def machine() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": git_commit() or "unknown",
         "command": "python -m train.benchmark " + " ".join(sys.argv[1:]),
     }
     if has_gpu:
@@ -29,12 +29,6 @@ def machine() -> dict[str, str]:
 
         described["triton"] = triton.__version__
     return described
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def make_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -26,8 +26,8 @@ from train.checkpoint.root import OwnedRoot
 from train.checkpoint.staging import Staging
 from train.checkpoint.tensors import Writer
 from train.config import Config
-from train.run.folder import description
 from train.run.names import MARKER, checkpoint_name, step_of
+from train.run.provenance import description
 
 FAILURES_IN_A_ROW = 2
 
@@ -38,12 +38,16 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; `validation_loss` is that of an evaluation at this very step, if there was one."""
+    """Where a run stands; `validation_loss` is that of an evaluation at this very step, if there was one.
+
+    `logs` is what the files of rows hold (train.loop.log.RunLog.prefixes); empty on ranks that write none.
+    """
 
     step: int
     data_state: dict[str, Any]
     health_state: dict[str, Any]
     validation_loss: float | None = None
+    logs: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointSaver:
@@ -100,6 +104,7 @@ class CheckpointSaver:
             "data_state": progress.data_state,
             "health_state": progress.health_state,
             "validation_loss": finite_or_none(progress.validation_loss),
+            "logs": progress.logs,
             **self._description,
         }
         self.saved_step = progress.step

@@ -18,6 +18,7 @@ import torch
 from train.config import Config
 from train.loop.goodput import Goodput
 from train.loop.time_limits import TimeLimits
+from train.run.rows import Damage
 
 SECTIONS = {
     # section: (limit: health.<...>_limit_s, category of goodput)
@@ -47,9 +48,14 @@ class Clock:
         self.steps = StepClock()
         self._data_wait_s = 0.0
 
-    def keep_goodput(self, folder: Path, lost_s: float) -> None:
-        """Go on with the seconds in `folder`; `lost_s` of earlier steps have to be done again."""
+    def keep_goodput(self, folder: Path, lost_s: float) -> Damage | None:
+        """Go on with the seconds in `folder`; `lost_s` of earlier steps have to be done again.
+
+        Returns:
+            What is wrong with the file that keeps them; None if nothing is.
+        """
         self.goodput = Goodput(folder, lost_s)
+        return self.goodput.damage
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:

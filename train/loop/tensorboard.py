@@ -1,5 +1,6 @@
 """Writes a run to TensorBoard: scalars in groups, head and threshold maps, histograms, hyperparameters."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ class TensorBoardLog:
     """Writes rows of metrics.jsonl and entropy.jsonl; a resumed run continues its curves without duplicate steps."""
 
     def __init__(self, folder: Path, config: Config, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._folder = folder
+        self._writer: Any
+        self._files: set[Path]
+        self._open(first_step)
         if first_step == 0:
             self._hyperparameters(config)
             self._writer.add_custom_scalars(chart_layout())
 
     def step(self, row: dict[str, Any]) -> None:
+        self._last_step = row["step"]
         for group, keys in STEP_SCALARS.items():
             for key in (key for key in keys if row.get(key) is not None):
                 self._writer.add_scalar(f"{group}/{key}", row[key], row["step"])
@@ -66,12 +69,33 @@ class TensorBoardLog:
             if values.size:
                 self._writer.add_histogram(f"heads/{key}", values, step)
 
+    def reopen_if_removed(self) -> None:
+        """Begin a new event file if somebody removed the one that is written.
+
+        Raises:
+            FileNotFoundError: it was removed.
+        """
+        if all(file.exists() for file in self._files):
+            return
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._open(self._last_step)
+        raise FileNotFoundError("its event file was removed; a new one goes on from here")
+
     def flush(self) -> None:
         """Write buffered rows, so that a killed process leaves no gap."""
         self._writer.flush()
+        self._files = self._files or set(self._folder.glob("*")) - self._others
 
     def close(self) -> None:
         self._writer.close()
+
+    def _open(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._others, self._files = set(self._folder.glob("*")), set()
+        self._last_step = first_step
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
 
     def _hyperparameters(self, config: Config) -> None:
         """Write them to the run itself; the writer's own add_hparams would open a second run."""

@@ -1,6 +1,7 @@
 """The training loop: a step, then whatever is due after it."""
 
 import contextlib
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from train.loop.time_limits import GRACE_S
 from train.loop.trouble import TroubleReporter
 from train.loop.validation import Validation, validate, validation_tokens
 from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
+
+CURE = "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
 
 
 class TrainingError(RuntimeError):
@@ -120,11 +123,12 @@ class Trainer:
             if "health_state" in saved.marker:  # earlier versions did not save it
                 self.health.load_state_dict(saved.marker["health_state"])
         self.batches = micro_batches(self.stream, self.engine.groups.grid, local_device())
-        is_first = rank() == 0
-        if is_first:
-            clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
         changed = checkpoint.changed_settings(saved, config) if saved is not None else {}
-        self.log = RunLog(self.folder, config, self.step, faults, changed) if is_first else None
+        self.log: RunLog | None = None
+        if rank() == 0:
+            damage = clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
+            self.log = RunLog(self.folder, config, self.step, faults, changed, recorded_logs(saved))
+            self.log.damaged(damage, self.step)
         self._warn_of_places(in_the_way)
         told = None if self.log is None else self._tell_save
         self.saver = CheckpointSaver(
@@ -147,6 +151,9 @@ class Trainer:
 
         Returns:
             The validation over the whole split; None if the run was complete before, or was asked to stop early.
+
+        Raises:
+            TrainingError: the numbers went wrong, at the last step too.
         """
         end, samples = self.config.train_steps, self.config.training.evaluation_samples
         if self.step > end or (self.step == end and not self._lacks_validation(None)):
@@ -168,7 +175,7 @@ class Trainer:
                     self._evaluate(samples)
                 self._save_if_due()
         self._finish_save()
-        return self._evaluate(None) if self.step == end else None
+        return self._evaluate_end() if self.step == end else None
 
     def close(self, error: BaseException | None) -> None:
         """Release everything; after an error, without waiting for another rank."""
@@ -291,16 +298,35 @@ class Trainer:
                 self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)
         return validation
 
+    def _evaluate_end(self) -> Validation:
+        """Evaluate over the whole split; raise TrainingError if the loss is not finite."""
+        validation = self._evaluate(None)
+        if not math.isfinite(validation.loss):
+            raise TrainingError(
+                f"step {self.step}: the validation loss after the last step is {validation.loss}; {CURE}"
+            )
+        return validation
+
     def _save_if_due(self) -> None:
-        """Save at intervals, at the end and when asked to stop. After a refused step, wait for an accepted one."""
+        """Save at intervals, at the end and when asked to stop. After a refused step, wait for an accepted one.
+
+        Raises:
+            TrainingError: the last step has made weights that are not finite. Such weights of another step are not
+                saved either: the next step is refused, and the run goes back.
+        """
         is_last = self.is_stopping or self.step == self.config.train_steps
         self.save_is_due |= is_last or self._due(self.config.checkpoint.interval)
         if not self.save_is_due or (self.health.in_trouble and not is_last):
             return
+        if not self.engine.weights_are_finite(self.manifest.vocab_size):
+            if is_last:
+                raise TrainingError(f"step {self.step}: its update has made weights that are not finite; {CURE}")
+            return
         loss = self.validated[1] if self.validated is not None and self.validated[0] == self.step else None
         with self.clock.section("save"):
             self._write_rows()  # before the checkpoint, since a resumed run goes on after them
-            self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss))
+            logs = {} if self.log is None else self.log.prefixes()
+            self.saver.save(Progress(self.step, self.stream.state_dict(), self.health.state_dict(), loss, logs))
         self.save_is_due = False
 
     def _finish_save(self) -> None:
@@ -329,18 +355,22 @@ class Trainer:
             self.health.forget()
             if self.log is not None:
                 self.clock.goodput.lose(lost_s + seconds_after(self.folder, self.step))
-                self.log.went_back(from_step, self.step, first_refused, self.stream.samples_consumed)
+                next_sample = self.stream.samples_consumed
+                self.log.went_back(from_step, self.step, first_refused, next_sample, recorded_logs(saved))
 
     def _give_up(self, why: str) -> NoReturn:
         self._log()
-        raise TrainingError(
-            f"{self.last_refusal}; {why}; see {self.folder}/journal.jsonl; "
-            "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
-        )
+        raise TrainingError(f"{self.last_refusal}; {why}; see {self.folder}/journal.jsonl; {CURE}")
 
     def _restore(self, saved: SavedCheckpoint) -> None:
         self.engine.load_state(saved, self.manifest.vocab_size)
         self.step = saved.step
+
+
+def recorded_logs(saved: SavedCheckpoint | None) -> dict[str, Any]:
+    """Return what a checkpoint has recorded of the run's files; empty for one of an earlier version."""
+    logs = {} if saved is None else saved.marker.get("logs")
+    return logs if isinstance(logs, dict) else {}
 
 
 def every(interval: int, step: int) -> bool:

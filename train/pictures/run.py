@@ -154,23 +154,21 @@ def _existing(file: Path, content: Row | None) -> Row:
 
 def _strict_rows(file: Path, keys: tuple[str, ...]) -> list[Row]:
     """Return the rows of a file; a last line that is cut short, still being written, is left out."""
-    try:
-        lines = read_lines(file, errors="strict")
-    except UnicodeDecodeError as error:
-        raise FigureError(f"{file}: damaged, byte {error.start} is not UTF-8; restore the file") from None
-    except OSError as error:
-        raise FigureError(f"{file}: cannot be read ({error.strerror})") from None
-    if not lines:
+    if not file.exists():
         _existing(file, None)
     rows = []
-    for line in lines:
-        if _is_sound(line.row, keys):
-            rows.append(line.row)
-        elif not line.is_last:
-            raise FigureError(
-                f"{file}: line {line.number}: expected a JSON object with {' and '.join(keys)} and numbers in it, "
-                f"found {line.text[:40]!r}; remove that line"
-            )
+    try:
+        for line in read_lines(file):
+            if _is_sound(line.row, keys):
+                rows.append(line.row)
+            elif line.is_whole:
+                found = line.content[:40].decode(errors="backslashreplace")
+                raise FigureError(
+                    f"{file}: line {line.number}: expected a JSON object, in UTF-8, with {' and '.join(keys)} and "
+                    f"numbers in it, found {found!r}; remove that line"
+                )
+    except OSError as error:
+        raise FigureError(f"{file}: cannot be read ({error.strerror})") from None
     return rows
 
 

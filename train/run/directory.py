@@ -3,7 +3,6 @@
 What lies in it is listed in train/run/names.py. It is read through train/run/reader.py.
 """
 
-import json
 import os
 import platform
 import stat
@@ -12,11 +11,12 @@ from typing import Any
 
 from data.errors import printable
 from data.files.own import open_to_read, write_atomically
+from data.files.strict_json import to_json
 from train.config import Config
 from train.run import names
-from train.run.folder import description
 from train.run.identity import MOST_BYTES, Identity, identity_or_none, parse_identity
 from train.run.lock import FileLock, HeldError
+from train.run.provenance import description
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use, same_run_in
 
@@ -72,7 +72,7 @@ class RunDirectory:
             dataset: its identity (train.parts.dataset_identity).
         """
         about = {"vocab_size": dataset["vocab_size"], "dataset": dataset, "run_id": self.run_id}
-        write_atomically(self.path / names.CONFIG, json.dumps({**about, **description(self._config)}, indent=2) + "\n")
+        write_atomically(self.path / names.CONFIG, to_json({**about, **description(self._config)}, indent=2) + "\n")
 
     def check(self) -> None:
         """Raise LockLostError if another process may have taken the folder."""

@@ -6,17 +6,29 @@
 
 Each call reads its file anew, since the run may still be writing. Methods that return rows leave out damaged lines: a
 crash cuts a line in two, and a later start writes on. A reader that must not miss a row takes `read_lines` instead.
+
+Whatever lies in the folder, reading is bounded: it never waits on a pipe, and takes no line or file of any size.
 """
 
 import fcntl
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from data.errors import printable
+from data.files.own import open_to_read
+from data.files.strict_json import Shape, check_shape, parse_row, read_json
 from train.run import names
 
 Row = dict[str, Any]
+
+MOST_LINE_BYTES = 1 << 24
+"""A longer line is damaged: 16 MiB."""
+MOST_FAILURE_BYTES = 1 << 16
+PIECE_BYTES = 1 << 20
+SECTIONS: Shape = {"model?": dict, "data?": dict, "training?": dict, "optimizer?": dict, "regularizer?": dict}
+GOODPUT: Shape = {"updated": float, "seconds": dict}
 
 
 class RunError(ValueError):
@@ -39,7 +51,8 @@ class RunReader:
         Raises:
             RunError: the file is damaged or cannot be read.
         """
-        return read_object(self.folder / names.CONFIG, "restore it or choose another run_dir")
+        remedy = "restore it or choose another run_dir"
+        return read_object(self.folder / names.CONFIG, remedy, {"config": SECTIONS, "dataset?": dict})
 
     def config(self) -> Row | None:
         """Return the resolved configuration (sections of keys), or None if there is no run.
@@ -48,13 +61,7 @@ class RunReader:
             RunError: the file is damaged or cannot be read.
         """
         described = self.description()
-        if described is None:
-            return None
-        config = described.get("config")
-        if not isinstance(config, dict):
-            file = self.folder / names.CONFIG
-            raise RunError(f"{file}: damaged (config is {config!r:.40}); restore it or choose another run_dir")
-        return config
+        return None if described is None else dict(described["config"])
 
     def fingerprint(self) -> str | None:
         """Return the fingerprint of the run's dataset, or None if no file tells.
@@ -83,12 +90,12 @@ class RunReader:
         return [line.row for line in read_lines(self.folder / names.JOURNAL) if line.row is not None]
 
     def goodput(self) -> Row | None:
-        """Return the seconds by category and when they were written; None if the file is missing or damaged."""
-        try:
-            kept = read_object(self.folder / names.GOODPUT)
-        except RunError:
-            return None
-        return kept if kept is not None and {"updated", "seconds"} <= kept.keys() else None
+        """Return the seconds by category and when they were written, or None if there is no file.
+
+        Raises:
+            RunError: the file is damaged or cannot be read.
+        """
+        return read_object(self.folder / names.GOODPUT, shape=GOODPUT)
 
     def evaluation(self) -> Row | None:
         """Return the last evaluation by train.evaluate, or None if there was none.
@@ -109,13 +116,16 @@ class RunReader:
 
     def failure(self) -> str:
         """Return the last error message of a training that a study started; empty if it did not fail."""
-        file = self.folder / names.FAILURE
-        return file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+        try:
+            with open_to_read(self.folder / names.FAILURE) as file:
+                return file.read(MOST_FAILURE_BYTES).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
 
     def is_training(self) -> bool:
         """Return whether a process trains there now."""
         try:
-            with (self.folder / names.LOCK).open("r+") as lock:
+            with open_to_read(self.folder / names.LOCK) as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: another reader is not taken for a training
         except FileNotFoundError:
             return False
@@ -130,68 +140,108 @@ class Line:
 
     Attributes:
         number: from 1.
+        content: with the end of the line; a part of a line that is longer than MOST_LINE_BYTES.
         row: the object that the line holds; None if it holds none.
-        is_last: whether nothing ends the line, so that it may still be being written.
     """
 
     number: int
-    text: str
+    content: bytes
     row: Row | None
-    is_last: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether something ends the line. Otherwise it may still be being written, or a crash cut it off."""
+        return self.content.endswith(b"\n")
 
 
-def read_lines(file: Path, errors: str = "replace") -> list[Line]:
-    """Parse a file of one JSON object a line; return no line if there is no file.
+def lines_of(file: BinaryIO) -> Iterator[Line]:
+    """Parse an open file of one JSON object a line, from where it stands."""
+    for number, content in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES), b""), start=1):
+        yield Line(number, content, parse_row(content))
 
-    Args:
-        errors: what to do with bytes that are not UTF-8: 'replace' or 'strict', as for `open`.
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Parse a file of one JSON object a line; yield no line if there is no file.
 
     Raises:
         OSError: the file cannot be read.
-        UnicodeDecodeError: it is not UTF-8 and `errors` is 'strict'.
     """
-    if not file.exists():
-        return []
-    texts = file.read_text(encoding="utf-8", errors=errors).split("\n")
-    return [Line(number, text, _object(text), number == len(texts)) for number, text in enumerate(texts, start=1)]
+    try:
+        file = open_to_read(path)
+    except FileNotFoundError:
+        return
+    with file:
+        yield from lines_of(file)
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Return the rows that have a step, a whole number; damaged lines are left out."""
     rows = []
-    for line in read_lines(file):
-        row = line.row or {}
-        try:
-            rows.append({**row, "step": int(row["step"])})
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue
+    for line in read_lines(path):
+        if (step := step_of(line.row)) is not None and line.row is not None:
+            rows.append({**line.row, "step": step})
     return rows
 
 
-def read_object(file: Path, remedy: str = "restore it") -> Row | None:
-    """Return the JSON object in a file, or None if there is no file.
+def read_rows_from_the_end(path: Path) -> Iterator[Row]:
+    """Yield the rows that have a step, the last one first; damaged lines are left out.
 
     Raises:
-        RunError: the file cannot be read or holds something else; the message ends with `remedy`.
+        OSError: the file cannot be read.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        file = open_to_read(path)
+    except FileNotFoundError:
+        return
+    with file:
+        for content in _lines_from_the_end(file):
+            row = parse_row(content)
+            if (step := step_of(row)) is not None and row is not None:
+                yield {**row, "step": step}
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of an open file, the last one first, without their ends; leave out those that are too long."""
+    start, parts = file.seek(0, 2), list[bytes]()
+    while start > 0:
+        end, start = start, max(0, start - PIECE_BYTES)
+        file.seek(start)
+        first, *lines = file.read(end - start).split(b"\n")
+        if lines:
+            lines[-1] += b"".join(reversed(parts))
+            yield from reversed(lines)
+            parts = []
+        parts.append(first)
+        if len(parts) * PIECE_BYTES > MOST_LINE_BYTES:
+            parts = [b""]
+    yield b"".join(reversed(parts))
+
+
+def step_of(row: Row | None) -> int | None:
+    """Return the step of a row; None if it has none that is a whole number."""
+    try:
+        return None if row is None else int(row["step"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def read_object(file: Path, remedy: str = "restore it", shape: Shape = dict) -> Row | None:
+    """Return the JSON object in a file, or None if there is no file.
+
+    Args:
+        remedy: what to do about a damaged file; ends the message.
+        shape: of the object (data.files.strict_json.Shape).
+
+    Raises:
+        RunError: the file cannot be read, is no strict JSON, or has another shape.
+    """
+    try:
+        value = read_json(file)
+        check_shape(value, shape)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise RunError(f"{file}: damaged, byte {error.start} is not UTF-8; {remedy}") from None
     except OSError as error:
         raise RunError(f"{file}: cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{file}: damaged, not JSON ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{file}: damaged, expected a JSON object, found {type(value).__name__}; {remedy}")
-    return value
-
-
-def _object(text: str) -> Row | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    except ValueError as error:
+        raise RunError(f"{file}: damaged, {printable(str(error))}; {remedy}") from None
+    return dict(value)

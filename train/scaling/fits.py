@@ -1,13 +1,13 @@
 """Fit a law to each architecture's points, and keep the laws in a file for `predict`."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.files.own import write_atomically
+from data.files.strict_json import read_json, to_json
 from train.scaling.analysis import HeldOut, exponents, held_out
 from train.scaling.compare import Curve
 from train.scaling.law import Fit, FitError, LossLaw, bootstrap, fit, interval
@@ -101,7 +101,7 @@ def _analysis(series: Series, resamples: int, seed: int) -> Analysis:
 
 
 def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) -> None:
-    """Write the file that `predict` reads."""
+    """Write the file that `predict` reads. In it, null is a coefficient or an end of an interval that is not finite."""
     tree: dict[str, Any] = {"source": str(source), "parameters": counted, "architectures": {}}
     for one in analyses:
         points = one.series.points
@@ -116,7 +116,7 @@ def save_fits(path: Path, source: Path, counted: str, analyses: list[Analysis]) 
             "range_tokens": [points.tokens.min(), points.tokens.max()],
             "resamples": [list(law.as_row().values()) for law in one.resamples],
         }
-    write_atomically(path, json.dumps(tree) + "\n")
+    write_atomically(path, to_json(tree) + "\n")
 
 
 def read_fits(path: Path) -> dict[str, tuple[LossLaw, list[LossLaw], dict[str, Any]]]:
@@ -129,7 +129,7 @@ def read_fits(path: Path) -> dict[str, tuple[LossLaw, list[LossLaw], dict[str, A
         PointsError: the file is something else; says where.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
+        tree = read_json(path)
     except FileNotFoundError:
         raise PointsError(f"{path}: no such file; fit --output {path} writes one") from None
     except (OSError, ValueError) as error:
@@ -143,6 +143,7 @@ def read_fits(path: Path) -> dict[str, tuple[LossLaw, list[LossLaw], dict[str, A
 def _read_law(where: str, row: Any) -> tuple[LossLaw, list[LossLaw], dict[str, Any]]:
     if not isinstance(row, dict):
         raise PointsError(f"{where}: expected an object of coefficients; write the file anew with fit --output")
+    row = _with_floats(row)
     resamples = row.get("resamples")
     checked = [
         (", ".join(COEFFICIENTS), "5 finite numbers", _are_numbers([row.get(key) for key in COEFFICIENTS], 5)),
@@ -150,13 +151,27 @@ def _read_law(where: str, row: Any) -> tuple[LossLaw, list[LossLaw], dict[str, A
         ("range_tokens", "2 finite numbers", _are_numbers(row.get("range_tokens"), 2)),
         ("loss_unit", "words", isinstance(row.get("loss_unit", ""), str)),
         ("resamples", "a list of at least one law, 5 numbers each", isinstance(resamples, list) and resamples
-         and all(_are_numbers(law, 5, finite=False) for law in resamples)),
+         and all(_are_numbers(_unbounded(law), 5, finite=False) for law in resamples)),
     ]  # fmt: skip
     for key, expected, is_right in checked:
         if not is_right:
             raise PointsError(f"{where}: {key}: expected {expected}; write the file anew with fit --output")
     law = LossLaw(**{key: row[key] for key in COEFFICIENTS})
-    return law, [LossLaw(*values) for values in row["resamples"]], row
+    return law, [LossLaw(*_unbounded(values)) for values in row["resamples"]], row
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a JSON value with its whole numbers as floats."""
+    if isinstance(value, dict):
+        return {key: _with_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    return float(value) if type(value) is int else value
+
+
+def _unbounded(law: Any) -> Any:
+    """Return a resample's coefficients with infinity for null: it is written for one that no float holds."""
+    return [math.inf if value is None else value for value in law] if isinstance(law, list) else law
 
 
 def _are_numbers(values: Any, count: int, finite: bool = True) -> bool:

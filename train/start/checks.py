@@ -26,7 +26,7 @@ from parallel.sharding.megatron import Groups
 from train.checkpoint.folder import Folder, verify_file
 from train.config import Config
 from train.cost.parameters import total_parameters
-from train.run.folder import description
+from train.run.provenance import description
 
 ON_GPU = torch.cuda.is_available()
 MATRIX = 8192 if ON_GPU else 512

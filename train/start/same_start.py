@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.shards.manifest import Manifest
 from train.config import Config, ConfigError, load_config
 from train.config.sections import HealthConfig
-from train.run.folder import git_commit
+from train.run.provenance import git_commit
 from train.start.differences import Side, describe_differences, name_ranks
 from train.start.facts import Facts, config_facts, dataset_facts, environment_facts, source_facts
 from train.start.preflight import preflight

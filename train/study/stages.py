@@ -1,12 +1,12 @@
 """Make a stage's folder ready to be trained in; a branch starts from its trunk's checkpoint."""
 
-import json
 import os
 import secrets
 import shutil
 from pathlib import Path
 
 from data.files.own import write_atomically
+from data.files.strict_json import to_json
 from train.checkpoint.folder import Folder, is_file_of_ours
 from train.checkpoint.root import OwnedRoot
 from train.run.directory import recorded_run_id
@@ -16,9 +16,11 @@ from train.run.names import (
     EVALUATION,
     FAILURE,
     IDENTITY,
+    JOURNAL,
     LOG,
     MARKER,
     METRICS,
+    RANKS,
     STAGE,
     TENSORBOARD,
     TRAINED,
@@ -38,7 +40,7 @@ def prepare(stage: Stage) -> Path:
     if stage.copied_from is not None:
         branch_off(stage)
     config_file = stage.folder / STAGE
-    write_atomically(config_file, json.dumps(stage.config.as_dict(), indent=2) + "\n", stage.config.file_mode)
+    write_atomically(config_file, to_json(stage.config.as_dict(), indent=2) + "\n", stage.config.file_mode)
     return config_file
 
 
@@ -56,7 +58,9 @@ def branch_off(stage: Stage) -> None:
     run_id = recorded_run_id(stage.folder) or recorded_run_id(stage.copied_from) or new_run_id()
     identity = Identity(run_id, str(stage.folder.absolute()))
     write_atomically(stage.folder / IDENTITY, identity.to_json())
-    for file in (METRICS, ENTROPY):  # before the checkpoint, which says that a branch has begun
+    for file in (METRICS, ENTROPY, RANKS, JOURNAL):  # before the checkpoint, which says that a branch has begun
+        if not (stage.copied_from / file).exists():
+            continue  # training the branch warns of what its checkpoint says there was
         _copy(stage.copied_from / file, stage.folder / file)  # resuming cuts it back to the checkpoint's step
     source, target = trunk.checkpoint(max(earlier)), branch.checkpoint(max(earlier))
     OwnedRoot(Folder(str(target.parent)), run_id).begin(target.name)

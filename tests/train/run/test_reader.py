@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from train.run import names
-from train.run.folder import JsonLines
 from train.run.journal import Journal
 from train.run.reader import RunError, RunReader, read_lines, read_rows
+from train.run.rows import JsonLines
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,20 +32,20 @@ def test_rows_leave_out_what_is_no_row_of_a_step(tmp_path: Path, damage: str) ->
 def test_a_line_says_whether_it_may_still_be_being_written(tmp_path: Path) -> None:
     file = tmp_path / names.METRICS
     file.write_text('{"step": 1}\nx\n{"step": 2}')
-    assert [(line.number, line.row, line.is_last) for line in read_lines(file)] == [
-        (1, {"step": 1}, False), (2, None, False), (3, {"step": 2}, True),
+    assert [(line.number, line.row, line.is_whole) for line in read_lines(file)] == [
+        (1, {"step": 1}, True), (2, None, True), (3, {"step": 2}, False),
     ]  # fmt: skip
-    file.write_bytes(b"\xff\n")
-    with pytest.raises(UnicodeDecodeError):
-        read_lines(file, errors="strict")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "config.json: damaged, not JSON"),
-        (b"[1]", "found list"),
-        (b"{}", "damaged .config is None"),
+        (b"{", "config.json: damaged, line 1, column 2: not JSON"),
+        (b"[1]", "the content is a list, expected an object"),
+        (b"{}", "damaged, config is missing"),
+        (b'{"config": {"model": []}}', "damaged, config.model is a list, expected an object"),
+        (b'{"config": {"model": {"num_layers": NaN}}}', "NaN is not JSON"),
+        (b"[" * 10**5, "too deep"),
         (b"\xff", "byte 0 is not UTF-8"),
         (None, "cannot be read .Is a directory"),
     ],

@@ -77,7 +77,7 @@ def test_a_damaged_section_is_named(tmp_path: Path) -> None:
     assert same_run_in(tmp_path, run_tree(), Use.FOLDER) == []
     (tmp_path / "config.json").write_text('{"config": {"model": 3}}')
     for use in (Use.FOLDER, Use.RESULT):
-        with pytest.raises(RunError, match=r"config.json: model is 3, expected an object; restore the file"):
+        with pytest.raises(RunError, match=r"config.json: damaged, config.model is 3, expected an object"):
             same_run_in(tmp_path, run_tree(), use)
 
 
