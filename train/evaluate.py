@@ -19,6 +19,7 @@ from data.errors import DataError
 from data.files.address import is_command
 from data.files.own import write_atomically
 from parallel.launch import LaunchError, choose_accelerator
+from parallel.processes.place import forget_launcher
 from train.config import Config, ConfigError, config_from_dict
 from train.run.directory import recorded_run_id
 from train.run.names import CONFIG, EVALUATION
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="evaluate only the first N validation sequences (default: all)",
     )
     options = parser.parse_args(arguments)
+    forget_launcher()
     choose_accelerator()
     from train.checkpoint.root import CheckpointError
 

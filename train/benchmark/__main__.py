@@ -12,6 +12,7 @@ import sys
 
 from data.command_line import print_faults, run_command
 from parallel.engine.deepspeed_section import DeepSpeedSectionError
+from parallel.processes.place import forget_launcher
 from train.benchmark import attention as benchmark_attention
 from train.benchmark import learning as benchmark_learning
 from train.benchmark import step as benchmark_step
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
         print(__doc__)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    forget_launcher()
     try:
         return BENCHMARKS[arguments[0]](arguments[1:])
     except (ConfigError, DeepSpeedSectionError) as error:

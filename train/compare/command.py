@@ -48,6 +48,7 @@ from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.names import listed
+from parallel.processes.place import forget_launcher
 from train.compare.comparison import ROUNDING_FACTOR, TOLERANCE
 from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import CONFIGURED
@@ -57,6 +58,7 @@ from train.config import Config, ConfigError, load_config
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    forget_launcher()
     choose_accelerator()
     try:
         config = load_config(options.config, options.overrides)
