@@ -25,6 +25,7 @@ from train.run.directory import recorded_run_id
 from train.run.names import CONFIG, EVALUATION
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use
+from train.start.compiled_code import keep_compiled_code_private
 
 DESCRIPTION = "Evaluate a run's newest checkpoint on the validation split, in one process, whatever layout trained it."
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     from train.checkpoint.root import CheckpointError
 
     try:
+        keep_compiled_code_private()
         row = evaluate(options.run, options.data, options.samples, options.allow_commands)
     except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
         print_faults(error)

@@ -17,6 +17,7 @@ from train.benchmark import attention as benchmark_attention
 from train.benchmark import learning as benchmark_learning
 from train.benchmark import step as benchmark_step
 from train.config import ConfigError
+from train.start.compiled_code import keep_compiled_code_private
 
 BENCHMARKS = {
     "attention": benchmark_attention.main,
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     forget_launcher()
     try:
+        keep_compiled_code_private()
         return BENCHMARKS[arguments[0]](arguments[1:])
     except (ConfigError, DeepSpeedSectionError) as error:
         print_faults(error)

@@ -54,6 +54,7 @@ from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import CONFIGURED
 from train.compare.reference import OneProcess, OneProcessAsTrained
 from train.config import Config, ConfigError, load_config
+from train.start.compiled_code import keep_compiled_code_private
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     forget_launcher()
     choose_accelerator()
     try:
+        keep_compiled_code_private()
         config = load_config(options.config, options.overrides)
         options.dtype = options.dtype or default_dtype(config)
         if options.dtype == CONFIGURED and options.tolerance is not None:
