@@ -18,14 +18,18 @@ VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"
 
 
 def keep_compiled_code_private() -> None:
-    """Choose the folders of compiled code, unless the environment names them; call before anything is compiled.
+    """Choose the folders of compiled code, unless the environment names them.
+
+    Call this before megatron-core is imported: that already reads torch's folder, and enters it in the environment.
+    Torch's own choice therefore does not count as named.
 
     They lie in the user's cache folder, or among the temporary files if there is none or it cannot be written.
 
     Raises:
         ConfigError: another user owns the folder, or may write to it.
     """
-    if all(os.environ.get(variable) for variable in VARIABLES):
+    unnamed = [variable for variable in VARIABLES if not _is_named(variable)]
+    if not unnamed:
         return
     folder: Path | None = None
     with contextlib.suppress(DataError, OSError):
@@ -38,12 +42,17 @@ def keep_compiled_code_private() -> None:
             raise ConfigError([f"{folder}: cannot be made for compiled code ({error.strerror}); {_REMEDY}"]) from None
     if fault := _fault(folder):
         raise ConfigError([f"{folder}: {fault}, and compiled code would be run from it; delete it, or {_REMEDY}"])
-    for variable, name in VARIABLES.items():
-        if not os.environ.get(variable):
-            os.environ[variable] = str(folder / name)
+    for variable in unnamed:
+        os.environ[variable] = str(folder / VARIABLES[variable])
 
 
 _REMEDY = f"name folders of your own with {' and '.join(VARIABLES)}"
+
+
+def _is_named(variable: str) -> bool:
+    """Whether the environment names a folder, other than what torch chooses and passes on to processes it starts."""
+    value = os.environ.get(variable, "")
+    return bool(value) and not value.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_"))
 
 
 def _made(folder: Path) -> Path:

@@ -1,12 +1,17 @@
 """Compiled code is run from folders of this user alone."""
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from train.config import ConfigError
 from train.start.compiled_code import VARIABLES, keep_compiled_code_private
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,37 @@ def test_without_a_home_the_folder_lies_among_temporary_files(monkeypatch: pytes
 
 
 def test_torch_takes_the_folder(cache: Path) -> None:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     keep_compiled_code_private()
-    assert cache_dir() == f"{cache}/inductor" and triton_cache_dir(0) == f"{cache}/triton"
+    assert cache_dir() == f"{cache}/inductor"
+
+
+@pytest.mark.parametrize("choice", ["", "/triton/0"])
+def test_torchs_own_choice_does_not_count_as_the_users(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, choice: str
+) -> None:
+    """torch enters it in the environment, and processes that are started then inherit it."""
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}{choice}")
+    keep_compiled_code_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{cache}/inductor"
+    assert os.environ["TRITON_CACHE_DIR"] == f"{cache}/triton"
+
+
+@pytest.mark.slow
+def test_a_user_without_a_home_trains_and_evaluates(tiny_config: Path, tmp_path: Path) -> None:
+    """Importing megatron-core already makes torch look into its folder; so the folders are named before that."""
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = "import os, sys, runpy; os.path.expanduser = lambda path: path; sys.argv = sys.argv[1:]; "
+    train = [sys.executable, "-c", script + "runpy.run_path(sys.argv[0], run_name='__main__')", "train/main.py"]
+    evaluate = [sys.executable, "-c", script + "runpy.run_module(sys.argv[0], run_name='__main__')", "train.evaluate"]
+    for command in (
+        [*train, "--config", str(tiny_config), "training.train_steps=2"],
+        [*evaluate, "--run", str(tmp_path / "run")],
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert (tmp_path / f"entropy-guided-transformer-{os.getuid()}").is_dir()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(("torchinductor", "~"))]
+    assert not (ROOT / "~").exists()
