@@ -76,17 +76,16 @@ def test_without_a_home_the_folder_lies_among_temporary_files(monkeypatch: pytes
     assert os.environ["TRITON_CACHE_DIR"] == f"{folder}/triton"
 
 
-def test_torch_takes_the_folder(cache: Path) -> None:
+def test_torch_takes_the_folder(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # the import has entered one
     keep_compiled_code_private()
     assert cache_dir() == f"{cache}/inductor"
 
 
 @pytest.mark.parametrize("choice", ["", "/triton/0"])
-def test_torchs_own_choice_does_not_count_as_the_users(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, choice: str
-) -> None:
+def test_torchs_own_choice_is_not_the_users(monkeypatch: pytest.MonkeyPatch, cache: Path, choice: str) -> None:
     """torch enters it in the environment, and processes that are started then inherit it."""
     for variable in VARIABLES:
         monkeypatch.setenv(variable, f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}{choice}")
