@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ODD = ["a b", "it's", "tab\there", "new\nline", "café", '$HOME `id` "\\', "", "*", "''", "-n", "#x"]
-SHOW = "#!/bin/sh\nexec {} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n".format(sys.executable)
+SHOW = f"#!/bin/sh\nexec {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n"
 
 
 def executable(file: Path, text: str) -> Path:
