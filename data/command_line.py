@@ -7,6 +7,8 @@ import os
 import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -63,6 +65,21 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of processes (default: all cores)",
     )
+
+
+def end_with_parent(parent: int) -> None:
+    """End this worker process once its parent is gone, so that it does not go on writing; initializes a pool's worker.
+
+    Args:
+        parent: its process id.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def can_write(file: Path) -> bool:

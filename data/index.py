@@ -13,6 +13,7 @@ import argparse
 import glob
 import itertools
 import math
+import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import add_workers, path_argument, run_command
+from data.command_line import add_workers, end_with_parent, path_argument, run_command
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME, ReadOptions, open_source
 from data.files.address import is_remote
@@ -123,7 +124,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _index_all(jobs: list[IndexJob], workers: int) -> list[ShardInfo]:
-    with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), None, end_with_parent, (os.getpid(),)) as pool:
         try:
             return list(tqdm(pool.map(index_shard, jobs), total=len(jobs), desc="index", unit="shard"))
         except BrokenProcessPool as error:

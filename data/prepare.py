@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import add_workers, path_argument, real_number, run_command, whole_number
+from data.command_line import add_workers, end_with_parent, path_argument, real_number, run_command, whole_number
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.files.own import open_to_append, write_atomically
@@ -238,7 +237,7 @@ def _run_stage(preparation: Preparation, stage: str, task: int, num_tasks: int, 
                 bar.update(weights[job])
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(pending)), context, _die_with_parent, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(min(workers, len(pending)), context, end_with_parent, (os.getpid(),)) as pool:
             futures = {pool.submit(run_job, preparation, stage, job): job for job in pending}
             try:
                 for future in as_completed(futures):
@@ -253,17 +252,6 @@ def _run_stage(preparation: Preparation, stage: str, task: int, num_tasks: int, 
 
 def _progress_interval_s() -> float:
     return 0.2 if sys.stderr.isatty() else 10.0
-
-
-def _die_with_parent(parent: int) -> None:
-    """End this worker once its parent is gone, so that it does not go on writing."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _print_report(folder: Path, time_spent: str) -> None:

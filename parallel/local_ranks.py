@@ -5,8 +5,11 @@ rank is spawned, since a process that has used CUDA cannot be forked.
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,10 +19,15 @@ from typing import Any
 import torch
 
 from parallel.launch import free_port
+from parallel.processes.lifetime import end_with_starter
+from parallel.processes.place import forget_launcher
 
 PRELOADED = "parallel.preload"
 POLL_INTERVAL_S = 0.05
 GRACE_AFTER_FAILURE_S = 5.0
+LONGEST_SOCKET_FOLDER = 60
+"""Bytes. The name of a socket has at most 107, of which multiprocessing adds up to 40."""
+_starting = threading.Lock()
 
 
 class RankError(AssertionError):
@@ -58,9 +66,7 @@ def start_ranks(
     function: Callable[..., Any], world_size: int, folder: str, *args: Any, use_gpu: bool = False
 ) -> list[Any]:
     """Start the ranks' processes, which write their results to `folder`, and return them."""
-    context: Any = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
-    if not use_gpu:
-        context.set_forkserver_preload([PRELOADED])
+    context: Any = multiprocessing.get_context("spawn") if use_gpu else fork_server(PRELOADED)
     port = free_port()
     processes = [
         context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
@@ -69,6 +75,24 @@ def start_ranks(
     for process in processes:
         process.start()
     return processes
+
+
+def fork_server(preloaded: str) -> Any:
+    """Start a server that imports a module once and forks processes, unless it runs, and return its context.
+
+    Its socket lies in the folder of temporary files, or in /tmp if that folder's name is too long for a socket.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preloaded])
+    with _starting:
+        usual = tempfile.tempdir
+        if len(os.fsencode(tempfile.gettempdir())) > LONGEST_SOCKET_FOLDER:
+            tempfile.tempdir = "/tmp"
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            tempfile.tempdir = usual
+    return context
 
 
 def _wait(processes: list[Any], time_limit_s: float) -> None:
@@ -101,7 +125,9 @@ def _answers(folder: Path, world_size: int, hung: list[int], exit_codes: list[in
 def _rank_main(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: str
 ) -> None:
+    end_with_starter(signal.SIGKILL)
     torch.set_num_threads(1)
+    forget_launcher()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -28,11 +28,24 @@ find_python() { # prints $PYTHON, else the interpreter of `make install`, else t
     if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; elif [ -x .venv/bin/python ]; then echo "$PWD/.venv/bin/python"; else command -v python3; fi
 }
 
+# Prints a port from 15000 to 31999, below those that systems give to connections. Each start of a job has another one,
+# and so have jobs whose numbers differ by less than 168, which may share a node.
+master_port() { echo $((15000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0} % 101) % 17000)); }
+
+# read_words ARRAY TEXT: splits a text into words as a shell would, and sets ARRAY to them. Quotes and backslashes count,
+# words may be on several lines, and nothing is expanded or run.
+read_words() {
+    mapfile -d '' -t "$1" < <("$(find_python)" -c 'import os, shlex, sys
+for word in shlex.split(sys.argv[1]):
+    sys.stdout.buffer.write(os.fsencode(word) + b"\0")' "$2" 2> /dev/null)
+    wait $! || { say "cannot be split into words, is a quote missing? $2" >&2; exit 2; }
+}
+
 # launch COMMAND: runs it once per task with the variables that torch.distributed reads; returns srun's exit status.
 launch() {
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    export MASTER_ADDR=$first MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    MASTER_ADDR=127.0.0.1 MASTER_PORT=$(master_port)
+    [ "$SLURM_JOB_NUM_NODES" = 1 ] || MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    export MASTER_ADDR MASTER_PORT
     # shellcheck disable=SC2016  # the shell of each task expands the variables
     "${LAUNCH[@]}" --kill-on-bad-exit=1 --label \
         bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' task "$@"

@@ -19,7 +19,12 @@ shift
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
-command=$(printf '%q ' "$python" -m data.prepare "$@")
+
+quoted() { # WORD...: prints the words as every POSIX shell reads them; what sbatch wraps runs under /bin/sh
+    local word
+    for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
+}
+command=$(quoted "$python" -m data.prepare "$@")
 
 submit() { # STAGE LAST_TASK [JOB TO WAIT FOR]: prints the number of the job
     sbatch --parsable --job-name="prepare-$1" --chdir="$repository" --array="0-$2" \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train several configurations, one per array task, each in its own run directory:
 #   sbatch --array=0-2 slurm/sweep.sh configs/ereg.json configs/baseline.json configs/quickstart.json
-# Overrides for every run go into the environment: OVERRIDES="training.train_steps=1000 data.path=datasets/mine"
+# Overrides for every run go into the environment, quoted as in a shell:
+#   OVERRIDES="training.train_steps=1000 data.path='datasets/my own'"
 # Each task continues after time limits and failures, as slurm/train_1b.sh does.
 #
 ##SBATCH --partition=gpu
@@ -26,5 +27,6 @@ if [ -z "$config" ]; then
     say "array task $SLURM_ARRAY_TASK_ID has no configuration: ${#configs[@]} were given; submit with --array=0-$((${#configs[@]} - 1))"
     exit 2
 fi
-read -ra overrides <<< "${OVERRIDES:-}"
+overrides=()
+read_words overrides "${OVERRIDES:-}"
 train "$config" "${overrides[@]}"

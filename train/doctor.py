@@ -26,6 +26,8 @@ if not __package__:  # run as a file: the packages lie beside train/, installed 
 from data.command_line import can_write, path_argument, print_faults, run_command
 from data.errors import DataError
 from parallel.launch import LaunchError, choose_accelerator, world_size
+from parallel.processes.lifetime import end_with_launcher
+from parallel.processes.place import is_launched
 from train.config import Config, ConfigError, load_config, world_faults
 from train.start.facts import config_facts
 from train.start.preflight import checkpoint_faults
@@ -188,4 +190,6 @@ def _versions(tables: list[dict[str, str]], hosts: list[str]) -> Row:
 
 
 if __name__ == "__main__":
+    if is_launched():
+        end_with_launcher()
     run_command(main)

@@ -19,11 +19,13 @@ from data.files.address import is_command
 from data.files.own import write_atomically
 from data.files.strict_json import to_json
 from parallel.launch import LaunchError, choose_accelerator
+from parallel.processes.place import forget_launcher
 from train.config import Config, ConfigError, config_from_dict
 from train.run.directory import recorded_run_id
 from train.run.names import CONFIG, EVALUATION
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use
+from train.start.compiled_code import keep_compiled_code_private
 
 DESCRIPTION = "Evaluate a run's newest checkpoint on the validation split, in one process, whatever layout trained it."
 
@@ -42,10 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="evaluate only the first N validation sequences (default: all)",
     )
     options = parser.parse_args(arguments)
+    forget_launcher()
     choose_accelerator()
     from train.checkpoint.root import CheckpointError
 
     try:
+        keep_compiled_code_private()
         row = evaluate(options.run, options.data, options.samples, options.allow_commands)
     except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
         print_faults(error)

@@ -55,8 +55,8 @@ FAULTS = {
     "LateError": Fault(TIMED_OUT),
     # one node's network or disk may be the cause
     "LaunchError": Fault(FAILED, Reporter.EACH_NODE),
-    "EnvironmentValueError": Fault(REFUSED, Reporter.EACH_NODE),
     # one rank may meet these alone
+    "EnvironmentValueError": Fault(REFUSED, Reporter.EACH_RANK),
     "BlockCompileError": Fault(REFUSED, Reporter.EACH_RANK),
     "CaptureError": Fault(REFUSED, Reporter.EACH_RANK),
     "StartMemoryError": Fault(REFUSED, Reporter.EACH_RANK),

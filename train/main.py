@@ -10,6 +10,7 @@ help; 4 a time limit passed.
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie besid
 
 from data.command_line import run_command  # noqa: E402
 from data.errors import redacted  # noqa: E402
+from parallel.processes.lifetime import end_with_launcher  # noqa: E402
+from parallel.processes.place import is_launched, place  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.config.schedule import fast_start  # noqa: E402
 from train.faults import DONE, explained, fault_of, is_rank_zero, report  # noqa: E402
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             return dry_run(options)
         stop = StopRequest()  # before the libraries, which take a while to load
+        place()  # a faulty launcher is the first thing to hear of
         config, manifest = start_together(options.config, options.overrides)
         run_dir = config.run_dir
         from parallel.launch import choose_accelerator
@@ -119,8 +123,13 @@ def leave() -> None:
 if __name__ == "__main__":
     if parse(None).dry_run:  # whose output may be cut off (`| head`), and which has no other ranks to think of
         run_command(main)
+    if is_launched():
+        end_with_launcher()
     try:
         status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
     except Exception:  # whose cause nobody foresaw
         print(redacted(traceback.format_exc()), file=sys.stderr)
         status = 1

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from data.errors import DataError
 from data.fetch.cache import Cache
 from data.fetch.transport import steady, stream_fsspec, stream_http, stream_pipe, with_retries
-from data.files.address import is_command, is_remote, local_path
+from data.files.address import is_command, is_remote, local_path, user_cache_folder
 
 MANIFEST_NAME = "manifest.json"
 _MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
@@ -42,7 +42,7 @@ class ReadOptions:
     Attributes:
         on_damage: "stop" raises at the first damaged byte. "skip" logs the fault and leaves out the whole shard
             (data/stream/samples.py).
-        cache_dir: Where fetched files are stored.
+        cache_dir: Where fetched files are stored; None takes the user's cache folder.
         cache_gigabytes: How much they may take, in GB.
         fetch_attempts: How often a fetch is tried.
         fetch_time_limit_s: Longest wait for the next piece (1 MiB) of a file, in seconds.
@@ -50,7 +50,7 @@ class ReadOptions:
     """
 
     on_damage: str = "stop"
-    cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "entropy-guided-transformer"
+    cache_dir: Path | None = None
     cache_gigabytes: float = 100.0
     fetch_attempts: int = 5
     fetch_time_limit_s: float = 60.0
@@ -62,6 +62,11 @@ class ReadOptions:
         for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
             if not 0 < getattr(self, name) <= _MOST:  # false for nan
                 raise DataError(f"{name} is {getattr(self, name)}, expected a positive number of at most {_MOST:,}")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where fetched files are stored; raise DataError if `cache_dir` is None and the user has no home folder."""
+        return self.cache_dir or user_cache_folder()
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ReadOptions":
@@ -153,7 +158,7 @@ class RemoteSource:
 
     def __init__(self, address: str, stream: Stream, options: ReadOptions) -> None:
         self._address, self._stream, self._options = address, stream, options
-        self._cache = Cache(options.cache_dir, int(options.cache_gigabytes * 1e9))
+        self._cache = Cache(options.cache_folder, int(options.cache_gigabytes * 1e9))
 
     def describe(self, name: str) -> str:
         return self._address.replace("{}", name) if "{}" in self._address else f"{self._address}/{name}"

@@ -56,6 +56,23 @@ def local_path(address: str | Path) -> Path:
     return Path.cwd() / path if str(path).startswith("~") else path  # so that the path stays itself from now on
 
 
+def user_cache_folder() -> Path:
+    """Return the folder of what this project keeps for the user between runs; it need not exist.
+
+    Raises:
+        DataError: the user has no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # which its specification tells to ignore
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        raise DataError(
+            f"HOME is not set and user {os.getuid()} has no home folder, so there is no cache; set data.cache_dir, or "
+            "HOME or XDG_CACHE_HOME in the environment"
+        )
+    return Path(base) / "entropy-guided-transformer"
+
+
 def resolved_address(address: str) -> str:
     """Return a path as `local_path` does, and a remote address without a slash at its end."""
     return address if is_command(address) else address.rstrip("/") if is_remote(address) else str(local_path(address))

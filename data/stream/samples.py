@@ -137,8 +137,8 @@ class SampleReader:
             return self._read_rows(shard, samples)
         except DamagedShardFileError as error:
             raise DataError(
-                f"{source.describe(info.name)}: its copy in {self._options.cache_dir} is damaged or gone as soon as it "
-                f"is fetched ({error}); check that disk, or raise cache_gigabytes if other runs use it too"
+                f"{source.describe(info.name)}: its copy in {self._options.cache_folder} is damaged or gone as soon as "
+                f"it is fetched ({error}); check that disk, or raise cache_gigabytes if other runs use it too"
             ) from error
 
     def _read_rows(self, shard: int, samples: NDArray[np.int64]) -> NDArray:

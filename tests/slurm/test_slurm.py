@@ -191,7 +191,7 @@ def test_sweep_and_doctor(cluster: Cluster, config: Path) -> None:
         str(first),
         str(other),
         options=options,
-        env={**environment, "OVERRIDES": "training.train_steps=5"},
+        env={**environment, "OVERRIDES": "training.train_steps=7\n'training.train_steps=5'"},
         cwd=ROOT,
     )
     submitted = cluster.run(

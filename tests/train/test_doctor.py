@@ -94,7 +94,8 @@ def test_what_is_set_wrong_is_told_in_a_line(
     size: str,
     words: str,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", size)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", size), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     assert doctor.main(["--config", str(tiny_config), override]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {words}") and said.count("\n") == 1

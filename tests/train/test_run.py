@@ -161,8 +161,10 @@ def test_a_missing_dataset_is_named(tiny_config: Path, tmp_path: Path) -> None:
 def test_a_dataset_that_one_node_does_not_see_is_named_there(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("RANK", "9"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "16")):
+    place = {"RANK": "9", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("train.start.same_start.REFUSAL_LIMIT_S", 0.5)
     status, _, err = main_output(["--config", str(tiny_config), f"data.path={tmp_path}/nowhere"])
     assert status == 2 and err.startswith("error: rank 9: ") and "nowhere" in err
     monkeypatch.setenv("LOCAL_RANK", "1")

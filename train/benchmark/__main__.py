@@ -12,10 +12,12 @@ import sys
 
 from data.command_line import print_faults, run_command
 from parallel.engine.deepspeed_section import DeepSpeedSectionError
+from parallel.processes.place import forget_launcher
 from train.benchmark import attention as benchmark_attention
 from train.benchmark import learning as benchmark_learning
 from train.benchmark import step as benchmark_step
 from train.config import ConfigError
+from train.start.compiled_code import keep_compiled_code_private
 
 BENCHMARKS = {
     "attention": benchmark_attention.main,
@@ -29,7 +31,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
         print(__doc__)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    forget_launcher()
     try:
+        keep_compiled_code_private()
         return BENCHMARKS[arguments[0]](arguments[1:])
     except (ConfigError, DeepSpeedSectionError) as error:
         print_faults(error)

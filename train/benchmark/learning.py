@@ -6,12 +6,12 @@ learning.png. The runs themselves stay in the output folder.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from data.command_line import path_argument
+from parallel.processes.lifetime import tied
 from train.benchmark import report as benchmark_report
 from train.config import load_config
 from train.run.reader import RunReader
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     processes = []
     for name in COMPUTATIONS:
         command = [sys.executable, "-m", "train.benchmark", "learning", *argv, "--only", name]
-        processes.append(subprocess.Popen(command))
+        processes.append(tied(command))
         if not options.at_once and processes[-1].wait():
             break
     if failed := [status for process in processes if (status := process.wait())]:

@@ -48,17 +48,21 @@ from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
 from parallel.names import listed
+from parallel.processes.place import forget_launcher
 from train.compare.comparison import ROUNDING_FACTOR, TOLERANCE
 from train.compare.layouts import apply_layout, global_batches, reference_layout
 from train.compare.measurement import CONFIGURED
 from train.compare.reference import OneProcess, OneProcessAsTrained
 from train.config import Config, ConfigError, load_config
+from train.start.compiled_code import keep_compiled_code_private
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    forget_launcher()
     choose_accelerator()
     try:
+        keep_compiled_code_private()
         config = load_config(options.config, options.overrides)
         options.dtype = options.dtype or default_dtype(config)
         if options.dtype == CONFIGURED and options.tolerance is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from data.command_line import output_file, path_argument, print_faults, run_command, whole_number
+from parallel.processes.place import forget_launcher
 from train.layout_test.cases import ARITHMETICS, FAMILIES, Case
 from train.layout_test.jobs import choose, job, prepare
 from train.layout_test.launch import Job, run_all
@@ -42,6 +43,7 @@ SMALL = [
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    forget_launcher()
     with tempfile.TemporaryDirectory(prefix="layout_test_") as scratch:
         work = options.work or Path(scratch)
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from parallel.launch import free_port
+from parallel.processes.lifetime import tied
 
 POLL_INTERVAL_S = 0.2
 END_WITHIN_S = 60.0
@@ -111,4 +112,4 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.processes}"]
     command = [*launcher, f"--master-port={free_port()}", str(MAIN), *job.arguments]
     with job.log.open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return tied(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -1,9 +1,9 @@
 """SIGTERM and SIGUSR1 ask a run to save and stop at the next step; a second one ends the process at once."""
 
-import os
 import signal
-import sys
 from types import FrameType
+
+from parallel.processes.lifetime import SignalWatch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,14 +17,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._watch = SignalWatch(dict.fromkeys(SIGNALS, self._handle))
 
     def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._watch.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            os.write(sys.stderr.fileno(), b"a second signal: this process ends at once\n")
-            os._exit(128 + number)
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shards.manifest import Manifest
+from parallel.processes.place import place
 from train.config import Config
 
 Facts = dict[str, str]
@@ -66,7 +67,7 @@ def environment_facts() -> Facts:
     import torch
 
     facts = {
-        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "WORLD_SIZE": str(place().world_size),
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
         "version python": platform.python_version(),
         "version cuda": str(torch.version.cuda),

@@ -19,6 +19,7 @@ from data.shards.manifest import Manifest
 from train.config import Config, ConfigError, load_config
 from train.config.sections import HealthConfig
 from train.run.provenance import git_commit
+from train.start.compiled_code import keep_compiled_code_private
 from train.start.differences import Side, describe_differences, name_ranks
 from train.start.facts import Facts, config_facts, dataset_facts, environment_facts, source_facts
 from train.start.preflight import preflight
@@ -57,6 +58,7 @@ def start_together(path: str | Path, overrides: list[str]) -> tuple[Config, Mani
     size, facts, fault = world_size(), Facts(), None
     limit_s = HealthConfig().start_limit_s
     try:
+        keep_compiled_code_private()
         config = load_config(path, overrides)
         facts |= config_facts(config)
         limit_s = config.health.start_limit_s

@@ -19,6 +19,8 @@ import subprocess
 import sys
 
 from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
+from parallel.processes.lifetime import SignalWatch
+from parallel.processes.place import forget_launcher
 from train.config.overrides import parse_with_overrides
 from train.study.suite import Suite, SuiteError, load_suite
 
@@ -27,6 +29,7 @@ NOT_FINISHED = "the same command goes on; python -m train.study status says wher
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    forget_launcher()
     try:
         suite = load_suite(options.suite, options.overrides)
     except SuiteError as error:
@@ -118,14 +121,14 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
         time_limit_s=options.time_limit,
         say=lambda text: print(text, flush=True),
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: trainings save and end
+    watch = SignalWatch({signal.SIGTERM: signal.default_int_handler})  # as Ctrl-C: trainings save and end
     try:
         failed = runner.run(options.only)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where the checkpoints are", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        watch.close()
     if failed:
         print(f"error: {failed} run(s) are not finished; {NOT_FINISHED}", file=sys.stderr)
     return 1 if failed else 0

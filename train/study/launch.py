@@ -1,6 +1,5 @@
 """Start one training of a study as a process of its own, and end it when the study must end."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from parallel.local_ranks import fork_server
+from parallel.processes.lifetime import end_with_starter, terminate, tied
 
 MustEnd = Callable[[], bool]
 POLL_S = 0.1
@@ -28,7 +30,7 @@ def launched(launcher: Sequence[str], arguments: list[str], log: Path, must_end:
     """
     command = [*launcher, str(MAIN), *arguments]
     with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(
+        process = tied(
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -37,7 +39,7 @@ def launched(launcher: Sequence[str], arguments: list[str], log: Path, must_end:
         )
         while process.poll() is None:
             if must_end():
-                process.terminate()
+                terminate(process)
                 return min(-1, process.wait())
             time.sleep(POLL_S)
         return process.returncode
@@ -47,9 +49,7 @@ def forked(arguments: list[str], log: Path, must_end: MustEnd) -> int:
     """Train in a process forked from a server that has everything imported; otherwise as `launched`."""
     os.environ.update(environment())
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that asking for a GPU leaves the server forkable
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.study.preload"])
-    process = context.Process(target=_train, args=(arguments, log))
+    process = fork_server("train.study.preload").Process(target=_train, args=(arguments, log))
     process.start()
     while process.is_alive():
         if must_end():
@@ -61,6 +61,7 @@ def forked(arguments: list[str], log: Path, must_end: MustEnd) -> int:
 
 
 def _train(arguments: list[str], log: Path) -> None:
+    end_with_starter(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the study then has its trainings save and end
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)

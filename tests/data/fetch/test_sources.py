@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import data.fetch.transport
 from data.errors import DataError
 from data.fetch.cache import Cache
-from data.fetch.sources import ReadOptions
+from data.fetch.sources import ReadOptions, open_source
 from data.fetch.transport import FetchError
 from data.shards.manifest import load_manifest
 from data.stream.dataset import open_dataset
@@ -531,3 +531,16 @@ def test_a_fetched_dataset_outlives_its_origin_while_shards_are_cached(made: Pat
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(DataError, match="could not be fetched"):
         read_epoch(f"pipe:cat {made}/{{}} 2>/dev/null", options(tmp_path, fetch_attempts=1))
+
+
+def test_only_a_remote_source_asks_for_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    open_source(tmp_path, ReadOptions())
+    with pytest.raises(DataError, match=r"HOME is not set and user \d+ has no home folder"):
+        open_source("https://host/dataset", ReadOptions())
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    with pytest.raises(DataError, match="HOME is not set"):
+        open_source("https://host/dataset", ReadOptions())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ReadOptions().cache_folder == tmp_path / "entropy-guided-transformer"
