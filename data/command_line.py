@@ -93,6 +93,11 @@ def print_faults(error: Exception) -> None:
         print(f"error: {safe_text(line)}", file=sys.stderr)
 
 
+def print_warning(text: str) -> None:
+    """Print a warning of one line to stderr."""
+    print(f"warning: {safe_text(text)}", file=sys.stderr, flush=True)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit with the status that it returns, or 0 for None.
 

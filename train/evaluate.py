@@ -8,12 +8,19 @@ Writes evaluation.json: validation loss (nats a token), perplexity, and the mean
 import argparse
 import dataclasses
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.command_line import add_allow_commands, can_write, path_argument, print_faults, run_command, whole_number
+from data.command_line import (
+    add_allow_commands,
+    can_write,
+    path_argument,
+    print_faults,
+    print_warning,
+    run_command,
+    whole_number,
+)
 from data.errors import DataError
 from data.files.address import is_command
 from data.files.own import write_atomically
@@ -56,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     write_atomically(options.run / EVALUATION, to_json(row, indent=1) + "\n")
     if "reason" in row:
-        print(f"warning: {row['reason']}", file=sys.stderr)
+        print_warning(row["reason"])
     print(summary(row, options.run))
     return 0
 
@@ -99,7 +106,7 @@ def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: b
     root, group = Folder(config.checkpoint_folder), checkpoint.checkpoint_group(config.health.save_limit_s)
     saved, faults = checkpoint.newest_sound(root, group, recorded_run_id(run))
     for fault in faults:
-        print(f"warning: {fault}; the one before is evaluated", file=sys.stderr)
+        print_warning(f"{fault}; the one before is evaluated")
     if saved is None:
         raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
     manifest = open_dataset(config.data.path, config.data.read_options())

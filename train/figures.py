@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.command_line import path_argument, run_command
+from data.command_line import path_argument, print_warning, run_command
 from train.pictures.files import write_picture
 from train.pictures.run import Array, FigureError, Run, as_array, load_run
 from train.run.names import FIGURES
@@ -91,7 +91,7 @@ def comparison_figures(runs: list[Run]) -> Iterator[tuple[str, "Figure"]]:
     fingerprints = {run.fingerprint for run in runs}
     if len({(run.data_path, run.vocab_size) for run in runs} if None in fingerprints else fingerprints) > 1:
         datasets = "; ".join(f"{run.folder}: {run.data_path}, vocabulary {run.vocab_size}" for run in runs)
-        print(f"warning: losses a token do not compare, since the runs' datasets differ ({datasets})", file=sys.stderr)
+        print_warning(f"losses a token do not compare, since the runs' datasets differ ({datasets})")
         names = [f"{name} on {Path(run.data_path).name}" for name, run in zip(names, runs, strict=True)]
     curves = {name: run.validation_curve("tokens") for name, run in zip(names, runs, strict=True)}
     found = {name: curve for name, curve in curves.items() if curve is not None}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
-from data.command_line import run_command  # noqa: E402
+from data.command_line import print_warning, run_command  # noqa: E402
 from data.errors import redacted  # noqa: E402
 from parallel.processes.lifetime import end_with_launcher  # noqa: E402
 from parallel.processes.place import is_launched, place  # noqa: E402
@@ -69,7 +69,7 @@ def dry_run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     print_dry_run(config, options.world_size)
     if text := fast_start(config):
-        print(f"warning: {text}", file=sys.stderr)
+        print_warning(text)
     return DONE
 
 

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.command_line import print_warning
 from parallel.engine.compiled import BlockError, CompiledBlock
 from parallel.engine.telemetry import HeadSnapshot
 from parallel.launch import world_size
@@ -185,13 +185,13 @@ class RunLog:
     def warn(self, event: str, text: str, **fields: Any) -> None:
         """Write an event that a person should look at to the journal and to standard error."""
         self.journal.write(event, **fields)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print_warning(text)
 
     def damaged(self, damage: Damage | None, step: int) -> None:
         """Warn of a file that was damaged or cut, removed or replaced; of none if `damage` is None."""
         if damage is not None:
             self.journal.tell(damage, step)
-            print(f"warning: {damage}", file=sys.stderr, flush=True)
+            print_warning(str(damage))
 
     def saving(self, event: str, **fields: Any) -> None:
         """Record how a save ended; called on the thread that wrote it."""

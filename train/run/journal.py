@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from data.errors import redacted
 from data.files.strict_json import to_json
 from train.run import names
 from train.run.reader import Row, RunReader, step_of
@@ -39,7 +40,7 @@ class Journal:
     def write(self, event: str, **fields: Any) -> None:
         """Append an event with its time; fields that are not finite become null."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        content = to_json({"time": now, "event": event, **fields}).encode() + b"\n"
+        content = redacted(to_json({"time": now, "event": event, **fields})).encode() + b"\n"
         with self._lock:
             self._file.append(content)
 
