@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,12 @@ def one(name: str, stand: Stand, base: Path) -> dict[str, Any]:
         outcome, why = attack.function(trial).value, ""
     except Lost as error:
         outcome, why = LOST, str(error)
+    except Exception as error:  # a fault of the torture, or a ruin that no judge foresaw: somebody has to look
+        outcome, why = LOST, f"not judged: {error!r}\n{traceback.format_exc()}"
     done = "; ".join(trial.remarks)
     print(f"{outcome:8s} {time.monotonic() - began:5.1f} s  {name}  {printable(done)}", flush=True)
     if why:
-        print(f"         {printable(why)}", flush=True)
+        print("".join(f"         {printable(line)}\n" for line in why.splitlines()), end="", flush=True)
     else:
         with contextlib.suppress(OSError):
             shutil.rmtree(trial.folder)

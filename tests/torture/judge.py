@@ -96,6 +96,8 @@ def judged(
 def rows(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a file of JSON lines, without times."""
     found = []
+    if not file.is_file():
+        raise Lost(f"{file.name} is gone")
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line, parse_constant=_no_constant)

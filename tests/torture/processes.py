@@ -5,8 +5,10 @@ its own folder, environment, output file and process group, so that it ends as a
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -19,6 +21,9 @@ from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
 POLL_INTERVAL_S = 0.01
+MAX_MEMORY_BYTES = 3 << 30
+"""No command of the tiny runs needs a third of it; what reads an endless file meets a MemoryError."""
+PR_SET_PDEATHSIG = 1
 Tamper = Callable[[int], None]
 """Called in a child, with its rank, before the command starts."""
 
@@ -156,6 +161,7 @@ def _child(
     status: int = 1
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an interrupted torture leaves nothing behind
         with output.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -169,6 +175,7 @@ def _child(
             if value is not None:
                 os.environ[name] = value
         os.chdir(cwd)
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
         if tamper is not None:
             tamper(rank)
         status = _run(command)
