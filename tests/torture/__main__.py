@@ -11,6 +11,7 @@ the same trials, except for moments that the clock decides. Exit status: 1 if an
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     load_libraries()
     base = Path(tempfile.mkdtemp(prefix="torture-"))
+    base.chmod(0o711)  # other users, as which some attacks run, may pass
     print(f"seed {options.seed}; {len(chosen(options.only))} attacks; everything lies in {base}", flush=True)
     try:
         results = [one(options.trial, Stand(base / "stand"), base)] if options.trial else attack_all(options, base)
@@ -92,8 +94,8 @@ def attack_all(options: argparse.Namespace, base: Path) -> list[dict[str, Any]]:
     """Try one attack after the other, in rounds of a random order, until the time is up."""
     end, results, number = time.monotonic() + 60 * options.minutes, [], 0
     order, stand = random.Random(options.seed), Stand(base / "stand")
-    while True:
-        attacks = chosen(options.only)
+    for turn in itertools.count(1):
+        attacks = [each for each in chosen(options.only) if turn % each.every == 0 or options.only]
         order.shuffle(attacks)
         for each in attacks:
             left_s = end - time.monotonic()
@@ -102,7 +104,8 @@ def attack_all(options: argparse.Namespace, base: Path) -> list[dict[str, Any]]:
             number += 1
             results.append(one(f"{each.name}:{options.seed}:{number}", stand, base))
             lost = sum(result["outcome"] == LOST for result in results)
-            print(f"  {len(results)} tried, {lost} lost, {max(left_s, 0) / 60:.1f} minutes left", flush=True)
+            print(f"  {len(results)} tried, {lost} lost, {left_s / 60:.1f} minutes left", flush=True)
+    raise AssertionError("unreachable")
 
 
 def one(name: str, stand: Stand, base: Path) -> dict[str, Any]:
@@ -137,9 +140,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [f"{'attack':44s} {'tried':>6s} " + " ".join(f"{word:>8s}" for word in words)]
     for row in [*ATTACKS, "all"]:
         if row in counts:
-            lines.append(
-                f"{row:44s} {counts[row].total():6d} " + " ".join(f"{counts[row][word]:8d}" for word in words)
-            )
+            lines.append(f"{row:44s} {counts[row].total():6d} " + " ".join(f"{counts[row][word]:8d}" for word in words))
     return "\n".join(lines)
 
 

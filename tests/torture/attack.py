@@ -92,11 +92,13 @@ class Attack:
 
     Attributes:
         group: by which --only chooses it.
+        every: it takes part in every so many rounds, since it takes long.
     """
 
     name: str
     group: str
     function: Function
+    every: int = 1
 
     @property
     def description(self) -> str:
@@ -107,11 +109,11 @@ ATTACKS: dict[str, Attack] = {}
 """All attacks by name, in the order of registration."""
 
 
-def attack(group: str) -> Callable[[Function], Function]:
+def attack(group: str, every: int = 1) -> Callable[[Function], Function]:
     """Register a function as an attack. It does its harm, and returns how that ended or raises Lost."""
 
     def register(function: Function) -> Function:
-        ATTACKS[function.__name__] = Attack(function.__name__, group, function)
+        ATTACKS[function.__name__] = Attack(function.__name__, group, function, every)
         return function
 
     return register

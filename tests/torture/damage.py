@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.torture.attack import Lost, Outcome, Trial, attack
-from tests.torture.judge import errors, judged, rows, same_weights
+from tests.torture.judge import errors, judged, same_weights
 from tests.torture.processes import Ended
 from tests.torture.stand import ONE
 
@@ -75,12 +75,14 @@ def told_and_kept(trial: Trial, run: Path, ended: Ended, name: str, harmed: byte
 
 
 def journal_kept(run: Path, ended: Ended, sound: bytes) -> None:
-    """Raise Lost unless every event of the sound journal is still there, or the damage was told."""
+    """Raise Lost unless every event of the sound journal is still there, or the damage was told.
+
+    The last one may be missing without a word: a crash, too, cuts the line that is being written.
+    """
     text = (run / "journal.jsonl").read_text(errors="replace")
-    missing = [line for line in sound.decode().splitlines() if line not in text]
-    if missing and "warning:" not in ended.text:
+    missing = [line for line in sound.decode().splitlines()[:-1] if line not in text]
+    if missing and not any(line.startswith("warning:") and "journal" in line for line in ended.text.splitlines()):
         raise Lost(f"an event of the journal is gone without a word: {missing[0][:200]}")
-    rows(run / "journal.jsonl")
 
 
 @attack("flips")

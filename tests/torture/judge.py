@@ -1,5 +1,6 @@
 """Judge how an attacked run ended: as an uninterrupted one, with one clear message, or with a loss."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -59,7 +60,12 @@ def survived(run: Path, trial: Trial, layout: Layout = ONE, like: Layout | None 
     straight = trial.stand.straight(like or layout)
     exact = like in (None, layout)
     _same_rows(rows(straight / "metrics.jsonl"), rows(run / "metrics.jsonl"), "metrics.jsonl", exact)
-    stops = {row.get("step") for row in rows(run / "journal.jsonl") if row.get("event") == "asked to stop"}
+    journal = [
+        json.loads(line)
+        for line in (run / "journal.jsonl").read_text(errors="replace").splitlines()
+        if _is_object(line)
+    ]
+    stops = {row.get("step") for row in journal if row.get("event") == "asked to stop"}
     for name in ("entropy.jsonl", "ranks.jsonl"):  # a run that is asked to stop logs once more
         expected = rows(straight / name)
         extra = stops - {row["step"] for row in expected}
@@ -107,6 +113,12 @@ def rows(file: Path) -> list[dict[str, Any]]:
             raise Lost(f"{file.name}:{number}: not an object: {line[:200]!r}")
         found.append({key: value for key, value in row.items() if key not in TIMES})
     return found
+
+
+def _is_object(line: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return isinstance(json.loads(line), dict)
+    return False
 
 
 def _no_constant(name: str) -> None:

@@ -8,7 +8,7 @@ import time
 from tests.torture.attack import FAST_END_S, Lost, Outcome, Trial, attack
 from tests.torture.judge import check_ending, judged
 from tests.torture.processes import Tamper
-from tests.torture.stand import HANG_LIMIT_S, LAYOUTS, ONE, STEPS, TP2, Layout, killed_in_step
+from tests.torture.stand import HANG_LIMIT_S, LAYOUTS, STEPS, TP2, Layout, killed_in_step
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 MANY_CHANGES = 60

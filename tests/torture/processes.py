@@ -31,7 +31,6 @@ Tamper = Callable[[int], None]
 def load_libraries() -> None:
     """Load what every training needs. Nothing is computed here, so that no thread is lost at a fork."""
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    import parallel.preload
     import train.evaluate
     import train.figures
     import train.loop.trainer  # noqa: F401

@@ -1,7 +1,6 @@
 """Someone else: their files beside ours, links they planted, a run folder they sent, the secrets they look for."""
 
 import json
-
 import shutil
 from pathlib import Path
 
@@ -303,5 +302,3 @@ def listening_sockets(trial: Trial) -> Outcome:
     if found:
         raise Lost(f"listens on {', '.join(found)}")
     return Outcome.SURVIVED
-
-
