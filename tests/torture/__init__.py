@@ -1,1 +1,1 @@
-"""Attack runs at random, and count what survived, what was named and what was lost: `python -m tests.torture --help`."""
+"""Attack runs at random, and count what survived, what was named and what was lost."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.torture.attack import Lost, Outcome, Trial, attack
-from tests.torture.judge import errors, judged, same_weights
+from tests.torture.judge import errors, is_object, judged, same_weights
 from tests.torture.processes import Ended
 from tests.torture.stand import ONE
 
@@ -43,7 +43,7 @@ def resumed_after(trial: Trial, harm: Callable[[Trial, Path], None]) -> Outcome:
     try:
         outcome = judged(run, trial, ended)
         if outcome is Outcome.SURVIVED and file.name == "journal.jsonl" and harmed is not None:
-            journal_kept(run, ended, sound)
+            journal_kept(run, ended, sound, harmed)
         return outcome if outcome is Outcome.SURVIVED else restored(trial, run, dataset, file, sound)
     except Lost as error:
         if file.name in CURVES and told_and_kept(trial, run, ended, file.name, harmed):
@@ -74,15 +74,19 @@ def told_and_kept(trial: Trial, run: Path, ended: Ended, name: str, harmed: byte
     return warned and journaled and (harmed is None or any(path.read_bytes() == harmed for path in kept))
 
 
-def journal_kept(run: Path, ended: Ended, sound: bytes) -> None:
-    """Raise Lost unless every event of the sound journal is still there, or the damage was told.
+def journal_kept(run: Path, ended: Ended, sound: bytes, harmed: bytes) -> None:
+    """Raise Lost unless every event of the harmed journal is still there, and the loss of a sound one was told.
 
-    The last one may be missing without a word: a crash, too, cuts the line that is being written.
+    The last event may be missing without a word: a crash, too, cuts the line that is being written.
     """
     text = (run / "journal.jsonl").read_text(errors="replace")
-    missing = [line for line in sound.decode().splitlines()[:-1] if line not in text]
-    if missing and not any(line.startswith("warning:") and "journal" in line for line in ended.text.splitlines()):
-        raise Lost(f"an event of the journal is gone without a word: {missing[0][:200]}")
+    lines = harmed.decode(errors="replace").splitlines()
+    if gone := [line for line in lines[:-1] if line not in text]:
+        raise Lost(f"a line of the journal was removed: {gone[0][:200]}")
+    readable = sum(map(is_object, lines))
+    warned = any(line.startswith("warning:") and "journal" in line for line in ended.text.splitlines())
+    if readable < len(sound.splitlines()) - 1 and not warned:
+        raise Lost(f"of {len(sound.splitlines())} events of the journal {readable} are left, without a word")
 
 
 @attack("flips")

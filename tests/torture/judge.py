@@ -61,9 +61,7 @@ def survived(run: Path, trial: Trial, layout: Layout = ONE, like: Layout | None 
     exact = like in (None, layout)
     _same_rows(rows(straight / "metrics.jsonl"), rows(run / "metrics.jsonl"), "metrics.jsonl", exact)
     journal = [
-        json.loads(line)
-        for line in (run / "journal.jsonl").read_text(errors="replace").splitlines()
-        if _is_object(line)
+        json.loads(line) for line in (run / "journal.jsonl").read_text(errors="replace").splitlines() if is_object(line)
     ]
     stops = {row.get("step") for row in journal if row.get("event") == "asked to stop"}
     for name in ("entropy.jsonl", "ranks.jsonl"):  # a run that is asked to stop logs once more
@@ -115,7 +113,8 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _is_object(line: str) -> bool:
+def is_object(line: str) -> bool:
+    """Return whether a line of JSON lines holds an object."""
     with contextlib.suppress(ValueError):
         return isinstance(json.loads(line), dict)
     return False

@@ -1,9 +1,11 @@
 """Kills: of a rank, of all, of the launcher, by signals, at any moment; and a start under another layout after one."""
 
+import json
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from tests.torture.attack import FAST_END_S, Lost, Outcome, Trial, attack
 from tests.torture.judge import check_ending, judged
@@ -134,7 +136,7 @@ def second_signal(trial: Trial) -> Outcome:
 
 def _handles(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal yet."""
-    lines = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status"))
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
 
 
@@ -153,8 +155,6 @@ def resume_under_another_layout(trial: Trial) -> Outcome:
 @attack("layouts")
 def evaluate_whatever_layout_trained(trial: Trial) -> Outcome:
     """train.evaluate gives the loss that the last row of metrics.jsonl has."""
-    import json
-
     layout = trial.random.choice(LAYOUTS)
     trial.did(layout.name)
     run = trial.half_done(layout)

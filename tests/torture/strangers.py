@@ -7,7 +7,8 @@ from pathlib import Path
 from tests.torture.attack import Lost, Outcome, Trial, attack
 from tests.torture.judge import check_ending, check_untouched, errors, judged, snapshot, survived
 from tests.torture.processes import Ended
-from tests.torture.stand import ONE, STEPS
+from tests.torture.running import paused_in_step
+from tests.torture.stand import HANG_LIMIT_S, LAYOUTS, ONE, STEPS
 
 NAMES = (
     "step_by_step_notes/thesis.tex",
@@ -172,6 +173,7 @@ def run_folder_from_a_stranger(trial: Trial) -> Outcome:
             ["train.evaluate", "--run", str(run)],
             ["train.figures", "--run", str(run)],
             ["train.main", "--config", str(run / "config.json"), "--dry-run"],
+            ["data.inspect", "--run", str(run)],
             ["data.inspect", address],
         ]
     )
@@ -286,9 +288,6 @@ def wait_for_listeners(pid: int) -> list[str]:
 @attack("strangers")
 def listening_sockets(trial: Trial) -> Outcome:
     """While a run on one machine trains, no process of it listens on an address that others can reach."""
-    from tests.torture.running import paused_in_step
-    from tests.torture.stand import HANG_LIMIT_S, LAYOUTS
-
     layout = trial.random.choice(LAYOUTS[:2])
     trial.did(layout.name)
     flag = trial.folder / "flag"

@@ -1,4 +1,4 @@
-"""The environment: a launcher's variables that remain, no HOME, a long TMPDIR, unknown users, the launcher's own end."""
+"""The environment: remains of a launcher, no HOME, a long TMPDIR, a user without a name, the launcher's own end."""
 
 import os
 import signal
