@@ -22,7 +22,6 @@ from data.shards.text_shard import read_text_sidecar
 
 SUFFIX = ".documents.jsonl.gz"
 _MAX_DOCUMENT_LIST_BYTES = 256 << 20
-_PIECE_BYTES = 1 << 20
 
 
 def pack_document_list(entries: Iterable[tuple[int, str]]) -> bytes:
@@ -51,21 +50,12 @@ def _document_list(source: Source, name: str) -> tuple[list[int], list[str]]:
     where = source.describe(name)
     packed = source.read(name, _MAX_DOCUMENT_LIST_BYTES)
     try:
-        lines = _unpacked(packed)
+        lines = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(_MAX_DOCUMENT_LIST_BYTES + 1)
+        if len(lines) > _MAX_DOCUMENT_LIST_BYTES:
+            raise ValueError(f"more than {_MAX_DOCUMENT_LIST_BYTES} bytes")
         entries = [(int(start), str(origin)) for start, origin in map(json.loads, lines.splitlines())]
         if not entries:
             raise ValueError("it is empty")
     except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{where}: damaged ({error}); copy or prepare the dataset again") from error
     return [start for start, _ in entries], [printable(origin) for _, origin in entries]
-
-
-def _unpacked(packed: bytes) -> bytes:
-    """Return what gzip packed, read in pieces: one read of the limit would allocate it for the smallest file."""
-    content = bytearray()
-    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        while piece := file.read(_PIECE_BYTES):
-            content += piece
-            if len(content) > _MAX_DOCUMENT_LIST_BYTES:
-                raise ValueError(f"more than {_MAX_DOCUMENT_LIST_BYTES} bytes")
-    return bytes(content)

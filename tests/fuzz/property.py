@@ -28,8 +28,8 @@ LONGEST_LINE = 2000
 """Characters of one line of a message."""
 MOST_LINES = 100
 """Of a message that collects faults."""
-MOST_BYTES = 256 << 20
-"""Of memory that a parser may take for files of a few megabytes."""
+MOST_BYTES = 600 << 20
+"""Of memory that a parser may reserve. Python reserves the limit of a bounded read, 256 MiB for lists of documents."""
 
 DEEP = "[" * 20_000 + "]" * 20_000
 TEXTS = [

@@ -87,7 +87,13 @@ def test_a_manifest(content: bytes, folder: Path) -> None:
     holds(lambda: load_manifest(folder, OPTIONS), DataError)
 
 
-@fuzz(json_like({"datasets": [{"path": str(tokens_dataset()), "weight": 3}], "stages": [{"from_tokens": 0, "weights": [1]}]}))  # fmt: skip
+MIXTURE = {
+    "datasets": [{"path": str(tokens_dataset()), "weight": 3}],
+    "stages": [{"from_tokens": 0, "weights": [1]}],
+}
+
+
+@fuzz(json_like(MIXTURE))
 def test_a_mixture(content: bytes, folder: Path) -> None:
     (folder / "mixture.json").write_bytes(content)
     holds(lambda: open_dataset(folder / "mixture.json", OPTIONS), DataError)
