@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.torture.attack import Lost, Outcome, Trial
-from tests.torture.processes import Ended
+from tests.torture.processes import ROOT, Ended
 from tests.torture.stand import ONE, STEPS, Layout
 from tests.train.runs import TIMES
 
@@ -222,5 +223,9 @@ def _names(paths: list[str]) -> list[str]:
 
 
 def _last_words(ended: Ended) -> str:
+    if "(most recent call first)" in ended.text:  # what faulthandler prints of a process that hung
+        calls = re.findall(r'File "([^"]+)", line (\d+) in (\w+)', ended.text.rpartition("Current thread")[2])
+        ours = [f"{Path(file).name}:{line} {name}" for file, line, name in calls if str(ROOT) in file]
+        return "in " + ", called by ".join(ours[:3])
     lines = [line for line in ended.text.splitlines() if line.strip() and not line.startswith(("  File", "    "))]
     return " | ".join(lines[-3:])[-400:]

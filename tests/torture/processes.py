@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,7 @@ def _run(command: list[str]) -> int:
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
             sys.argv = [module, *arguments]
+            warnings.filterwarnings("ignore", module="runpy")  # the module is loaded already; it runs anew all the same
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

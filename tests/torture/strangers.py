@@ -136,9 +136,10 @@ def someone_elses_folder(trial: Trial) -> Outcome:
 
 def stranger_address(trial: Trial, canary: Path) -> str:
     """Return an address whose command, if anybody runs it, makes the canary."""
+    plain = f"pipe:touch {canary}; cat {{}}"
     return trial.random.choice(
         [
-            f"pipe:touch {canary}; cat {{}}",
+            *(plain, plain, plain, plain, plain, plain),
             f"PIPE:touch {canary}; cat {{}}",
             f"pipe::touch {canary} && cat {{}}",
             f" pipe:touch {canary}; cat {{}}",
@@ -156,7 +157,7 @@ def stranger_address(trial: Trial, canary: Path) -> str:
 def run_folder_from_a_stranger(trial: Trial) -> Outcome:
     """A run folder that someone sent names commands as addresses: no command that looks at it runs one."""
     run, canary = trial.half_done(), trial.folder / "CANARY"
-    key, address = trial.random.choice(["data.path", "checkpoint.path", "data.cache_dir"]), ""
+    key, address = trial.random.choice(["data.path", "data.path", "checkpoint.path", "data.cache_dir"]), ""
     address = stranger_address(trial, canary)
     mixture = trial.random.random() < 0.3
     if mixture:
