@@ -4,6 +4,7 @@
 # make golden       write the golden losses of every tested version of torch
 # make test-slurm   run the job scripts on a private Slurm cluster; needs the Debian packages that .ci/run installs
 # make test-gpu     train every layout that fits this machine's GPUs and compare each with one GPU
+# make torture      attack tiny runs at random and count what was lost: MINUTES=10 SEED=1
 # make check        tests, format, lint, types
 # make dev          install what contributors need: tests, ruff, mypy, pre-commit
 # make docs         build the documentation into site/; dead links and faults of docstrings fail
@@ -15,9 +16,10 @@ DATASET := datasets/quickstart
 
 OTHER_VERSIONS := $(shell $(PYTHON) -m tests.versions others)
 VERSION := $(firstword $(OTHER_VERSIONS))
+MINUTES := 10
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu check dev docs clean
+.PHONY: install quickstart test other-versions get-torch test-torch golden golden-torch test-slurm test-gpu torture check dev docs clean
 
 install: $(VENV)/.installed
 
@@ -83,6 +85,9 @@ test-slurm: $(VENV)/.installed-test
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m train.layout_test
+
+torture: $(VENV)/.installed-test
+	$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 dev: $(VENV)/.installed-check
 
