@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from data.errors import DataError, safe_text
+from data.errors import DataError, message_lines, safe_text
 from data.files.address import local_path
 
 N = TypeVar("N", int, float)
@@ -89,8 +89,8 @@ def can_write(file: Path) -> bool:
 
 def print_faults(error: Exception) -> None:
     """Print each line of an error's message to stderr as an error of its own."""
-    for line in str(error).splitlines():
-        print(f"error: {safe_text(line)}", file=sys.stderr)
+    for line in message_lines(error):
+        print(f"error: {line}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:

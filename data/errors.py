@@ -21,6 +21,8 @@ _SECRETS = [
     re.compile(r"(?i)(--?(?:token|password|passwd|secret|api-key|user|u)[= ])(?!-)[^\s'\"]+()"),
 ]
 HIDDEN = "***"
+MOST_LINES, MOST_CHARACTERS = 50, 1500
+"""Of a message, and of each of its lines."""
 
 
 class DataError(ValueError):
@@ -61,6 +63,14 @@ def redacted(text: str) -> str:
 def safe_text(text: str, keep: str = "") -> str:
     """Return a text for the terminal or a log: `printable` and `redacted`."""
     return redacted(printable(text, keep))
+
+
+def message_lines(error: BaseException) -> list[str]:
+    """Return an error's message for the terminal: lines of `safe_text`, cut where they are too long or too many."""
+    lines = [safe_text(line[:MOST_CHARACTERS]) for line in str(error).splitlines()]
+    shown = [line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..." for line in lines]
+    more = len(shown) - MOST_LINES
+    return shown if more <= 0 else [*shown[: MOST_LINES - 1], f"and {more + 1} more"]
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from enum import Enum
 
-from data.errors import first_line, safe_text
+from data.errors import first_line, message_lines
 
 DONE = 0
 """Trained to the end, or saved and stopped as asked."""
@@ -99,8 +99,8 @@ def report(error: Exception, fault: Fault) -> int:
     """Print an error message, one line per fault in it, if this process is to report it; return the exit status."""
     if is_rank_zero() or fault.reporter is Reporter.EACH_RANK or (fault.reporter is Reporter.EACH_NODE and _leads()):
         who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
-        for line in str(error).splitlines():
-            print(f"error: {who}{safe_text(line)}", file=sys.stderr, flush=True)
+        for line in message_lines(error):
+            print(f"error: {who}{line}", file=sys.stderr, flush=True)
     return fault.status
 
 

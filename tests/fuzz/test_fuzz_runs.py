@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.run.folder import JsonLines, check_same_run
+
 from data import inspect
 from data.errors import DataError
 from tests.fuzz.property import fuzz, holds, json_like
@@ -19,7 +21,6 @@ from train.config import Config, config_from_dict
 from train.config.tree import ConfigError
 from train.loop.goodput import CATEGORIES, Goodput
 from train.pictures.run import FigureError, load_run
-from train.run.folder import JsonLines, check_same_run
 from train.run.journal import Journal
 from train.run.reader import RunError, RunReader
 

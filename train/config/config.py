@@ -28,7 +28,7 @@ from train.config.sections import (
     OptimizerConfig,
     TrainingConfig,
 )
-from train.config.tree import ConfigError, apply_override, build, close_to, read_json
+from train.config.tree import ConfigError, apply_override, build, close_to, read_json, shown_key
 
 
 @dataclass(frozen=True)
@@ -257,14 +257,15 @@ def deepspeed_faults(config: Config) -> list[str]:
     faults = []
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return [f"deepspeed.zero_optimization = {json.dumps(zero)} must be a section (a JSON object)"]
+        return [f"deepspeed.zero_optimization = {json.dumps(zero)[:100]} must be a section (a JSON object)"]
     derived = {key.partition(".")[0] for key in DERIVED_DEEPSPEED_KEYS} - {"zero_optimization"}
     for prefix, keys, known in (
         ("deepspeed", config.deepspeed.keys() - derived - {"zero_optimization"}, PASSED_DEEPSPEED_KEYS),
         ("deepspeed.zero_optimization", zero.keys() - {"stage", "memory_efficient_linear"}, PASSED_ZERO_KEYS),
     ):
         faults += [
-            f"{prefix}.{key} is not passed on to DeepSpeed; {close_to(key, known)}" for key in sorted(keys - set(known))
+            f"{prefix}.{shown_key(key)} is not passed on to DeepSpeed; {close_to(key, known)}"
+            for key in sorted(keys - set(known))
         ]
     for key, source in DERIVED_DEEPSPEED_KEYS.items():
         node: Any = config.deepspeed

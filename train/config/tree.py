@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
+from data.errors import printable
 from data.files import strict_json
 
 SHARED = "share/entropy-guided-transformer"
@@ -63,7 +64,7 @@ def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> No
     """Set one `section.key=value` in a configuration tree, or add a fault if the text does not have that form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        faults.append(f"{override!r} is not of the form section.key=value")
+        faults.append(f"'{shown_key(override)}' is not of the form section.key=value")
         return
     try:
         value = strict_json.parse_json(text)
@@ -73,7 +74,7 @@ def apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> No
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            faults.append(f"{override!r}: {section!r} is a value, not a section")
+            faults.append(f"'{shown_key(override)}': '{shown_key(section)}' is a value, not a section")
             return
     tree[last] = value
 
@@ -83,7 +84,7 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
     types_by_name = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
-        name = prefix + key
+        name = prefix + shown_key(key)
         if key not in types_by_name:
             faults.append(f"{name} is no known key; {close_to(key, types_by_name, prefix)}")
         elif dataclasses.is_dataclass(types_by_name[key]):
@@ -99,6 +100,11 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
             else:
                 values[key] = fitting[0]
     return cls(**values)
+
+
+def shown_key(key: str) -> str:
+    """Return a key as a message shows it: of one line, without control characters, and not long."""
+    return printable(key if len(key) <= 60 else f"{key[:57]}...")
 
 
 def close_to(key: str, known: Collection[str], prefix: str = "") -> str:

@@ -391,7 +391,7 @@ def test_zero_optimization_is_a_section(tmp_path: Path) -> None:
 )
 def test_a_feature_of_deepspeed_that_is_not_supported_is_refused_at_once(tmp_path: Path, key: str) -> None:
     fault = fault_of(tmp_path, MINIMAL, f'deepspeed.{key}={{"enabled": true}}')
-    assert fault.startswith(f"deepspeed.{key} is not passed on to DeepSpeed; ")
+    assert fault.startswith(f"deepspeed.{key} is not passed on to DeepSpeed; ".replace("\x1b", "\\x1b"))
 
 
 def test_what_is_passed_on_is_known_to_the_installed_deepspeed() -> None:
