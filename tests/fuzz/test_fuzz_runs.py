@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.run.folder import JsonLines, check_same_run
+from train.run.directory import check_same_run
+from train.run.rows import JsonLines
 
 from data import inspect
 from data.errors import DataError

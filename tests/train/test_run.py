@@ -72,10 +72,10 @@ def test_one_process_evaluates_what_four_trained(tiny_config: Path, tmp_path: Pa
     assert evaluation["entropy_nats"][1][3] > 0
 
 
-def _evaluate(run: str) -> int:
+def _evaluate(run: str, *more: str) -> int:
     from train.evaluate import main
 
-    return main(["--run", run])
+    return main(["--run", run, *more])
 
 
 def test_a_result_that_could_not_be_written_is_refused_first(

@@ -73,17 +73,19 @@ def test_a_mixture_from_afar_is_trained_evaluated_and_traced(
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"datasets": [{"path": f"pipe:cat {dataset}/{{}}"}, {"path": str(dataset)}]}))
     settings = [*SHORT, f"data.path={mixture}", f"data.cache_dir={tmp_path / 'cache'}", "data.prefetch_micro_batches=2"]
+    assert run_main(1, tiny_config, *settings).statuses == [2], "commands need the user's word"
+    settings.append("data.allow_commands=true")
     answer = run_main(1, tiny_config, *settings, "data.cache_gigabytes=1e-9")
     assert answer.statuses == [2] and "cache_gigabytes is 1e-09" in answer.stderr
     answer = run_main(1, tiny_config, *settings, "data.cache_gigabytes=1")
     assert answer.statuses == [0], answer.stderr
     assert list((tmp_path / "cache").glob("??/*"))
     capsys.readouterr()
-    inspect(["--run", str(tmp_path / "run"), "--step", "2"])
+    inspect(["--run", str(tmp_path / "run"), "--step", "2", "--allow-commands"])
     traced = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in traced] == [f"sample {position}" for position in range(8, 16)]
     assert any(": pipe:cat" in line for line in traced) and all(".py" in line for line in traced)
-    assert run_ranks(_evaluate, 1, str(tmp_path / "run")) == [0]
+    assert run_ranks(_evaluate, 1, str(tmp_path / "run"), "--allow-commands") == [0]
     print_dry_run(load_config(tiny_config, settings), None)
     assert "epochs" in capsys.readouterr().out
 
@@ -101,7 +103,7 @@ def test_damage_where_a_dataset_comes_from_stops_the_run(tiny_config: Path, data
     [
         ("data.shuffle_window_shards=0", "data.shuffle_window_shards = 0 must be at least 1"),
         ("data.prefetch_micro_batches=0", "data.prefetch_micro_batches = 0 must be at least 1"),
-        ("data.fetch_attempts=0", "data.fetch_attempts = 0 must be at least 1"),
+        ("data.fetch_attempts=0", "data.fetch_attempts = 0 must be positive"),
         ("data.cache_gigabytes=0", "data.cache_gigabytes = 0.0 must be positive"),
         ("data.fetch_time_limit_s=-1", "data.fetch_time_limit_s = -1.0 must be positive"),
         ("data.on_damage=ignore", "one of"),

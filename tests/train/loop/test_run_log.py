@@ -73,7 +73,6 @@ def test_a_side_log_that_cannot_be_written_is_told_once_and_counted(
             [{"step": number, "tokens": 1, "loss": 1.0, "tokens_per_second": 1.0}], HEADS, RANKS, _Stuck(tmp_path)
         )
     log.end(3, None, None, _Stuck(tmp_path), "")
-    log.directory.close()
     assert [row["file"] for row in events(tmp_path, "side log failed")] == [names.TENSORBOARD, names.GOODPUT]
     assert capsys.readouterr().err.count("the run goes on without it") == 2
     assert events(tmp_path, "asked to stop")[0]["side_log_failures"] == {names.TENSORBOARD: 1, names.GOODPUT: 4}
@@ -97,7 +96,6 @@ def test_event_files_that_are_removed_are_told_and_begun_anew(
         if number == 1:
             shutil.rmtree(tmp_path / names.TENSORBOARD)
     log.close()
-    log.directory.close()
     assert capsys.readouterr().err.count("tensorboard: cannot be written") == 1
     assert os.listdir(tmp_path / names.TENSORBOARD)
 
@@ -107,25 +105,23 @@ def test_a_run_resumes_with_what_its_checkpoint_recorded(log: RunLog, capsys: py
     recorded = log.prefixes()
     step(log, 2)
     log.close()
-    log.directory.close()
     assert seconds_after(log.folder, 1) == 2.0 and seconds_after(log.folder, 2) == 0.0
     capsys.readouterr()
     again = opened(log.folder, 1, recorded)
     assert capsys.readouterr().err == "" and [row["step"] for row in RunReader(log.folder).metrics()] == [1]
     again.close()
-    again.directory.close()
     damaged = (log.folder / names.METRICS).read_bytes().replace(b'"loss": 1.0', b'"loss": 3.0')
     (log.folder / names.METRICS).write_bytes(damaged)
-    opened(log.folder, 1, recorded).directory.close()
+    opened(log.folder, 1, recorded).close()
     assert f"what was found is kept as {names.METRICS}.damaged" in capsys.readouterr().err
     assert events(log.folder, "damaged file")[0]["kept_as"] == f"{names.METRICS}.damaged"
-    opened(log.folder, 1, recorded).directory.close()
+    opened(log.folder, 1, recorded).close()
     assert capsys.readouterr().err == "", "told once"
 
 
 @pytest.mark.parametrize("logs", [{"metrics.jsonl": 3}, {"metrics.jsonl": {"bytes": "1"}}, {"journal.jsonl": []}])
 def test_a_record_of_another_shape_counts_as_none(tmp_path: Path, logs: dict[str, Any]) -> None:
-    opened(tmp_path, 4, logs).directory.close()
+    opened(tmp_path, 4, logs).close()
 
 
 def test_a_validation_counts_if_its_loss_is_finite(log: RunLog) -> None:
