@@ -8,9 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.run.directory import check_same_run
-from train.run.rows import JsonLines
-
 from data import inspect
 from data.errors import DataError
 from tests.fuzz.property import fuzz, holds, json_like
@@ -22,8 +19,10 @@ from train.config import Config, config_from_dict
 from train.config.tree import ConfigError
 from train.loop.goodput import CATEGORIES, Goodput
 from train.pictures.run import FigureError, load_run
+from train.run.directory import check_same_run
 from train.run.journal import Journal
 from train.run.reader import RunError, RunReader
+from train.run.rows import JsonLines
 
 HEADS = [[1.0, 2.0], [0.5, None]]
 METRICS = [
