@@ -176,10 +176,10 @@ def claim(root: Folder, directory: RunDirectory) -> OwnedRoot:
         probe(root)
         if root.local_path is not None:
             lock = FileLock(root.local_path / IDENTITY, required=False)
-        owner = owner_of(root)
-        run_id, words = _decide(root, directory, owner)
-        directory.identify(run_id)
-        _record(root, lock, Identity(run_id, str(directory.path.absolute())))
+        run_id, words = _decide(root, directory, owner_of(root))
+        mine = Identity(run_id, str(directory.path.absolute()))
+        directory.identify(mine)
+        _record(root, lock, mine)
         return OwnedRoot(root, run_id, lock, words)
     except Exception as error:  # stores raise errors of their own
         if lock is not None:
@@ -241,37 +241,34 @@ def owner_of(root: Folder) -> Identity | None:
 
 def _decide(root: Folder, directory: RunDirectory, owner: Identity | None) -> tuple[str, list[str]]:
     """Return the run's identity, and what to say of it; raise CheckpointError if the root is another run's."""
-    run_id = directory.run_id
+    ours = directory.identity
     if owner is None:
-        return run_id or new_run_id(), []
-    if run_id is None and _is_inside(root, directory.path):
+        return new_run_id() if ours is None else ours.run_id, []
+    if ours is None and _is_inside(root, directory.path):
         return owner.run_id, [
             f"run_dir {directory.path} had no {IDENTITY}; going on as the run of its checkpoints, {owner.run_id}"
         ]
-    if run_id != owner.run_id:
+    if ours is None or ours.run_id != owner.run_id:
         raise CheckpointError(
             f"{root.address}: holds checkpoints of {_name(owner)}, and run_dir {directory.path} is "
-            f"{'a new one' if run_id is None else f'run {run_id}'}; choose another checkpoint.path. To go on with that "
-            f'run here, put {{"run_id": "{owner.run_id}"}} into {directory.path / IDENTITY}'
+            f"{'a new one' if ours is None else f'run {ours.run_id}'}; choose another checkpoint.path. To go on with "
+            f'that run here, put {{"run_id": "{owner.run_id}"}} into {directory.path / IDENTITY}'
         )
-    _refuse_copy(root, directory, owner)
+    if ours.run_dir and not _is_inside(root, directory.path) and _is_also_in(owner, directory.path):
+        raise CheckpointError(
+            f"{root.address}: is where the run in {owner.run_dir} saves, and run_dir {directory.path} is a copy of its "
+            "folder; choose another checkpoint.path for the copy, and copy the checkpoints there"
+        )
     return owner.run_id, []
 
 
-def _refuse_copy(root: Folder, directory: RunDirectory, owner: Identity) -> None:
-    """Raise CheckpointError if run_dir is a copy of the run's folder, which is still there and saves to the same root.
-
-    A folder that was moved is not there any more under its old name.
-    """
-    old = Path(owner.run_dir) if owner.run_dir else None
-    if old is None or _is_inside(root, directory.path) or not old.exists() or old.samefile(directory.path):
-        return
-    there = identity_in(old / IDENTITY)
-    if there is not None and there.run_id == owner.run_id:
-        raise CheckpointError(
-            f"{root.address}: run_dir {directory.path} is a copy of {old}, whose checkpoints these are; choose another "
-            "checkpoint.path for the copy, and copy the checkpoints there"
-        )
+def _is_also_in(owner: Identity, run_dir: Path) -> bool:
+    """Whether the run has another folder that is still there; one that was moved is not, under its old name."""
+    other = Path(owner.run_dir or run_dir)
+    if not other.exists() or other.samefile(run_dir):
+        return False
+    there = identity_in(other / IDENTITY)
+    return there is not None and there.run_id == owner.run_id
 
 
 def _record(root: Folder, lock: FileLock | None, mine: Identity) -> None:
@@ -280,7 +277,11 @@ def _record(root: Folder, lock: FileLock | None, mine: Identity) -> None:
         if parse_identity(lock.read()) != mine:
             lock.write(mine.to_json())
         return
-    if recorded_owner(root) is None:
+    there = recorded_owner(root)
+    if there is not None and there.run_id == mine.run_id and there != mine:
+        root.remove_file(IDENTITY)  # the run's folder was moved
+        there = None
+    if there is None:
         with contextlib.suppress(FileExistsError):
             root.create(IDENTITY, mine.to_json().encode())
     there = recorded_owner(root)

@@ -29,7 +29,7 @@ class RunDirectory:
 
     Attributes:
         path: of the folder.
-        run_id: the run's identity; None if the run is new, or of an earlier version.
+        identity: of the run as it is recorded; None if the run is new, or of an earlier version.
 
     Raises:
         RunError: another live process trains there, it holds a run of another model or seed, or files that are no
@@ -53,16 +53,15 @@ class RunDirectory:
         try:
             self._lock.write(f"process {os.getpid()} on {platform.node()}")
             check_same_run(self.path, config)
-            self.run_id = recorded_run_id(self.path)
+            self.identity = recorded_identity(self.path)
         except BaseException:
             self._lock.close()
             raise
 
-    def identify(self, run_id: str) -> None:
+    def identify(self, identity: Identity) -> None:
         """Give the run its identity; write run.json unless that has it."""
-        self.run_id = run_id
-        file = self.path / names.IDENTITY
-        if identity_in(file) != (identity := Identity(run_id, str(self.path.absolute()))):
+        self.identity = identity
+        if identity_in(file := self.path / names.IDENTITY) != identity:
             write_atomically(file, identity.to_json())
 
     def describe(self, dataset: dict[str, Any]) -> None:
@@ -71,7 +70,8 @@ class RunDirectory:
         Args:
             dataset: its identity (train.parts.dataset_identity).
         """
-        about = {"vocab_size": dataset["vocab_size"], "dataset": dataset, "run_id": self.run_id}
+        run_id = None if self.identity is None else self.identity.run_id
+        about = {"vocab_size": dataset["vocab_size"], "dataset": dataset, "run_id": run_id}
         write_atomically(self.path / names.CONFIG, to_json({**about, **description(self._config)}, indent=2) + "\n")
 
     def check(self) -> None:
@@ -117,8 +117,8 @@ def check_is_of_a_run(path: Path) -> None:
         RunError: it holds other files.
     """
     there = {entry.name for entry in path.iterdir()}
-    others = sorted(name for name in there if not names.is_around_a_run(name))
-    if others and not there & set(names.TRAINED):
+    others = sorted(name for name in there if not names.is_of_a_run(name))
+    if others and not there & {names.CONFIG, names.IDENTITY}:
         shown = ", ".join(printable(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
         raise RunError(
             f"run_dir {path}: holds {len(others)} files or folders that are no run's ({shown}), and no {names.CONFIG}; "
@@ -140,6 +140,12 @@ def check_same_run(path: Path, config: Config) -> None:
 
 
 def recorded_run_id(run_dir: Path) -> str | None:
+    """Return the number of `recorded_identity`."""
+    found = recorded_identity(run_dir)
+    return None if found is None else found.run_id
+
+
+def recorded_identity(run_dir: Path) -> Identity | None:
     """Return the identity that run.json or else config.json records; None if neither does.
 
     Raises:
@@ -150,7 +156,7 @@ def recorded_run_id(run_dir: Path) -> str | None:
     found = identity_in(file) or identity_or_none(described.get("run_id"))
     if found is None and file.exists() and file.stat().st_size:
         raise RunError(f"{file}: names no run; restore it, or delete it if the run is this folder's")
-    return None if found is None else found.run_id
+    return found
 
 
 def identity_in(file: Path) -> Identity | None:

@@ -43,16 +43,16 @@ MARKER = "checkpoint.json"
 
 
 TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
-"""Only a training writes these, so a folder that has one of them holds a run."""
+"""A training alone writes these."""
 
 _AROUND = (EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG, FAILURE)
 _JOB = re.compile(r".*\.(log|out|err)|code\..*\.tmp|\.nfs.*|\.gitignore|\.gitkeep|lost\+found")
 """Output of jobs and shells, an interrupted snapshot, and what file systems and git put into an empty folder."""
 
 
-def is_around_a_run(name: str) -> bool:
-    """Return whether a file or folder of this name may lie in a run's folder before the run has begun."""
-    return name in _AROUND or _JOB.fullmatch(name) is not None
+def is_of_a_run(name: str) -> bool:
+    """Return whether a file or folder of this name is of a run, or may lie in its folder before it has begun."""
+    return name in TRAINED or name in _AROUND or _JOB.fullmatch(name) is not None
 
 
 def checkpoint_name(step: int) -> str:

@@ -339,3 +339,33 @@ def test_configuration_versions_and_commit_are_inside(two_checkpoints: Path) -> 
     builds = torch.__version__, torch.__version__.partition("+")[0]  # the packages of some builds leave "+cu130" out
     assert marker["versions"]["torch"] in builds and "git_commit" in marker
     assert marker["data_state"]["samples_consumed"] == 96 and marker["world_size"] == 1
+
+
+def test_a_run_leaves_what_others_keep_beside_its_checkpoints_and_no_other_run_saves_there(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    for file in ("step_by_step_notes/plan.md", "step_list.txt", "step_00000005/data.csv", "writable"):
+        (shared / file).parent.mkdir(parents=True, exist_ok=True)
+        (shared / file).write_text("precious")
+    before = {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()}
+    options = [f"checkpoint.path={shared}", "checkpoint.interval=2", "checkpoint.keep=1", "checkpoint.keep_best=false"]
+    answer = run_main(1, tiny_config, *options, "training.train_steps=8")
+    assert answer.statuses == [0] and answer.stderr.count("are left alone") == 1 and "(step_00000005)" in answer.stderr
+    answer = run_main(1, tiny_config, *options, f"run_dir={tmp_path}/second")
+    assert answer.statuses == [2] and answer.stderr.count("\n") == 1 and "holds checkpoints of run" in answer.stderr
+    (shared / "step_00000010").write_text("precious")
+    answer = run_main(2, tiny_config, *options, "parallel.tensor_parallel_size=2")
+    assert answer.statuses == [2, 2] and answer.stderr.count("\n") == 1, answer.stderr
+    assert "step_00000010: is there already, and this run has not written it" in answer.stderr
+    (shared / "step_00000010").unlink()
+    answer = run_main(1, tiny_config, *options)
+    assert answer.statuses == [0] and "at step 8" in answer.stdout, answer.stderr
+    assert before.items() <= {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()}.items()
+    assert [path.name for path in sorted(shared.glob("step_*"))] == [
+        "step_00000005", "step_00000012", "step_by_step_notes", "step_list.txt",
+    ]  # fmt: skip
+    run_id = json.loads((tmp_path / "run/config.json").read_text())["run_id"]
+    for file in (tmp_path / "run", shared, shared / "step_00000012"):
+        assert json.loads((file / "run.json").read_text())["run_id"] == run_id
+    assert json.loads((shared / "step_00000012/checkpoint.json").read_text())["checkpoint"]["run_id"] == run_id
