@@ -86,7 +86,6 @@ class CheckpointSaver:
         self._staging: Future[Staging] = self._thread.submit(Staging, engine.state_chunks(vocab_size))
         self._pending: Future[None] | None = None
         self._failures = 0
-        self._left: set[str] = set()
         self.saved_step: int | None = None
 
     def save(self, progress: Progress) -> None:
@@ -157,10 +156,8 @@ class CheckpointSaver:
             write_s = round(time.perf_counter() - started, 3)
             self._tell("saved", step=state["step"], blocked_s=round(blocked_s, 3), write_s=write_s)
             with contextlib.suppress(OSError):  # if the store does not list now, the next save prunes
-                left = [each for each in prune(self._owned, self._config, state["step"]) if each not in self._left]
-                self._left.update(left)
-                if left:
-                    self._tell("left alone", root=self._root.address, names=left)
+                if left := prune(self._owned, self._config, state["step"]):
+                    self._tell("left alone", names=left)
 
     def _begin(self, name: str) -> None:
         assert self._owned is not None

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from data.errors import DataError
+from data.errors import DataError, printable
 from data.shards.manifest import Manifest
 from parallel.agreement import on_rank_zero
 from parallel.engine.compiled import compiled_blocks
@@ -107,6 +107,7 @@ class Trainer:
     def __init__(self, config: Config, manifest: Manifest, clock: Clock, stop: StopRequest, places: Places) -> None:
         self.config, self.manifest, self.clock, self.stop, self.places = config, manifest, clock, stop, places
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
+        self.left_alone: set[str] = set()
         dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
         saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
         self.step = 0 if saved is None else saved.step
@@ -271,15 +272,17 @@ class Trainer:
         for words in self.places.owned.words if self.places.owned is not None else []:
             self.log.warn("run identified", words, run_id=self.places.run_id)
         if in_the_way:
-            self._tell_save("left alone", root=self.root.address, names=in_the_way)
+            self._tell_save("left alone", names=in_the_way)
 
     def _tell_save(self, event: str, **fields: Any) -> None:
         """Record what the saver reports; called on the thread that saves."""
         if self.log is not None and event == "left alone":
-            names, root = fields["names"], fields["root"]
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            words = f"{root}: {len(names)} things look like checkpoints or lie in one, but are not this run's ({shown})"
-            self.log.warn(event, f"{words}; they are left alone", **fields)
+            names = [name for name in fields["names"] if name not in self.left_alone]
+            self.left_alone.update(names)
+            if names:
+                shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+                words = f"{len(names)} things are named like a checkpoint or lie in one, and are not this run's"
+                self.log.warn(event, f"{self.root.address}: {words}; they are left alone ({shown})", names=names)
         elif self.log is not None:
             self.log.saving(event, **fields)
 
