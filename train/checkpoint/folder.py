@@ -42,7 +42,7 @@ MOST_BYTES = 1 << 30
 """Of a marker or a table of tensors: far more than any layout of any model needs."""
 UNFINISHED = ".tmp"
 PIECE_BYTES = 1 << 24
-_OURS = re.compile(r"rank_\d{5,}_\d{3,}\.bin")
+_OURS = re.compile(r"rank_[0-9]{5,}_[0-9]{3,}\.bin|\.(rank_[0-9_]+\.bin|\w+\.json)\.[0-9a-f]{8}\.tmp")
 
 
 def is_file_of_ours(name: str) -> bool:

@@ -46,8 +46,8 @@ TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
 """A training alone writes these."""
 
 _AROUND = (EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG, FAILURE)
-_JOB = re.compile(r".*\.(log|out|err)|code\..*\.tmp|\.nfs.*|\.gitignore|\.gitkeep|lost\+found")
-"""Output of jobs and shells, an interrupted snapshot, and what file systems and git put into an empty folder."""
+_JOB = re.compile(r".*\.(log|out|err)|code\..*\.tmp|\..*\.[0-9a-f]{8}\.tmp|\.nfs.*|\.gitignore|\.gitkeep|lost\+found")
+"""Output of jobs and shells, what interrupted writes leave, and what file systems and git put into an empty folder."""
 
 
 def is_of_a_run(name: str) -> bool:
