@@ -35,6 +35,7 @@ from data.command_line import add_workers, end_with_parent, path_argument, real_
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.files.own import open_to_append, write_atomically
+from data.files.strict_json import read_json
 from data.shards.manifest import SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer
 from data.text.input_files import DEFAULT_INCLUDE, Slice, find_files, plan_parts
@@ -255,7 +256,7 @@ def _progress_interval_s() -> float:
 
 
 def _print_report(folder: Path, time_spent: str) -> None:
-    report = json.loads((folder / REPORT).read_text())
+    report = read_json(folder / REPORT)
     for line in report["skipped"][:3]:
         print(f"skipped: {line}")
     if report["skipped"]:

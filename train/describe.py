@@ -8,12 +8,12 @@ Keys are grouped by section, in the order of the configuration file.
 
 import argparse
 import dataclasses
-import json
 import textwrap
 import typing
 from dataclasses import dataclass
 
 from data.command_line import run_command
+from data.files.strict_json import to_json
 from train.config import Config
 from train.config.tree import describe_type
 
@@ -67,7 +67,7 @@ def sections() -> list[Section]:
 
 def _key(name: str, annotation: typing.Any, field: dataclasses.Field) -> Key:
     default = field.default if field.default is not dataclasses.MISSING else {}
-    return Key(name, describe_type(annotation), json.dumps(default), field.metadata["help"])
+    return Key(name, describe_type(annotation), to_json(default), field.metadata["help"])
 
 
 def as_text(sections: list[Section]) -> str:

@@ -11,7 +11,6 @@ Exit status: 0 all is well, 1 there is trouble, 2 cannot start as asked.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ if not __package__:  # run as a file: the packages lie beside train/, installed 
 
 from data.command_line import can_write, path_argument, print_faults, run_command
 from data.errors import DataError
+from data.files.strict_json import to_json
 from parallel.launch import LaunchError, choose_accelerator, world_size
 from parallel.processes.lifetime import end_with_launcher
 from parallel.processes.place import is_launched
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if is_first:
         print_table(rows, hosts)
         if options.json is not None:
-            options.json.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+            options.json.write_text("".join(to_json(vars(row)) + "\n" for row in rows))
     return 1 if any(row.faults for row in rows) else 0
 
 

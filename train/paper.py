@@ -10,13 +10,13 @@ varies together. Values that the papers do not state are marked [choice].
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.command_line import path_argument, run_command
+from data.files.strict_json import to_json
 from train.config import Config, config_from_dict
 
 CODEPARROT_TOKENS = 16_700_000 * 128  # the paper's 16.7 million examples of 128 tokens
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        (options.output / f"{row.name}.json").write_text(json.dumps(row.tree(), indent=2) + "\n")
+        (options.output / f"{row.name}.json").write_text(to_json(row.tree(), indent=2) + "\n")
     print(f"{len(rows)} configurations in {options.output}")
     return 0
 

@@ -11,11 +11,11 @@ Exit status: 0 if the configuration's own layout fits, 1 if not, 2 if it cannot 
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
 from data.command_line import run_command, whole_number
+from data.files.strict_json import to_json
 from data.shards.manifest import SPLITS
 from parallel.config import padded_vocab_size
 from train.config import Config, ConfigError, dataset_faults, load_config, world_faults
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     fitting = [other for other in others if other.fits(gpu)]
     if options.json:
-        print(json.dumps({"plan": as_dict(plan, gpu), "layouts": [as_dict(other, gpu) for other in fitting]}))
+        print(to_json({"plan": as_dict(plan, gpu), "layouts": [as_dict(other, gpu) for other in fitting]}))
     else:
         print_plan(plan, gpu, vocab_size, source)
         print_layouts(fitting[: options.layouts], len(others), gpu)
@@ -72,7 +72,7 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
     vocab_size, source = vocabulary(config, manifest)
     grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
-    print(json.dumps(config.record(), indent=2))
+    print(to_json(config.record(), indent=2))
     padded = padded_vocab_size(vocab_size, grid.tp)
     print(f"\nvocabulary        {vocab_size:,} tokens (from {source}), padded to {padded:,}")
     print(f"parameters        {sum(counts.values()):,}")

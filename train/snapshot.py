@@ -8,7 +8,6 @@ processes is refused first, with exit status 2.
 """
 
 import argparse
-import json
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from data.command_line import print_faults, run_command
 from data.files.own import write_atomically
+from data.files.strict_json import to_json
 from train.config import ConfigError, load_config
 from train.run.directory import check_is_of_a_run, check_links
 from train.run.names import CODE, RESOLVED
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_is_of_a_run(run_dir)
         take(run_dir)
         resolved = {**config.as_dict(), "run_dir": str(run_dir.resolve())}
-        write_atomically(run_dir / RESOLVED, json.dumps(resolved, indent=2) + "\n", mode=config.file_mode)
+        write_atomically(run_dir / RESOLVED, to_json(resolved, indent=2) + "\n", mode=config.file_mode)
     except (ConfigError, RunError) as error:
         print_faults(error)
         return 2

@@ -18,7 +18,6 @@ other. The `fingerprint` covers every field that the order or the content of sam
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 
 from data.errors import DamagedShardError, DataError
 from data.fetch.sources import MANIFEST_NAME, LocalSource, ReadOptions, Source, open_source
+from data.files.strict_json import parse_json, to_json
 from data.shards.tar_layout import DTYPES, shard_bytes
 
 FORMAT = "entropy-guided-tokens"
@@ -155,8 +155,8 @@ def load_manifest(path: str | Path, options: ReadOptions | None = None, shards_a
     raw = source.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     where = source.describe(MANIFEST_NAME)
     try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(raw)
+    except ValueError as error:
         raise DataError(f"{where}: damaged, not JSON ({error}); prepare or copy the dataset again") from error
     shard_source = source if shards_address is None else open_source(shards_address, options)
     return _parse(fields, source, shard_source, where)
@@ -194,12 +194,12 @@ def manifest_json(
         "text_key": text_key,
         "shards": {split: [vars(shard) for shard in shards[split]] for split in SPLITS},
     }
-    return json.dumps({**fields, "fingerprint": _fingerprint(fields)}, indent=1) + "\n"
+    return to_json({**fields, "fingerprint": _fingerprint(fields)}, indent=1) + "\n"
 
 
 def _fingerprint(fields: dict[str, Any]) -> str:
     covered = {key: value for key, value in fields.items() if key != "fingerprint"}
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(covered, sort_keys=True).encode()).hexdigest()
 
 
 def _parse(fields: Any, source: Source, shard_source: Source, where: str) -> Manifest:

@@ -22,7 +22,6 @@ or repetition. Validation reads the datasets' validation splits one after the ot
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.fetch.sources import ReadOptions
 from data.files.address import is_remote, local_path
-from data.files.strict_json import read_json
+from data.files.strict_json import read_json, to_json
 from data.shards.manifest import SPLITS, Manifest, ShardInfo, Stage, load_manifest
 from data.stream.order import permute
 from data.stream.samples import SampleReader
@@ -80,7 +79,7 @@ def load_mixture(path: Path, options: ReadOptions) -> Mixture:
     datasets = tuple(load_manifest(address, options, shards) for address, shards in addresses)
     _check(path, datasets, stages)
     first = datasets[0]
-    identity = json.dumps([[dataset.fingerprint for dataset in datasets], [vars(stage) for stage in stages]])
+    identity = to_json([[dataset.fingerprint for dataset in datasets], [vars(stage) for stage in stages]])
     return Mixture(
         **{
             **vars(first),

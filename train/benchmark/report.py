@@ -1,6 +1,5 @@
 """Describes the machine and writes the result files of benchmarks."""
 
-import json
 import platform
 import sys
 import tempfile
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data.files.strict_json import to_json
 from train.config import ConfigError
 from train.run.provenance import git_commit
 
@@ -42,6 +42,6 @@ def make_folder(folder: Path) -> None:
 
 def write(folder: Path, name: str, report: dict[str, Any], table: str) -> None:
     """Write NAME.json and NAME.md to `folder`, and print the table."""
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
+    (folder / f"{name}.json").write_text(to_json(report, indent=1))
     (folder / f"{name}.md").write_text(table)
     print(table)

@@ -6,7 +6,6 @@
 torch.distributed.checkpoint's own format pickles its table and every tensor. Reading this one cannot run any code.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from data.files.strict_json import parse_json, to_json
 from train.checkpoint.folder import FORMAT, TENSORS, DamagedFileError, Folder, write_marker
 
 FILE_BYTES = 1 << 30
@@ -87,7 +87,7 @@ class Writer(StorageWriter):
             for result in of_rank:
                 files.update(result.storage_data[1])
         with self._folder.writing(TENSORS) as file:
-            file.write(json.dumps(_table(metadata, places)).encode())
+            file.write(to_json(_table(metadata, places)).encode())
         files[TENSORS] = file.digest
         write_marker(self._folder, {**self._description, "format": FORMAT, "files": files})
 
@@ -109,7 +109,7 @@ class Reader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
             try:
-                self._metadata = _metadata(json.loads(self._folder.read(TENSORS)))
+                self._metadata = _metadata(parse_json(self._folder.read(TENSORS)))
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
                 raise DamagedFileError(f"{self._folder.describe(TENSORS)}: damaged ({error})") from None
         return self._metadata

@@ -35,7 +35,6 @@ Exit status: 0 all layouts are within what is allowed, 1 some are not, 2 the com
 """
 
 import argparse
-import json
 import re
 import sys
 from typing import Any
@@ -43,7 +42,7 @@ from typing import Any
 import torch
 
 from data.command_line import output_file, print_faults, real_number, whole_number
-from data.files.strict_json import finite_or_none
+from data.files.strict_json import finite_or_none, to_json
 from parallel.launch import choose_accelerator
 from parallel.layout import KEYS, Layout, parse_layout
 from parallel.local_ranks import RankError
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines = compare_layouts(plain, layouts, configs, options.dtype)
     if options.json is not None:
         whole = [{key: finite_or_none(value) for key, value in line.items()} for line in lines]
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in whole))
+        options.json.write_text("".join(to_json(line) + "\n" for line in whole))
     print_summary(plain, lines)
     return 0 if all(line["passed"] for line in lines) else 1
 

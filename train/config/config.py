@@ -6,7 +6,6 @@ Precedence: defaults < file < `section.key=value` on the command line. An exampl
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from data.errors import HIDDEN, DataError, redacted
 from data.files.address import is_command, local_path, resolved_address
+from data.files.strict_json import to_json
 from data.shards.manifest import SPLITS, Manifest
 from data.stream.token_stream import open_reader
 from model.config import ModelConfig, explained
@@ -257,7 +257,7 @@ def deepspeed_faults(config: Config) -> list[str]:
     faults = []
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return [f"deepspeed.zero_optimization = {json.dumps(zero)[:100]} must be a section (a JSON object)"]
+        return [f"deepspeed.zero_optimization = {to_json(zero)[:100]} must be a section (a JSON object)"]
     derived = {key.partition(".")[0] for key in DERIVED_DEEPSPEED_KEYS} - {"zero_optimization"}
     for prefix, keys, known in (
         ("deepspeed", config.deepspeed.keys() - derived - {"zero_optimization"}, PASSED_DEEPSPEED_KEYS),
@@ -272,9 +272,7 @@ def deepspeed_faults(config: Config) -> list[str]:
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if node is not None:
-            faults.append(
-                f"deepspeed.{key} = {json.dumps(node)} is derived from {source}; remove it and set that instead"
-            )
+            faults.append(f"deepspeed.{key} = {to_json(node)} is derived from {source}; remove it and set that instead")
     return faults
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import sysconfig
 import types
 import typing
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from data.errors import printable
 from data.files import strict_json
+from data.files.strict_json import to_json
 
 SHARED = "share/entropy-guided-transformer"
 """Folder of the environment in which a wheel installs configs/."""
@@ -138,7 +138,7 @@ def describe_type(expected: Any) -> str:
     """Describe a type annotation for users: "a whole number or null"."""
     origin = typing.get_origin(expected)
     if origin is Literal:
-        return "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(expected))
+        return "one of " + ", ".join(to_json(choice) for choice in typing.get_args(expected))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(option) for option in typing.get_args(expected))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
@@ -151,5 +151,5 @@ def _is_huge(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     """Return a value as JSON, cut off if it is long."""
-    text = json.dumps(value)
+    text = to_json(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.files.strict_json import to_json
 from train.benchmark.report import machine
 from train.layout_test.cases import ARITHMETICS, Case
 from train.layout_test.launch import Job
@@ -47,7 +47,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             "steps": options.steps,
         }
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps({"machine": about, "layouts": rows}, indent=1) + "\n")
+        Path(file).write_text(to_json({"machine": about, "layouts": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -11,7 +11,6 @@
 """
 
 import argparse
-import json
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
 from data.files.own import write_atomically
+from data.files.strict_json import to_json
 from model.config import ARCHITECTURES
 from train.config.overrides import parse_with_overrides
 from train.scaling.ladder import DEPTHS, LadderError, plan, suite_tree
@@ -186,7 +186,7 @@ def _write_suite(path: Path, tree: dict[str, Any]) -> None:
     """Write a suite file. If the suite does not load, leave the file as it was and raise LadderError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    write_atomically(temporary, json.dumps(tree, indent=1) + "\n")
+    write_atomically(temporary, to_json(tree, indent=1) + "\n")
     try:
         load_suite(temporary)
         temporary.replace(path)

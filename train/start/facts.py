@@ -7,12 +7,12 @@ little; the source files themselves are compared.
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
+from data.files.strict_json import to_json
 from data.shards.manifest import Manifest
 from parallel.processes.place import place
 from train.config import Config
@@ -98,4 +98,4 @@ def _flatten(prefix: str, value: Any, flat: Facts) -> None:
         for key, inner in value.items():
             _flatten(f"{prefix}.{key}" if prefix else str(key), inner, flat)
     else:
-        flat[prefix] = json.dumps(value, default=str)
+        flat[prefix] = to_json(value)

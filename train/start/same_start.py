@@ -6,7 +6,6 @@ gives its verdict. Only on a difference does one rank of each side send the fact
 
 import contextlib
 import hashlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
+from data.files.strict_json import parse_json, to_json
 from data.shards.manifest import Manifest
 from train.config import Config, ConfigError, load_config
 from train.config.sections import HealthConfig
@@ -132,22 +132,22 @@ def exchange(store: "Store", mine: Side, world_size: int, limit_s: float, waited
 
 def digest(side: Side) -> str:
     """Identify what a rank runs, and why it refuses to."""
-    return hashlib.sha256(json.dumps([side.facts, side.fault], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json([side.facts, side.fault], sort_keys=True).encode()).hexdigest()
 
 
 def _judge(store: "Store", mine: Side, groups: list[list[int]], world_size: int) -> list[str]:
     """On rank 0: ask one rank of each group for its facts, tell all what differs, and wait until they have read it."""
     asked = [ranks[0] for ranks in groups[1:MAX_SIDES]]
-    store.set("asked", json.dumps(asked))
+    store.set("asked", to_json(asked))
     sides = [Side(groups[0], mine.facts, mine.fault, git_commit() or "")]
     with _limited(lambda: f"{name_ranks(asked)} left while the ranks were being compared"):
         store.wait([f"facts/{rank}" for rank in asked], timedelta(seconds=VERDICT_LIMIT_S))
     for ranks in groups[1:MAX_SIDES]:
-        sides.append(Side(ranks, *json.loads(store.get(f"facts/{ranks[0]}"))))
+        sides.append(Side(ranks, *parse_json(store.get(f"facts/{ranks[0]}"))))
     lines = describe_differences(sides)
     if left := [rank for ranks in groups[MAX_SIDES:] for rank in ranks]:
         lines.append(f"{name_ranks(left)} differ too, each in its own way")
-    store.set("verdict", json.dumps(lines))
+    store.set("verdict", to_json(lines))
     _wait_until_read(store, range(world_size))
     return lines
 
@@ -157,7 +157,7 @@ def _follow(store: "Store", mine: Side, limit_s: float) -> list[str]:
     here = mine.ranks[0]
     with _limited(lambda: f"rank {here} got no answer from rank 0; its own message says why"):
         store.wait(["asked"], timedelta(seconds=limit_s + VERDICT_LIMIT_S))
-        asked = json.loads(store.get("asked"))
+        asked = parse_json(store.get("asked"))
         if not asked:
             store.set(f"read/{here}", "")
             return []
@@ -165,9 +165,9 @@ def _follow(store: "Store", mine: Side, limit_s: float) -> list[str]:
             store.set(f"read/{here}", "")
             raise LateError(asked["late"])
         if here in asked:
-            store.set(f"facts/{here}", json.dumps([mine.facts, mine.fault, git_commit() or ""]))
+            store.set(f"facts/{here}", to_json([mine.facts, mine.fault, git_commit() or ""]))
         store.wait(["verdict"], timedelta(seconds=2 * VERDICT_LIMIT_S))
-        lines = json.loads(store.get("verdict"))
+        lines = parse_json(store.get("verdict"))
         store.set(f"read/{here}", "")
     return list(lines)
 
@@ -191,7 +191,7 @@ def _tell_late(store: "Store", world_size: int, limit_s: float) -> str:
         f"{name_ranks(absent)} of {world_size} did not arrive within {limit_s:g} seconds (health.start_limit_s); look "
         "at what the launcher says of them"
     )
-    store.set("asked", json.dumps({"late": text}))
+    store.set("asked", to_json({"late": text}))
     _wait_until_read(store, here)
     return text
 

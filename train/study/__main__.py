@@ -11,7 +11,6 @@ run. A suite with budgets needs it once for each stage.
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import signal
@@ -19,6 +18,7 @@ import subprocess
 import sys
 
 from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
+from data.files.strict_json import to_json
 from parallel.processes.lifetime import SignalWatch
 from parallel.processes.place import forget_launcher
 from train.config.overrides import parse_with_overrides
@@ -155,7 +155,7 @@ def status(suite: Suite, options: argparse.Namespace) -> int:
     found = records(suite)
     if options.json:
         for row in results_rows(found):
-            print(json.dumps(row))
+            print(to_json(row))
         return 0
     width = max(len(record.label) for record in found)
     print(f"{'run':{width}}  seed   tokens (M)        state      perplexity")

@@ -1,7 +1,6 @@
 """Run the stages of a suite, each as a process of train/main.py."""
 
 import datetime
-import json
 import math
 import os
 import platform
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from data.files.own import write_atomically
+from data.files.strict_json import to_json
 from train.run.names import FAILURE, LOG
 from train.study.launch import MustEnd, forked, launched
 from train.study.stages import discard, prepare
@@ -122,4 +122,4 @@ def write_environment(output: Path) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     row = {"device": device, "torch": torch.__version__, "machine": platform.machine(),
            "date": datetime.date.today().isoformat()}  # fmt: skip
-    write_atomically(output / ENVIRONMENT, json.dumps(row, indent=1) + "\n")
+    write_atomically(output / ENVIRONMENT, to_json(row, indent=1) + "\n")

@@ -3,7 +3,6 @@
 So a study that was stopped goes on where it was, and one that other jobs work on at the same time is seen as it is.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, printable, redacted
+from data.files.strict_json import to_json
 from data.stream.dataset import open_dataset_once
 from train.run.entropy_words import COLLAPSED_NATS, collapsed_layers
 from train.run.names import METRICS
@@ -137,7 +137,7 @@ def number(file: Path, row: Row, key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        found = f"step {row['step']}: {key} is {json.dumps(value)[:40]}"
+        found = f"step {row['step']}: {key} is {to_json(value)[:40]}"
         raise RunError(f"{file}: {found}, expected a number; remove that line or restore the file")
     return float(value) if abs(value) <= sys.float_info.max else None
 

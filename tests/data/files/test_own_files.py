@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files.own import open_to_append, open_to_read, write_atomically
+from data.files.own import open_to_append, open_to_read, set_aside, write_atomically
 
 
 def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
@@ -66,3 +66,28 @@ def test_what_is_appended_can_be_read_and_truncated(tmp_path: Path) -> None:
         file.write(b"three\n")
         file.seek(0)
         assert file.read() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_what_is_set_aside_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool) -> None:
+    if not can_link:
+        monkeypatch.setattr(os, "link", fails)
+    file, folder, pipe, link = (tmp_path / name for name in ("file", "folder", "pipe", "link"))
+    (tmp_path / "file.damaged").write_text("earlier")
+    (tmp_path / "file.damaged.2").symlink_to(tmp_path / "nothing")
+    for content in ("first", "second"):
+        file.write_text(content)
+        assert set_aside(file, leave=content == "second").read_text() == content
+    assert {path.name for path in tmp_path.glob("file.*")} == {f"file.damaged{n}" for n in ("", ".2", ".3", ".4")}
+    assert (tmp_path / "file.damaged").read_text() == "earlier" and file.read_text() == "second"
+    folder.mkdir()
+    (folder / "inside").touch()
+    os.mkfifo(pipe)
+    link.symlink_to("/somewhere")
+    for each in (folder, pipe, link):
+        assert set_aside(each).name == f"{each.name}.damaged" and not os.path.lexists(each)
+    assert (tmp_path / "folder.damaged" / "inside").exists() and os.readlink(tmp_path / "link.damaged") == "/somewhere"
+
+
+def fails(*args: object, **options: object) -> None:
+    raise PermissionError("no hard links here")

@@ -1,9 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from data.files.strict_json import check_shape, parse_json, read_json, to_json
+from data.files.strict_json import check_shape, parse_json, parse_row, read_json, to_json
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,41 @@ def test_a_wrong_shape_names_the_key(change: dict, words: str) -> None:
     value = {"step": 1, "loss": 1.0, "seconds": {"steps": 1.0}, "files": []}
     with pytest.raises(ValueError, match=words):
         check_shape(value | change, SHAPE)
+
+
+ROOT = Path(__file__).parents[3]
+MAY_USE_JSON = {
+    "data/files/strict_json.py",
+    # a text's document may hold anything beside the text
+    "data/text/documents.py",
+    "data/shards/text_shard.py",
+    # a line or more for each document, between processes of one preparation
+    "data/text/preparation.py",
+    "data/text/encoded_part.py",
+    "data/shards/document_list.py",
+    # the plan of a preparation, written piece by piece
+    "data/prepare.py",
+    # the text whose sha256 a marker holds
+    "train/checkpoint/folder.py",
+    # imports nothing of data/
+    "parallel/engine/deepspeed_section.py",
+}
+
+
+def test_nothing_else_parses_or_writes_json() -> None:
+    packages = ("model", "data", "parallel", "train")
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    imports = re.compile(r"^\s*(import|from) json\b", re.MULTILINE)
+    found = {str(path.relative_to(ROOT)) for path in files if imports.search(path.read_text())}
+    assert found == MAY_USE_JSON
+
+
+def test_a_row_is_an_object_or_nothing() -> None:
+    assert parse_row(b'{"loss": NaN, "step": 1}\n') == {"loss": None, "step": 1}
+    assert [parse_row(line) for line in (b"", b"[1]\n", b"\xff", b'{"a": 1', b"[" * 10**5, b"1" * 10**4)] == [None] * 6
+
+
+def test_a_key_with_a_question_mark_may_be_missing() -> None:
+    check_shape({}, {"step?": int})
+    with pytest.raises(ValueError, match="step is null, expected a whole number"):
+        check_shape({"step": None}, {"step?": int})
