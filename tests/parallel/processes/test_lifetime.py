@@ -148,7 +148,9 @@ def test_a_childs_signals_are_not_its_parents(to_end: list[int]) -> None:
         "    if (pid := os.fork()) == 0:\n"
         "        time.sleep(100)\n"
         "    pids.append(pid)\n"
-        "[os.kill(pid, number) for pid in pids for number in (signal.SIGTERM, signal.SIGKILL)]\n"
+        "for number in (signal.SIGTERM, signal.SIGKILL):\n"
+        "    time.sleep(0.3)\n"
+        "    [os.kill(pid, number) for pid in pids]\n"
         "[os.waitpid(pid, 0) for pid in pids]\n"
         "time.sleep(0.5); print(stop.received); stop.close()"
     )

@@ -32,11 +32,12 @@ def test_one_process_has_no_store_to_connect_to() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ranks_of_one_machine_listen_to_it_alone(world_size: int) -> None:
-    for found in run_ranks(_listening_while_they_train, world_size):
+    for found, interfaces in run_ranks(_listening_while_they_train, world_size):
         assert found == {LOOPBACK}, "gloo listens in every rank, the store in rank 0"
+        assert interfaces == ["lo", "lo"], "elsewhere this machine's name may lead to another interface"
 
 
-def _listening_while_they_train() -> set[str]:
+def _listening_while_they_train() -> tuple[set[str], list[str]]:
     import torch
     import torch.distributed as dist
 
@@ -44,7 +45,7 @@ def _listening_while_they_train() -> set[str]:
 
     initialize_distributed()
     dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo"))
-    return listening()
+    return listening(), [os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
 
 
 def test_the_store_is_bound_to_the_named_interface() -> None:
