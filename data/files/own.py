@@ -26,6 +26,21 @@ def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(_regular(os.open(path, os.O_RDONLY | _AT_ONCE), path), "rb")
 
 
+def read_within(file: BinaryIO, most_bytes: int) -> bytes:
+    """Return the rest of a file, read piece by piece: asking for `most_bytes` at once would reserve that much memory.
+
+    Raises:
+        ValueError: it is larger than `most_bytes`.
+    """
+    pieces, found = [], 0
+    while piece := file.read(1 << 20):
+        pieces.append(piece)
+        found += len(piece)
+        if found > most_bytes:
+            raise ValueError(f"has more than {most_bytes:,} bytes")
+    return b"".join(pieces)
+
+
 def open_to_append(path: str | os.PathLike[str], mode: int = 0o666) -> BinaryIO:
     """Open a regular file for appending bytes without a buffer, and create it if it is missing. Links are refused.
 

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data.files.own import open_to_read
+from data.files.own import open_to_read, read_within
 
 MOST_BYTES = 1 << 26
 """Of a JSON file from outside, unless its reader says otherwise: 64 MiB."""
@@ -37,10 +37,7 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
         ValueError: it is too large or not JSON; the message says where, in one line.
     """
     with open_to_read(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"has more than {most_bytes:,} bytes")
-    return parse_json(content)
+        return parse_json(read_within(file, most_bytes))
 
 
 def parse_json(content: str | bytes) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from data.files.own import open_to_read
+from data.files.own import open_to_read, read_within
 from data.files.strict_json import check_shape
 from train.run.names import MARKER, step_of
 
@@ -118,10 +118,7 @@ class Folder:
             ValueError: it is larger than `most_bytes`.
         """
         with self.reading(name) as file:
-            content = file.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            raise ValueError(f"has more than {most_bytes:,} bytes")
-        return bytes(content)
+            return read_within(file, most_bytes)
 
     @contextmanager
     def writing(self, name: str) -> Iterator["HashedFile"]:

@@ -143,7 +143,8 @@ def test_a_second_signal_ends_a_process_that_waits_in_c(
 
 def test_a_childs_signals_are_not_its_parents(to_end: list[int]) -> None:
     code = (
-        "import os, signal, time, warnings; warnings.simplefilter('ignore'); from train.loop.signals import StopRequest; stop = StopRequest(); pids = []\n"
+        "import os, signal, time, warnings; from train.loop.signals import StopRequest\n"
+        "warnings.simplefilter('ignore'); stop = StopRequest(); pids = []\n"
         "for _ in range(3):\n"
         "    if (pid := os.fork()) == 0:\n"
         "        time.sleep(100)\n"

@@ -45,7 +45,8 @@ def test_a_folder_with_others_files_is_refused_and_nothing_is_put_there(tmp_path
 
 def test_what_is_put_there_before_a_run_is_no_obstacle(tmp_path: Path) -> None:
     for name in ("code", "resolved.json", "starts.txt", "stage.json", "log.txt", "failure.txt", "slurm-17.out",
-                 "train.log", "checkpoints", "figures", "run.lock", "lost+found", "code.1a2b3c4d.tmp", ".run.json.1a2b3c4d.tmp"):  # fmt: skip
+                 "train.log", "checkpoints", "figures", "run.lock", "lost+found", "code.1a2b3c4d.tmp",
+                 ".run.json.1a2b3c4d.tmp"):  # fmt: skip
         (tmp_path / name).touch()
     opened(tmp_path).close()
     opened(tmp_path / "new" / "run").close()
