@@ -39,11 +39,16 @@ def end_with_launcher() -> None:
     DeepSpeed's command starts a second process, which starts the ranks and outlives the first; so both are watched.
     """
     launcher = os.getppid()
-    end_with_parent(signal.SIGTERM, launcher)
-    with contextlib.suppress(OSError):  # it has just ended, or the kernel is older than 5.3
+    try:
+        watched = [os.pidfd_open(launcher)]
+    except OSError:  # the kernel is older than 5.3; its own signal comes twice if the launcher has several threads
+        end_with_parent(signal.SIGTERM, launcher)
+        return
+    with contextlib.suppress(OSError):  # it has just ended
         command = _parent_of(launcher)
         if _is_node_launcher(launcher) and _is_deepspeed_command(command):
-            _end_with(os.pidfd_open(command), signal.SIGTERM)
+            watched.append(os.pidfd_open(command))
+    _end_with(watched, signal.SIGTERM)
 
 
 def end_with_starter(number: int) -> None:
@@ -53,14 +58,17 @@ def end_with_starter(number: int) -> None:
     """
     starter = multiprocessing.parent_process()
     assert starter is not None, "started by multiprocessing"
-    _end_with(starter.sentinel, number)
+    _end_with([starter.sentinel], number)
 
 
-def _end_with(file: int, number: int) -> None:
-    """Send this process a signal once a file can be read, as one is that the kernel closes with a process."""
+def _end_with(processes: list[int], number: int) -> None:
+    """Send this process a signal, once, when one of other processes ends, of which files are given that tell this."""
+    poll = select.poll()
+    for file in processes:
+        poll.register(file, select.POLLIN)
 
     def follow() -> None:
-        select.select([file], [], [])
+        poll.poll()
         os.kill(os.getpid(), number)
 
     threading.Thread(target=follow, name="ends with another process", daemon=True).start()

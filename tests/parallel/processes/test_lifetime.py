@@ -59,9 +59,9 @@ def test_a_command_that_a_killed_command_started_ends(to_end: list[int]) -> None
     until_gone(to_end[1])
 
 
-@pytest.mark.parametrize("node_launcher_first", [True, False])
-def test_a_rank_ends_with_each_process_of_deepspeeds_launcher(
-    tmp_path: Path, to_end: list[int], node_launcher_first: bool
+@pytest.mark.parametrize("killed", [[0], [1], [0, 1]])
+def test_a_rank_is_asked_once_to_end_with_any_process_of_deepspeeds_launcher(
+    tmp_path: Path, to_end: list[int], killed: list[int]
 ) -> None:
     """DeepSpeed's command starts `python -m deepspeed.launcher.launch`, which starts the ranks."""
     chain = "import subprocess, sys; p = subprocess.Popen(sys.argv[{}:]); print(p.pid, flush=True); p.wait()"
@@ -71,7 +71,10 @@ def test_a_rank_ends_with_each_process_of_deepspeeds_launcher(
     (tmp_path / "deepspeed/launcher/__init__.py").touch()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/deepspeed").write_text(chain.format(1))
-    rank = f"from parallel.processes.lifetime import end_with_launcher; end_with_launcher(); {SLEEPS}"
+    rank = "from parallel.processes.lifetime import end_with_launcher; from train.loop.signals import StopRequest; "
+    rank += "import sys, time; stop = StopRequest(); end_with_launcher(); print('ready', flush=True)\n"
+    rank += "while not stop.received: time.sleep(0.01)\n"
+    rank += "time.sleep(0.5); print(stop.received, flush=True)"
     command = [sys.executable, str(tmp_path / "bin/deepspeed"), sys.executable, "-m", "deepspeed.launcher.launch"]
     top = subprocess.Popen(
         [*command, sys.executable, "-c", rank],
@@ -84,7 +87,9 @@ def test_a_rank_ends_with_each_process_of_deepspeeds_launcher(
     pids = [top.pid, int(top.stdout.readline()), int(top.stdout.readline())]
     to_end += pids
     assert top.stdout.readline() == "ready\n"
-    os.kill(pids[1] if node_launcher_first else pids[0], signal.SIGKILL)
+    for process in killed:
+        os.kill(pids[process], signal.SIGKILL)
+    assert top.stdout.readline() == "SIGTERM\n", "a second signal would have ended it"
     until_gone(pids[2])
 
 
