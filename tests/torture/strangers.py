@@ -122,7 +122,10 @@ def planted_links(trial: Trial) -> Outcome:
 def someone_elses_folder(trial: Trial) -> Outcome:
     """run_dir is a folder with someone else's files and no run: refused, and left as it is."""
     run = trial.folder / "run"
-    plant(trial, run, trial.random.sample(["thesis.tex", "data/a.csv", "metrics.jsonl", "notes.txt", ".git/HEAD"], 2))
+    names = ["thesis.tex", "data/a.csv", "metrics.jsonl", "entropy.jsonl", "notes.txt", ".git/HEAD"]
+    plant(trial, run, trial.random.sample(names, trial.random.randint(1, 2)))
+    if (run / "metrics.jsonl").exists():  # other programs write a file of this name too
+        (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 2.5}}\n' for step in range(1, 9)))
     before = snapshot(run)
     trial.did(", ".join(path.name for path in run.iterdir()))
     ended = trial.train(run)

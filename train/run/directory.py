@@ -117,7 +117,7 @@ def check_is_of_a_run(path: Path) -> None:
         RunError: it holds other files.
     """
     there = {entry.name for entry in path.iterdir()}
-    others = sorted(name for name in there if not names.is_of_a_run(name))
+    others = sorted(name for name in there if not names.may_precede_a_run(name))
     if others and not there & {names.CONFIG, names.IDENTITY}:
         shown = ", ".join(printable(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
         raise RunError(

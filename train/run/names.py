@@ -42,17 +42,16 @@ MARKER = "checkpoint.json"
 """In a checkpoint's folder: makes it complete (train/checkpoint/folder.py)."""
 
 
-TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
-"""A training alone writes these."""
-
-_AROUND = (EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG, FAILURE)
+_AROUND = (JOURNAL, EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG,
+           FAILURE)  # fmt: skip
+"""Not the curves: other programs, too, write a metrics.jsonl, and a run that begins would cut its rows off."""
 _JOB = re.compile(r".*\.(log|out|err)|code\..*\.tmp|\..*\.[0-9a-f]{8}\.tmp|\.nfs.*|\.gitignore|\.gitkeep|lost\+found")
 """Output of jobs and shells, what interrupted writes leave, and what file systems and git put into an empty folder."""
 
 
-def is_of_a_run(name: str) -> bool:
-    """Return whether a file or folder of this name is of a run, or may lie in its folder before it has begun."""
-    return name in TRAINED or name in _AROUND or _JOB.fullmatch(name) is not None
+def may_precede_a_run(name: str) -> bool:
+    """Return whether a file or folder of this name may lie in a run's folder before the run has an identity."""
+    return name in _AROUND or _JOB.fullmatch(name) is not None
 
 
 def checkpoint_name(step: int) -> str:

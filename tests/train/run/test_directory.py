@@ -43,6 +43,16 @@ def test_a_folder_with_others_files_is_refused_and_nothing_is_put_there(tmp_path
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "entropy.jsonl", "ranks.jsonl", "goodput.json"])
+def test_curves_without_a_run_are_someone_elses(tmp_path: Path, name: str) -> None:
+    """Other programs, too, write a metrics.jsonl; a run that begins would cut its rows off."""
+    rows = '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.4}\n'
+    (tmp_path / name).write_text(rows)
+    with pytest.raises(RunError, match=name):
+        opened(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == rows
+
+
 def test_what_is_put_there_before_a_run_is_no_obstacle(tmp_path: Path) -> None:
     for name in ("code", "resolved.json", "starts.txt", "stage.json", "log.txt", "failure.txt", "slurm-17.out",
                  "train.log", "checkpoints", "figures", "run.lock", "lost+found", "code.1a2b3c4d.tmp",
