@@ -42,6 +42,8 @@ MARKER = "checkpoint.json"
 """In a checkpoint's folder: makes it complete (train/checkpoint/folder.py)."""
 
 
+TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
+"""What a training writes itself, beside its folders."""
 _AROUND = (JOURNAL, EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG,
            FAILURE)  # fmt: skip
 """Not the curves: other programs, too, write a metrics.jsonl, and a run that begins would cut its rows off."""
