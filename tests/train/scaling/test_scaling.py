@@ -305,10 +305,6 @@ SIZE = ["--parameters", "1e8", "--tokens", "1e10"]
         ({"architectures": {"A": {**LAW, "resamples": "abcde"}}}, SIZE, "A: resamples: expected a list"),
         ({"architectures": {"A": {**LAW, "alpha": "0.3"}}}, SIZE, "A: E, A, alpha, B, beta: expected 5 finite"),
         ({"architectures": {"A": {**LAW, "E": math.nan}}}, SIZE, "NaN is not JSON"),
-<<<<<<< HEAD
-=======
-        ({"architectures": {"A": {**LAW, "E": None}}}, SIZE, "A: E, A, alpha, B, beta: expected 5 finite"),
->>>>>>> c96487c (Tests: a law of NaN is refused as no JSON)
         ({"architectures": {"A": {**LAW, "range_tokens": None}}}, SIZE, "A: range_tokens: expected 2 finite"),
         ({"architectures": {"A": LAW}}, ["--flops", "1e20", "--parameters", "1e8"], "either --flops alone"),
         ({"architectures": {"A": LAW}}, ["--parameters", "1e8"], "either --flops alone"),
