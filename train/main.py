@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages lie beside train/, installed or not
 
 from data.command_line import print_warning, run_command  # noqa: E402
-from data.errors import redacted  # noqa: E402
+from data.errors import printable, redacted  # noqa: E402
 from parallel.processes.lifetime import end_with_launcher  # noqa: E402
 from parallel.processes.place import is_launched, place  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
@@ -104,11 +104,11 @@ def last_words(config: Config, step: int, validation: "Validation | None") -> st
     if validation is not None:
         return (
             f"done: validation perplexity {validation.perplexity:.3f} ({validation.loss:.4f} nats a token); see "
-            f"{config.run_dir}"
+            f"{printable(config.run_dir)}"
         )
     if step < config.train_steps:
         return f"stopped as asked at step {step} of {config.train_steps}; the same command goes on"
-    return f"{config.run_dir} is complete at step {step}; raise training.train_steps to go on"
+    return f"{printable(config.run_dir)} is complete at step {step}; raise training.train_steps to go on"
 
 
 def leave() -> None:

@@ -108,10 +108,23 @@ def kill_one_and_leave_the_other_alone(trial: Trial) -> Outcome:
     return finished(trial, TP2)
 
 
+def slow_steps(rank: int) -> None:
+    """Make every step take a fifth of a second longer, so that a run lasts."""
+    from parallel.engine.engine import Engine
+
+    step = Engine.train_step
+
+    def slow(self: Engine, *args: object) -> object:
+        time.sleep(0.2)
+        return step(self, *args)  # type: ignore[arg-type]
+
+    Engine.train_step = slow  # type: ignore[method-assign,assignment]
+
+
 @attack("kills")
 def second_signal(trial: Trial) -> Outcome:
     """SIGTERM twice, 0.5 s apart, while the other rank is stopped: the process has to end at once."""
-    ranks = trial.start(trial.folder / "run", TP2, "training.train_steps=100000")
+    ranks = trial.start(trial.folder / "run", TP2, tamper=slow_steps)
     victim, moment = trial.random.randrange(2), trial.random.uniform(0, 4)
     number = trial.random.choice([signal.SIGTERM, signal.SIGUSR1])
     trial.did(f"rank {1 - victim} stopped after {moment:.2f} s, {number.name} twice to rank {victim}")

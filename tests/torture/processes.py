@@ -22,8 +22,8 @@ from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
 POLL_INTERVAL_S = 0.01
-MAX_MEMORY_BYTES = 3 << 30
-"""No command of the tiny runs needs a third of it; what reads an endless file meets a MemoryError."""
+MAX_MEMORY_BYTES = 6 << 30
+"""For each process. DeepSpeed reserves some, and what reads an endless file meets a MemoryError."""
 PR_SET_PDEATHSIG = 1
 Tamper = Callable[[int], None]
 """Called in a child, with its rank, before the command starts."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 
 from tests.torture.attack import Lost, Outcome, Trial, attack
-from tests.torture.judge import check_ending, errors, judged
-from tests.torture.kills import finished
+from tests.torture.judge import check_ending, errors, judged, rows
 from tests.torture.processes import ROOT, start
 from tests.torture.stand import HANG_LIMIT_S, TP2
 
@@ -55,6 +54,12 @@ def remains_of_a_launcher(trial: Trial) -> Outcome:
     return Outcome.SURVIVED if ended.statuses == [0] else Outcome.NAMED
 
 
+def others_can_read(folder: str) -> bool:
+    """Whether another user can import what is installed in a folder and beside the real interpreter."""
+    paths = [Path(folder).resolve(), Path(sys.base_prefix).resolve(), ROOT]
+    return all(each.stat().st_mode & 0o001 for path in paths for each in (path, *path.parents))
+
+
 @attack("surroundings")
 def poor_environment(trial: Trial) -> Outcome:
     """HOME is unset, missing or read-only, TMPDIR is long or gone, the user has no name: commands work all the same."""
@@ -71,7 +76,7 @@ def poor_environment(trial: Trial) -> Outcome:
             {"TZ": "no/such/zone"},
         ]
     )
-    uid = trial.random.choice([None, None, 12345]) if os.geteuid() == 0 else None
+    uid = trial.random.choice([None, None, 12345]) if os.geteuid() == 0 and others_can_read(sys.prefix) else None
     command = trial.random.choice(["train.main", "train.main", "train.evaluate", "data.inspect", "train.describe"])
     trial.did(f"{command} with {environment}{'' if uid is None else f' as user {uid}'}")
     if len(environment.get("TMPDIR") or "") > 100:
@@ -157,7 +162,13 @@ def kill_the_launcher(trial: Trial) -> Outcome:
             except psutil.NoSuchProcess:
                 continue
         launcher.wait()
-    return finished(trial, TP2)
+    last = rows(run / "metrics.jsonl")[-1]["step"]  # another length has another schedule, so no other run's curve
+    ended = trial.train(run, TP2, f"training.train_steps={last + 5}")
+    check_ending(ended)
+    found = [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row]
+    if ended.statuses != [0, 0] or found != list(range(1, last + 6)):
+        raise Lost(f"started again it ended with {ended.statuses} and {len(found)} steps: {ended.text[-300:]}")
+    return Outcome.SURVIVED
 
 
 def _has_row(run: Path) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.errors import printable
+
 
 class ProgressDisplay:
     """Shows steps as they are logged; `first_step` is where a resumed run starts."""
@@ -29,7 +31,8 @@ class ProgressDisplay:
             )
 
     def say(self, text: str) -> None:
-        """Print a line that stays, above the bar."""
+        """Print lines that stay, above the bar."""
+        text = printable(text, keep="\n")
         if self._bar is not None:
             self._bar.write(text)
         else:

@@ -43,7 +43,8 @@ MARKER = "checkpoint.json"
 
 
 TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
-"""What a training writes itself, beside its folders."""
+"""A training writes these."""
+
 _AROUND = (JOURNAL, EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG,
            FAILURE)  # fmt: skip
 """Not the curves: other programs, too, write a metrics.jsonl, and a run that begins would cut its rows off."""
