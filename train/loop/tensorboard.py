@@ -1,6 +1,7 @@
 """Writes a run to TensorBoard: scalars in groups, head and threshold maps, histograms, hyperparameters."""
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class TensorBoardLog:
 
         self._others, self._files = set(self._folder.glob("*")), set()
         self._last_step = first_step
+        threading.excepthook = _leave_to_flush
         self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
 
     def _hyperparameters(self, config: Config) -> None:
@@ -103,6 +105,13 @@ class TensorBoardLog:
 
         for summary in hparams(flat_hyperparameters(config), dict.fromkeys(RESULTS, 0.0)):
             self._writer.file_writer.add_summary(summary)
+
+
+def _leave_to_flush(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, except TensorBoard's on a disk error: `flush` raises that again, for one message."""
+    is_writers = type(failure.thread).__module__.startswith("tensorboard.")
+    if not (is_writers and isinstance(failure.exc_value, OSError)):
+        threading.__excepthook__(failure)
 
 
 def flat_hyperparameters(config: Config) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What TensorBoard reads back from the event files of a run."""
 
 import json
+import threading
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.config import Config, config_from_dict
-from train.loop.tensorboard import TensorBoardLog, flat_hyperparameters
+from train.loop.tensorboard import TensorBoardLog, _leave_to_flush, flat_hyperparameters
 
 LAYERS, HEADS = 3, 2
 SIZES = {"num_layers": LAYERS, "hidden_size": 8, "num_attention_heads": HEADS, "seq_length": 16}
@@ -81,3 +83,14 @@ def test_hyperparameters_are_flat_and_of_types_tensorboard_takes() -> None:
     assert flat["model.hidden_size"] == 8 and flat["optimizer.learning_rate"] == 1e-3
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
     json.dumps(flat)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a fault of the program")])
+def test_a_disk_error_of_the_writers_thread_is_left_to_flush(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Writer(threading.Thread):
+        __module__ = "tensorboard.summary.writer.event_file_writer"
+
+    _leave_to_flush(threading.ExceptHookArgs((type(error), error, None, Writer())))
+    assert bool(capsys.readouterr().err) == isinstance(error, ValueError)
