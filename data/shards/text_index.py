@@ -61,6 +61,8 @@ def index_shard(job: IndexJob) -> ShardInfo:
     """
     if not is_remote(job.address):
         target = Path(os.path.realpath(local_path(job.address) / job.name))
+        if not target.is_file():
+            raise DataError(f"{target}: is no regular file; put the shard itself there, or leave it out")
         info = _index_file(job, target)
         _link(job.output / job.name, target)
         return info

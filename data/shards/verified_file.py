@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -86,6 +87,8 @@ class VerifiedFile:
     def _notice_changes(self) -> None:
         """Raise if the size changed, since a read past the end kills the process. After a write, recheck all chunks."""
         status = self._with_retries(lambda: os.fstat(self._file))
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedShardFileError(f"{self._where}: is no regular file; put the shard itself there")
         if status.st_size != self._num_bytes:
             raise DamagedShardFileError(
                 f"{self._where}: has {status.st_size} bytes, expected {self._num_bytes}; copy or prepare it again"

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,12 @@ def test_skipping_decides_before_the_first_sample_of_a_shard_is_used(tmp_path: P
 
 
 @pytest.mark.parametrize("name", [SHARD, "train-000001.digests", "manifest.json", "tokenizer.model"])
-def test_a_named_pipe_in_the_place_of_a_file_is_not_waited_for(made: Path, name: str) -> None:
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir])
+def test_a_named_pipe_or_a_folder_in_the_place_of_a_file_is_told(
+    made: Path, name: str, put: Callable[[Path], None]
+) -> None:
     (made / name).unlink()
-    os.mkfifo(made / name)
+    put(made / name)
     with pytest.raises(DataError, match=name):
         _ = load_manifest(made).tokenizer_path
         read_epoch(made)
