@@ -5,6 +5,8 @@ import re
 _SECRETS = [
     # scheme://user:password@host
     re.compile(r"(://)[^/?#\s'\"]+(@)"),
+    # user:password@host, as libraries print an address without its scheme
+    re.compile(r"((?:^|[\s/('\"=]))[^\s/:@'\"()=]+:[^\s/@'\"]+(@)"),
     # ?token=... of an address
     re.compile(
         r"(?i)([?&;][\w.-]*(?:token|secret|passw|pwd|signature|credential|key|auth|jwt|sig|sas)[\w.-]*=)[^\s&;'\"#]+()"

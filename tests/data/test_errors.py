@@ -22,6 +22,7 @@ from data.errors import DataError, redacted
         ("pipe:curl -u ada:pw https://h/{}", "pipe:curl -u *** https://h/{}"),
         ("pipe:get --password=pw --token abc {}", "pipe:get --password=*** --token *** {}"),
         ("API_KEY=abc cat {}", "API_KEY=*** cat {}"),
+        ("cannot be read (/ada:pw@host/a)", "cannot be read (/***@host/a)"),
     ],
 )
 def test_secrets_are_hidden(text: str, shown: str) -> None:
@@ -38,6 +39,7 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
         "expected a folder, http(s)://, pipe: or a store; write to a@b.org",
         "tokenizer.model?, --vocab-size 100 --users 3",
         "model.num_layers = 3 must be a whole number",
+        "rank 0: line 3: x@y, at 12:30 @home, user@host:path",
     ],
 )
 def test_other_text_stays(text: str) -> None:
