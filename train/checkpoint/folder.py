@@ -73,7 +73,8 @@ class Folder:
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
-        self.fs, self.path = fsspec.core.url_to_fs(self.address)
+        with _errors_as_os_errors():  # some stores connect here
+            self.fs, self.path = fsspec.core.url_to_fs(self.address)
 
     @property
     def local_path(self) -> Path | None:

@@ -24,9 +24,9 @@ def checkpoint_faults(config: Config) -> list[str]:
     """Return a fault if this installation cannot write to the address of checkpoints. Nothing is written."""
     try:
         Folder(config.checkpoint_folder)
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         return [
             f"checkpoint.path = {config.checkpoint_folder!r} cannot be used ({error}); name a folder or an address "
-            "whose fsspec package is installed"
+            "that answers and whose fsspec package is installed"
         ]
     return []
