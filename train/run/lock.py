@@ -44,6 +44,8 @@ class FileLock:
                 if self.is_held():
                     return
                 self._file.close()  # removed between opening and locking
+                if time.monotonic() > ends_at:
+                    raise OSError(errno.ESTALE, "is another file each time it is looked at", str(path))
                 continue
             content = self.read()
             self._file.close()
