@@ -27,7 +27,7 @@ from data.fetch.transport import steady, stream_fsspec, stream_http, stream_pipe
 from data.files.address import is_command, is_remote, local_path, user_cache_folder
 
 MANIFEST_NAME = "manifest.json"
-_MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
+MOST = 1_000_000  # of gigabytes, attempts or seconds; longer times are beyond what a socket can wait for
 T = TypeVar("T")
 Stream = Callable[[str, str, float], Iterator[bytes]]
 """Yields a file's content from (address, file name, time limit in seconds); raises FetchError if a retry may help."""
@@ -60,8 +60,8 @@ class ReadOptions:
         if self.on_damage not in ("stop", "skip"):
             raise DataError(f"on_damage is {self.on_damage!r}, expected 'stop' or 'skip'")
         for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
-            if not 0 < getattr(self, name) <= _MOST:  # false for nan
-                raise DataError(f"{name} is {getattr(self, name)}, expected a positive number of at most {_MOST:,}")
+            if not 0 < getattr(self, name) <= MOST:  # false for nan
+                raise DataError(f"{name} is {getattr(self, name)}, expected a positive number of at most {MOST:,}")
 
     @property
     def cache_folder(self) -> Path:

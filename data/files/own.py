@@ -4,12 +4,14 @@ A folder that others may write to can hold a symbolic link, a named pipe or a de
 link is what people want who keep their data elsewhere. Writing through one would overwrite a file that is not ours.
 """
 
+import contextlib
 import errno
 import itertools
 import os
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,14 +77,25 @@ def write_atomically(path: Path, content: str | bytes | bytearray, mode: int = 0
     Raises:
         OSError: it cannot be written; nothing is left beside it.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    try:
+    with replacing(path) as temporary:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         with os.fdopen(file, "wb") as output:
             output.write(content.encode() if isinstance(content, str) else content)
             output.flush()
             if durable:
                 os.fsync(file)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an unused name beside `path`. The file that is written there replaces `path`, unless an error is raised.
+
+    Raises:
+        OSError: `path` cannot be replaced; nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

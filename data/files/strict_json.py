@@ -77,6 +77,12 @@ def to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> s
     return json.dumps(finite_or_none(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
+def shown(value: Any, most_characters: int = 100) -> str:
+    """Return a value as JSON for a message, cut off if it is long."""
+    text = to_json(value)
+    return text if len(text) <= most_characters else f"{text[: most_characters - 3]}..."
+
+
 def finite_or_none(value: Any) -> Any:
     """Replace NaN and infinities by None at any depth, since JSON has neither; tuples become lists."""
     if isinstance(value, dict):
@@ -98,7 +104,8 @@ def check_shape(value: Any, shape: Shape, name: str = "") -> None:
     kinds = wanted if isinstance(wanted, tuple) else (wanted,)
     if not any(_is_a(value, kind) for kind in kinds):
         expected = " or ".join(_WORDS.get(kind, "null") for kind in kinds)
-        raise ValueError(f"{name or 'the content'} is {_shown(value)}, expected {expected}")
+        found = _WORDS[type(value)] if isinstance(value, dict | list) else shown(value, 60)
+        raise ValueError(f"{name or 'the content'} is {found}, expected {expected}")
     if isinstance(shape, dict):
         for key, inner in shape.items():
             key, may_be_missing = key.removesuffix("?"), key.endswith("?")
@@ -116,11 +123,6 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value) if not isinstance(value, dict | list) else _WORDS[type(value)]
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

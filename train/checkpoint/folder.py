@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from data.files.address import is_remote, local_path
 from data.files.own import open_to_read, read_within
 from data.files.strict_json import check_shape
 from train.run.names import MARKER, step_of
@@ -74,7 +75,10 @@ class Folder:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         with _errors_as_os_errors():  # some stores connect here
-            self.fs, self.path = fsspec.core.url_to_fs(self.address)
+            if is_remote(self.address):
+                self.fs, self.path = fsspec.core.url_to_fs(self.address)
+            else:
+                self.fs, self.path = LocalFileSystem(), os.path.abspath(local_path(self.address))
 
     @property
     def local_path(self) -> Path | None:

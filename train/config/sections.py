@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from data.fetch.sources import ReadOptions
+from data.fetch.sources import MOST, ReadOptions
 from data.files.address import is_command
 from model.config import explained
 
@@ -70,8 +70,8 @@ class DataConfig:
             if getattr(self, name) < 1:
                 faults.append(f"data.{name} = {getattr(self, name)} must be at least 1")
         for name in ("cache_gigabytes", "fetch_attempts", "fetch_time_limit_s"):
-            if not 0 < getattr(self, name) <= 1_000_000:
-                faults.append(f"data.{name} = {getattr(self, name)} must be positive and at most 1,000,000")
+            if not 0 < getattr(self, name) <= MOST:
+                faults.append(f"data.{name} = {getattr(self, name)} must be positive and at most {MOST:,}")
         return faults
 
     def read_options(self) -> ReadOptions:

@@ -91,12 +91,12 @@ def build(cls: Any, tree: dict[str, Any], prefix: str, faults: list[str]) -> Any
             if isinstance(value, dict):
                 values[key] = build(types_by_name[key], value, f"{name}.", faults)
             else:
-                faults.append(f"{name} = {_shown(value)} must be a section (a JSON object)")
+                faults.append(f"{name} = {strict_json.shown(value)} must be a section (a JSON object)")
         else:
             fitting = _fit(types_by_name[key], value)
             if fitting is None:
                 bound = " (at most 2^53, and 1e30 with a fraction)" if _is_huge(value) else ""
-                faults.append(f"{name} = {_shown(value)} must be {describe_type(types_by_name[key])}{bound}")
+                faults.append(f"{name} = {strict_json.shown(value)} must be {describe_type(types_by_name[key])}{bound}")
             else:
                 values[key] = fitting[0]
     return cls(**values)
@@ -147,9 +147,3 @@ def describe_type(expected: Any) -> str:
 
 def _is_huge(value: Any) -> bool:
     return isinstance(value, float | int) and abs(value) > LARGEST_WHOLE_NUMBER
-
-
-def _shown(value: Any) -> str:
-    """Return a value as JSON, cut off if it is long."""
-    text = to_json(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -13,13 +13,12 @@
 import argparse
 import os
 import re
-import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
-from data.files.own import write_atomically
+from data.files.own import replacing, write_atomically
 from data.files.strict_json import to_json
 from model.config import ARCHITECTURES
 from train.config.overrides import parse_with_overrides
@@ -185,15 +184,12 @@ def _check_output(path: Path, is_folder: bool = False) -> None:
 def _write_suite(path: Path, tree: dict[str, Any]) -> None:
     """Write a suite file. If the suite does not load, leave the file as it was and raise LadderError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    write_atomically(temporary, to_json(tree, indent=1) + "\n")
-    try:
-        load_suite(temporary)
-        temporary.replace(path)
-    except SuiteError as error:
-        raise LadderError(str(error).replace(str(temporary), str(path))) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        write_atomically(temporary, to_json(tree, indent=1) + "\n")
+        try:
+            load_suite(temporary)
+        except SuiteError as error:
+            raise LadderError(str(error).replace(str(temporary), str(path))) from None
 
 
 def make_fit(options: argparse.Namespace) -> int:

@@ -1,11 +1,10 @@
 """Make a stage's folder ready to be trained in; a branch starts from its trunk's checkpoint."""
 
 import os
-import secrets
 import shutil
 from pathlib import Path
 
-from data.files.own import write_atomically
+from data.files.own import replacing, write_atomically
 from data.files.strict_json import to_json
 from train.checkpoint.folder import Folder, is_file_of_ours
 from train.checkpoint.root import OwnedRoot
@@ -94,9 +93,5 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file; the target is there as a whole or not at all."""
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing(target) as unfinished:
         shutil.copyfile(source, unfinished)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files.address import local_path
-from data.files.strict_json import to_json
+from data.files.strict_json import shown
 from train.config import Config, ConfigError, allows_commands, config_from_dict
 from train.config.tree import apply_override, read_json, shipped
 from train.paper import Row, places, rows_at
@@ -196,7 +196,7 @@ def _misfits(tree: Tree, shapes: dict[str, Shape], where: str, needed: Collectio
     for key in sorted(tree.keys() & shapes):
         fits, expected = shapes[key]
         if not fits(tree[key]):
-            faults.append(f"{where}{key} = {to_json(tree[key])[:100]} must be {expected}")
+            faults.append(f"{where}{key} = {shown(tree[key])} must be {expected}")
     return faults
 
 
