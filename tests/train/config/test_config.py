@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed.runtime.config as deepspeed_config
 import pytest
 
-from tests.train.runs import run_main
+from tests.train.runs import rows, run_main
 from train.config import DERIVED_DEEPSPEED_KEYS, Config, ConfigError, config_from_dict, load_config, world_faults
 from train.config.config import PASSED_DEEPSPEED_KEYS, PASSED_ZERO_KEYS
 
@@ -401,6 +401,35 @@ def test_what_is_passed_on_is_known_to_the_installed_deepspeed() -> None:
     assert set(PASSED_ZERO_KEYS) <= fields.keys() | {field.alias for field in fields.values()}
     source = "".join(path.read_text() for path in Path(deepspeed_config.__file__).parents[1].rglob("*.py"))
     assert [key for key in PASSED_DEEPSPEED_KEYS if f'"{key}"' not in source] == []
+
+
+BUCKETS = {"allgather_bucket_size": 2000, "allgather_partitions": False, "contiguous_gradients": False,
+           "overlap_comm": True, "reduce_bucket_size": 3000, "reduce_scatter": False}  # fmt: skip
+STAGE_3 = {"overlap_comm": True, "contiguous_gradients": False, "reduce_bucket_size": 3000, "sub_group_size": 2000,
+           "stage3_gather_16bit_weights_on_model_save": True, "stage3_max_live_parameters": 1000,
+           "stage3_max_reuse_distance": 1000, "stage3_model_persistence_threshold": 1000,
+           "stage3_param_persistence_threshold": 10, "stage3_prefetch_bucket_size": 1000}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [
+        ("parallel.zero_stage=1", BUCKETS),
+        ("parallel.zero_stage=2", BUCKETS),
+        ("parallel.zero_stage=3", STAGE_3),
+        ("parallel.pipeline_parallel_size=2", BUCKETS),
+    ],
+)
+def test_what_is_passed_on_to_zero_changes_no_loss(
+    tiny_config: Path, tmp_path: Path, layout: str, zero: dict[str, Any]
+) -> None:
+    assert {*BUCKETS, *STAGE_3} == set(PASSED_ZERO_KEYS)
+    for name, own in (("default", []), ("own", [f"deepspeed.zero_optimization={json.dumps(zero)}"])):
+        answer = run_main(2, tiny_config, layout, *own, "training.train_steps=3", f"run_dir={tmp_path / name}")
+        assert answer.statuses == [0, 0], answer.stderr
+    default, own = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("default", "own"))
+    assert len(own) == 3 and own == default
 
 
 def test_what_deepspeed_does_not_take_is_one_line_and_the_run_can_start_after(tiny_config: Path) -> None:
