@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from data.command_line import output_file, path_argument, print_faults, run_command, whole_number
+from data.command_line import path_argument, print_faults, run_command, whole_number
 from parallel.processes.place import forget_launcher
 from train.layout_test.cases import ARITHMETICS, FAMILIES, Case
 from train.layout_test.jobs import choose, job, prepare
@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--json",
-        type=output_file,
+        type=path_argument,
         metavar="FILE",
         help="file of results (default: docs/benchmarks/layouts_CARD_xN.json on GPUs, else none)",
     )
