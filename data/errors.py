@@ -54,8 +54,8 @@ def printable(text: str, keep: str = "") -> str:
 def redacted(text: str) -> str:
     """Return a text with the secrets of the addresses and commands in it replaced by "***".
 
-    These are what stands before the "@" of a host, and the values of parameters, headers and options whose names speak
-    of a secret. Host and path stay, since people need them to find a fault.
+    A secret is the user and password before a host, or the value of a parameter, header or option with a name like
+    "token" or "password". Host and path stay, since people need them to find a fault.
     """
     for secret in _SECRETS:
         text = secret.sub(rf"\g<1>{HIDDEN}\g<2>", text)
@@ -63,7 +63,7 @@ def redacted(text: str) -> str:
 
 
 def safe_text(text: str, keep: str = "") -> str:
-    """Return a text for the terminal or a log: `printable` and `redacted`."""
+    """Return a text that is safe to print: its control characters are escaped and its secrets hidden."""
     return redacted(printable(text, keep))
 
 
