@@ -75,7 +75,7 @@ class Transport(Protocol):
 
         Args:
             offered: entry r is what rank r of the group gets; the own entry is None. All parts have one shape.
-                They may be changed as soon as this returns, unless `outgoing` gave them.
+                They must not be changed before all that the peers offer has been waited for.
         """
 
 
