@@ -9,7 +9,7 @@ A `Transformer` may hold a range of the layers only, with or without the two end
 whole model in either case, so that `layers.7.attention.threshold` means the same parameter under every layout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,10 +51,14 @@ class Linear(nn.Linear):
 
     The layer owns only W, since the other arguments belong to heads or to a sub-block. A bias is added within the
     product.
+
+    Attributes:
+        product: (x, matrix, bias) -> x matrix^T + bias.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.product: Callable[..., Tensor] = F.linear
 
     def forward(
         self,
@@ -63,7 +67,7 @@ class Linear(nn.Linear):
         divisor: Tensor | None = None,
         diagonal: Tensor | float | None = None,
     ) -> Tensor:
-        return F.linear(x, scaled_matrix(self.weight, divisor, diagonal), bias)
+        return self.product(x, scaled_matrix(self.weight, divisor, diagonal), bias)
 
 
 class Embedding(nn.Module):
@@ -137,6 +141,9 @@ class Attention(nn.Module):
 
     Query and key have a bias; value and output have none. The key's bias acts, and learns, only if positions rotate the
     keys. Query, key and value are one matrix, stacked head by head, so a range of heads is a range of its rows.
+
+    Attributes:
+        heads: whose queries, keys and values `query_key_value` returns, all of them by default.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -147,6 +154,7 @@ class Attention(nn.Module):
         self.query_bias = nn.Parameter(torch.empty(heads, width))
         self.key_bias = nn.Parameter(torch.empty(heads, width))
         self.key_bias_acts = config.positions == "rotary"
+        self.heads = slice(None)
         self.output = Linear(heads * width, config.hidden_size)
         self.core = CoreAttention(config)
         self.temperature_form, self.temperature_init = config.temperature_form, config.temperature_init
@@ -157,13 +165,14 @@ class Attention(nn.Module):
         self.threshold = nn.Parameter(torch.empty(heads)) if config.regularized else None
 
     def temperature(self) -> Tensor | None:
-        """Return the positive divisor of the logits, [N] or [N, T]; None without a temperature."""
+        """Return the positive divisor of the logits of `heads`, [N] or [N, T]; None without a temperature."""
         if self.temperature_parameter is None:
             return None
+        parameter = self.temperature_parameter[self.heads]
         if self.temperature_form == "exp":
-            exact = torch.promote_types(self.temperature_parameter.dtype, torch.float32)
-            return self.temperature_init * self.temperature_parameter.to(exact).exp()
-        return self.temperature_parameter
+            exact = torch.promote_types(parameter.dtype, torch.float32)
+            return self.temperature_init * parameter.to(exact).exp()
+        return parameter
 
     def may_lack_gradient(self, is_one_hot: bool) -> set[str]:
         """Return the names of parameters whose gradient may be exactly zero in a correct step.
@@ -186,7 +195,7 @@ class Attention(nn.Module):
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
         qkv = self.query_key_value(x_TBD, bias=bias_N3H.detach().flatten())
-        qkv = _GradientOfBiases.apply(qkv, self.query_bias, self.key_bias, self.key_bias_acts)
+        qkv = _GradientOfBiases.apply(qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts)
         return self.attend(qkv, document_start_BT)
 
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ its communication inside (`tests/parallel/sharding/test_compiled_functions.py`).
     take_positions      this rank's rows of [T, ...]                 gather
     take_features       this rank's columns of [..., D]              gather
     all_to_all          part r of dimension 0 goes to rank r         the same exchange
-    column_linear       X W^T of all positions for this rank's rows  see `column_linear`
 
 Groups are passed by name, since operators take no objects; `name_of` registers a group.
 """
@@ -40,11 +39,16 @@ def name_of(group: ProcessGroup) -> str:
     return group.group_name
 
 
+def group_of(name: str) -> ProcessGroup:
+    """Return the group that was registered under a name."""
+    return _groups[name]
+
+
 def _size(group: str) -> int:
     return _groups[group].size()
 
 
-def _operator(function: Callable[..., Any]) -> Any:
+def operator(function: Callable[..., Any]) -> Any:
     """Turn a function of tensors and a group's name into an operator."""
     name = f"{NAMESPACE}::{function.__name__.lstrip('_')}"
     IMPLEMENTATIONS[name] = function
@@ -60,19 +64,19 @@ def _differentiable(operator: Any, gradient: Callable[[Tensor, str], Tensor]) ->
     operator.register_autograd(lambda ctx, grad: (gradient(grad, ctx.group), None), setup_context=keep_group)
 
 
-@_operator
+@operator
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Sum over ranks; the gradient passes through, since the layers that follow are the same on every rank."""
     return _summed(x, group)
 
 
-@_operator
+@operator
 def sum_both_ways(x: Tensor, group: str) -> Tensor:
     """Sum over ranks, and sum gradients too: each rank's own output depends on the total."""
     return _summed(x, group)
 
 
-@_operator
+@operator
 def gather_positions(x: Tensor, group: str) -> Tensor:
     """Gather all ranks' positions, [T / p, ...] -> [T, ...]."""
     whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))
@@ -80,7 +84,7 @@ def gather_positions(x: Tensor, group: str) -> Tensor:
     return whole
 
 
-@_operator
+@operator
 def scatter_sum(x: Tensor, group: str) -> Tensor:
     """Sum over ranks and keep this rank's positions, [T, ...] -> [T / p, ...]."""
     own = x.new_empty((x.shape[0] // _size(group), *x.shape[1:]))
@@ -88,61 +92,25 @@ def scatter_sum(x: Tensor, group: str) -> Tensor:
     return own
 
 
-@_operator
+@operator
 def take_positions(x: Tensor, group: str) -> Tensor:
     """Keep this rank's positions of a tensor that every rank holds, [T, ...] -> [T / p, ...]."""
     return x.chunk(_size(group))[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
 
 
-@_operator
+@operator
 def take_features(x: Tensor, group: str) -> Tensor:
     """Keep this rank's features of a tensor that every rank holds, [..., D] -> [..., D / p]."""
     return x.chunk(_size(group), dim=-1)[_groups[group].rank()].clone(memory_format=torch.contiguous_format)
 
 
-@_operator
+@operator
 def all_to_all(parts: Tensor, group: str) -> Tensor:
     """Send part r of dimension 0 to rank r."""
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=_groups[group])
     return received
-
-
-@_operator
-def column_linear(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tensor:
-    """Compute Y = X W^T with the rows of W split over ranks: [T, B, D] -> [T, B, rows].
-
-    The backward pass sums the gradient of X over ranks while it computes the gradient of W. Under sequence parallelism
-    it gathers X again instead of keeping all positions.
-
-    Args:
-        gathers: whether x holds only this rank's positions, [T / p, B, D], and must be gathered first (sequence
-            parallelism).
-    """
-    return (gather_positions(x, group) if gathers else x) @ weight.t()
-
-
-@_operator
-def _column_linear_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, group: str, gathers: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the weight; each exchange overlaps with a product if the device allows."""
-    grad, whole, ranks = grad.contiguous(), x, _groups[group]
-    if gathers:
-        whole = x.new_empty((x.shape[0] * _size(group), *x.shape[1:]))
-        gathering = dist.all_gather_into_tensor(whole, x.contiguous(), group=ranks, async_op=True)
-    grad_x = grad @ weight
-    if gathers:
-        gathering.wait()
-        own = torch.empty_like(x, memory_format=torch.contiguous_format)
-        summing = dist.reduce_scatter_tensor(own, grad_x, group=ranks, async_op=True)
-    else:
-        own = grad_x
-        summing = dist.all_reduce(own, group=ranks, async_op=True)
-    grad_weight = grad.flatten(0, -2).t() @ whole.flatten(0, -2)
-    summing.wait()
-    return own, grad_weight
 
 
 def _summed(x: Tensor, group: str) -> Tensor:
@@ -155,7 +123,8 @@ def _gather_features(grad: Tensor, group: str) -> Tensor:
     return torch.cat(gather_positions(grad.unsqueeze(0), group).unbind(0), dim=-1)
 
 
-def _like(x: Tensor, group: str) -> Tensor:
+def like(x: Tensor, group: str) -> Tensor:
+    """Return what an operator allocates for a result of the shape of x."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -163,9 +132,9 @@ def _fewer_positions(x: Tensor, group: str) -> Tensor:
     return x.new_empty((x.shape[0] // _size(group), *x.shape[1:]))
 
 
-all_reduce.register_fake(_like)
-sum_both_ways.register_fake(_like)
-all_to_all.register_fake(_like)
+all_reduce.register_fake(like)
+sum_both_ways.register_fake(like)
+all_to_all.register_fake(like)
 gather_positions.register_fake(lambda x, group: x.new_empty((x.shape[0] * _size(group), *x.shape[1:])))
 scatter_sum.register_fake(_fewer_positions)
 take_positions.register_fake(_fewer_positions)
@@ -178,25 +147,3 @@ _differentiable(scatter_sum, gather_positions)
 _differentiable(take_positions, gather_positions)
 _differentiable(take_features, _gather_features)
 _differentiable(all_to_all, all_to_all)
-
-
-@column_linear.register_fake
-def _(x: Tensor, weight: Tensor, group: str, gathers: bool) -> Tensor:
-    return x.new_empty((x.shape[0] * (_size(group) if gathers else 1), *x.shape[1:-1], weight.shape[0]))
-
-
-@_column_linear_gradients.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, group: str, gathers: bool) -> tuple[Tensor, Tensor]:
-    return _like(x, group), _like(weight, group)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.group, ctx.gathers = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _column_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_column_linear_gradients(grad, *ctx.saved_tensors, ctx.group, ctx.gathers), None, None
-
-
-column_linear.register_autograd(_column_linear_backward, setup_context=_keep)

@@ -5,28 +5,50 @@ exchanged before it: each rank gets all positions of 1 / cp of the heads. The ou
 
     [T / cp, B, N, H] -all-to-all-> [T, B, N / cp, H] -attention-> [T, B, N / cp, H] -all-to-all-> [T / cp, B, N, H]
 
+With tensor parallelism as well, each tensor-parallel rank exchanges its own heads, around attention. Without it, the
+exchanges hide behind the products with W_qkv and W_o (`parallel.sharding.products`).
+
 A head's temperatures are applied on the rank that computes its attention. Its entropies stay there and meet its
 threshold (see parallel.sharding.regularizer). On each rank every parameter sees part of the tokens or of the heads, so
 its gradient is a part of a sum, as over data-parallel ranks. The engine averages over both axes together.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from model.transformer import CoreAttention, Transformer
+from model.transformer import Attention, CoreAttention, Transformer
 from parallel.sharding.collectives import name_of
 from parallel.sharding.exchange import heads_for_positions, positions_for_heads
 from parallel.sharding.megatron import Groups
+from parallel.sharding.products import heads_linear, positions_linear
 
 
 def apply_context_parallel(model: Transformer, groups: Groups) -> None:
-    """Replace attention between its projections, and set the first position that the embedding holds."""
+    """Exchange heads for positions around attention, and set the first position that the embedding holds."""
     grid = groups.grid
     if grid.cp == 1:
         return
     if model.embedding is not None:
         model.embedding.first_position = grid.positions(model.config.seq_length).start
     for block in model.layers.values():
-        block.attention.core = ContextParallelCore(block.attention.core, groups)
+        if grid.tp > 1:
+            block.attention.core = ContextParallelCore(block.attention.core, groups)
+        else:
+            _exchange_within_products(block.attention, groups)
+
+
+def _exchange_within_products(attention: Attention, groups: Groups) -> None:
+    group = name_of(groups.context)
+    held = attention.query_bias.shape[0] // groups.grid.cp
+    attention.heads = slice(groups.grid.cp_rank * held, (groups.grid.cp_rank + 1) * held)
+    attention.query_key_value.product = partial(heads_linear, group=group)
+    attention.output.product = partial(_output, group=group)
+
+
+def _output(x: Tensor, weight: Tensor, bias: None, group: str) -> Tensor:
+    y, _ = positions_linear(x, weight, group)
+    return y
 
 
 class ContextParallelCore(nn.Module):

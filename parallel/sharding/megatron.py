@@ -1,6 +1,6 @@
 """The only file that imports megatron-core: process groups and tensor-parallel layers.
 
-The layers keep megatron-core's shards and shapes. They compute and communicate through `parallel.sharding.collectives`
+The layers keep megatron-core's shards and shapes. They compute and communicate through `parallel.sharding.products`
 instead of megatron-core's autograd functions, through which torch 2.11 loses gradients when a block is compiled.
 
 Importing this file checks everything that it uses of megatron-core against the installed version.
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.transformer import scaled_matrix
 from parallel import libraries
 from parallel.grid import RankGrid
-from parallel.sharding.collectives import all_reduce, column_linear, name_of, scatter_sum, take_features
+from parallel.sharding.collectives import name_of, take_features
+from parallel.sharding.products import column_linear, row_linear
 
 LIBRARY = "megatron-core"
 
@@ -149,8 +149,8 @@ class ColumnParallelLinear(mcore.ColumnParallelLinear):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return this rank's part of Y; the bias is that part's."""
-        y = column_linear(x, self.weight, self.group_name, self.sequence_parallel)
-        return y if bias is None else y + bias
+        y: Tensor = column_linear(x, self.weight, bias, self.group_name, self.sequence_parallel)
+        return y
 
 
 class RowParallelLinear(mcore.RowParallelLinear):
@@ -166,8 +166,9 @@ class RowParallelLinear(mcore.RowParallelLinear):
         """
         if not self.input_is_parallel:
             x = take_features(x, self.group_name)
-        y = F.linear(x, scaled_matrix(self.weight, divisor, diagonal, self.first_column))
-        return (scatter_sum if self.sequence_parallel else all_reduce)(y, self.group_name)
+        matrix = scaled_matrix(self.weight, divisor, diagonal, self.first_column)
+        y: Tensor = row_linear(x, matrix, self.group_name, self.sequence_parallel)
+        return y
 
 
 def column_parallel(linear: nn.Linear, groups: Groups, sequence_parallel: bool) -> ColumnParallelLinear:

@@ -44,7 +44,7 @@ class Arrivals(Protocol):
     """A running exchange; every part must be waited for before `received` is released.
 
     Attributes:
-        received: [ranks, ...]; entry r is what rank r offered to this one. This rank's own entry is not written.
+        received: [ranks, ...]; entry r is what rank r offered to this one. This rank's own entry is the caller's.
     """
 
     received: Tensor
@@ -59,14 +59,14 @@ class Arrivals(Protocol):
 class Transport(Protocol):
     """Exchanges parts between the ranks of one group."""
 
-    def outgoing(self, shape: Sequence[int], dtype: torch.dtype, same: bool = False) -> list[Tensor | None]:
+    def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
         """Return memory in which a product can lay out its parts for the peers; `start` then copies nothing.
 
         The next `start` of the group must take these parts.
 
         Args:
             shape: of each part.
-            dtype: of each part.
+            like: a tensor of the parts' type and device.
             same: whether all peers get the same part.
         """
 
@@ -96,26 +96,27 @@ class Collectives:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
-    def outgoing(self, shape: Sequence[int], dtype: torch.dtype, same: bool = False) -> list[Tensor | None]:
+    def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
         ranks = 1 if same else self.group.size()
-        parts = torch.empty((ranks, *shape), dtype=dtype, device=_device(self.group))
+        parts = like.new_empty((ranks, *shape))
         return _but_own([parts[0 if same else rank] for rank in range(self.group.size())], self.group)
 
     def start(self, offered: Parts) -> Arrivals:
         parts = [part for part in offered if part is not None]
-        received = parts[0].new_empty((self.group.size(), *parts[0].shape))
+        arriving = parts[0].new_empty((self.group.size(), *parts[0].shape))
         if _all_same(parts):
             sent = parts[0].contiguous()
-            work = dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group=self.group, async_op=True)
+            work = dist.all_gather_into_tensor(arriving.view(-1), sent.view(-1), group=self.group, async_op=True)
         else:
             sent = torch.stack([parts[0] if part is None else part for part in offered])
-            work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
-        return _CollectiveArrivals(received, sent, work)
+            work = dist.all_to_all_single(arriving, sent, group=self.group, async_op=True)
+        return _CollectiveArrivals(arriving, sent, work, self.group.rank())
 
 
 class _CollectiveArrivals:
-    def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
-        self.received, self._sent, self._work = received, sent, work
+    def __init__(self, arriving: Tensor, sent: Tensor, work: Any, rank: int) -> None:
+        self._arriving, self._sent, self._work, self._rank = arriving, sent, work, rank
+        self.received = torch.empty_like(arriving)  # a collective writes this rank's own entry too
 
     def wait(self, rank: int) -> Tensor:
         return self.wait_all()[rank]
@@ -124,6 +125,8 @@ class _CollectiveArrivals:
         if self._work is not None:
             self._work.wait()
             self._work = None
+            for place in (slice(0, self._rank), slice(self._rank + 1, None)):
+                self.received[place].copy_(self._arriving[place])
         return self.received
 
 
@@ -141,16 +144,16 @@ class PeerCopies:
         self._slot_bytes, self._memory = 0, self._flags
         self._meet()
 
-    def outgoing(self, shape: Sequence[int], dtype: torch.dtype, same: bool = False) -> list[Tensor | None]:
+    def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
         assert self._laid_out is None, "start the exchange of the parts that `outgoing` gave before"
-        part_bytes = _numel(shape) * dtype.itemsize
+        part_bytes = _numel(shape) * like.itemsize
         stride = 0 if same else -(-part_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         slot = self._take_slot(part_bytes if same else stride * (self.ranks - 1))
         self._laid_out = slot, stride
         parts = [
             None
             if rank == self.rank
-            else self._part(self._memory.memory, slot, self._place(self.rank, rank) * stride, shape, dtype)
+            else self._part(self._memory.memory, slot, self._place(self.rank, rank) * stride, shape, like.dtype)
             for rank in range(self.ranks)
         ]
         return parts
@@ -160,7 +163,7 @@ class PeerCopies:
         first = parts[0]
         if self._laid_out is None:
             same = _all_same(parts)
-            slots = self.outgoing(first.shape, first.dtype, same)
+            slots = self.outgoing(first.shape, first, same)
             for rank, part in enumerate(offered):
                 into = slots[rank]
                 if into is not None and part is not None and (not same or part is first):
@@ -270,14 +273,14 @@ def _shared(size_bytes: int, group: ProcessGroup) -> _SharedMemory:
 
 def _can_copy(group: ProcessGroup) -> bool:
     """Return whether all ranks of a group are GPUs of one host that can read each other's memory; all ranks ask."""
-    if _device(group).type != "cuda" or group.size() == 1:
+    if dist.get_backend(group) != "nccl" or group.size() == 1:
         return False
     mine = (socket.gethostname(), _boot(), os.environ.get("NCCL_P2P_DISABLE", "0") == "0" and _has_stream_flags())
     found: list[Any] = [None] * group.size()
     dist.all_gather_object(found, mine, group=group)
     if len(set(found)) > 1 or not mine[2]:
         return False
-    works = torch.ones(1, device=_device(group))
+    works = torch.ones(1, device=torch.cuda.current_device())
     try:
         _shared(ALIGNMENT_BYTES, group)
     except (RuntimeError, ImportError, AttributeError):
@@ -293,12 +296,6 @@ def _boot() -> str:
             return file.read()
     except OSError:
         return ""
-
-
-def _device(group: ProcessGroup) -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
 
 
 @functools.cache

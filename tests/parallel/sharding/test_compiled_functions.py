@@ -25,6 +25,7 @@ from parallel.local_ranks import run_ranks
 from parallel.sharding.regularizer import _Attach, _AttachPerHead
 
 RANKS = 2
+BIAS = torch.arange(6, dtype=torch.float64)
 FIRST_SOUND_TORCH = (2, 13)
 LAST_KNOWN_UNSOUND_TORCH = (2, 11)
 
@@ -138,6 +139,7 @@ def _gradients(use: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...
 def _operators(group: str) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., list[Tensor]]]]:
     """Return each operator as a function of one rank's x [4, 2, 4] and weight [4, 4], and as one of all ranks' x."""
     from parallel.sharding import collectives as c
+    from parallel.sharding import products
 
     def total(xs: list[Tensor]) -> Tensor:
         return torch.stack(xs).sum(0)
@@ -160,12 +162,34 @@ def _operators(group: str) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor]
             lambda xs, ws: [torch.stack([each[rank] for each in xs]) for rank in range(RANKS)],
         ),
         "column_linear": (
-            lambda x, w: c.column_linear(x, w, group, False),
-            lambda xs, ws: [x @ w.t() for x, w in zip(xs, ws, strict=True)],
+            lambda x, w: products.column_linear(x, w, BIAS[:3], group, False),
+            lambda xs, ws: [x @ w.t() + BIAS[:3] for x, w in zip(xs, ws, strict=True)],
         ),
         "column_linear of gathered positions": (
-            lambda x, w: c.column_linear(x, w, group, True),
-            lambda xs, ws: [torch.cat(xs) @ w.t() for w in ws],
+            lambda x, w: products.column_linear(x, w, BIAS[:3], group, True),
+            lambda xs, ws: [torch.cat(xs) @ w.t() + BIAS[:3] for w in ws],
+        ),
+        "row_linear": (
+            lambda x, w: products.row_linear(x, w, group, False),
+            lambda xs, ws: [total([x @ w.t() for x, w in zip(xs, ws, strict=True)])] * RANKS,
+        ),
+        "row_linear, scattered": (
+            lambda x, w: products.row_linear(x, w, group, True),
+            lambda xs, ws: list(total([x @ w.t() for x, w in zip(xs, ws, strict=True)]).chunk(RANKS)),
+        ),
+        "heads_linear": (
+            lambda x, w: products.heads_linear(x, w.repeat(2, 1), BIAS, group),
+            lambda xs, ws: [
+                torch.cat([x @ w.repeat(2, 1).t() + BIAS for x, w in zip(xs, ws, strict=True)]).chunk(RANKS, -1)[rank]
+                for rank in range(RANKS)
+            ],
+        ),
+        "positions_linear": (
+            lambda x, w: products.positions_linear(x, w.repeat(1, RANKS), group)[0],
+            lambda xs, ws: [
+                torch.cat([each.chunk(RANKS)[rank] for each in xs], -1) @ ws[rank].repeat(1, RANKS).t()
+                for rank in range(RANKS)
+            ],
         ),
     }
 
@@ -198,7 +222,7 @@ def _inputs(name: str, rank: int) -> list[Tensor]:
 
 
 def _incoming(name: str, rank: int, like: Tensor) -> Tensor:
-    seed = 200 if name == "all_reduce" else 200 + rank
+    seed = 200 if name in ("all_reduce", "row_linear") else 200 + rank
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
 
 
@@ -227,7 +251,7 @@ def _expected(name: str) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]
     xs, ws = [of_rank[0] for of_rank in of_ranks], [of_rank[1] for of_rank in of_ranks]
     results = _operators("")[name][1](xs, ws)
     incoming = [_incoming(name, rank, result) for rank, result in enumerate(results)]
-    if name == "all_reduce":  # one result, held by every rank
+    if name in ("all_reduce", "row_linear"):  # one result, held by every rank
         results, incoming = results[:1], incoming[:1]
     leaves = [leaf for of_rank in of_ranks for leaf in of_rank]
     found = torch.autograd.grad(results, leaves, incoming, allow_unused=True)

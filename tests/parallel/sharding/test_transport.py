@@ -32,7 +32,7 @@ def exchange_often(by: str) -> int:
             only = next(value for value in values if value is not None)
             values = [None if r == me else only for r in range(ranks)]
         if lays_out:
-            laid_out = own.outgoing((turn + 1, *SHAPE), torch.float32, same)
+            laid_out = own.outgoing((turn + 1, *SHAPE), torch.empty(0, device=device), same)
             for into, value in zip(laid_out, values, strict=True):
                 if into is not None and value is not None:
                     into.copy_(value)
