@@ -50,7 +50,7 @@ def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
     parameters = sum(held_parameters(work).values())
     sequence = grid.tp if work.parallel.sequence_parallel else 1
     tensor = micro_batches * (layers * block_volume(work, hidden) + _ends(work, hidden))
-    exchanges = 8 + (4 if work.recompute != "none" else 0)
+    exchanges = 8 + _exchanged_again(work)
     neighbours = (not grid.is_first_stage) + (not grid.is_last_stage)
     ends = grid.pp > 1 and model.tied_head and (grid.is_first_stage or grid.is_last_stage)
     vocabulary = work.padded_vocab_size // grid.tp * model.hidden_size
@@ -65,6 +65,12 @@ def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
     )
 
 
+def _exchanged_again(work: Workload) -> int:
+    """Return the widths that context-parallel ranks exchange once more where activations are recomputed."""
+    around_attention = work.grid.tp > 1  # else queries, keys and values are exchanged with their product
+    return {"none": 0, "selective": 4 if around_attention else 1, "full": 4}[work.recompute]
+
+
 def block_volume(work: Workload, hidden: float) -> float:
     """Return the bytes that one block sends over tensor-parallel ranks for one micro-batch.
 
@@ -73,18 +79,17 @@ def block_volume(work: Workload, hidden: float) -> float:
     """
     tp, sequence_parallel, again = work.grid.tp, work.parallel.sequence_parallel, work.recompute == "full"
     two_matrices = 5 if sequence_parallel else 4
-    # Recomputation repeats the forward exchanges up to the last kept activation, which is before the FFN's last sum.
-    forward = 2
+    forward = 2  # which full recomputation repeats
     ffn: float
     ffn_forward: float
     if not work.model.fused_ffn:
-        ffn, ffn_forward = two_matrices, int(sequence_parallel)
+        ffn, ffn_forward = two_matrices, 2
     elif not sequence_parallel:
-        ffn, ffn_forward = 3, 0
+        ffn, ffn_forward = 3, 2
     elif work.replicates_fused_ffn:
         ffn, ffn_forward = 0, 0
     else:
-        ffn, ffn_forward = 2 + 2 / tp, 1 / tp
+        ffn, ffn_forward = 2 + 2 / tp, 1 + 1 / tp
     return _share(tp) * hidden * (two_matrices + ffn + (forward + ffn_forward if again else 0))
 
 
