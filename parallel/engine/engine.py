@@ -29,13 +29,13 @@ from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.transformer import Block
 from parallel.config import ParallelConfig
-from parallel.deepspeed_internals import adam, check_installed, gradient_norm
-from parallel.engine.accumulation import accumulate_together, scatter_averages
-from parallel.engine.clipping import decide_on_device, leave_norms_on_device
+from parallel.deepspeed_internals import adam, build_instead, check_installed, gradient_norm
+from parallel.engine.clipping import decide_on_device
 from parallel.engine.compiled import compiled_blocks
 from parallel.engine.cuda_graph import replay_training_passes
 from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
+from parallel.engine.sharded_adam import ShardedAdam
 from parallel.engine.telemetry import FINITE, PendingReport, StepLimits
 from parallel.launch import local_device
 from parallel.micro_batch import MicroBatch
@@ -104,6 +104,7 @@ class Engine:
             eps=config.epsilon,
             fused=True,
         )
+        build_instead(ShardedAdam)
         # DeepSpeed prints its partitioning. With gradients enabled, its flat buffers would keep gradient nodes of the
         # parameters alive. Those belong to this stream, which a CUDA graph must not touch.
         is_compiled = bool(compiled_blocks(stage.transformer))
@@ -117,13 +118,11 @@ class Engine:
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
-        if uses_bf16_optimizer(config):
-            leave_norms_on_device()
-            accumulate_together(self.engine.optimizer)
-            scatter_averages(self.engine)
+        if uses_sharded_adam(config):
+            self.engine.optimizer.connect(groups, self.engine.communication_data_type)
         if can_replay(stage, groups, config):
             replay_training_passes(stage)
-        clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
+        clipped_here = config.gradient_clipping if uses_sharded_adam(config) else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
         create_moments(self.engine.optimizer, 0)
         check_alignment(stage)
@@ -275,8 +274,8 @@ def gather_by_block(stage: Stage) -> None:
     set_z3_leaf_modules(stage, [Block])
 
 
-def uses_bf16_optimizer(config: EngineConfig) -> bool:
-    """Return whether DeepSpeed's BF16_Optimizer runs (ZeRO-1), which accumulates in float32 and need not wait."""
+def uses_sharded_adam(config: EngineConfig) -> bool:
+    """Return whether `ShardedAdam` runs, and none of DeepSpeed's own optimizers."""
     return config.bf16 and config.parallel.zero_stage == 1
 
 
@@ -284,7 +283,7 @@ def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
     """Return whether training passes can be CUDA graphs: asked for, on a GPU, the same kernels, no communication."""
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
     local = config.parallel.passes_stay_local(groups.grid.dp, per_head)
-    return config.cuda_graphs and local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
+    return config.cuda_graphs and local and uses_sharded_adam(config) and next(stage.parameters()).is_cuda
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) -> dict[str, Any]:
@@ -308,7 +307,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) ->
     if config.bf16:
         derived["bf16"] = {"enabled": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}  # or ZeRO 2 and 3 would sum micro-batches in bf16
-    if uses_bf16_optimizer(config):
+    if uses_sharded_adam(config):
         derived["gradient_clipping"] = 0.0  # see parallel.engine.clipping
     defaults = {
         "steps_per_print": 2**31,
