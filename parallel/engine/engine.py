@@ -30,22 +30,21 @@ from model.normalized_weights import update_spectral_norms
 from model.transformer import Block
 from parallel.config import ParallelConfig
 from parallel.deepspeed_internals import adam, build_instead, check_installed, gradient_norm
+from parallel.engine.buckets import ALIGNMENT_BYTES, parameter_groups
 from parallel.engine.clipping import decide_on_device
 from parallel.engine.compiled import compiled_blocks
 from parallel.engine.cuda_graph import replay_training_passes
 from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
-from parallel.engine.sharded_adam import ShardedAdam
+from parallel.engine.sharded_adam import Exchange, ShardedAdam
 from parallel.engine.telemetry import FINITE, PendingReport, StepLimits
 from parallel.launch import local_device
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups, ModelParallelUnit
 from parallel.sharding.stage import Stage, StageStatistics
+from parallel.sharding.tensor import sum_replicated_gradients
 from parallel.state.chunks import Chunk
 from parallel.state.training_state import SavedState, StateMap, adam_step, create_moments, load_training_state
-
-ALIGNMENT_BYTES = 16
-ALIGNMENT_ELEMENTS = 8  # of bfloat16
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,15 @@ class Engine:
         check_installed()
         import deepspeed
 
-        self.stage, self.groups, self.config = stage, groups, config
-        self.pipelined = groups.grid.pp > 1
+        self._stage, self.groups, self.config = stage, groups, config
+        self.pipelined, self._is_sharded_adam = groups.grid.pp > 1, uses_sharded_adam(config)
         if config.parallel.zero_stage == 3:
             gather_by_block(stage)
+        if not self._is_sharded_adam:
+            sum_replicated_gradients(stage.transformer, groups, config.num_micro_batches)
+        exchanging_replicas = groups.grid.replicas if self._is_sharded_adam else 1
         optimizer = torch.optim.AdamW(
-            parameter_groups(stage, config.weight_decay),
+            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas),
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,
@@ -118,17 +120,35 @@ class Engine:
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
-        if uses_sharded_adam(config):
-            self.engine.optimizer.connect(groups, self.engine.communication_data_type)
-        if can_replay(stage, groups, config):
+        replays = can_replay(stage, groups, config)
+        if self._is_sharded_adam:
+            exchange = Exchange(
+                groups,
+                config.num_micro_batches,
+                self.engine.communication_data_type,
+                overlaps=overlaps(config) and not replays,
+                keeps_own_sums=config.parallel.zero_stage == 2,
+                summed_late=stage.tied_weight if self.pipelined and groups.embedding_ends is not None else None,
+            )
+            whole = stage.transformer
+            parts = [part for part in (whole.embedding, *whole.layers.values(), whole.head) if part is not None]
+            self.engine.optimizer.connect(exchange, parts)
+        if replays:
             replay_training_passes(stage)
-        clipped_here = config.gradient_clipping if uses_sharded_adam(config) else 0.0
+        clipped_here = config.gradient_clipping if self._is_sharded_adam else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
         create_moments(self.engine.optimizer, 0)
         check_alignment(stage)
         self.stop_requested = False
         self._limits = FINITE
         self._report: PendingReport | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage, with all of its weights readable and writable: what replicas still send each other is awaited."""
+        if self._is_sharded_adam:
+            self.engine.optimizer.wait_for_weights()
+        return self._stage
 
     def train_step(
         self, micro_batches: Iterator[MicroBatch], learning_rate: float, limits: StepLimits = FINITE
@@ -149,7 +169,8 @@ class Engine:
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        update_spectral_norms(self.stage)
+        if self._stage.transformer.config.spectral_norm != "none":
+            update_spectral_norms(self.stage)
         self.engine.train()
         if self.pipelined:
             self.engine.train_batch(map(inputs_and_labels, micro_batches))
@@ -158,13 +179,13 @@ class Engine:
                 self.engine.backward(self.engine(*next(micro_batches).tensors))
                 self.engine.step()
         report = self._measure()  # with gradients that are not finite ZeRO skips the optimizer, and so the report
-        return report, self.stage.take_statistics()
+        return report, self._stage.take_statistics()
 
     def _measure(self) -> PendingReport:
         """Return the step's report, made at the first call: after the backward passes, before the optimizer."""
         if self._report is None:
             self._report = PendingReport(
-                self.stage.complete_statistics(),
+                self._stage.complete_statistics(),
                 self.groups,
                 gradient_norm(self.engine.optimizer),
                 self.stop_requested,
@@ -249,21 +270,6 @@ def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], valid_rows
     return stage.take_statistics()
 
 
-def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's two parameter groups: matrices, which decay, and the rest, which does not.
-
-    ZeRO makes one flat buffer of each group. In one common group a single scalar would shift every matrix behind it off
-    the 16-byte grid, which Hopper's fast matrix products need. In the second group parameters of odd sizes come last,
-    since compiled kernels read vectors 16 bytes at a time.
-    """
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in named_parameters(stage):
-        (matrices if name.endswith("weight") and parameter.dim() == 2 else others).append(parameter)
-    others.sort(key=lambda parameter: parameter.numel() % ALIGNMENT_ELEMENTS != 0)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
 def gather_by_block(stage: Stage) -> None:
     """Make ZeRO-3 gather and release a block's parameters together, with hooks around the block and none inside.
 
@@ -276,7 +282,12 @@ def gather_by_block(stage: Stage) -> None:
 
 def uses_sharded_adam(config: EngineConfig) -> bool:
     """Return whether `ShardedAdam` runs, and none of DeepSpeed's own optimizers."""
-    return config.bf16 and config.parallel.zero_stage == 1
+    return config.bf16 and config.parallel.zero_stage < 3
+
+
+def overlaps(config: EngineConfig) -> bool:
+    """Return whether `ShardedAdam` exchanges behind the passes, which DeepSpeed's `overlap_comm` can turn off."""
+    return config.deepspeed.get("zero_optimization", {}).get("overlap_comm") is not False
 
 
 def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
@@ -317,7 +328,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) ->
     merged = {**defaults, **config.deepspeed, **derived}
     merged["zero_optimization"] = {
         **config.deepspeed.get("zero_optimization", {}),
-        "stage": config.parallel.zero_stage,
+        "stage": 1 if uses_sharded_adam(config) else config.parallel.zero_stage,
         "memory_efficient_linear": not is_compiled,
     }
     return merged

@@ -1,22 +1,29 @@
-"""ZeRO-1 in bf16: float32 sums of gradients, their averages over replicas, the step, and the new weights.
+"""ZeRO-1 and 2 in bf16: float32 sums of gradients, their means over replicas, the step, and the new weights.
 
 DeepSpeed's `BF16_Optimizer` lays out the weights: a flat bf16 buffer of each parameter group, of whose float32 masters
 every replica steps one part. What happens in a step is written here:
 
-    update_hp_grads           after each backward pass: bf16 gradients are added to float32 sums, all at once
-    get_grads_for_reduction   after the last one: each replica gets the mean of its part, by a float32 reduce-scatter
-    step                      the norm, one AdamW step, rounding to bf16, and an all-gather of the weights
+    a hook of each gradient   a bucket whose gradients are all there is added to its float32 sums; the step's last ones
+                              are sent at once, behind the rest of the backward pass
+    update_hp_grads           after each backward pass: the remaining gradients are added
+    get_grads_for_reduction   after the last one: the remaining buckets are sent, and all are waited for
+    step                      the norm, one AdamW step, rounding to bf16, and an all-gather of the weights, for which the
+                              next pass waits bucket by bucket
 
 Nothing in it waits for the device. DeepSpeed's own methods add gradients one parameter after the other, 224 launches
-per micro-batch for a model of 12 layers. They round sums to bf16 and sum them whole on every replica, and they read the
-norm of the gradients on the host.
+per micro-batch for a model of 12 layers. They round sums to bf16 and sum them whole on every replica, they begin when
+the last backward pass has ended, and they read the norm of the gradients on the host.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Work
 
 from parallel.deepspeed_internals import (
     FlatGroup,
@@ -30,44 +37,97 @@ from parallel.deepspeed_internals import (
 from parallel.engine.clipping import global_norm
 from parallel.sharding.megatron import Groups
 
+IN_FLIGHT = 2
+"""Buckets that ZeRO-2 sends at once; each has a float32 buffer as long as it is sent."""
 
-class Bucket:
-    """A parameter group with its gradients.
 
-    Args:
-        group: as DeepSpeed laid it out.
-        data_type: in which gradients are sent.
-        tensor_rank: of this process among tensor-parallel ranks.
+@dataclass(frozen=True)
+class Exchange:
+    """How a `ShardedAdam` exchanges gradients and weights.
 
     Attributes:
-        own: float32 [part], this rank's part of the sums, and after `exchange` the mean over replicas.
-        counted: what of `own` counts in the gradient norm, a view for each parameter.
+        groups: of this rank.
+        num_micro_batches: of a step.
+        data_type: in which gradients are sent.
+        overlaps: whether to send gradients behind the backward pass and weights behind the next forward pass. It
+            changes no number.
+        keeps_own_sums: whether each replica keeps only its own part of the sums over micro-batches (ZeRO-2). Then every
+            micro-batch's gradients are sent.
+        summed_late: a parameter whose sum DeepSpeed adds up over pipeline stages after the last backward pass.
     """
 
-    def __init__(self, group: FlatGroup, data_type: torch.dtype, tensor_rank: int) -> None:
+    groups: Groups
+    num_micro_batches: int
+    data_type: torch.dtype
+    overlaps: bool
+    keeps_own_sums: bool
+    summed_late: nn.Parameter | None
+
+
+class Bucket:
+    """A parameter group with its gradients and its weights, and what of both is under way between replicas.
+
+    Attributes:
+        own: float32 [part], this rank's part of the gradients; the mean over replicas once `receive` has run.
+        counted: what of `own` counts in the gradient norm, a view for each parameter.
+        is_sent: whether the last gradients that this bucket waits for are sent.
+    """
+
+    def __init__(self, group: FlatGroup, exchange: Exchange) -> None:
         self.parameters, self.weights, self.master = group.parameters, group.weights, group.master
-        self.replicas, self.data_type = group.replicas, data_type
-        self.part = group.replicas.rank() * group.master.numel()
-        self.sums = torch.zeros_like(self.weights, dtype=torch.float32)
-        self.sum_of = _views(self.sums, self.parameters)
-        self.own = self._own_part(self.sums)
-        self.counted = _overlaps(self.own, self.part, self.parameters, tensor_rank)
-        self.has_sum = [False] * len(self.parameters)
+        self.replicas, self.exchange = group.replicas, exchange
+        self.keeps_whole = not exchange.keeps_own_sums or self.replicas.size() == 1
+        self.is_late = any(parameter is exchange.summed_late for parameter in self.parameters)
+        self.part = self.replicas.rank() * self.master.numel()
+        self._sums: Tensor | None = None
+        self._sum_of: list[Tensor] = []
+        self.own = self._own_part(self._allocate_sums()) if self.keeps_whole else torch.zeros_like(self.master)
+        tensor_rank = exchange.groups.grid.tp_rank
+        self.counted = self._own_views(lambda parameter: counts_in_norm(parameter, tensor_rank))
+        self._partial = _joined(self._own_views(lambda parameter: parameter.has_partial_gradient))
+        self._views = [parameter.data for parameter in self.parameters]
+        self._sending: tuple[Work, Tensor] | None = None
+        self._gathering: Work | None = None
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the last step; sums are overwritten, not cleared."""
+        self._has_sum = [False] * len(self.parameters)
+        self._has_own = self.is_sent = False
+        self._arrived = self._passes = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the sums are all that this bucket is to send at once."""
+        return self._passes == (self.exchange.num_micro_batches if self.keeps_whole else 1) and not self.is_late
+
+    def count_gradient(self) -> bool:
+        """Count a gradient that a backward pass has just left; accumulate all if it is the last of this bucket."""
+        assert not self.is_sent, "a gradient arrived after those of its bucket were sent"
+        self._arrived += 1
+        if self._arrived < len(self.parameters):
+            return False
+        self.accumulate()
+        self._passes += 1
+        return True
 
     def accumulate(self) -> None:
         """Add the gradients that parameters hold to their sums, and release them.
 
         The first gradient of a step overwrites what the last step left. A sum without any is set to zero.
         """
+        if self._sums is None:
+            self._allocate_sums()
+        self._arrived = 0
         first: list[tuple[Tensor, Tensor]] = []
         further: list[tuple[Tensor, Tensor]] = []
         without: list[Tensor] = []
-        for index, (parameter, total) in enumerate(zip(self.parameters, self.sum_of, strict=True)):
+        for index, (parameter, total) in enumerate(zip(self.parameters, self._sum_of, strict=True)):
             if parameter.grad is not None:
-                (further if self.has_sum[index] else first).append((total, parameter.grad.view(total.shape)))
+                (further if self._has_sum[index] else first).append((total, parameter.grad.view(total.shape)))
                 hand_over_gradient(parameter, total)
-                self.has_sum[index] = True
-            elif not self.has_sum[index]:
+                self._has_sum[index] = True
+            elif not self._has_sum[index]:
                 without.append(total)
         for together, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
             if pairs:
@@ -75,42 +135,119 @@ class Bucket:
         if without:
             torch._foreach_zero_(without)
 
-    def exchange(self) -> None:
-        """Replace `own` by the mean over replicas; the rest of the sums is then useless."""
-        if self.replicas.size() > 1:
-            sent = self.sums.to(self.data_type)  # itself, if that is its type
-            received = self._own_part(sent)
-            dist.reduce_scatter_tensor(received, sent, group=self.replicas)
-            if sent is not self.sums:
-                self.own.copy_(received)
-            self.own.div_(self.replicas.size())
+    def send(self) -> None:
+        """Begin to add up the sums of all replicas; each gets its part."""
+        assert self._sums is not None
+        self.is_sent = True
+        if self.replicas.size() == 1:
+            return
+        sent = self._sums.to(self.exchange.data_type)  # itself, if that is its type
+        received = self.own if self.keeps_whole and sent is self._sums else self._own_part(sent)
+        work = dist.reduce_scatter_tensor(received, sent, group=self.replicas, async_op=True)
+        self._sending = work, received
+        if not self.keeps_whole:
+            self._sums, self._sum_of = None, []
+            self._has_sum = [False] * len(self.parameters)
 
-    def begin_step(self) -> None:
-        """Forget which parameters had a gradient."""
-        self.has_sum = [False] * len(self.parameters)
+    def receive(self) -> None:
+        """Make `own` the mean over replicas, or add it to that of the micro-batches before."""
+        if self._sending is None:
+            return
+        work, received = self._sending
+        work.wait()
+        self._sending = None
+        mean = received.float().div_(self.replicas.size())
+        if mean is not self.own:
+            (self.own.add_ if self._has_own else self.own.copy_)(mean)
+        self._has_own = True
+
+    def begin_micro_batch(self) -> None:
+        """Expect more gradients, after those of a micro-batch were sent."""
+        self.is_sent, self._passes = False, 0
+
+    def sum_partial(self) -> Work | None:
+        """Begin to add up the gradients of which each tensor-parallel rank has a part, once `own` is complete."""
+        if self._partial is None:
+            return None
+        return dist.all_reduce(self._partial, group=self.exchange.groups.tensor, async_op=True)
 
     def publish(self) -> None:
-        """Round the masters to bf16, and gather all replicas' parts into the weights."""
+        """Round the masters to bf16, and begin to gather all replicas' parts into the weights.
+
+        Until `wait_for_weights` the parameters read as NaN, so that a use before that does not pass unnoticed.
+        """
         own = self._own_part(self.weights)
         own.copy_(self.master)
-        if self.replicas.size() > 1:
-            dist.all_gather_into_tensor(self.weights, own, group=self.replicas)
+        if self.replicas.size() == 1:
+            return
+        self._gathering = dist.all_gather_into_tensor(self.weights, own, group=self.replicas, async_op=True)
+        nothing = self.weights.new_full((), torch.nan)
+        for parameter in self.parameters:
+            parameter.data = nothing.expand(parameter.shape)
+
+    def wait_for_weights(self) -> None:
+        """Make the gathered weights readable; does nothing if they are."""
+        if self._gathering is None:
+            return
+        self._gathering.wait()
+        self._gathering = None
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
+
+    def _allocate_sums(self) -> Tensor:
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._sums = torch.empty_like(self.weights, dtype=torch.float32)
+        self._sums[sum(sizes) :].zero_()
+        self._sum_of = list(self._sums[: sum(sizes)].split(sizes))
+        return self._sums
 
     def _own_part(self, flat: Tensor) -> Tensor:
         return flat.narrow(0, self.part, self.master.numel())
 
+    def _own_views(self, wanted: Callable[[Any], bool]) -> list[Tensor]:
+        """Return what of `own` belongs to each wanted parameter, without empty views."""
+        views, start = [], -self.part
+        for parameter in self.parameters:
+            view = self.own[max(start, 0) : max(start + parameter.numel(), 0)]
+            if view.numel() and wanted(parameter):
+                views.append(view)
+            start += parameter.numel()
+        return views
+
 
 class ShardedAdam(bf16_optimizer()):  # type: ignore[misc]
-    """The optimizer that DeepSpeed's engines get in the place of a `BF16_Optimizer`; `connect` completes it."""
+    """The optimizer that DeepSpeed's engines get in the place of a `BF16_Optimizer`; `connect` completes it.
 
-    def connect(self, groups: Groups, data_type: torch.dtype) -> None:
+    Buckets are sent in one order on every rank, the reverse of their use, and those that are summed late come last. A
+    rank on which a gradient is missing sends later, and never in another order.
+    """
+
+    def connect(self, exchange: Exchange, modules: Iterable[nn.Module]) -> None:
         """Take over from DeepSpeed; call once, before the first step.
 
         Args:
-            groups: of this rank.
-            data_type: in which gradients are sent.
+            exchange: how.
+            modules: which together hold all parameters, and read none before their forward pass.
         """
-        self.buckets = [Bucket(group, data_type, groups.grid.tp_rank) for group in take_flat_groups(self)]
+        self.exchange = exchange
+        self.buckets = [Bucket(group, exchange) for group in take_flat_groups(self)]
+        self._unsent: deque[Bucket] = deque()
+        self._in_flight: deque[Bucket] = deque()
+        self._expect_gradients()
+        if not exchange.overlaps:
+            return
+        bucket_of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
+        for parameter, bucket in bucket_of.items():
+            if bucket.replicas.size() > 1:
+                parameter.register_post_accumulate_grad_hook(self._arrival(bucket))
+        for module in modules:
+            used = list(dict.fromkeys(bucket_of[parameter] for parameter in module.parameters()))
+            module.register_forward_pre_hook(_wait_for(used), prepend=True)
+
+    def wait_for_weights(self) -> None:
+        """Make all weights readable; call before anything but the connected modules reads or writes them."""
+        for bucket in self.buckets:
+            bucket.wait_for_weights()
 
     def backward_prologue(self) -> None:
         """Do nothing: gradients were released.
@@ -123,15 +260,25 @@ class ShardedAdam(bf16_optimizer()):  # type: ignore[misc]
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
-        """Accumulate the gradients of a backward pass."""
-        for bucket in self.buckets:
+        """Accumulate the gradients of a backward pass that are left."""
+        for bucket in list(self._unsent):
             bucket.accumulate()
+            if self.exchange.keeps_own_sums:
+                self._send_next()
+        if self.exchange.keeps_own_sums:
+            self._exchange_rest()
+            for bucket in self.buckets:
+                bucket.begin_micro_batch()
+            self._expect_gradients()
 
     @torch.no_grad()
     def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, Any]]:
-        """Average the step's gradients over replicas; return what DeepSpeed has left to do: nothing."""
-        for bucket in self.buckets:
-            bucket.exchange()
+        """Leave the mean over replicas in each bucket's own part; return what DeepSpeed has left to reduce: nothing."""
+        if not self.exchange.keeps_own_sums:
+            self._exchange_rest()
+        for work in [bucket.sum_partial() for bucket in self.buckets]:
+            if work is not None:
+                work.wait()
         return [], {}
 
     @torch.no_grad()
@@ -143,25 +290,56 @@ class ShardedAdam(bf16_optimizer()):  # type: ignore[misc]
         adam(self).step()
         for bucket in self.buckets:
             bucket.publish()
+        if not self.exchange.overlaps:
+            self.wait_for_weights()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Begin a step; the sums are overwritten, not cleared."""
+        """Begin a step."""
         for bucket in self.buckets:
             bucket.begin_step()
+        self._expect_gradients()
+
+    def _expect_gradients(self) -> None:
+        self._unsent = deque(sorted(reversed(self.buckets), key=lambda bucket: bucket.is_late))
+
+    def _arrival(self, bucket: Bucket) -> Callable[[Tensor], None]:
+        """Return a hook that counts a gradient, and sends what is complete and next in order."""
+
+        @torch.no_grad()
+        def hook(parameter: Tensor) -> None:
+            if bucket.count_gradient():
+                while self._unsent and self._unsent[0].is_complete:
+                    self._send_next()
+
+        return hook
+
+    def _send_next(self) -> None:
+        bucket = self._unsent.popleft()
+        bucket.send()
+        self._in_flight.append(bucket)
+        if self.exchange.keeps_own_sums and len(self._in_flight) > IN_FLIGHT:
+            self._in_flight.popleft().receive()
+
+    def _exchange_rest(self) -> None:
+        """Send all buckets that are not sent yet, and wait for all."""
+        while self._unsent:
+            self._send_next()
+        while self._in_flight:
+            self._in_flight.popleft().receive()
 
 
-def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Return a flattened view of each parameter's place in a flat buffer."""
-    sizes = [parameter.numel() for parameter in parameters]
-    return list(flat[: sum(sizes)].split(sizes))
+def _wait_for(buckets: list[Bucket]) -> Callable[..., None]:
+    def before_forward(*_: Any) -> None:
+        for bucket in buckets:
+            bucket.wait_for_weights()
+
+    return before_forward
 
 
-def _overlaps(own: Tensor, part: int, parameters: list[nn.Parameter], tensor_rank: int) -> list[Tensor]:
-    """Return the views of `own`, which begins at element `part` of the flat buffer, that count in the gradient norm."""
-    views, start = [], -part
-    for parameter in parameters:
-        view = own[max(start, 0) : max(start + parameter.numel(), 0)]
-        if view.numel() and counts_in_norm(parameter, tensor_rank):
-            views.append(view)
-        start += parameter.numel()
-    return views
+def _joined(views: list[Tensor]) -> Tensor | None:
+    """Return one view of the memory of consecutive views; None if there are none."""
+    if not views:
+        return None
+    size, first = sum(view.numel() for view in views), views[0].storage_offset()
+    assert views[-1].storage_offset() + views[-1].numel() == first + size, "`parameter_groups` puts these side by side"
+    return views[0].as_strided((size,), (1,))
