@@ -45,11 +45,12 @@ def parameter_groups(transformer: Transformer, weight_decay: float, replicas: in
     buckets: list[list[nn.Parameter]] = []
     may_join = False
     for part, matrices in reversed(parts.items()):
-        if replicas == 1 and buckets or may_join and part.isdecimal():
+        is_layer = part.isdecimal()
+        if buckets and (replicas == 1 or (is_layer and may_join)):
             buckets[0] = [*matrices, *buckets[0]]
         else:
             buckets.insert(0, matrices)
-        may_join = part.isdecimal() and sum(matrix.numel() for matrix in buckets[0]) < least
+        may_join = is_layer and sum(matrix.numel() for matrix in buckets[0]) < least
     decays = [{"params": sorted(bucket, key=_place), "weight_decay": weight_decay} for bucket in buckets]
     return [{"params": sorted(small, key=_place), "weight_decay": 0.0}, *decays]
 

@@ -7,13 +7,16 @@ The life of a gradient under tp=2 and ZeRO-1 in bf16, from the loss to the weigh
      1. sharding/stage.py        `Stage.loss`, a micro-batch's mean cross-entropy; DeepSpeed divides by their number
      2. sharding/regularizer.py  the backward pass adds the penalty's gradient at the stage's output
      3. sharding/collectives.py  inside a block, `column_linear` sums the gradient of its input over both tp ranks
-     4. sharding/tensor.py       a hook sums, once a step, gradients that sharding/plan.py calls partial over tp ranks
-     5. engine/accumulation.py   `accumulate_together` adds a micro-batch's bf16 gradients to float32 sums
-     6. engine/accumulation.py   `scatter_averages` gives each replica the mean of the part whose weights it steps
+     4. engine/sharded_adam.py   `Bucket.accumulate` adds a micro-batch's bf16 gradients to float32 sums
+     5. engine/sharded_adam.py   `Bucket.send` starts the sum over replicas, each of which gets the part that it steps
+     6. engine/sharded_adam.py   `Bucket.sum_partial` adds up over tp what sharding/plan.py calls partial
      7. engine/clipping.py       `global_norm` is taken over all ranks; what both tp ranks hold counts once
      8. engine/telemetry.py      `PendingReport` decides on the device whether the step is accepted
      9. engine/clipping.py       the fused AdamW clips and steps this rank's float32 masters, or leaves them as they are
-    10. DeepSpeed                rounds the masters to bf16 and gathers all replicas' parts into the weights
+    10. engine/sharded_adam.py   `Bucket.publish` rounds the masters to bf16 and gathers all replicas' parts
+    11. engine/sharded_adam.py   `Bucket.wait_for_weights`, before the next pass uses them
+
+Steps 5 and 10 run beside the passes (engine/buckets.py says how parameters form buckets).
 """
 
 import contextlib
@@ -33,7 +36,7 @@ from parallel.deepspeed_internals import adam, build_instead, check_installed, g
 from parallel.engine.buckets import ALIGNMENT_BYTES, parameter_groups
 from parallel.engine.clipping import decide_on_device
 from parallel.engine.compiled import compiled_blocks
-from parallel.engine.cuda_graph import replay_training_passes
+from parallel.engine.cuda_graph import block_flops, replay_training_passes
 from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
 from parallel.engine.sharded_adam import Exchange, ShardedAdam
@@ -120,20 +123,20 @@ class Engine:
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
-        replays = can_replay(stage, groups, config)
+        is_replayed = replays(stage, groups, config)
         if self._is_sharded_adam:
             exchange = Exchange(
                 groups,
                 config.num_micro_batches,
                 self.engine.communication_data_type,
-                overlaps=overlaps(config) and not replays,
+                overlaps=overlaps(config) and not is_replayed,
                 keeps_own_sums=config.parallel.zero_stage == 2,
                 summed_late=stage.tied_weight if self.pipelined and groups.embedding_ends is not None else None,
             )
             whole = stage.transformer
             parts = [part for part in (whole.embedding, *whole.layers.values(), whole.head) if part is not None]
             self.engine.optimizer.connect(exchange, parts)
-        if replays:
+        if is_replayed:
             replay_training_passes(stage)
         clipped_here = config.gradient_clipping if self._is_sharded_adam else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
@@ -290,11 +293,12 @@ def overlaps(config: EngineConfig) -> bool:
     return config.deepspeed.get("zero_optimization", {}).get("overlap_comm") is not False
 
 
-def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
-    """Return whether training passes can be CUDA graphs: asked for, on a GPU, the same kernels, no communication."""
+def replays(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
+    """Return whether training passes are replayed as CUDA graphs: asked for, on a GPU, possible, and worth it."""
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
-    local = config.parallel.passes_stay_local(groups.grid.dp, per_head)
-    return config.cuda_graphs and local and uses_sharded_adam(config) and next(stage.parameters()).is_cuda
+    wanted = config.cuda_graphs and uses_sharded_adam(config) and next(stage.parameters()).is_cuda
+    flops = block_flops(stage, config.micro_batch_size)
+    return wanted and config.parallel.replays_passes(groups.grid.dp, per_head, flops)
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) -> dict[str, Any]:

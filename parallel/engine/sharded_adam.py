@@ -3,15 +3,15 @@
 DeepSpeed's `BF16_Optimizer` lays out the weights: a flat bf16 buffer of each parameter group, of whose float32 masters
 every replica steps one part. What happens in a step is written here:
 
-    a hook of each gradient   a bucket whose gradients are all there is added to its float32 sums; the step's last ones
-                              are sent at once, behind the rest of the backward pass
+    a hook of each gradient   when the last gradient of a bucket arrives, all are added to its float32 sums; the step's
+                              last ones are then sent, behind the rest of the backward pass
     update_hp_grads           after each backward pass: the remaining gradients are added
     get_grads_for_reduction   after the last one: the remaining buckets are sent, and all are waited for
-    step                      the norm, one AdamW step, rounding to bf16, and an all-gather of the weights, for which the
-                              next pass waits bucket by bucket
+    step                      the norm, one AdamW step, rounding to bf16, and an all-gather of the weights; the next
+                              forward pass waits for it bucket by bucket
 
 Nothing in it waits for the device. DeepSpeed's own methods add gradients one parameter after the other, 224 launches
-per micro-batch for a model of 12 layers. They round sums to bf16 and sum them whole on every replica, they begin when
+per micro-batch for a model of 12 layers. They round sums to bf16 and sum them whole on every replica. They begin when
 the last backward pass has ended, and they read the norm of the gradients on the host.
 """
 

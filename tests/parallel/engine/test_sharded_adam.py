@@ -52,7 +52,9 @@ def _bucket(parameters: list[nn.Parameter]) -> Bucket:
         parameter.tensor_model_parallel = parameter.has_partial_gradient = False
     size = sum(parameter.numel() for parameter in parameters)
     alone: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
-    return Bucket(FlatGroup(parameters, torch.zeros(size + 3, dtype=torch.bfloat16), torch.zeros(size + 3), alone), exchange)
+    return Bucket(
+        FlatGroup(parameters, torch.zeros(size + 3, dtype=torch.bfloat16), torch.zeros(size + 3), alone), exchange
+    )
 
 
 def test_sums_are_those_of_the_gradients_given() -> None:
@@ -82,7 +84,9 @@ def test_buckets_hold_consecutive_layers_and_the_first_is_the_smallest() -> None
     layer = sum(p.numel() for p in transformer.layers["0"].parameters() if p.dim() == 2)
     with least_elements(layer + 1):
         small, *matrices = parameter_groups(transformer, 0.1, replicas=2)
-    held = [sorted({names[p].rpartition("attention")[0] or names[p][:8] for p in group["params"]}) for group in matrices]
+    held = [
+        sorted({names[p].rpartition("attention")[0] or names[p][:8] for p in group["params"]}) for group in matrices
+    ]
     assert [" ".join(each) for each in held] == [
         "embeddin", "layers.0 layers.0.", "layers.1 layers.1. layers.2 layers.2.",
         "layers.3 layers.3. layers.4 layers.4.", "head.wei",
@@ -160,7 +164,13 @@ def _with_and_without_overlap(layout: Layout) -> tuple[bool, int, int]:
 
 @pytest.mark.parametrize(
     ("layout", "late"),  # buckets that are complete only when the last backward pass has ended
-    [("dp=2:acc=2", 0), ("tp=2:dp=2:sp=1:acc=2", 0), ("pp=2:dp=2:acc=2", 1), ("cp=2:acc=2", 0), ("dp=2:acc=2:zero=2", 0)],
+    [
+        ("dp=2:acc=2", 0),
+        ("tp=2:dp=2:sp=1:acc=2", 0),
+        ("pp=2:dp=2:acc=2", 1),
+        ("cp=2:acc=2", 0),
+        ("dp=2:acc=2:zero=2", 0),
+    ],
 )
 def test_what_is_hidden_changes_no_bit(layout: str, late: int) -> None:
     parsed = parse_layout(layout)
