@@ -7,7 +7,7 @@ from model.config import ModelConfig, explained
 from parallel.grid import RankGrid
 
 SHORT_BLOCK_FLOPS = 2e12
-"""A block's forward and backward pass of one micro-batch, about 3 ms on an H100; a host may launch kernels more slowly."""
+"""A block's forward and backward pass of one micro-batch, about 3 ms on an H100. A host may launch it more slowly."""
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard are a multiple of this, which makes matrix products fastest."""
 

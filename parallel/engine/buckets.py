@@ -1,8 +1,8 @@
 """The parameter groups of the optimizer, which are the buckets that gradients and weights are exchanged in.
 
-ZeRO makes one flat buffer of each parameter group and cuts it over replicas, so a bucket must be a group of its own. The
-matrices of consecutive layers form one; those of the embedding and of an untied head stand alone. Everything else, which
-does not decay, is one small group.
+ZeRO makes one flat buffer of each parameter group and cuts it over replicas, so a bucket must be a group of its own.
+The matrices of consecutive layers form one. Those of the embedding and of an untied head stand alone. Everything else,
+which does not decay, is one small group.
 """
 
 from typing import Any

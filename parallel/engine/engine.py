@@ -158,8 +158,8 @@ class Engine:
     ) -> tuple[PendingReport, StageStatistics]:
         """Run the step's micro-batches, and one optimizer step if their report is within the limits.
 
-        The device decides that. With ZeRO-1 in bf16 nothing here waits for it; DeepSpeed's other optimizers read the
-        gradient norm. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
+        The device decides that. With ZeRO-1 and 2 in bf16 nothing here waits for it; DeepSpeed's own optimizers read
+        the gradient norm. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
 
         Args:
             micro_batches: this rank's; `num_micro_batches` of them are run.

@@ -86,6 +86,7 @@ class Bucket:
         self.counted = self._own_views(lambda parameter: counts_in_norm(parameter, tensor_rank))
         self._partial = _joined(self._own_views(lambda parameter: parameter.has_partial_gradient))
         self._views = [parameter.data for parameter in self.parameters]
+        self._nan = self.weights.new_full((), torch.nan)
         self._sending: tuple[Work, Tensor] | None = None
         self._gathering: Work | None = None
         self.begin_step()
@@ -181,9 +182,8 @@ class Bucket:
         if self.replicas.size() == 1:
             return
         self._gathering = dist.all_gather_into_tensor(self.weights, own, group=self.replicas, async_op=True)
-        nothing = self.weights.new_full((), torch.nan)
         for parameter in self.parameters:
-            parameter.data = nothing.expand(parameter.shape)
+            parameter.data = self._nan.expand(parameter.shape)
 
     def wait_for_weights(self) -> None:
         """Make the gathered weights readable; does nothing if they are."""
