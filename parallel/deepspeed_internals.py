@@ -162,9 +162,9 @@ def take_flat_groups(optimizer: Any) -> list[FlatGroup]:
     return [FlatGroup(*group) for group in zip(*columns, strict=True)]
 
 
-def hand_over_gradient(parameter: nn.Parameter, total: Tensor) -> None:
-    """Release a parameter's bf16 gradient; a pipeline sums `total` over stages instead, if the parameter is tied."""
-    parameter._hp_grad, parameter.grad = total, None  # type: ignore[attr-defined]
+def sum_over_stages(parameter: nn.Parameter, total: Tensor) -> None:
+    """Tell DeepSpeed which float32 gradient of a tied weight it adds up over pipeline stages before a step."""
+    parameter._hp_grad = total  # type: ignore[attr-defined]
 
 
 def record_norm(optimizer: Any, norm: Tensor) -> None:

@@ -30,8 +30,8 @@ from parallel.deepspeed_internals import (
     adam,
     bf16_optimizer,
     counts_in_norm,
-    hand_over_gradient,
     record_norm,
+    sum_over_stages,
     take_flat_groups,
 )
 from parallel.engine.clipping import global_norm
@@ -77,11 +77,15 @@ class Bucket:
         self.parameters, self.weights, self.master = group.parameters, group.weights, group.master
         self.replicas, self.exchange = group.replicas, exchange
         self.keeps_whole = not exchange.keeps_own_sums or self.replicas.size() == 1
-        self.is_late = any(parameter is exchange.summed_late for parameter in self.parameters)
+        self.is_late = False
         self.part = self.replicas.rank() * self.master.numel()
         self._sums: Tensor | None = None
         self._sum_of: list[Tensor] = []
         self.own = self._own_part(self._allocate_sums()) if self.keeps_whole else torch.zeros_like(self.master)
+        for parameter, total in zip(self.parameters, self._sum_of, strict=self.keeps_whole):
+            if parameter is exchange.summed_late:
+                sum_over_stages(parameter, total)
+                self.is_late = True
         tensor_rank = exchange.groups.grid.tp_rank
         self.counted = self._own_views(lambda parameter: counts_in_norm(parameter, tensor_rank))
         self._partial = _joined(self._own_views(lambda parameter: parameter.has_partial_gradient))
@@ -126,7 +130,7 @@ class Bucket:
         for index, (parameter, total) in enumerate(zip(self.parameters, self._sum_of, strict=True)):
             if parameter.grad is not None:
                 (further if self._has_sum[index] else first).append((total, parameter.grad.view(total.shape)))
-                hand_over_gradient(parameter, total)
+                parameter.grad = None
                 self._has_sum[index] = True
             elif not self._has_sum[index]:
                 without.append(total)

@@ -1,6 +1,7 @@
 """Test our bf16 optimizer against DeepSpeed's own class, and with what it hides behind the passes against without."""
 
 import dataclasses
+import gc
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -149,8 +150,17 @@ def _measured_with(overlaps: bool, layout: Layout, groups: Any) -> tuple[Any, di
     with mock.patch.object(optimizer, "update_hp_grads", counted):
         reports, parameters = _trained(engine, config)
     again, _ = _trained(engine, config, steps=1)
+    if layout.zero == 2:
+        assert not _whole_sums(optimizer.buckets), "ZeRO-2 keeps each replica's own part only"
     unread = [parameter for bucket in optimizer.buckets if bucket._gathering for parameter in bucket.parameters]
     return engine, {"numbers": (reports + again, parameters), "early": early, "unread": unread}
+
+
+def _whole_sums(buckets: list[Bucket]) -> list[Tensor]:
+    """Return the live float32 tensors that are as large as a bucket."""
+    sizes = {bucket.weights.numel() for bucket in buckets}
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and each.dtype == torch.float32]
+    return [each for each in tensors if each.untyped_storage().nbytes() // 4 in sizes]
 
 
 def with_and_without_overlap(layout: Layout) -> tuple[bool, int, int]:
