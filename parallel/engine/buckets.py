@@ -20,6 +20,11 @@ ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
 
 
+def least_elements(replicas: int) -> int:
+    """Return the elements from which on a bucket of layers is large enough."""
+    return max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA * replicas)
+
+
 def parameter_groups(transformer: Transformer, weight_decay: float, replicas: int) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups in the order in which a forward pass uses them; the small group comes first.
 
@@ -41,7 +46,7 @@ def parameter_groups(transformer: Transformer, weight_decay: float, replicas: in
             parts.setdefault(part, []).append(parameter)
         else:
             small.append(parameter)
-    least = max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA * replicas)
+    least = least_elements(replicas)
     buckets: list[list[nn.Parameter]] = []
     may_join = False
     for part, matrices in reversed(parts.items()):
