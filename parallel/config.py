@@ -6,6 +6,8 @@ from typing import Literal
 from model.config import ModelConfig, explained
 from parallel.grid import RankGrid
 
+SHORT_BLOCK_FLOPS = 2e12
+"""A block's forward and backward pass of one micro-batch, about 3 ms on an H100. A host may launch it more slowly."""
 VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard are a multiple of this, which makes matrix products fastest."""
 
@@ -62,6 +64,20 @@ class ParallelConfig:
         """
         sizes = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
         return max(sizes) == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
+
+    def replays_passes(self, data_parallel_size: int, per_head: bool, block_flops: float) -> bool:
+        """Return whether training passes should be replayed as CUDA graphs, if they are wanted and there is a GPU.
+
+        A replayed pass must not communicate. It hands over all gradients at its end, so that nothing of their exchange
+        is hidden behind it. So with replicas only short passes are replayed, which the host would hold up otherwise.
+
+        Args:
+            data_parallel_size: ranks that hold other sequences.
+            per_head: whether the regularizer averages entropies over data-parallel ranks.
+            block_flops: of one block's forward and backward pass of one micro-batch.
+        """
+        local = self.passes_stay_local(data_parallel_size, per_head)
+        return local and (data_parallel_size == 1 or block_flops < SHORT_BLOCK_FLOPS)
 
     def replicates_fused_ffn(self, hidden_size: int, tokens_per_step: int) -> bool:
         """Return whether every tensor-parallel rank keeps a fused FFN whole.

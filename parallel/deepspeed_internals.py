@@ -6,7 +6,6 @@ PipelineModule, GatheredParameters) are used where they are needed, in parallel/
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ def check_installed() -> None:
     import deepspeed.utils
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime import bf16_optimizer, config, constants, engine, utils
+    from deepspeed.runtime.pipe import engine as pipe_engine
     from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
     from deepspeed.utils import tensor_fragment
 
@@ -38,14 +38,19 @@ def check_installed() -> None:
     assigned = functools.partial(libraries.require_assigned, LIBRARY)
     optimizer = bf16_optimizer.BF16_Optimizer
     require(optimizer, "update_hp_grads", "clear_lp_grads")
-    require(optimizer, "clear_hp_grads", "")
     require(optimizer, "backward_prologue", "")
-    require(optimizer, "get_grads_for_norm", "for_clipping")
-    assigned(optimizer, "optimizer", "bf16_groups", "fp32_groups_gradients", "fp32_groups_gradients_flat")
-    assigned(optimizer, "fp32_groups_gradient_flat_partition", "fp32_groups_has_gradients", "real_dp_process_group")
+    require(optimizer, "clear_lp_grads", "set_to_none")
+    require(optimizer, "get_grads_for_reduction", "")
+    require(optimizer, "step", "closure")
+    require(optimizer, "zero_grad", "set_to_none")
+    assigned(optimizer, "optimizer", "bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition")
+    assigned(optimizer, "fp32_groups_gradients", "fp32_groups_gradients_flat", "fp32_groups_actual_gradients_flat")
+    assigned(optimizer, "fp32_groups_gradient_flat_partition", "non_expert_gradients", "real_dp_process_group")
     assigned(optimizer, "overflow", "_global_grad_norm")
-    require(bf16_optimizer, "get_global_norm_of_tensors", "input_tensors, norm_type, mpu, moe_ep_group")
-    require(bf16_optimizer, "is_invalid_grad_norm", "norm")
+    for module in (engine, pipe_engine):
+        require(module, "BF16_Optimizer", ", ".join(inspect.signature(optimizer).parameters))
+    if "weight._hp_grad if self.using_bf16_optimizer" not in _source(pipe_engine.PipelineEngine):
+        raise libraries.LibraryChangedError(LIBRARY, "does not sum _hp_grad of a tied weight over pipeline stages")
     require(engine.DeepSpeedEngine, "buffered_allreduce_fallback", "grads, elements_per_buffer")
     require(engine.DeepSpeedEngine, "communication_data_type")
     require(config, "DeepSpeedConfig")
@@ -94,99 +99,77 @@ def flat_masters(optimizer: Any) -> list[Tensor]:
     return getattr(optimizer, "fp32_partitioned_groups_flat", flat)
 
 
-# The bf16 optimizer, which accumulates gradients in float32
+# The bf16 optimizer, of which parallel/engine/sharded_adam.py makes a subclass
+
+
+def bf16_optimizer() -> Any:
+    """Return the class `BF16_Optimizer`, after checking everything that this project uses of DeepSpeed.
+
+    Raises:
+        LibraryChangedError: the installed DeepSpeed lacks something.
+    """
+    check_installed()
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return BF16_Optimizer
+
+
+def build_instead(optimizer: type) -> None:
+    """Make DeepSpeed's engines build this subclass where they would build a `BF16_Optimizer`.
+
+    The name is replaced where engines look it up: a pipeline takes a `BF16_Optimizer` only if it is of that exact type.
+    """
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.pipe import engine as pipe_engine
+
+    for module in (engine, pipe_engine):
+        replace(module, "BF16_Optimizer", optimizer)
 
 
 @dataclass(frozen=True)
-class GradientGroup:
-    """The gradients of one parameter group of a `BF16_Optimizer`.
+class FlatGroup:
+    """A parameter group of a `BF16_Optimizer`.
 
     Attributes:
-        parameters: in bf16.
-        totals: of each parameter, its float32 sum over micro-batches; flattened views of `flat`.
-        has_gradient: of each parameter, whether its total holds a gradient of this step.
-        flat: all totals in one buffer, padded.
-        own: the part of `flat` whose weights this rank steps.
-        replicas: ranks that average it.
+        parameters: in bf16; flattened they are consecutive views of `weights`.
+        weights: all of them in one buffer, padded to equal parts.
+        master: float32 [part], the part whose weights this rank steps.
+        replicas: ranks that hold one part each, in their order in the group.
     """
 
     parameters: list[nn.Parameter]
-    totals: list[Tensor]
-    has_gradient: list[bool]
-    flat: Tensor
-    own: Tensor
+    weights: Tensor
+    master: Tensor
     replicas: ProcessGroup
 
 
-def gradient_groups(optimizer: Any) -> list[GradientGroup]:
-    """Return the gradient groups of a `BF16_Optimizer`."""
+def take_flat_groups(optimizer: Any) -> list[FlatGroup]:
+    """Return the parameter groups of a `BF16_Optimizer`, and release the gradient sums that it has allocated."""
+    for held in (
+        optimizer.fp32_groups_gradients_flat,
+        optimizer.fp32_groups_actual_gradients_flat,
+        optimizer.fp32_groups_gradient_flat_partition,
+        optimizer.non_expert_gradients,
+        *optimizer.fp32_groups_gradients,  # lists that DeepSpeed has linked to the parameters
+    ):
+        held.clear()
     columns = (
         optimizer.bf16_groups,
-        optimizer.fp32_groups_gradients,
-        optimizer.fp32_groups_has_gradients,
-        optimizer.fp32_groups_gradients_flat,
-        optimizer.fp32_groups_gradient_flat_partition,
+        optimizer.bf16_groups_flat,
+        optimizer.fp32_groups_flat_partition,
         optimizer.real_dp_process_group,
     )
-    return [GradientGroup(*group) for group in zip(*columns, strict=True)]
+    return [FlatGroup(*group) for group in zip(*columns, strict=True)]
 
 
-def hand_over_gradient(parameter: nn.Parameter, total: Tensor) -> None:
-    """Record the float32 sum that a parameter's bf16 gradient was added to, and release that gradient."""
-    parameter._hp_grad, parameter.grad = total, None  # type: ignore[attr-defined]
+def sum_over_stages(parameter: nn.Parameter, total: Tensor) -> None:
+    """Tell DeepSpeed which float32 gradient of a tied weight it adds up over pipeline stages before a step."""
+    parameter._hp_grad = total  # type: ignore[attr-defined]
 
 
-def replace_accumulation(
-    optimizer: Any, accumulate: Callable[..., None], begin_step: Callable[[], None], begin_backward: Callable[[], None]
-) -> None:
-    """Replace how a `BF16_Optimizer` accumulates gradients, forgets them after a step, and prepares a backward pass."""
-    replace(optimizer, "update_hp_grads", accumulate)
-    replace(optimizer, "clear_hp_grads", begin_step)
-    replace(optimizer, "backward_prologue", begin_backward)
-
-
-def replace_averaging(
-    engine: Any, average: Callable[..., None], parts_of: Callable[[list[Tensor]], list[Tensor]]
-) -> None:
-    """Replace how an engine averages gradients over replicas, and of which tensors it takes the norm.
-
-    Args:
-        average: takes nothing that matters; called once a step, after the last backward pass.
-        parts_of: what of the optimizer's totals counts on this rank.
-    """
-    get_grads_for_norm = engine.optimizer.get_grads_for_norm
-
-    def buffered_allreduce_fallback(grads: Any = None, elements_per_buffer: int = 0) -> None:
-        average()
-
-    def own_grads_for_norm(for_clipping: bool = False) -> tuple[list[Tensor], Any]:
-        assert not for_clipping, "DeepSpeed's own clipping is off"
-        totals, of_experts = get_grads_for_norm()
-        return parts_of(totals), of_experts
-
-    replace(engine, "buffered_allreduce_fallback", buffered_allreduce_fallback)
-    replace(engine.optimizer, "get_grads_for_norm", own_grads_for_norm)
-
-
-def replace_norm(norm: Callable[[list[Tensor], bool], Tensor]) -> None:
-    """Replace how bf16 optimizers take the norm of gradients; they no longer ask the device whether it is finite.
-
-    Args:
-        norm: takes the parts that count on this rank, and whether other ranks hold more.
-    """
-    from deepspeed.runtime import bf16_optimizer
-
-    def get_global_norm_of_tensors(
-        input_tensors: Iterable[Tensor], norm_type: float = 2, mpu: Any = None, moe_ep_group: Any = None
-    ) -> Tensor:
-        assert norm_type == 2 and moe_ep_group is None
-        return norm(list(input_tensors), mpu is not None)
-
-    def is_invalid_grad_norm(norm: Any) -> bool:
-        return False
-
-    replace(bf16_optimizer, "get_global_norm_of_tensors", get_global_norm_of_tensors)
-    replace(bf16_optimizer, "is_invalid_grad_norm", is_invalid_grad_norm)
+def record_norm(optimizer: Any, norm: Tensor) -> None:
+    """Record the global norm of a step's gradients where DeepSpeed's engine reads it."""
+    optimizer._global_grad_norm = norm
 
 
 # Parameters: ZeRO-1 and 2 keep whole ones and a float32 fragment of some, ZeRO-3 keeps a partition of each
@@ -280,6 +263,12 @@ def count_every_shard(parameter: nn.Parameter, is_split: bool) -> None:
 def count_once(parameter: nn.Parameter, is_copy: bool) -> None:
     """Tell norms of gradients whether another pipeline stage's copy of this parameter counts instead."""
     parameter.ds_pipe_replicated = is_copy  # type: ignore[attr-defined]
+
+
+def counts_in_norm(parameter: nn.Parameter, tensor_rank: int) -> bool:
+    """Return whether this rank's gradient of a parameter counts in norms, as marked by the two functions above."""
+    marked: Any = parameter
+    return (marked.tensor_model_parallel or tensor_rank == 0) and not getattr(marked, "ds_pipe_replicated", False)
 
 
 def leave_out_shared_memory() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.deepspeed_internals import replace_norm
 from parallel.engine.telemetry import PendingReport
 from parallel.launch import local_device
 
@@ -35,11 +34,6 @@ def decide_on_device(adam: torch.optim.AdamW, measure: Callable[[], PendingRepor
             adam.grad_scale = scale.float()  # type: ignore[attr-defined]
 
     adam.register_step_pre_hook(before_step)
-
-
-def leave_norms_on_device() -> None:
-    """Keep DeepSpeed's bf16 optimizer from reading the norm of the gradients; its own clipping must be off."""
-    replace_norm(global_norm)
 
 
 def global_norm(parts: Sequence[Tensor], over_ranks: bool = False) -> Tensor:

@@ -4,6 +4,9 @@ The host then launches two graphs instead of about eight hundred kernels. A repl
 addresses stay the same, and each replay overwrites the last one's results. So a pass is captured as a function of
 tensors, from a micro-batch to its loss and its statistics. Whatever changes between steps stays outside: the engine
 accumulates and reduces gradients as usual, and the optimizer has learning rates and limits.
+
+All gradients arrive when the replay ends, and the weights must be there when it begins. So nothing of their exchange is
+hidden (`ParallelConfig.replays_passes` weighs that).
 """
 
 from collections.abc import Callable
@@ -44,6 +47,14 @@ class _TrainingPass(nn.Module):
         """
         if self._loss is not None:
             self._loss.detach_()
+
+
+def block_flops(stage: Stage, micro_batch_size: int) -> float:
+    """Return the FLOPs of one block's forward and backward pass of one micro-batch, on one rank."""
+    block, model = next(iter(stage.transformer.layers.values())), stage.transformer.config
+    weights = sum(parameter.numel() for parameter in block.parameters())
+    scores = model.seq_length * model.hidden_size  # under the causal mask
+    return 3.0 * 2 * (weights + scores) * micro_batch_size * model.seq_length
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

@@ -7,13 +7,16 @@ The life of a gradient under tp=2 and ZeRO-1 in bf16, from the loss to the weigh
      1. sharding/stage.py        `Stage.loss`, a micro-batch's mean cross-entropy; DeepSpeed divides by their number
      2. sharding/regularizer.py  the backward pass adds the penalty's gradient at the stage's output
      3. sharding/collectives.py  inside a block, `column_linear` sums the gradient of its input over both tp ranks
-     4. sharding/tensor.py       a hook sums, once a step, gradients that sharding/plan.py calls partial over tp ranks
-     5. engine/accumulation.py   `accumulate_together` adds a micro-batch's bf16 gradients to float32 sums
-     6. engine/accumulation.py   `scatter_averages` gives each replica the mean of the part whose weights it steps
+     4. engine/sharded_adam.py   `Bucket.accumulate` adds a micro-batch's bf16 gradients to float32 sums
+     5. engine/sharded_adam.py   `Bucket.send` starts the sum over replicas, each of which gets the part that it steps
+     6. engine/sharded_adam.py   `Bucket.sum_partial` adds up over tp what sharding/plan.py calls partial
      7. engine/clipping.py       `global_norm` is taken over all ranks; what both tp ranks hold counts once
      8. engine/telemetry.py      `PendingReport` decides on the device whether the step is accepted
      9. engine/clipping.py       the fused AdamW clips and steps this rank's float32 masters, or leaves them as they are
-    10. DeepSpeed                rounds the masters to bf16 and gathers all replicas' parts into the weights
+    10. engine/sharded_adam.py   `Bucket.publish` rounds the masters to bf16 and gathers all replicas' parts
+    11. engine/sharded_adam.py   `Bucket.wait_for_weights`, before the next pass uses them
+
+Steps 5 and 10 run beside the passes (engine/buckets.py says how parameters form buckets).
 """
 
 import contextlib
@@ -29,23 +32,22 @@ from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.transformer import Block
 from parallel.config import ParallelConfig
-from parallel.deepspeed_internals import adam, check_installed, gradient_norm
-from parallel.engine.accumulation import accumulate_together, scatter_averages
-from parallel.engine.clipping import decide_on_device, leave_norms_on_device
+from parallel.deepspeed_internals import adam, build_instead, check_installed, gradient_norm
+from parallel.engine.buckets import ALIGNMENT_BYTES, parameter_groups
+from parallel.engine.clipping import decide_on_device
 from parallel.engine.compiled import compiled_blocks
-from parallel.engine.cuda_graph import replay_training_passes
+from parallel.engine.cuda_graph import block_flops, replay_training_passes
 from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
+from parallel.engine.sharded_adam import Exchange, ShardedAdam
 from parallel.engine.telemetry import FINITE, PendingReport, StepLimits
 from parallel.launch import local_device
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups, ModelParallelUnit
 from parallel.sharding.stage import Stage, StageStatistics
+from parallel.sharding.tensor import sum_replicated_gradients
 from parallel.state.chunks import Chunk
 from parallel.state.training_state import SavedState, StateMap, adam_step, create_moments, load_training_state
-
-ALIGNMENT_BYTES = 16
-ALIGNMENT_ELEMENTS = 8  # of bfloat16
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,21 @@ class Engine:
         check_installed()
         import deepspeed
 
-        self.stage, self.groups, self.config = stage, groups, config
-        self.pipelined = groups.grid.pp > 1
+        self._stage, self.groups, self.config = stage, groups, config
+        self.pipelined, self._is_sharded_adam = groups.grid.pp > 1, uses_sharded_adam(config)
         if config.parallel.zero_stage == 3:
             gather_by_block(stage)
+        if not self._is_sharded_adam:
+            sum_replicated_gradients(stage.transformer, groups, config.num_micro_batches)
+        exchanging_replicas = groups.grid.replicas if self._is_sharded_adam else 1
         optimizer = torch.optim.AdamW(
-            parameter_groups(stage, config.weight_decay),
+            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas),
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,
             fused=True,
         )
+        build_instead(ShardedAdam)
         # DeepSpeed prints its partitioning. With gradients enabled, its flat buffers would keep gradient nodes of the
         # parameters alive. Those belong to this stream, which a CUDA graph must not touch.
         is_compiled = bool(compiled_blocks(stage.transformer))
@@ -117,13 +123,22 @@ class Engine:
                 mpu=None if self.pipelined else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
-        if uses_bf16_optimizer(config):
-            leave_norms_on_device()
-            accumulate_together(self.engine.optimizer)
-            scatter_averages(self.engine)
-        if can_replay(stage, groups, config):
+        is_replayed = replays(stage, groups, config)
+        if self._is_sharded_adam:
+            exchange = Exchange(
+                groups,
+                config.num_micro_batches,
+                self.engine.communication_data_type,
+                overlaps=overlaps(config) and not is_replayed,
+                keeps_own_sums=config.parallel.zero_stage == 2,
+                summed_late=stage.tied_weight if self.pipelined and groups.embedding_ends is not None else None,
+            )
+            whole = stage.transformer
+            parts = [part for part in (whole.embedding, *whole.layers.values(), whole.head) if part is not None]
+            self.engine.optimizer.connect(exchange, parts)
+        if is_replayed:
             replay_training_passes(stage)
-        clipped_here = config.gradient_clipping if uses_bf16_optimizer(config) else 0.0
+        clipped_here = config.gradient_clipping if self._is_sharded_adam else 0.0
         decide_on_device(optimizer, self._measure, clipped_here)
         create_moments(self.engine.optimizer, 0)
         check_alignment(stage)
@@ -131,13 +146,20 @@ class Engine:
         self._limits = FINITE
         self._report: PendingReport | None = None
 
+    @property
+    def stage(self) -> Stage:
+        """The stage, with all of its weights readable and writable: what replicas still send each other is awaited."""
+        if self._is_sharded_adam:
+            self.engine.optimizer.wait_for_weights()
+        return self._stage
+
     def train_step(
         self, micro_batches: Iterator[MicroBatch], learning_rate: float, limits: StepLimits = FINITE
     ) -> tuple[PendingReport, StageStatistics]:
         """Run the step's micro-batches, and one optimizer step if their report is within the limits.
 
-        The device decides that. With ZeRO-1 in bf16 nothing here waits for it; DeepSpeed's other optimizers read the
-        gradient norm. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
+        The device decides that. With ZeRO-1 and 2 in bf16 nothing here waits for it; DeepSpeed's own optimizers read
+        the gradient norm. Set `stop_requested` to tell all ranks through the report that this one was asked to stop.
 
         Args:
             micro_batches: this rank's; `num_micro_batches` of them are run.
@@ -150,7 +172,8 @@ class Engine:
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        update_spectral_norms(self.stage)
+        if self._stage.transformer.config.spectral_norm != "none":
+            update_spectral_norms(self.stage)
         self.engine.train()
         if self.pipelined:
             self.engine.train_batch(map(inputs_and_labels, micro_batches))
@@ -159,13 +182,13 @@ class Engine:
                 self.engine.backward(self.engine(*next(micro_batches).tensors))
                 self.engine.step()
         report = self._measure()  # with gradients that are not finite ZeRO skips the optimizer, and so the report
-        return report, self.stage.take_statistics()
+        return report, self._stage.take_statistics()
 
     def _measure(self) -> PendingReport:
         """Return the step's report, made at the first call: after the backward passes, before the optimizer."""
         if self._report is None:
             self._report = PendingReport(
-                self.stage.complete_statistics(),
+                self._stage.complete_statistics(),
                 self.groups,
                 gradient_norm(self.engine.optimizer),
                 self.stop_requested,
@@ -250,21 +273,6 @@ def evaluate_stage(stage: Stage, micro_batches: Iterator[MicroBatch], valid_rows
     return stage.take_statistics()
 
 
-def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's two parameter groups: matrices, which decay, and the rest, which does not.
-
-    ZeRO makes one flat buffer of each group. In one common group a single scalar would shift every matrix behind it off
-    the 16-byte grid, which Hopper's fast matrix products need. In the second group parameters of odd sizes come last,
-    since compiled kernels read vectors 16 bytes at a time.
-    """
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in named_parameters(stage):
-        (matrices if name.endswith("weight") and parameter.dim() == 2 else others).append(parameter)
-    others.sort(key=lambda parameter: parameter.numel() % ALIGNMENT_ELEMENTS != 0)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
 def gather_by_block(stage: Stage) -> None:
     """Make ZeRO-3 gather and release a block's parameters together, with hooks around the block and none inside.
 
@@ -275,16 +283,22 @@ def gather_by_block(stage: Stage) -> None:
     set_z3_leaf_modules(stage, [Block])
 
 
-def uses_bf16_optimizer(config: EngineConfig) -> bool:
-    """Return whether DeepSpeed's BF16_Optimizer runs (ZeRO-1), which accumulates in float32 and need not wait."""
-    return config.bf16 and config.parallel.zero_stage == 1
+def uses_sharded_adam(config: EngineConfig) -> bool:
+    """Return whether `ShardedAdam` runs, and none of DeepSpeed's own optimizers."""
+    return config.bf16 and config.parallel.zero_stage < 3
 
 
-def can_replay(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
-    """Return whether training passes can be CUDA graphs: asked for, on a GPU, the same kernels, no communication."""
+def overlaps(config: EngineConfig) -> bool:
+    """Return whether `ShardedAdam` exchanges behind the passes, which DeepSpeed's `overlap_comm` can turn off."""
+    return config.deepspeed.get("zero_optimization", {}).get("overlap_comm") is not False
+
+
+def replays(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
+    """Return whether training passes are replayed as CUDA graphs: asked for, on a GPU, possible, and worth it."""
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
-    local = config.parallel.passes_stay_local(groups.grid.dp, per_head)
-    return config.cuda_graphs and local and uses_bf16_optimizer(config) and next(stage.parameters()).is_cuda
+    wanted = config.cuda_graphs and uses_sharded_adam(config) and next(stage.parameters()).is_cuda
+    flops = block_flops(stage, config.micro_batch_size)
+    return wanted and config.parallel.replays_passes(groups.grid.dp, per_head, flops)
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) -> dict[str, Any]:
@@ -308,7 +322,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) ->
     if config.bf16:
         derived["bf16"] = {"enabled": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}  # or ZeRO 2 and 3 would sum micro-batches in bf16
-    if uses_bf16_optimizer(config):
+    if uses_sharded_adam(config):
         derived["gradient_clipping"] = 0.0  # see parallel.engine.clipping
     defaults = {
         "steps_per_print": 2**31,
@@ -318,7 +332,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) ->
     merged = {**defaults, **config.deepspeed, **derived}
     merged["zero_optimization"] = {
         **config.deepspeed.get("zero_optimization", {}),
-        "stage": config.parallel.zero_stage,
+        "stage": 1 if uses_sharded_adam(config) else config.parallel.zero_stage,
         "memory_efficient_linear": not is_compiled,
     }
     return merged

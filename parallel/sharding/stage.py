@@ -17,7 +17,7 @@ from parallel.sharding.context import apply_context_parallel
 from parallel.sharding.megatron import Groups
 from parallel.sharding.plan import sharding_plan
 from parallel.sharding.regularizer import ShardedRegularizer
-from parallel.sharding.tensor import apply_tensor_parallel, cut, mark_split, sum_replicated_gradients
+from parallel.sharding.tensor import apply_tensor_parallel, cut, mark_split
 
 
 @dataclass
@@ -155,7 +155,7 @@ def build_transformer(
 ) -> Transformer:
     """Build this rank's part of the model, initialized from the seed alone.
 
-    The order matters: shapes without memory, sharding, memory, values, gradient hooks.
+    The order matters: shapes without memory, sharding, memory, values.
     """
     grid, padded = groups.grid, padded_vocab_size(vocab_size, groups.grid.tp)
     tokens_per_step = micro_batch_size * num_micro_batches * len(grid.positions(model.seq_length))
@@ -175,7 +175,6 @@ def build_transformer(
     transformer.tie_head()
     mark_split(transformer, plan, padded)
     initialize(transformer, model, vocab_size, seed, cut(transformer, groups))
-    sum_replicated_gradients(transformer, groups, plan, num_micro_batches)
     return transformer
 
 

@@ -13,7 +13,8 @@ A fused FFN is one D x D matrix, held in one of two forms:
 
 A parameter that every rank holds may see only part of its gradient on each. Under sequence parallelism the rank has
 only its own positions. What belongs to a column-split matrix as a whole (alpha, beta on the diagonal, the gain of
-weight normalization) has only the rank's own columns. A hook on the gradient sums the parts.
+weight normalization) has only the rank's own columns. The parts are summed once a step, by the optimizer
+(`parallel.engine.sharded_adam`), or by a hook on the gradient under DeepSpeed's own optimizers.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,8 @@ def apply_tensor_parallel(model: Transformer, groups: Groups, plan: ShardingPlan
 def mark_split(model: Transformer, plan: ShardingPlan, padded_vocab_size: int) -> None:
     """Mark every parameter with the plan's split, after asserting that its layer holds just that share.
 
-    `partition_dim` is the split dimension or None. DeepSpeed's gradient norm gets a mark of its own.
+    `partition_dim` is the split dimension or None, `has_partial_gradient` the plan's answer. DeepSpeed's gradient norm
+    gets a mark of its own.
 
     Args:
         plan: of the run.
@@ -68,17 +70,14 @@ def mark_split(model: Transformer, plan: ShardingPlan, padded_vocab_size: int) -
             f"{name} has shape {list(parameter.shape)} here, and parallel/sharding/plan.py says {expected} (split "
             f"dimension {dim}, tp={plan.tp}); its layer or its row is wrong"
         )
-        parameter.partition_dim = dim
+        parameter.partition_dim, parameter.has_partial_gradient = dim, plan.has_partial_gradient(name)
         count_every_shard(parameter, is_split=dim is not None)
 
 
-def sum_replicated_gradients(model: Transformer, groups: Groups, plan: ShardingPlan, num_micro_batches: int) -> None:
-    """Sum partial gradients over tensor-parallel ranks once a step; call once parameters are final.
-
-    `ShardingPlan.has_partial_gradient` says which parameters need it.
-    """
-    for name, parameter in named_parameters(model):
-        if plan.has_partial_gradient(name):
+def sum_replicated_gradients(model: Transformer, groups: Groups, num_micro_batches: int) -> None:
+    """Sum partial gradients over tensor-parallel ranks once a step, by hooks; call once parameters are final."""
+    for parameter in model.parameters():
+        if parameter.has_partial_gradient:
             parameter.register_hook(_SumOncePerStep(groups.tensor, num_micro_batches))
 
 

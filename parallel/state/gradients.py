@@ -46,6 +46,8 @@ def accumulate_gradients(
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad, group=groups.data)
         parameter.grad /= groups.grid.replicas
+        if parameter.has_partial_gradient:
+            dist.all_reduce(parameter.grad, group=groups.tensor)
     tied = stage.tied_weight
     if tied is not None and groups.embedding_ends is not None:
         dist.all_reduce(tied.grad, group=groups.embedding_ends)

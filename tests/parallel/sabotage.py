@@ -24,7 +24,7 @@ def pipe_partitioned() -> Any:
 
 
 def replicated_gradients_not_summed() -> Any:
-    return mock.patch("parallel.sharding.stage.sum_replicated_gradients", lambda *args: None)
+    return mock.patch("parallel.engine.engine.sum_replicated_gradients", lambda *args: None)
 
 
 def replicated_gradients_summed_of_the_last_micro_batch() -> Any:

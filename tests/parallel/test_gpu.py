@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.layout import parse_layout
+from parallel.local_ranks import run_ranks
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
+from tests.parallel.engine.test_sharded_adam import with_and_without_overlap
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.benchmark.timing import count_device_waits
 from train.config import Config
@@ -79,3 +82,10 @@ def test_replayed_steps_are_those_launched_one_by_one(
     assert replayed == launched
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
     assert len({numbers[0] for numbers in replayed}) == 5  # each step was another
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["dp=2:acc=2", "dp=2:acc=2:zero=2", "cp=2:acc=2"])
+def test_what_is_hidden_changes_no_bit_over_nccl(layout: str) -> None:
+    for same, late, buckets in run_ranks(with_and_without_overlap, 2, parse_layout(layout), use_gpu=True):
+        assert same and late == 0 and buckets > 3

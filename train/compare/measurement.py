@@ -108,8 +108,10 @@ def assemble(ranks: list[LocalGradients], vocab_size: int) -> dict[str, Tensor]:
 class Step(Protocol):
     """Runs single steps and keeps their gradients readable."""
 
-    stage: Any
     groups: Any
+
+    @property
+    def stage(self) -> Any: ...
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics: ...
 
@@ -129,9 +131,13 @@ class EngineStep:
         optimizer = dataclasses.replace(config.optimizer, beta1=0.0, gradient_clipping=NO_CLIPPING)
         health = dataclasses.replace(config.health, verify_first_step=True)
         config = dataclasses.replace(config, health=health)
-        self.stage, self.groups = build_stage(config, vocab_size)
-        tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
-        self.engine = add_optimizer(self.stage, self.groups, dataclasses.replace(config, optimizer=optimizer))
+        stage, self.groups = build_stage(config, vocab_size)
+        tell_apart(stage, self.groups, vocab_size, config.training.seed)
+        self.engine = add_optimizer(stage, self.groups, dataclasses.replace(config, optimizer=optimizer))
+
+    @property
+    def stage(self) -> Any:
+        return self.engine.stage
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics:
         report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.engine.cuda_graph import CaptureError, replay_training_passes
+from parallel.config import ParallelConfig
+from parallel.engine.cuda_graph import CaptureError, block_flops, replay_training_passes
 from parallel.engine.telemetry import METRICS
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
@@ -110,6 +111,19 @@ def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
     replay_training_passes(engine.stage, capture)
     engine.train_step(iter(_micro_batches(config.num_micro_batches(1))), 1e-3)
     assert found[:3] == [0, 40, 0] and len(list(engine.stage.parameters())) == 40
+
+
+def test_with_replicas_only_short_passes_are_replayed(one_process: Groups) -> None:
+    small, large = (build_stage(tiny_config(hidden_size=d), VOCAB_SIZE, groups=one_process)[0] for d in (32, 512))
+    # forward 2 FLOPs a weight and token, and of the attention's scores and values each T D under the mask; 3 passes
+    assert (
+        block_flops(small, 4)
+        == 6 * (sum(p.numel() for p in small.transformer.layers["0"].parameters()) + 16 * 32) * 4 * 16
+    )
+    one = ParallelConfig()
+    assert one.replays_passes(1, True, 1e15) and one.replays_passes(2, False, block_flops(large, 4))
+    assert not one.replays_passes(2, False, 1e13) and not one.replays_passes(2, True, 1e9)
+    assert not ParallelConfig(tensor_parallel_size=2).replays_passes(1, False, 1e9)
 
 
 ENDED = RuntimeError("operation failed due to a previous error during capture")
