@@ -18,6 +18,7 @@ from data.command_line import run_command, whole_number
 from data.files.strict_json import to_json
 from data.shards.manifest import SPLITS
 from parallel.config import padded_vocab_size
+from parallel.stages import stage_layers
 from train.config import Config, ConfigError, dataset_faults, load_config, world_faults
 from train.config.schedule import warmup_steps
 from train.config.vocabulary import dataset_if_there, vocabulary
@@ -95,7 +96,7 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
         f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.cp} context shards x "
         f"{grid.tp} tensor shards\n"
     )
-    print(grid.table(config.model.num_layers))
+    print(grid.table(stage_layers(config.model, vocab_size, grid.pp, config.training.activation_recompute)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

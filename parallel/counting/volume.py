@@ -18,7 +18,7 @@ Not counted: the sums of weight and spectral normalization over a split matrix's
 
 from dataclasses import dataclass
 
-from parallel.counting.footprint import Workload, held_parameters, replicated_elements
+from parallel.counting.footprint import Workload, held_elements, replicated_elements
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
     """
     grid, model, micro_batches = work.grid, work.model, work.num_micro_batches
     hidden = work.tokens * model.hidden_size * element_bytes
-    layers = len(grid.layers(model.num_layers))
-    parameters = sum(held_parameters(work).values())
+    layers = len(work.layers)
+    parameters = held_elements(work)
     sequence = grid.tp if work.parallel.sequence_parallel else 1
     tensor = micro_batches * (layers * block_volume(work, hidden) + _ends(work, hidden))
     exchanges = 8 + (4 if work.recompute != "none" else 0)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Footprint, Workload, footprint
 from parallel.counting.volume import Volume, volume
-from train.config import Config, section_faults, world_faults
+from train.config import Config, world_faults
 from train.cost.flops import training_flops_per_token
 from train.cost.step_time import Assumptions, Gpu, StepTime, step_time
 
 GIB = 2**30
 OUTSIDE_ALLOCATOR_GIB = 1.5  # the CUDA context and NCCL's buffers
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FRAGMENTATION = 1.08  # bytes that the allocator reserves for each byte in use
 
 
@@ -83,13 +84,13 @@ def workload(config: Config, ranks: int, stage: int, vocab_size: int) -> Workloa
 
 
 def layouts(config: Config, ranks: int) -> Iterator[Config]:
-    """Yield every layout of `ranks` processes that the model allows. The global batch size stays the same."""
+    """Yield every layout of `ranks` processes that the model allows. The global batch size stays the same.
+
+    Args:
+        config: without faults; only what the axes can break is checked again.
+    """
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= ranks]
-    micro_batches = [
-        size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size <= config.training.global_batch_size
-    ]
-    axes = itertools.product(sizes[:4], sizes, sizes[:4], (1, 2, 3), ("none", "selective", "full"), micro_batches)
-    for tp, pp, cp, zero, recompute, micro_batch_size in axes:
+    for tp, pp, cp, zero in itertools.product(sizes[:4], sizes, sizes[:4], (1, 2, 3)):
         parallel = dataclasses.replace(
             config.parallel,
             tensor_parallel_size=tp,
@@ -99,14 +100,17 @@ def layouts(config: Config, ranks: int) -> Iterator[Config]:
             zero_stage=zero,  # type: ignore[arg-type]
             fused_ffn="auto",
         )
-        training = dataclasses.replace(
-            config.training,
-            micro_batch_size=micro_batch_size,
-            activation_recompute=recompute,  # type: ignore[arg-type]
-        )
-        layout = dataclasses.replace(config, parallel=parallel, training=training)
-        if ranks % parallel.ranks_per_batch == 0 and not section_faults(layout) and not world_faults(layout, ranks):
-            yield layout
+        if parallel.world_faults(ranks) or parallel.faults(config.model):
+            continue
+        for recompute, micro_batch_size in itertools.product(("none", "selective", "full"), MICRO_BATCH_SIZES):
+            training = dataclasses.replace(
+                config.training,
+                micro_batch_size=micro_batch_size,
+                activation_recompute=recompute,  # type: ignore[arg-type]
+            )
+            layout = dataclasses.replace(config, parallel=parallel, training=training)
+            if not world_faults(layout, ranks):
+                yield layout
 
 
 def by_recompute(plan: Plan) -> dict[str, float]:

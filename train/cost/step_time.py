@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Workload, held_parameters
+from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Workload, held_elements
 from parallel.counting.volume import Volume, volume
 from train.cost.flops import DEVICE_PEAK_TFLOPS
-from train.cost.parameters import block_matrix_parameters, ffn_width
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
     """Predict the step of a rank of the grid's pipeline stage."""
     model, grid, micro_batches = work.model, work.grid, work.num_micro_batches
     tokens = work.tokens * micro_batches
-    layers = len(grid.layers(model.num_layers))
+    layers = len(work.layers)
     passes = 4 if work.recompute == "full" else 3  # the backward pass costs two forward passes
     memory_rate = assumed.memory * gpu.memory_tb_per_s * 1e12
     width_bytes = tokens * model.hidden_size * ELEMENT_BYTES / grid.tp
@@ -105,7 +104,7 @@ def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
     widths -= assumed.residual_widths * model.ffn_holds_residual
     memory = layers * widths * width_bytes * passes / 3
     memory += assumed.logits_passes * head / model.hidden_size * tokens * ELEMENT_BYTES
-    parameters = sum(held_parameters(work).values())
+    parameters = held_elements(work)
     sent = volume(work, ELEMENT_BYTES, GRADIENT_BYTES)
     busy = {
         "products": products / (assumed.products * gpu.peak_flops),
@@ -142,9 +141,9 @@ def link_rate(work: Workload, gpu: Gpu, assumed: Assumptions, ranks: int, stride
 def block_products(work: Workload) -> float:
     """Count the elements of one block's matrices that multiply a token's activations on a rank."""
     # A fused FFN may be replicated under sequence parallelism, but then each rank multiplies 1/tp of the tokens.
-    return block_matrix_parameters(work.model) / work.grid.tp
+    return work.model.block_matrix_elements / work.grid.tp
 
 
 def ffn_share(work: Workload) -> float:
     """Return the features between the FFN matrices, read and written, in model widths."""
-    return 0.0 if work.model.fused_ffn else 2 * ffn_width(work.model) / work.model.hidden_size
+    return 0.0 if work.model.fused_ffn else 2 * work.model.ffn_width / work.model.hidden_size
