@@ -134,7 +134,11 @@ def held_parameters(work: Workload) -> dict[str, Held]:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _held(
-    model: ModelConfig, padded_vocab_size: int, plan: ShardingPlan, copies: tuple[tuple[str, int], ...], copies_tied: bool
+    model: ModelConfig,
+    padded_vocab_size: int,
+    plan: ShardingPlan,
+    copies: tuple[tuple[str, int], ...],
+    copies_tied: bool,
 ) -> dict[str, Held]:
     sizes, times = dict(_sizes(model, padded_vocab_size)), dict(copies)
     if model.tied_head and copies_tied:
