@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files.own import open_to_read, read_within
-from data.files.strict_json import MOST_BYTES, check_shape, parse_row
+from data.files.strict_json import MOST_BYTES, check_shape, parse_row, shown
 from parallel.grid import RankGrid
 
 MEASURED = {"axis": str, "ranks": int, "nodes": int, "sizes_bytes": [int], "gb_per_s": [float], "latency_s": float}
@@ -147,7 +147,8 @@ def measured_links(path: Path, assumed: Links) -> Links:
 
 
 def _check(link: Any) -> None:
-    """Raise ValueError if a measured axis has not the form that `train.doctor` writes."""
+    """Raise ValueError if a measured axis is not what `train.doctor` writes."""
     check_shape(link, MEASURED, "link")
-    if not link["gb_per_s"] or min(link["gb_per_s"]) <= 0 or not 1 <= link["nodes"] <= link["ranks"]:
-        raise ValueError(f"link of the {link['axis']} axis has a bandwidth or a number of nodes that cannot be")
+    possible = 1 <= link["nodes"] <= link["ranks"] <= 1e7 and link["ranks"] > 1 and 0 <= link["latency_s"] <= 3600
+    if not (possible and link["gb_per_s"] and min(link["gb_per_s"]) > 0 and max(link["gb_per_s"]) < 1e6):
+        raise ValueError(f"link {shown(link)} cannot be: nodes, ranks, bandwidth or latency is no such number")

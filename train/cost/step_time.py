@@ -245,8 +245,8 @@ def data_exchange(
     """Return the seconds in which replicas exchange gradients and weights, and how many of them a step waits for.
 
     Gradients travel in buckets while the backward pass goes on: of the last micro-batch under ZeRO-1, of each under
-    ZeRO 2 and 3. Weights travel while the next forward pass goes on; under ZeRO-3 in every pass. The embedding's gradient is
-    the last to be complete, and its weight is the first in use, so both are waited for.
+    ZeRO 2 and 3. Weights travel while the next forward pass goes on; under ZeRO-3 in every pass. The embedding's
+    gradient is the last to be complete, and its weight is the first in use, so both are waited for.
     """
     grid, micro_batches, stage = work.grid, work.num_micro_batches, work.parallel.zero_stage
     if grid.replicas == 1:
