@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from parallel.counting.footprint import footprint
 from train.config import load_config
 from train.cost.layouts import Plan, make_plan, workload
-from train.cost.step_time import GPUS, NOTHING_HIDDEN, Assumptions, StepTime, pipelined
+from train.cost.step_time import GPUS, Assumptions, StepTime, pipelined
 from train.plan import main
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +37,12 @@ def test_peak_memory_is_within_two_percent_of_the_measured(
     assert predicted_gib == pytest.approx(measured_gib, rel=0.02)
 
 
-# tokens/s a GPU of EReg 28 x 2560 on two H200s, when every exchange was waited for and stages held 14 layers each
+NOTHING_HIDDEN = Assumptions(gradients_hidden=0.0, weights_hidden=0.0, tensor_hidden=0.0, context_hidden=0.0)
+# tokens/s a GPU of EReg 28 x 2560 on two H200s, when every exchange was waited for and stages held 14 layers each;
+# ZeRO-2 summed whole gradients then, which it no longer does
 MEASURED_TOKENS_PER_SECOND = [
     (1, ["training.global_batch_size=32"], 77_277),
     (2, [], 76_606),
-    (2, ["parallel.zero_stage=2"], 71_025),
     (2, ["parallel.zero_stage=3"], 69_625),
     (2, ["parallel.context_parallel_size=2"], 62_756),
     (2, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"], 60_835),
@@ -85,8 +86,9 @@ def test_the_slowest_stage_waits_for_one_micro_batch_of_each_other() -> None:
 def test_an_exchange_is_hidden_behind_the_passes_beside_it_and_no_longer(zero_stage: int) -> None:
     sizes = [f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=2"]
     shown, hidden = (plan_of(8, *sizes, assumed=each).time for each in (NOTHING_HIDDEN, Assumptions()))
-    embedding = (50_000 + 2048) * 2560 / 1.052e9
-    assert hidden.data == pytest.approx(embedding * shown.data, rel=0.02)
+    first_layers = (1 if zero_stage == 3 else 2) * 5 * 2560**2  # of a bucket of at least 40 million
+    late = ((50_048 + 2048) * 2560 + first_layers) / 1.052e9
+    assert hidden.data == pytest.approx(late * shown.data, rel=0.01)
     assert hidden.contention == pytest.approx(0.1 * (shown.data - hidden.data))
     slow = (dataclasses.replace(each, node_links=1e-3) for each in (NOTHING_HIDDEN, Assumptions()))
     shown, hidden = (plan_of(8, *sizes, assumed=each).time for each in slow)

@@ -56,12 +56,12 @@ class Assumptions:
     logits_passes: float = 3  # times that logits are read or written
     update_bytes: float = 55  # bytes per parameter that the optimizer reads and writes
     accumulation_bytes: float = 10  # bytes per parameter and micro-batch: a bf16 gradient added to a float32 sum
-    partition_bytes: float = 90  # bytes per parameter and micro-batch that ZeRO 2 and 3 copy besides
+    partition_bytes: float = 90  # bytes per parameter and micro-batch that ZeRO-3 copies besides
     micro_batch_s: float = 1e-3  # engine overhead per micro-batch
     block_s: float = 3e-3  # least time per block and micro-batch: a fast host launches no faster
     replayed_block_s: float = 1e-4  # the same under CUDA graphs (pure data parallelism)
-    gradients_hidden: float = 1.0  # of the gradients' exchange but the embedding's, behind backward passes
-    weights_hidden: float = 1.0  # of the weights' exchange but the embedding's, behind forward passes
+    gradients_hidden: float = 1.0  # of the gradients' exchange behind backward passes, but the last buckets
+    weights_hidden: float = 1.0  # of the weights' exchange behind forward passes, but the first buckets
     tensor_hidden: float = 0.5  # of exchanges over tensor-parallel ranks, behind the other half of the batch
     context_hidden: float = 0.5  # of exchanges over context-parallel ranks, behind other heads
     pipeline_hidden: float = 0.0  # of what stages send each other
@@ -84,19 +84,15 @@ class Assumptions:
             f"({self.residual_widths:g} less if the FFN includes the residual), attention "
             f"{self.attention_widths:g}, an all-to-all {self.exchange_widths:g}; logits {self.logits_passes:g} times",
             f"memory traffic per parameter: optimizer {self.update_bytes:g} bytes, accumulation "
-            f"{self.accumulation_bytes:g} a micro-batch, ZeRO 2 and 3 {self.partition_bytes:g} more",
+            f"{self.accumulation_bytes:g} a micro-batch, ZeRO-3 {self.partition_bytes:g} more",
             f"host: at least {1e3 * self.block_s:g} ms per block and micro-batch, {1e3 * self.replayed_block_s:g} ms "
             f"with CUDA graphs (pure data parallelism); {1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
             f"hidden: {self.gradients_hidden:.0%} of gradients behind the backward pass and {self.weights_hidden:.0%} "
-            f"of weights behind the forward pass, the embedding's excepted; tensor {self.tensor_hidden:.0%}, context "
-            f"{self.context_hidden:.0%}, pipeline {self.pipeline_hidden:.0%}. A hidden exchange costs "
-            f"{self.contention:.0%} of its time",
+            "of weights behind the forward pass, but what is complete last and in use first",
+            f"hidden: tensor {self.tensor_hidden:.0%}, context {self.context_hidden:.0%}, pipeline "
+            f"{self.pipeline_hidden:.0%}; a hidden exchange costs {self.contention:.0%} of its time",
             "pipeline stages wait for one micro-batch of every other stage",
         ]
-
-
-NOTHING_HIDDEN = Assumptions(gradients_hidden=0.0, weights_hidden=0.0, tensor_hidden=0.0, context_hidden=0.0)
-"""Every exchange waits for the passes before it."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Ass
     parameters, axis = held_elements(work), axes(links, grid)
     forward, backward = passes(work, gpu, assumed)
     compute = {name: forward[name] + backward[name] for name in forward}
-    copied = assumed.accumulation_bytes + (assumed.partition_bytes if work.parallel.zero_stage > 1 else 0)
+    copied = assumed.accumulation_bytes + (assumed.partition_bytes if work.parallel.zero_stage == 3 else 0)
     compute["memory"] += micro_batches * copied * parameters / memory_rate
     blocks, neighbours = micro_batches * layers, (not grid.is_first_stage) + (not grid.is_last_stage)
     exchanges = {
@@ -245,20 +241,24 @@ def data_exchange(
     """Return the seconds in which replicas exchange gradients and weights, and how many of them a step waits for.
 
     Gradients travel in buckets while the backward pass goes on: of the last micro-batch under ZeRO-1, of each under
-    ZeRO 2 and 3. Weights travel while the next forward pass goes on; under ZeRO-3 in every pass. The embedding's
-    gradient is the last to be complete, and its weight is the first in use, so both are waited for.
+    ZeRO 2 and 3. Weights travel while the next forward pass goes on; under ZeRO-3 in every pass. The first bucket of
+    layers and the embedding are waited for: their gradients are complete last, and their weights are in use first.
+    So is a tied head on the last stage of a pipeline, whose gradient is first summed with the embedding's.
     """
     grid, micro_batches, stage = work.grid, work.num_micro_batches, work.parallel.zero_stage
     if grid.replicas == 1:
         return 0.0, 0.0
     held = held_parameters(work)
     parameters = sum(each.elements for each in held.values())
-    embedding = sum(each.elements for name, each in held.items() if name.startswith("embedding"))
-    bucket = max(LEAST_BUCKET, BUCKET_PER_REPLICA * grid.replicas)  # elements
-    buckets = 1 + math.ceil((parameters - embedding) / bucket)
+    layer = sum(each.size for name, each in held.items() if name.startswith("layers."))
+    late = sum(each.elements for name, each in held.items() if name.startswith("embedding"))
+    late += held["head.weight"].elements if "head.weight" in held and work.model.tied_head else 0
+    least = max(LEAST_BUCKET, BUCKET_PER_REPLICA * grid.replicas)
+    layers_a_bucket = 1 if stage == 3 else min(len(work.layers), math.ceil(least / layer))
+    late += (len(work.layers) % layers_a_bucket or layers_a_bucket) * layer
+    buckets = 2 + math.ceil(len(work.layers) / layers_a_bucket)  # one of what is small, one of the embedding
     times = [micro_batches if stage > 1 else 1, 2 * micro_batches if stage == 3 else 1]
-    calls = [count * (len(work.layers) if stage == 3 else buckets) for count in times]
-    exchanges = [axis.ring(sent.gradients, calls[0]), axis.ring(sent.weights, calls[1])]
+    exchanges = [axis.ring(sent.gradients, times[0] * buckets), axis.ring(sent.weights, times[1] * buckets)]
     passing, returning = sum(forward.values()), sum(backward.values())
     beside = [
         returning if stage > 1 else returning / micro_batches,
@@ -266,7 +266,7 @@ def data_exchange(
     ]
     fractions = [assumed.gradients_hidden, assumed.weights_hidden]
     hidden = [
-        min(fraction * time * (1 - embedding / parameters), room)
+        min(fraction * time * (1 - late / parameters), room)
         for fraction, time, room in zip(fractions, exchanges, beside, strict=True)
     ]
     return sum(exchanges), sum(exchanges) - sum(hidden)
