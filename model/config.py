@@ -136,13 +136,26 @@ class ModelConfig:
         """
         defaults = ARCHITECTURES[self.architecture]
         filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        if self.ffn_hidden_size is None:
-            filled["ffn_hidden_size"] = 4 * self.hidden_size
-        return dataclasses.replace(self, **filled)
+        return dataclasses.replace(self, **filled, ffn_hidden_size=self.ffn_width)
 
     @property
     def head_width(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """F, the features between the two FFN matrices; a fused FFN has none."""
+        return self.ffn_hidden_size if self.ffn_hidden_size is not None else 4 * self.hidden_size
+
+    @property
+    def ffn_matrix_elements(self) -> int:
+        """Elements of one block's FFN matrices, of a resolved model: D x D if fused, else D x F and F x D."""
+        return self.hidden_size**2 if self.fused_ffn else 2 * self.hidden_size * self.ffn_width
+
+    @property
+    def block_matrix_elements(self) -> int:
+        """Elements of one block's matrices, of a resolved model: four projections of attention and the FFN."""
+        return 4 * self.hidden_size**2 + self.ffn_matrix_elements
 
     @property
     def ffn_holds_residual(self) -> bool:

@@ -79,8 +79,8 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
         super().__init__()
         self.first_position = 0
-        self.word = nn.Embedding(padded_vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.seq_length, config.hidden_size) if config.positions == "learned" else None
+        self.word = _table(padded_vocab_size, config.hidden_size)
+        self.position = _table(config.seq_length, config.hidden_size) if config.positions == "learned" else None
 
     def forward(self, tokens_TB: Tensor) -> Tensor:
         x_TBD = self.word(tokens_TB)
@@ -88,6 +88,14 @@ class Embedding(nn.Module):
             positions = slice(self.first_position, self.first_position + tokens_TB.shape[0])
             x_TBD = x_TBD + self.position.weight[positions].unsqueeze(1)
         return x_TBD
+
+
+def _table(rows: int, columns: int) -> nn.Embedding:
+    """Return an embedding without initial values, which `initialize` gives.
+
+    Drawing normal numbers on the meta device would import torch's compiler, which takes seconds.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
 
 
 class CoreAttention(nn.Module):
@@ -214,7 +222,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, ffn_width = config.hidden_size, config.ffn_hidden_size or 4 * config.hidden_size
+        width, ffn_width = config.hidden_size, config.ffn_width
         self.fused = Linear(width, width) if config.fused_ffn else None
         self.up = None if config.fused_ffn else Linear(width, ffn_width)
         self.down = None if config.fused_ffn else Linear(ffn_width, width)

@@ -23,7 +23,9 @@ class ParallelConfig:
     """Sizes of the parallel axes. The data-parallel size is the world size divided by the others."""
 
     tensor_parallel_size: int = explained(1, "Ranks that split each layer by heads. Keep them within one node.")
-    pipeline_parallel_size: int = explained(1, "Pipeline stages. Each holds a contiguous range of layers.")
+    pipeline_parallel_size: int = explained(
+        1, "Pipeline stages. Each holds a contiguous range of layers; the last, which computes the head, holds fewer."
+    )
     context_parallel_size: int = explained(
         1,
         "Ranks that split each sequence by position, for long contexts. Attention exchanges positions for heads "

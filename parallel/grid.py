@@ -14,7 +14,7 @@ Context-parallel ranks, like data-parallel ranks, hold the same weights and diff
 axes as one: it averages gradients and shards optimizer state over the dp x cp replicas.
 """
 
-import itertools
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +42,7 @@ class RankGrid:
         """Global ranks, [pp, dp, cp, tp]."""
         return np.arange(self.world_size).reshape(self.pp, self.dp, self.cp, self.tp)
 
-    @property
+    @functools.cached_property
     def coordinates(self) -> tuple[int, int, int, int]:
         """This rank's (stage, data-parallel rank, context-parallel rank, tensor-parallel rank)."""
         stage, dp_rank, cp_rank, tp_rank = np.unravel_index(self.rank, self.ranks.shape)
@@ -82,10 +82,6 @@ class RankGrid:
     def is_last_stage(self) -> bool:
         return self.stage == self.pp - 1
 
-    def layers(self, num_layers: int) -> range:
-        """Return the layers of this rank's stage (see `stage_layers`)."""
-        return stage_layers(num_layers, self.pp)[self.stage]
-
     def heads(self, num_heads: int) -> range:
         """Return the heads whose attention this rank computes; tp and cp divide them."""
         held = num_heads // (self.tp * self.cp)
@@ -97,24 +93,18 @@ class RankGrid:
         held = seq_length // self.cp
         return range(self.cp_rank * held, (self.cp_rank + 1) * held)
 
-    def table(self, num_layers: int) -> str:
-        """Return a table with a line for each rank: its coordinates and layers."""
+    def table(self, layers: list[range]) -> str:
+        """Return a table with a line for each rank: its coordinates and layers.
+
+        Args:
+            layers: of each stage, from `parallel.stages.stage_layers`.
+        """
         lines = ["rank  stage  data  context  tensor  layers"]
         for rank in range(self.world_size):
             place = replace(self, rank=rank)
-            held = place.layers(num_layers)
+            held = layers[place.stage]
             lines.append(
                 f"{rank:4d}  {place.stage:5d}  {place.dp_rank:4d}  {place.cp_rank:7d}  {place.tp_rank:6d}  "
                 f"{held.start}-{held.stop - 1}"
             )
         return "\n".join(lines)
-
-
-def stage_layers(num_layers: int, pp: int) -> list[range]:
-    """Divide the layers into contiguous ranges, one a stage; the first stages take one more where pp does not divide.
-
-    7 layers on 3 stages give 3, 2 and 2.
-    """
-    assert 1 <= pp <= num_layers, (pp, num_layers)
-    bounds = np.cumsum([0] + [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)])
-    return [range(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]

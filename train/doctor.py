@@ -5,7 +5,8 @@
     sbatch --nodes=16 slurm/doctor.sh
 
 Checks devices (speed, results, memory), the interconnect along each axis, checkpoint and disk speed, the dataset and
-its hashes, free space, clocks and versions. Prints a table; --json also writes one JSON line per check.
+its hashes, free space, clocks and versions. Prints a table; --json also writes one JSON line per check, with the
+bandwidths and latencies that `train.plan --links` takes.
 
 Exit status: 0 all is well, 1 there is trouble, 2 cannot start as asked.
 """
@@ -41,12 +42,13 @@ SPEEDS = ("matmul", "all-reduce", "checkpoint")
 
 @dataclass
 class Row:
-    """One check on all ranks."""
+    """One check on all ranks; `link` is what the slowest of them measured of an axis."""
 
     check: str
     unit: str
     values: list[float | None]
     faults: list[str]
+    link: dict[str, Any] | None = None
 
     @property
     def known(self) -> list[float]:
@@ -176,7 +178,9 @@ def print_table(rows: list[Row], hosts: list[str]) -> None:
 
 def _row(of_ranks: list[Any]) -> Row:
     faults = list(dict.fromkeys(fault for finding in of_ranks for fault in finding.faults))
-    return Row(of_ranks[0].check, of_ranks[0].unit, [finding.value for finding in of_ranks], faults)
+    links = [finding.link for finding in of_ranks if finding.link is not None]
+    slowest = min(links, key=lambda link: link["gb_per_s"][-1], default=None)
+    return Row(of_ranks[0].check, of_ranks[0].unit, [finding.value for finding in of_ranks], faults, slowest)
 
 
 def _versions(tables: list[dict[str, str]], hosts: list[str]) -> Row:

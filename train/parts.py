@@ -17,6 +17,7 @@ from parallel.micro_batch import MicroBatch, micro_batch, to_device
 from parallel.sharding.megatron import Groups, initialize_groups
 from parallel.sharding.regularizer import ShardedRegularizer
 from parallel.sharding.stage import Stage, build_transformer, recompute_activations
+from parallel.stages import stage_layers
 from train.config import Config
 
 
@@ -37,10 +38,12 @@ def build_stage(
     """
     parallel, training, device = config.parallel, config.training, local_device()
     groups = groups or build_groups(config)
+    layers = stage_layers(config.model, vocab_size, groups.grid.pp, training.activation_recompute)
     transformer = build_transformer(
         config.model,
         parallel,
         groups,
+        layers=layers[groups.grid.stage],
         vocab_size=vocab_size,
         seed=training.seed,
         micro_batch_size=training.micro_batch_size,

@@ -12,16 +12,20 @@ Exit status: 0 if the configuration's own layout fits, 1 if not, 2 if it cannot 
 import argparse
 import dataclasses
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
-from data.command_line import run_command, whole_number
+from data.command_line import path_argument, print_faults, run_command, whole_number
 from data.files.strict_json import to_json
 from data.shards.manifest import SPLITS
 from parallel.config import padded_vocab_size
+from parallel.stages import stage_layers
 from train.config import Config, ConfigError, dataset_faults, load_config, world_faults
 from train.config.schedule import warmup_steps
 from train.config.vocabulary import dataset_if_there, vocabulary
-from train.cost.layouts import GIB, Plan, by_recompute, kinds_of_stage, layouts, make_plan
+from train.cost.layouts import GIB, Plan, by_recompute, layouts, make_plan
+from train.cost.links import LinksError, measured_links
 from train.cost.parameters import parameter_counts
 from train.cost.step_time import GPUS, Assumptions, Gpu
 
@@ -35,14 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
         if faults:
             raise ConfigError(faults)
         vocab_size, source = vocabulary(config, dataset_if_there(config))
-    except ConfigError as error:
-        for line in error.faults:
-            print(f"error: {line}", file=sys.stderr)
+        gpu, assumed = GPUS[options.gpu], Assumptions()
+        links = assumed.links(gpu)
+        if options.links is not None:
+            links = measured_links(options.links, links)
+    except (ConfigError, LinksError) as error:
+        print_faults(error)
         return 2
-    gpu, assumed = GPUS[options.gpu], Assumptions()
-    plan = make_plan(config, ranks, vocab_size, gpu, assumed)
+    plan = make_plan(config, ranks, vocab_size, gpu, links, assumed)
     others = sorted(
-        (make_plan(other, ranks, vocab_size, gpu, assumed) for other in layouts(config, ranks)),
+        (make_plan(other, ranks, vocab_size, gpu, links, assumed) for other in counted(layouts(config, ranks))),
         key=lambda other: (-other.tokens_per_second, other.peak_gib),
     )
     fitting = [other for other in others if other.fits(gpu)]
@@ -51,8 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print_plan(plan, gpu, vocab_size, source)
         print_layouts(fitting[: options.layouts], len(others), gpu)
-        print("\nAssumed:", *assumed.lines(), sep="\n  ")
+        print("\nAssumed:", *assumed.lines(links), sep="\n  ")
     return 0 if plan.fits(gpu) else 1
+
+
+def counted(layouts: Iterator[Config]) -> Iterator[Config]:
+    """Yield the layouts, and show on stderr how many there were as soon as they take more than a second."""
+    started, shown = time.monotonic(), 0
+    for number, layout in enumerate(layouts):
+        if time.monotonic() - started > shown + 1:
+            shown = int(time.monotonic() - started)
+            print(f"planning: {number} layouts", file=sys.stderr)
+        yield layout
 
 
 def print_dry_run(config: Config, world_size: int | None) -> None:
@@ -95,7 +111,7 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
         f"ranks             {ranks} = {grid.pp} stages x {grid.dp} replicas x {grid.cp} context shards x "
         f"{grid.tp} tensor shards\n"
     )
-    print(grid.table(config.model.num_layers))
+    print(grid.table(stage_layers(config.model, vocab_size, grid.pp, config.training.activation_recompute)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,6 +124,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--gpus", type=int, metavar="N", help="number of GPUs (default: the fewest that the layout allows)"
     )
     parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="GPU model (default: h100)")
+    parser.add_argument(
+        "--links", type=path_argument, metavar="FILE", help="use the links that train.doctor --json measured"
+    )
     parser.add_argument(
         "--layouts",
         type=whole_number(1),
@@ -130,8 +149,8 @@ def as_dict(plan: Plan, gpu: Gpu) -> dict[str, Any]:
         "activation_recompute": training.activation_recompute,
         "fits": plan.fits(gpu),
         "peak_memory_gib": plan.peak_gib,
-        "stages_bytes": [{**vars(stage), "peak": stage.peak} for stage in plan.stages],
-        "sent_bytes": [vars(each) for each in plan.volumes],
+        "stages_bytes": [{**vars(stage), "peak": stage.peak} for stage in plan.stages.values()],
+        "sent_bytes": [vars(each) for each in plan.volumes.values()],
         "step_time_s": {**vars(plan.time), "total": plan.time.total},
         "tokens_per_second": plan.tokens_per_second,
         "mfu": plan.mfu,
@@ -148,17 +167,20 @@ def print_plan(plan: Plan, gpu: Gpu, vocab_size: int, source: str) -> None:
         f"step in {config.num_micro_batches(plan.ranks)} micro-batches\n"
     )
     print("GiB a rank     weights  gradients  optimizer  activations    logits  backward      peak     parameters")
-    for stage, held in zip(kinds_of_stage(config), plan.stages, strict=True):
+    for stage, held in plan.stages.items():
         print(
             f"stage {stage:<6d}{held.weights / GIB:10.2f}{held.gradients / GIB:11.2f}{held.optimizer / GIB:11.2f}"
             f"{held.activations / GIB:13.2f}{held.loss / GIB:10.2f}{held.backward / GIB:10.2f}{held.peak / GIB:10.2f}"
             f"{held.parameters:15,d}"
         )
-    print("activations by recompute: " + ", ".join(f"{how} {gib:.2f}" for how, gib in by_recompute(plan).items()))
+    print(
+        "activations by recompute: "
+        + ", ".join(f"{how} {gib:.2f}" for how, gib in by_recompute(plan, vocab_size).items())
+    )
     verdict = "fits" if plan.fits(gpu) else "does NOT fit"
     print(f"peak {plan.peak_gib:.1f} GiB {verdict} in {gpu.memory_gib:g} GiB\n")
     print("MB sent a step     tensor   context      data  pipeline  tied head  entropies")
-    for stage, sent in zip(kinds_of_stage(config), plan.volumes, strict=True):
+    for stage, sent in plan.volumes.items():
         numbers = (sent.tensor, sent.context, sent.data, sent.pipeline)
         print(
             f"stage {stage:<8d}"

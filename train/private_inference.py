@@ -22,7 +22,6 @@ from data.command_line import run_command, whole_number
 from model.config import ModelConfig
 from train.config import ConfigError, load_config
 from train.cost.flops import nonlinear_operations
-from train.cost.parameters import ffn_width
 from train.paper import MEASUREMENTS, Measurement
 
 Array = NDArray[np.float64]
@@ -56,7 +55,7 @@ def operation_counts(model: ModelConfig, vocab_size: int) -> Array:
     """
     operations = nonlinear_operations(model)
     elements = {kind: operation.elements for kind, operation in operations.items()}
-    width, ffn = model.hidden_size, 1 if model.fused_ffn else 1 + ffn_width(model) / model.hidden_size
+    width, ffn = model.hidden_size, 1 if model.fused_ffn else 1 + model.ffn_width / model.hidden_size
     counts = [
         elements["softmax"],
         elements.get("layernorm", 0) + elements.get("relu", 0),

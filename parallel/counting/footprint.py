@@ -6,6 +6,7 @@ the backward pass on one GPU. What ZeRO 2 and 3 hold follows DeepSpeed's design.
 Symbols: t tokens of a micro-batch on this rank, D model width, F FFN width, N heads.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from model.initialize import TIED_HEAD_SOURCE, global_shapes
 from parallel.config import ParallelConfig, padded_vocab_size
 from parallel.grid import RankGrid
 from parallel.sharding.plan import ShardingPlan, sharding_plan
+from parallel.stages import stage_layers
 
 ELEMENT_BYTES = 2  # bfloat16
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # float32: weight, Adam's two moments, accumulated gradient
@@ -49,7 +51,12 @@ class Workload:
         """t, the tokens of one micro-batch on a rank."""
         return self.micro_batch_size * self.model.seq_length // self.grid.cp
 
-    @property
+    @functools.cached_property
+    def layers(self) -> range:
+        """The layers of this rank's stage."""
+        return stage_layers(self.model, self.vocab_size, self.grid.pp, self.recompute)[self.grid.stage]
+
+    @functools.cached_property
     def plan(self) -> ShardingPlan:
         """How tensor-parallel ranks hold each parameter."""
         return sharding_plan(self.model, self.parallel, self.grid.tp, self.tokens * self.num_micro_batches)
@@ -99,42 +106,79 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + max(start, end)
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def held_parameters(work: Workload) -> dict[str, int]:
-    """Return the elements of each parameter that a rank of the grid's stage holds, by global name, before ZeRO-3."""
-    grid, model = work.grid, work.model
-    layers = {str(layer) for layer in grid.layers(model.num_layers)}
-    ends = {"embedding": grid.is_first_stage, "head": grid.is_last_stage}
-    sizes, plan = dict(_whole_sizes(model, work.padded_vocab_size)), work.plan
-    if model.tied_head and grid.pp > 1:
+@dataclass(frozen=True)
+class Held:
+    """A kind of parameter that a rank holds, once or in each of its layers.
+
+    Attributes:
+        size: elements of one on this rank, before ZeRO-3.
+        copies: how many.
+        has_partial_gradient: whether gradients are summed over tensor-parallel ranks once a step.
+    """
+
+    size: int
+    copies: int
+    has_partial_gradient: bool
+
+    @property
+    def elements(self) -> int:
+        return self.size * self.copies
+
+
+def held_parameters(work: Workload) -> dict[str, Held]:
+    """Return what a rank of the grid's stage holds, by global name; that of layer 0 stands for all layers."""
+    grid = work.grid
+    copies = {"embedding": int(grid.is_first_stage), "head": int(grid.is_last_stage), "layers": len(work.layers)}
+    return _held(work.model, work.padded_vocab_size, work.plan, tuple(copies.items()), grid.pp > 1)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _held(
+    model: ModelConfig,
+    padded_vocab_size: int,
+    plan: ShardingPlan,
+    copies: tuple[tuple[str, int], ...],
+    copies_tied: bool,
+) -> dict[str, Held]:
+    sizes, times = dict(_sizes(model, padded_vocab_size)), dict(copies)
+    if model.tied_head and copies_tied:
         sizes["head.weight"] = sizes[TIED_HEAD_SOURCE]
-    held = {}
-    for name, size in sizes.items():
-        part, _, rest = name.partition(".")
-        if ends.get(part, rest.split(".")[0] in layers):
-            held[name] = size if plan.split_dim(name) is None else size // grid.tp
-    return held
+    return {
+        name: Held(
+            size if plan.split_dim(name) is None else size // plan.tp,
+            times[name.partition(".")[0]],
+            plan.has_partial_gradient(name),
+        )
+        for name, size in sizes.items()
+        if times[name.partition(".")[0]]
+    }
 
 
 @functools.lru_cache
-def _whole_sizes(model: ModelConfig, padded_vocab_size: int) -> dict[str, int]:
-    return {name: shape.numel() for name, shape in global_shapes(model, padded_vocab_size).items()}
+def _sizes(model: ModelConfig, padded_vocab_size: int) -> dict[str, int]:
+    """Return the elements of every parameter outside the layers, and in layer 0."""
+    one_layer = dataclasses.replace(model, num_layers=1)
+    return {name: shape.numel() for name, shape in global_shapes(one_layer, padded_vocab_size).items()}
+
+
+def held_elements(work: Workload) -> int:
+    """Return the elements of all parameters that a rank of the grid's stage holds, before ZeRO-3."""
+    return sum(held.elements for held in held_parameters(work).values())
 
 
 def replicated_elements(work: Workload) -> int:
     """Return the elements of parameters whose gradients are summed over tensor-parallel ranks once a step."""
-    plan = work.plan
-    return sum(size for name, size in held_parameters(work).items() if plan.has_partial_gradient(name))
+    return sum(held.elements for held in held_parameters(work).values() if held.has_partial_gradient)
 
 
 def footprint(work: Workload) -> Footprint:
     """Return what a rank of the grid's stage holds during a step."""
     grid, stage = work.grid, work.parallel.zero_stage
-    parameters = sum(held_parameters(work).values())
+    parameters = held_elements(work)
     replicas = grid.replicas
     gradients = {1: GRADIENT_BYTES * parameters, 2: (ELEMENT_BYTES + GRADIENT_BYTES) * parameters // replicas}
     in_flight = min(work.num_micro_batches, grid.pp - grid.stage)
-    layers = len(grid.layers(work.model.num_layers))
+    layers = len(work.layers)
     whole_block, kept_block = block_bytes(work, "none"), block_bytes(work, work.recompute)
     rerun = whole_block - kept_block if work.recompute != "none" else 0
     activations = layers * (kept_block + _penalty_bytes(work)) + _hidden_bytes(work)
@@ -161,7 +205,7 @@ def block_bytes(work: Workload, recompute: str) -> int:
     widths = 2 * whole + 3 * split  # the block's input, the FFN's, and query, key and value
     if model.norm == "layernorm":
         widths += 2 * whole  # the norms' outputs
-    ffn = (model.ffn_hidden_size or 4 * model.hidden_size) / model.hidden_size
+    ffn = model.ffn_width / model.hidden_size
     if not model.fused_ffn:
         widths += ffn * split  # the first matrix's output
     elif not work.replicates_fused_ffn:

@@ -18,19 +18,28 @@ Not counted: the sums of weight and spectral normalization over a split matrix's
 
 from dataclasses import dataclass
 
-from parallel.counting.footprint import Workload, held_parameters, replicated_elements
+from parallel.counting.footprint import Workload, held_elements, replicated_elements
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes that one rank sends in a step, by axis; `entropy` is the average of entropies over data-parallel ranks."""
+    """Bytes that one rank sends in a step, by axis.
+
+    `gradients` and `weights` go to replicas. `entropy` is the average of entropies over data-parallel ranks.
+    """
 
     tensor: float = 0.0
     context: float = 0.0
-    data: float = 0.0
+    gradients: float = 0.0
+    weights: float = 0.0
     pipeline: float = 0.0
     embedding_ends: float = 0.0
     entropy: float = 0.0
+
+    @property
+    def data(self) -> float:
+        """What replicas send each other."""
+        return self.gradients + self.weights
 
     @property
     def total(self) -> float:
@@ -46,8 +55,8 @@ def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
     """
     grid, model, micro_batches = work.grid, work.model, work.num_micro_batches
     hidden = work.tokens * model.hidden_size * element_bytes
-    layers = len(grid.layers(model.num_layers))
-    parameters = sum(held_parameters(work).values())
+    layers = len(work.layers)
+    parameters = held_elements(work)
     sequence = grid.tp if work.parallel.sequence_parallel else 1
     tensor = micro_batches * (layers * block_volume(work, hidden) + _ends(work, hidden))
     exchanges = 8 + _exchanged_again(work)
@@ -55,10 +64,12 @@ def volume(work: Workload, element_bytes: int, gradient_bytes: int) -> Volume:
     ends = grid.pp > 1 and model.tied_head and (grid.is_first_stage or grid.is_last_stage)
     vocabulary = work.padded_vocab_size // grid.tp * model.hidden_size
     own_heads = len(grid.heads(model.num_attention_heads))
+    gradients, weights = _data_bytes(work, element_bytes, gradient_bytes)
     return Volume(
         tensor=tensor + 2 * _share(grid.tp) * replicated_elements(work) * element_bytes,
         context=micro_batches * layers * exchanges * _share(grid.cp) * hidden / grid.tp,
-        data=_share(grid.replicas) * parameters * _data_bytes(work, element_bytes, gradient_bytes),
+        gradients=_share(grid.replicas) * parameters * gradients,
+        weights=_share(grid.replicas) * parameters * weights,
         pipeline=micro_batches * neighbours * hidden / sequence,
         embedding_ends=vocabulary * gradient_bytes if ends else 0.0,
         entropy=micro_batches * 2 * _share(grid.dp) * layers * own_heads * 4 if work.per_head else 0.0,
@@ -104,20 +115,20 @@ def _ends(work: Workload, hidden: float) -> float:
     return _share(grid.tp) * total
 
 
-def _data_bytes(work: Workload, element_bytes: int, gradient_bytes: int) -> int:
-    """Return the bytes per parameter, before the factor (n-1)/n, that replicas exchange in a step.
+def _data_bytes(work: Workload, element_bytes: int, gradient_bytes: int) -> tuple[int, int]:
+    """Return the bytes per parameter, before the factor (n-1)/n, of gradients and of weights that replicas exchange.
 
-    ZeRO-1 all-reduces gradients once a step; in bf16, where they are accumulated in a wider type, it reduce-scatters
-    them. ZeRO-2 all-reduces gradients after every micro-batch. Both gather weights once. ZeRO-3 reduce-scatters
+    ZeRO-1 exchanges gradients once a step, ZeRO-2 after every micro-batch. In bf16, where they are accumulated in a
+    wider type, both reduce-scatter them; else they all-reduce them. Both gather weights once. ZeRO-3 reduce-scatters
     gradients and gathers weights for each forward and each backward pass. For ZeRO-3 this is an upper bound, since it
     keeps weights that it needs again soon.
     """
-    micro_batches = work.num_micro_batches
-    scattered = gradient_bytes > element_bytes
+    micro_batches, scattered = work.num_micro_batches, gradient_bytes > element_bytes
+    of_gradients = (1 if scattered else 2) * gradient_bytes
     return {
-        1: (1 if scattered else 2) * gradient_bytes + element_bytes,
-        2: 2 * gradient_bytes * micro_batches + element_bytes,
-        3: (gradient_bytes + 2 * element_bytes) * micro_batches,
+        1: (of_gradients, element_bytes),
+        2: (of_gradients * micro_batches, element_bytes),
+        3: (gradient_bytes * micro_batches, 2 * element_bytes * micro_batches),
     }[work.parallel.zero_stage]
 
 

@@ -146,6 +146,7 @@ def build_transformer(
     parallel: ParallelConfig,
     groups: Groups,
     *,
+    layers: range,
     vocab_size: int,
     seed: int,
     micro_batch_size: int,
@@ -156,6 +157,9 @@ def build_transformer(
     """Build this rank's part of the model, initialized from the seed alone.
 
     The order matters: shapes without memory, sharding, memory, values.
+
+    Args:
+        layers: of this rank's stage.
     """
     grid, padded = groups.grid, padded_vocab_size(vocab_size, groups.grid.tp)
     tokens_per_step = micro_batch_size * num_micro_batches * len(grid.positions(model.seq_length))
@@ -165,7 +169,7 @@ def build_transformer(
             model,
             vocab_size,
             padded_vocab_size=padded,
-            layers=grid.layers(model.num_layers),
+            layers=layers,
             first=grid.is_first_stage,
             last=grid.is_last_stage,
         )

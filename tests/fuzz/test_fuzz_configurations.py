@@ -1,4 +1,4 @@
-"""Fuzz what users write: configurations, overrides, suites, points for scaling laws, files of laws."""
+"""Fuzz what users write: configurations, overrides, suites, points for scaling laws, files of laws and of links."""
 
 import contextlib
 import functools
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.property import TEXTS, WORDS, bytes_like, fuzz, holds, json_like
 from train.config import Config, ConfigError, load_config
+from train.cost.links import Links, LinksError, measured_links
 from train.scaling.fits import read_fits
 from train.scaling.points import PointsError, read_csv
 from train.study.state import State, read_state
@@ -132,6 +133,18 @@ LAWS = {
 def test_a_file_of_laws(content: bytes, folder: Path) -> None:
     (folder / "laws.json").write_bytes(content)
     holds(lambda: read_fits(folder / "laws.json"), PointsError)
+
+
+LINK = {
+    "check": "all-reduce tensor",
+    "link": {"axis": "tensor", "ranks": 2, "nodes": 1, "sizes_bytes": [1], "gb_per_s": [200.0], "latency_s": 2e-5},
+}
+
+
+@fuzz(json_like(LINK))
+def test_a_file_of_measured_links(content: bytes, folder: Path) -> None:
+    (folder / "doctor.jsonl").write_bytes(content)
+    holds(lambda: measured_links(folder / "doctor.jsonl", Links(200e9, 47e9)), LinksError)
 
 
 NUMBERS = st.sampled_from(["", "0", "1", "-1", "x", "9" * 400, "1e9", " 1", "²", "\x1b[31m", "2"])

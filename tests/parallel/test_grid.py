@@ -1,4 +1,4 @@
-"""Test the rank grid and how layers are divided over stages."""
+"""Test the rank grid."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import pytest
 
 from parallel import grid as grid_module
 from parallel.config import padded_vocab_size
-from parallel.grid import RankGrid, stage_layers
+from parallel.grid import RankGrid
 
 EIGHT_RANKS = """\
 rank  stage  data  context  tensor  layers
@@ -23,7 +23,7 @@ rank  stage  data  context  tensor  layers
 
 
 def test_table_of_eight_ranks() -> None:
-    table = RankGrid(tp=2, pp=2, dp=2).table(num_layers=7)
+    table = RankGrid(tp=2, pp=2, dp=2).table([range(4), range(4, 7)])
     print(table)
     assert table == EIGHT_RANKS
 
@@ -68,21 +68,6 @@ def test_every_head_and_position_has_one_place() -> None:
 
 def test_tensor_parallel_neighbours_are_consecutive() -> None:
     assert np.all(np.diff(RankGrid(tp=4, pp=2, dp=2).ranks, axis=3) == 1)
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "pp", "sizes"),
-    [(12, 1, [12]), (12, 4, [3, 3, 3, 3]), (7, 3, [3, 2, 2]), (5, 4, [2, 1, 1, 1]), (3, 3, [1, 1, 1])],
-)
-def test_uneven_stages_take_one_layer_more_at_the_front(num_layers: int, pp: int, sizes: list[int]) -> None:
-    held = stage_layers(num_layers, pp)
-    assert [len(layers) for layers in held] == sizes
-    assert [layer for layers in held for layer in layers] == list(range(num_layers))
-
-
-def test_more_stages_than_layers_is_no_grid() -> None:
-    with pytest.raises(AssertionError, match=r"\(4, 3\)"):
-        stage_layers(3, 4)
 
 
 @pytest.mark.parametrize("rank", [-1, 8])

@@ -17,8 +17,8 @@ ENGINE = [
     "tp=1",
     "tp=2",
     "tp=4:sp=1",
-    "pp=2",
-    "pp=3",  # four layers: 2, 1, 1
+    "pp=2",  # four layers: 3, 1, since the head costs 1.6
+    "pp=3",  # 1, 2, 1
     "dp=2:zero=2",
     "dp=2:zero=3",
     "cp=2",

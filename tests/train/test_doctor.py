@@ -13,6 +13,7 @@ import pytest
 
 from parallel.local_ranks import run_ranks
 from train import doctor
+from train.cost.links import Links, measured_links
 from train.doctor import Row
 
 
@@ -43,6 +44,10 @@ def test_all_is_well(tiny_config: Path, tmp_path: Path) -> None:
     for check in ("matmul", "memory", "all-reduce tensor", "checkpoint write", "free space", "data", "clock skew"):
         assert len(rows[check]["values"]) == 2 and all(value is not None for value in rows[check]["values"]), check
     assert rows["versions"]["faults"] == []
+    link = rows["all-reduce tensor"]["link"]
+    assert (link["axis"], link["ranks"], link["nodes"]) == ("tensor", 2, 1)
+    links = measured_links(tmp_path / "doctor.jsonl", Links(node=1e15, nic=47e9))
+    assert links.node == 1e9 * max(link["gb_per_s"]) and links.nic == 47e9, "what was not measured stays as it was"
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 

@@ -1,14 +1,17 @@
 """Planning on paper: memory against measured peaks, what is printed, and which layouts fit."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.config import ModelConfig
 from parallel.counting.footprint import footprint
 from train.config import load_config
-from train.cost.layouts import workload
+from train.cost.layouts import Plan, make_plan, workload
+from train.cost.step_time import GPUS, Assumptions, StepTime, pipelined
 from train.plan import main
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +35,70 @@ def test_peak_memory_is_within_two_percent_of_the_measured(
     config = load_config(ROOT / "configs" / name, overrides)
     predicted_gib = footprint(workload(config, 1, 0, 32_000)).peak / 2**30
     assert predicted_gib == pytest.approx(measured_gib, rel=0.02)
+
+
+NOTHING_HIDDEN = Assumptions(gradients_hidden=0.0, weights_hidden=0.0, tensor_hidden=0.0, context_hidden=0.0)
+# tokens/s a GPU of EReg 28 x 2560 on two H200s, when every exchange was waited for and stages held 14 layers each;
+# ZeRO-2 summed whole gradients then, which it no longer does
+MEASURED_TOKENS_PER_SECOND = [
+    (1, ["training.global_batch_size=32"], 77_277),
+    (2, [], 76_606),
+    (2, ["parallel.zero_stage=3"], 69_625),
+    (2, ["parallel.context_parallel_size=2"], 62_756),
+    (2, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"], 60_835),
+    (2, ["parallel.tensor_parallel_size=2"], 56_728),
+    (2, ["parallel.pipeline_parallel_size=2", "training.micro_batch_size=8"], 64_125),
+]
+
+
+@pytest.mark.parametrize(("gpus", "overrides", "measured"), MEASURED_TOKENS_PER_SECOND)
+def test_step_time_is_within_five_percent_of_the_measured(
+    gpus: int, overrides: list[str], measured: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["training.micro_batch_size=16", "training.global_batch_size=64"]
+    config, gpu = load_config(ROOT / "configs/ereg_1b.json", [*sizes, *overrides]), GPUS["h200"]
+    for module in ("parallel.counting.footprint", "train.cost.layouts"):
+        monkeypatch.setattr(f"{module}.stage_layers", equal_stages)
+    plan = make_plan(config, gpus, 32_000, gpu, NOTHING_HIDDEN.links(gpu), NOTHING_HIDDEN)
+    assert plan.tokens_per_second / gpus == pytest.approx(measured, rel=0.05)
+
+
+def equal_stages(model: ModelConfig, vocab_size: int, pp: int, recompute: str) -> list[range]:
+    size = model.num_layers // pp
+    return [range(stage * size, (stage + 1) * size) for stage in range(pp)]
+
+
+def plan_of(gpus: int, *overrides: str, assumed: Assumptions | None = None) -> Plan:
+    """Return the plan of the 1B model on H100s."""
+    gpu, assumed = GPUS["h100"], assumed or Assumptions()
+    config = load_config(ROOT / "configs/ereg_1b.json", list(overrides))
+    return make_plan(config, gpus, 50_000, gpu, assumed.links(gpu), assumed)
+
+
+def test_the_slowest_stage_waits_for_one_micro_batch_of_each_other() -> None:
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(StepTime)), 0.0)
+    slow, fast = (StepTime(**{**nothing, "products": seconds, "update": 1.0}) for seconds in (8.0, 4.0))
+    time = pipelined([(fast, 3), (slow, 1)], num_micro_batches=4)
+    assert (time.products, time.bubble, time.total) == (8.0, 3 * 4.0 / 4, 8.0 + 1.0 + 3.0)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_an_exchange_is_hidden_behind_the_passes_beside_it_and_no_longer(zero_stage: int) -> None:
+    sizes = [f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=2"]
+    shown, hidden = (plan_of(8, *sizes, assumed=each).time for each in (NOTHING_HIDDEN, Assumptions()))
+    first_layers = (1 if zero_stage == 3 else 2) * 5 * 2560**2  # of a bucket of at least 40 million
+    late = ((50_048 + 2048) * 2560 + first_layers) / 1.052e9
+    assert hidden.data == pytest.approx(late * shown.data, rel=0.01)
+    assert hidden.contention == pytest.approx(0.1 * (shown.data - hidden.data))
+    slow = (dataclasses.replace(each, node_links=1e-3) for each in (NOTHING_HIDDEN, Assumptions()))
+    shown, hidden = (plan_of(8, *sizes, assumed=each).time for each in slow)
+    assert hidden.data > 0.8 * shown.data
+
+
+def test_stages_on_two_nodes_send_through_a_nic() -> None:
+    across, within = (plan_of(gpus, "parallel.pipeline_parallel_size=2").time.pipeline for gpus in (16, 8))
+    sizes = 1 / 2  # twice the replicas share the sequences
+    assert across / (sizes * within) == pytest.approx(0.47 * 450 / 47, rel=0.02)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -74,6 +141,19 @@ def test_a_job_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert status == 1 and "does NOT fit in 79.2 GiB" in text and "Fastest of" in text and "Assumed:" in text
     assert main([*arguments, "training.micro_batch_size=8"]) == 0
+
+
+def test_measured_links_are_used_and_a_file_without_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    common = ["--config", str(ROOT / "configs/ereg_1b.json"), "--gpus", "8", "--links", str(tmp_path / "doctor.jsonl")]
+    link = {"axis": "data", "ranks": 8, "nodes": 1, "sizes_bytes": [1], "gb_per_s": [123.0], "latency_s": 1e-4}
+    (tmp_path / "doctor.jsonl").write_text(json.dumps({"check": "all-reduce data", "link": link}))
+    assert main(common) == 0
+    assert "links: 123 GB/s a GPU within a node of 8, 47 through each GPU's NIC; 76.2 us" in capsys.readouterr().out
+    (tmp_path / "doctor.jsonl").write_text("{}")
+    assert main(common) == 2
+    assert "holds no measured links" in capsys.readouterr().err
 
 
 def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:

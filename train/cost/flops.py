@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 from model.config import ModelConfig
-from train.cost.parameters import block_matrix_parameters, ffn_parameters, ffn_width
 
 # Dense bf16 peaks in TFLOP/s from data sheets, which often print twice that, with sparsity. Names are those of
 # torch.cuda.get_device_name and must match exactly: a MIG slice or a laptop GPU of a similar name is another device.
@@ -72,7 +71,7 @@ def forward_flops(model: ModelConfig) -> ForwardFlops:
     layers, tokens, width = model.num_layers, model.seq_length, model.hidden_size
     return ForwardFlops(
         attention=layers * (8 * tokens * width**2 + 3 * tokens**2 * width),
-        ffn=2 * layers * tokens * ffn_parameters(model),
+        ffn=2 * layers * tokens * model.ffn_matrix_elements,
     )
 
 
@@ -106,7 +105,7 @@ def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:
     if model.final_norm:
         operations["final_layernorm"] = NonlinearOperation(1, tokens, width)
     if model.activation not in (None, "identity"):
-        operations[model.activation] = NonlinearOperation(layers, tokens, ffn_width(model))
+        operations[model.activation] = NonlinearOperation(layers, tokens, model.ffn_width)
     return operations
 
 
@@ -125,7 +124,7 @@ def training_flops_per_token(model: ModelConfig, vocab_size: int) -> int:
         vocab_size: V, unpadded.
     """
     width = model.hidden_size
-    matrices = model.num_layers * block_matrix_parameters(model) + width * vocab_size
+    matrices = model.num_layers * model.block_matrix_elements + width * vocab_size
     return 6 * matrices + 6 * model.num_layers * model.seq_length * width
 
 

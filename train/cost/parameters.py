@@ -47,18 +47,3 @@ def total_parameters(model: ModelConfig, vocab_size: int) -> int:
 def body_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Count the parameters of the blocks and the final norm: all but embeddings and head."""
     return sum(count for kind, count in parameter_counts(model, vocab_size).items() if kind not in OUTSIDE_BODY)
-
-
-def block_matrix_parameters(model: ModelConfig) -> int:
-    """Count the elements of one block's matrices: four projections of attention and the FFN."""
-    return 4 * model.hidden_size**2 + ffn_parameters(model)
-
-
-def ffn_parameters(model: ModelConfig) -> int:
-    """Count the elements of one block's FFN matrices: d x d if fused, else d x f and f x d."""
-    return model.hidden_size**2 if model.fused_ffn else 2 * model.hidden_size * ffn_width(model)
-
-
-def ffn_width(model: ModelConfig) -> int:
-    """Return f, the features between the two FFN matrices."""
-    return model.ffn_hidden_size if model.ffn_hidden_size is not None else 4 * model.hidden_size

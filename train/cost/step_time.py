@@ -1,11 +1,15 @@
-"""Predicts the time of a training step from counted work and assumed rates."""
+"""Predicts the time of a training step from counted work, assumed rates, and what is exchanged behind what."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
-from parallel.counting.footprint import ELEMENT_BYTES, GRADIENT_BYTES, Workload, held_parameters
-from parallel.counting.volume import Volume, volume
+from parallel.counting.footprint import ELEMENT_BYTES, Workload, held_elements, held_parameters
+from parallel.counting.volume import Volume
 from train.cost.flops import DEVICE_PEAK_TFLOPS
-from train.cost.parameters import block_matrix_parameters, ffn_width
+from train.cost.links import Axis, Links, axes
+
+LEAST_BUCKET, BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # elements of gradients that are exchanged together
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Gpu:
     memory_gib: float
     memory_tb_per_s: float
     node_gb_per_s: float  # to GPUs of the same node, each direction
-    network_gb_per_s: float  # to other nodes, each direction
+    network_gb_per_s: float  # through its NIC, each direction
     gpus_per_node: int = 8
 
     @property
@@ -34,41 +38,77 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Achieved rates as fractions of data-sheet rates, fitted to steps measured on one H100."""
+    """Achieved rates as fractions of data-sheet rates, and how much of each exchange is hidden.
+
+    Rates of one GPU are fitted to steps measured on one H100, `node_links` and `partition_bytes` to steps on two H200s.
+    An exchange is hidden by at most its fraction below, and by no more than the passes that it runs beside.
+    """
 
     products: float = 0.71  # of the bf16 peak, large matrix products
     attention: float = 0.31  # of the bf16 peak, fused attention on long sequences
     memory: float = 0.80  # of the memory bandwidth
-    links: float = 0.75  # of the link bandwidth
+    node_links: float = 0.47  # of NVLink, in exchanges of a step: 200 to 215 GB/s on two H200s
+    network_links: float = 0.94  # of a NIC: 46 to 48 of 50 GB/s (NVIDIA/nccl-tests 290)
     block_widths: float = 15  # model widths per token that a block reads and writes outside products and attention
     residual_widths: float = 8  # those of the FFN's residual: 3 forward, 3 + 2 (gradient of beta) backward
     attention_widths: float = 25  # model widths per token inside attention
+    exchange_widths: float = 2  # model widths per token that packing an all-to-all of one width reads and writes
     logits_passes: float = 3  # times that logits are read or written
     update_bytes: float = 55  # bytes per parameter that the optimizer reads and writes
+    accumulation_bytes: float = 10  # bytes per parameter and micro-batch: a bf16 gradient added to a float32 sum
+    partition_bytes: float = 90  # bytes per parameter and micro-batch that ZeRO-3 copies besides
     micro_batch_s: float = 1e-3  # engine overhead per micro-batch
     block_s: float = 3e-3  # least time per block and micro-batch: a fast host launches no faster
     replayed_block_s: float = 1e-4  # the same under CUDA graphs (pure data parallelism)
-    data_hidden: float = 0.0  # fraction of the data-parallel traffic that overlaps with compute
+    gradients_hidden: float = 1.0  # of the gradients' exchange behind backward passes, but the last buckets
+    weights_hidden: float = 1.0  # of the weights' exchange behind forward passes, but the first buckets
+    tensor_hidden: float = 0.5  # of exchanges over tensor-parallel ranks, behind the other half of the batch
+    context_hidden: float = 0.5  # of exchanges over context-parallel ranks, behind other heads
+    pipeline_hidden: float = 0.0  # of what stages send each other
+    contention: float = 0.1  # of the time of a hidden exchange that it takes from the compute beside it
 
-    def lines(self) -> list[str]:
+    def links(self, gpu: Gpu) -> Links:
+        """Return the links of a cluster of this GPU, by its data sheet."""
+        node, nic = self.node_links * gpu.node_gb_per_s * 1e9, self.network_links * gpu.network_gb_per_s * 1e9
+        return Links(node, nic, gpus_per_node=gpu.gpus_per_node)
+
+    def lines(self, links: Links) -> list[str]:
         """Describe the assumptions, one printed line each."""
         return [
             f"rates: matrix products {self.products:.0%} of the bf16 peak, attention {self.attention:.0%} or limited "
-            f"by memory; memory {self.memory:.0%} and links {self.links:.0%} of the data sheet",
+            f"by memory; memory {self.memory:.0%} of the data sheet",
+            f"links: {links.node / 1e9:.0f} GB/s a GPU within a node of {links.gpus_per_node}, {links.nic / 1e9:.0f} "
+            f"through each GPU's NIC; {1e6 * links.base_s:.1f} us an exchange, {1e6 * links.node_hop_s:.1f} a hop, "
+            f"{1e6 * links.network_hop_s:.1f} between nodes",
             f"memory traffic outside products: {self.block_widths:g} model widths per token and block "
             f"({self.residual_widths:g} less if the FFN includes the residual), attention "
-            f"{self.attention_widths:g}; logits {self.logits_passes:g} times; optimizer "
-            f"{self.update_bytes:g} bytes per parameter",
+            f"{self.attention_widths:g}, an all-to-all {self.exchange_widths:g}; logits {self.logits_passes:g} times",
+            f"memory traffic per parameter: optimizer {self.update_bytes:g} bytes, accumulation "
+            f"{self.accumulation_bytes:g} a micro-batch, ZeRO-3 {self.partition_bytes:g} more",
             f"host: at least {1e3 * self.block_s:g} ms per block and micro-batch, {1e3 * self.replayed_block_s:g} ms "
             f"with CUDA graphs (pure data parallelism); {1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
-            f"overlap: none for tensor- and context-parallel traffic, {self.data_hidden:.0%} of data-parallel traffic; "
-            "pipeline stages idle (pp - 1) / (micro-batches + pp - 1) of the step",
+            f"hidden: {self.gradients_hidden:.0%} of gradients behind the backward pass and {self.weights_hidden:.0%} "
+            "of weights behind the forward pass, but what is complete last and in use first",
+            f"hidden: tensor {self.tensor_hidden:.0%}, context {self.context_hidden:.0%}, pipeline "
+            f"{self.pipeline_hidden:.0%}; a hidden exchange costs {self.contention:.0%} of its time",
+            "pipeline stages wait for one micro-batch of every other stage",
         ]
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of the slowest stage, by cause."""
+    """Seconds of a stage, by cause. Exchanges count as far as the stage waits for them.
+
+    Attributes:
+        products, attention, memory: compute, by what limits it.
+        tensor, context, pipeline: exchanges of activations.
+        data: gradients, and weights after a step.
+        tied_head: the sum of both copies' gradients.
+        update: of the optimizer.
+        launches: what the host adds.
+        contention: what hidden exchanges take from compute.
+        bubble: waiting for other stages.
+    """
 
     products: float
     attention: float
@@ -77,74 +117,156 @@ class StepTime:
     context: float
     pipeline: float
     data: float
+    tied_head: float
     update: float
     launches: float
-    bubble: float
+    contention: float
+    bubble: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(vars(self).values())
 
+    @property
+    def once(self) -> float:
+        """Seconds of what is done once a step, not once a micro-batch."""
+        return self.data + self.tied_head + self.update
 
-def step_time(work: Workload, gpu: Gpu, assumed: Assumptions) -> StepTime:
-    """Predict the step of a rank of the grid's pipeline stage."""
-    model, grid, micro_batches = work.model, work.grid, work.num_micro_batches
-    tokens = work.tokens * micro_batches
-    layers = len(grid.layers(model.num_layers))
-    passes = 4 if work.recompute == "full" else 3  # the backward pass costs two forward passes
+    @property
+    def busy(self) -> float:
+        """Seconds of all micro-batches."""
+        return self.total - self.once - self.bubble
+
+
+def pipelined(stages: list[tuple[StepTime, int]], num_micro_batches: int) -> StepTime:
+    """Return the step of a pipeline: that of its slowest stage, which waits for a micro-batch of each other stage.
+
+    Args:
+        stages: the time of each kind of stage, and how many of the kind there are.
+        num_micro_batches: of a step.
+    """
+    slowest = max((stage for stage, _ in stages), key=lambda stage: stage.total)
+    of_all = sum(stage.busy * count for stage, count in stages)
+    return dataclasses.replace(slowest, bubble=(of_all - slowest.busy) / num_micro_batches)
+
+
+def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Assumptions) -> StepTime:
+    """Predict the step of a rank of the grid's pipeline stage, without the bubble.
+
+    Args:
+        sent: bytes of the step.
+        links: between the ranks.
+    """
+    grid, micro_batches, layers = work.grid, work.num_micro_batches, len(work.layers)
     memory_rate = assumed.memory * gpu.memory_tb_per_s * 1e12
-    width_bytes = tokens * model.hidden_size * ELEMENT_BYTES / grid.tp
-    head = model.hidden_size * work.padded_vocab_size / grid.tp if grid.is_last_stage else 0
-    products = 2 * tokens * (passes * layers * block_products(work) + 3 * head)
-    scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # forward, per layer, under the causal mask
-    runs = 3.5 if work.recompute == "none" else 4.5  # in forward passes of attention; its backward pass costs 2.5
-    attention = max(
-        scores / (assumed.attention * gpu.peak_flops), assumed.attention_widths / 3.5 * width_bytes / memory_rate
-    )
-    widths = assumed.block_widths + 10 * (model.norm == "layernorm") + 3 * ffn_share(work)
-    widths -= assumed.residual_widths * model.ffn_holds_residual
-    memory = layers * widths * width_bytes * passes / 3
-    memory += assumed.logits_passes * head / model.hidden_size * tokens * ELEMENT_BYTES
-    parameters = sum(held_parameters(work).values())
-    sent = volume(work, ELEMENT_BYTES, GRADIENT_BYTES)
-    busy = {
-        "products": products / (assumed.products * gpu.peak_flops),
-        "attention": layers * runs * attention,
-        "memory": memory / memory_rate,
-        **_communication(work, gpu, assumed, sent),
+    parameters, axis = held_elements(work), axes(links, grid)
+    forward, backward = passes(work, gpu, assumed)
+    compute = {name: forward[name] + backward[name] for name in forward}
+    copied = assumed.accumulation_bytes + (assumed.partition_bytes if work.parallel.zero_stage == 3 else 0)
+    compute["memory"] += micro_batches * copied * parameters / memory_rate
+    blocks, neighbours = micro_batches * layers, (not grid.is_first_stage) + (not grid.is_last_stage)
+    exchanges = {
+        "tensor": axis["tensor"].ring(sent.tensor, blocks * tensor_calls(work)),
+        "context": axis["context"].all_to_all(sent.context, blocks * 4),
+        # A stage waits for what it receives as for what it sends.
+        "pipeline": axis["pipeline"].neighbour(2 * sent.pipeline, 2 * neighbours * micro_batches),
     }
+    waits = {name: time * (1 - getattr(assumed, f"{name}_hidden")) for name, time in exchanges.items()}
+    data, data_waits = data_exchange(work, sent, axis["data"], forward, backward, assumed)
+    busy = sum(compute.values()) + sum(waits.values())
     replayed = work.cuda_graphs and work.parallel.passes_stay_local(grid.dp, work.per_head)
-    at_least = layers * micro_batches * (assumed.replayed_block_s if replayed else assumed.block_s)
-    busy["launches"] = micro_batches * assumed.micro_batch_s + max(0.0, at_least - sum(busy.values()))
+    at_least = blocks * (assumed.replayed_block_s if replayed else assumed.block_s)
+    ends = links.axis(2, (grid.pp - 1) * grid.tp * grid.replicas) if sent.embedding_ends else links.axis(1, 1)
     return StepTime(
-        **busy,
-        data=(1 - assumed.data_hidden) * sent.data / link_rate(work, gpu, assumed, grid.replicas, grid.tp),
+        **compute,
+        **waits,
+        data=data_waits,
+        tied_head=ends.ring(sent.embedding_ends, 1),
         update=assumed.update_bytes * parameters / grid.replicas / memory_rate,
-        bubble=sum(busy.values()) * (grid.pp - 1) / micro_batches,
+        launches=micro_batches * assumed.micro_batch_s + max(0.0, at_least - busy),
+        contention=assumed.contention * (sum(exchanges.values()) - sum(waits.values()) + data - data_waits),
     )
 
 
-def _communication(work: Workload, gpu: Gpu, assumed: Assumptions, sent: Volume) -> dict[str, float]:
-    grid = work.grid
-    return {
-        "tensor": sent.tensor / link_rate(work, gpu, assumed, grid.tp, 1),
-        "context": sent.context / link_rate(work, gpu, assumed, grid.cp, grid.tp),
-        "pipeline": sent.pipeline / link_rate(work, gpu, assumed, grid.pp, grid.tp * grid.replicas),
-    }
-
-
-def link_rate(work: Workload, gpu: Gpu, assumed: Assumptions, ranks: int, stride: int) -> float:
-    """Return bytes per second between neighbours of an axis whose ranks are `stride` apart, within or between nodes."""
-    within = ranks * stride <= gpu.gpus_per_node
-    return assumed.links * (gpu.node_gb_per_s if within else gpu.network_gb_per_s) * 1e9
-
-
-def block_products(work: Workload) -> float:
-    """Count the elements of one block's matrices that multiply a token's activations on a rank."""
+def passes(work: Workload, gpu: Gpu, assumed: Assumptions) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the seconds of all forward and of all backward passes of a step, by what limits them."""
+    model, grid = work.model, work.grid
+    tokens, layers = work.tokens * work.num_micro_batches, len(work.layers)
+    memory_rate = assumed.memory * gpu.memory_tb_per_s * 1e12
+    width_s = (
+        tokens * model.hidden_size * ELEMENT_BYTES / grid.tp / memory_rate
+    )  # to read or write the activations once
+    rows = work.padded_vocab_size / grid.tp if grid.is_last_stage else 0
     # A fused FFN may be replicated under sequence parallelism, but then each rank multiplies 1/tp of the tokens.
-    return block_matrix_parameters(work.model) / work.grid.tp
+    product_rate = assumed.products * gpu.peak_flops
+    block_products = layers * 2 * tokens * model.block_matrix_elements / grid.tp / product_rate
+    head_products = 2 * tokens * model.hidden_size * rows / product_rate
+    scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # per layer, under the causal mask
+    attention = layers * max(scores / (assumed.attention * gpu.peak_flops), assumed.attention_widths / 3.5 * width_s)
+    widths = assumed.block_widths + 10 * (model.norm == "layernorm")
+    widths += 0 if model.fused_ffn else 6 * model.ffn_width / model.hidden_size
+    widths -= assumed.residual_widths * model.ffn_holds_residual
+    block_memory = layers * widths * width_s / 3
+    logits = assumed.logits_passes * rows * tokens * ELEMENT_BYTES / memory_rate
+    packing = layers * 4 * assumed.exchange_widths * width_s if grid.cp > 1 else 0.0  # of q, k, v and the output
+    again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}[work.recompute]  # block and attention
+    forward = {
+        "products": block_products + head_products,
+        "attention": attention,
+        "memory": block_memory + packing + logits / 3,
+    }
+    backward = {
+        "products": (2 + again[0]) * block_products + 2 * head_products,
+        "attention": (2.5 + again[1]) * attention,
+        "memory": (2 + again[0]) * block_memory + (1 + again[1]) * packing + logits * 2 / 3,
+    }
+    return forward, backward
 
 
-def ffn_share(work: Workload) -> float:
-    """Return the features between the FFN matrices, read and written, in model widths."""
-    return 0.0 if work.model.fused_ffn else 2 * ffn_width(work.model) / work.model.hidden_size
+def tensor_calls(work: Workload) -> int:
+    """Return the exchanges over tensor-parallel ranks of one block and micro-batch."""
+    if not work.parallel.sequence_parallel:
+        return 4
+    return 5 + (5 if not work.model.fused_ffn else 0 if work.replicates_fused_ffn else 4)
+
+
+def data_exchange(
+    work: Workload,
+    sent: Volume,
+    axis: Axis,
+    forward: dict[str, float],
+    backward: dict[str, float],
+    assumed: Assumptions,
+) -> tuple[float, float]:
+    """Return the seconds in which replicas exchange gradients and weights, and how many of them a step waits for.
+
+    Gradients travel in buckets while the backward pass goes on: of the last micro-batch under ZeRO-1, of each under
+    ZeRO 2 and 3. Weights travel while the next forward pass goes on; under ZeRO-3 in every pass. The first bucket of
+    layers and the embedding are waited for: their gradients are complete last, and their weights are in use first.
+    So is a tied head on the last stage of a pipeline, whose gradient is first summed with the embedding's.
+    """
+    grid, micro_batches, stage = work.grid, work.num_micro_batches, work.parallel.zero_stage
+    if grid.replicas == 1:
+        return 0.0, 0.0
+    held = held_parameters(work)
+    parameters = sum(each.elements for each in held.values())
+    layer = sum(each.size for name, each in held.items() if name.startswith("layers."))
+    late = sum(each.elements for name, each in held.items() if name.startswith("embedding"))
+    late += held["head.weight"].elements if "head.weight" in held and work.model.tied_head else 0
+    least = max(LEAST_BUCKET, BUCKET_PER_REPLICA * grid.replicas)
+    layers_a_bucket = 1 if stage == 3 else min(len(work.layers), math.ceil(least / layer))
+    late += (len(work.layers) % layers_a_bucket or layers_a_bucket) * layer
+    buckets = 2 + math.ceil(len(work.layers) / layers_a_bucket)  # one of what is small, one of the embedding
+    times = [micro_batches if stage > 1 else 1, 2 * micro_batches if stage == 3 else 1]
+    exchanges = [axis.ring(sent.gradients, times[0] * buckets), axis.ring(sent.weights, times[1] * buckets)]
+    passing, returning = sum(forward.values()), sum(backward.values())
+    beside = [
+        returning if stage > 1 else returning / micro_batches,
+        passing + returning if stage == 3 else passing / micro_batches,
+    ]
+    fractions = [assumed.gradients_hidden, assumed.weights_hidden]
+    hidden = [
+        min(fraction * time * (1 - late / parameters), room)
+        for fraction, time, room in zip(fractions, exchanges, beside, strict=True)
+    ]
+    return sum(exchanges), sum(exchanges) - sum(hidden)

@@ -39,12 +39,13 @@ BYTES_PER_PARAMETER = 12  # float32 master copy and two moments
 
 @dataclass
 class Finding:
-    """The result of one check on one rank: a number to compare ranks by, and error messages."""
+    """The result of one check on one rank: a number to compare ranks by, error messages, and a measured link."""
 
     check: str
     unit: str = ""
     value: float | None = None
     faults: list[str] = field(default_factory=list)
+    link: dict[str, Any] | None = None
 
 
 def version_table(config: Config) -> dict[str, str]:
@@ -97,7 +98,7 @@ def memory() -> Finding:
 
 
 def bandwidth(axis: str, group: ProcessGroup) -> Finding:
-    """Measure the bus bandwidth of an all-reduce along one axis of the grid, and check its result."""
+    """Measure the bus bandwidth of an all-reduce along one axis of the grid, check its result, and measure the link."""
     finding, ranks = Finding(f"all-reduce {axis}", "GB/s"), dist.get_world_size(group)
     if ranks == 1:
         return finding
@@ -106,7 +107,35 @@ def bandwidth(axis: str, group: ProcessGroup) -> Finding:
     if not bool((x == ranks).all()):
         finding.faults.append(f"{_here()}: an all-reduce over the {axis} axis gives wrong sums")
     finding.value = 2 * (ranks - 1) / ranks * COLLECTIVE_BYTES / seconds / 1e9
+    finding.link = link(axis, group)
     return finding
+
+
+def link(axis: str, group: ProcessGroup) -> dict[str, Any]:
+    """Measure all-gathers along one axis, which training mostly does, for `train.plan --links`.
+
+    Returns:
+        Ranks of the group, nodes that it spans, bus bandwidth at several sizes of the result, and the seconds of an
+        all-gather of a few bytes. `train.cost.links` reads it.
+    """
+    ranks = dist.get_world_size(group)
+    hosts: list[Any] = [None] * ranks
+    dist.all_gather_object(hosts, platform.node(), group=group)
+
+    def seconds(num_bytes: int) -> float:
+        part = torch.zeros(max(1, num_bytes // 4 // ranks), device=local_device())
+        whole = part.new_empty(ranks * len(part))
+        return _usual_seconds(lambda: dist.all_gather_into_tensor(whole, part, group=group))
+
+    sizes = [COLLECTIVE_BYTES >> shift for shift in (8, 4, 0)]
+    return {
+        "axis": axis,
+        "ranks": ranks,
+        "nodes": len(set(hosts)),
+        "sizes_bytes": sizes,
+        "gb_per_s": [(ranks - 1) / ranks * size / seconds(size) / 1e9 for size in sizes],
+        "latency_s": seconds(0),
+    }
 
 
 def disk(config: Config) -> list[Finding]:

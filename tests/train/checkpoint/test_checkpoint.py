@@ -16,7 +16,7 @@ import torch
 from parallel.config import padded_vocab_size
 from parallel.local_ranks import run_ranks
 from tests.conftest import prepare_sources
-from tests.train.runs import Output, journal, main_output, rows, run_main, without_times
+from tests.train.runs import Output, journal, main_output, rows, run_faulty, run_main, without_times
 
 LAYOUTS: list[tuple[int, list[str]]] = [
     (2, ["parallel.tensor_parallel_size=2"]),
@@ -52,6 +52,28 @@ def test_layouts_changed_at_each_restart_train_one_curve(tiny_config: Path, tmp_
     assert list(found) == list(range(1, 13))
     for step, row in expected.items():
         assert found[step] == pytest.approx(row, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_stages_that_were_divided_otherwise_is_resumed(tiny_config: Path, tmp_path: Path) -> None:
+    common = ["model.num_layers=4", "parallel.pipeline_parallel_size=2", "training.train_steps=8"]
+    run, half = [*common, f"run_dir={tmp_path}/run"], "training.train_steps=4"
+    schedule = ["optimizer.schedule=wsd", "optimizer.decay_fraction=0", "optimizer.warmup_steps=1"]
+    assert run_faulty(_with_equal_stages, 2, tiny_config, [*run, half, *schedule]).statuses == [0, 0]
+    assert run_main(2, tiny_config, *run, *schedule).statuses == [0, 0]
+    assert run_main(2, tiny_config, *common, f"run_dir={tmp_path}/straight", *schedule).statuses == [0, 0]
+    found, expected = ([row for row in without_times(tmp_path / name) if "loss" in row] for name in ("run", "straight"))
+    assert len(found) == 8
+    for there, here in zip(expected, found, strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+def _with_equal_stages(arguments: list[str]) -> Output:
+    """Train with two layers on each stage, as stages were divided once; the head would make them three and one."""
+    from train import parts
+
+    parts.stage_layers = lambda *_: [range(2), range(2, 4)]  # type: ignore[assignment]
+    return main_output(arguments)
 
 
 def test_padding_that_grows_and_shrinks_leaves_no_trace(tiny_config: Path, tmp_path: Path) -> None:
