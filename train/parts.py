@@ -18,6 +18,8 @@ from parallel.sharding.megatron import Groups, initialize_groups
 from parallel.sharding.regularizer import ShardedRegularizer
 from parallel.sharding.stage import Stage, build_transformer, recompute_activations
 from train.config import Config
+from train.start.compiled_code import key_compiled_code
+from train.start.timeline import phase
 
 
 def build_groups(config: Config) -> Groups:
@@ -37,19 +39,21 @@ def build_stage(
     """
     parallel, training, device = config.parallel, config.training, local_device()
     groups = groups or build_groups(config)
-    transformer = build_transformer(
-        config.model,
-        parallel,
-        groups,
-        vocab_size=vocab_size,
-        seed=training.seed,
-        micro_batch_size=training.micro_batch_size,
-        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
-        device=device,
-        dtype=dtype,
-    )
+    with phase("weights"):
+        transformer = build_transformer(
+            config.model,
+            parallel,
+            groups,
+            vocab_size=vocab_size,
+            seed=training.seed,
+            micro_batch_size=training.micro_batch_size,
+            num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+            device=device,
+            dtype=dtype,
+        )
     recompute_activations(transformer, training.activation_recompute)
     if training.compiles(on_gpu=device.type == "cuda"):
+        key_compiled_code()
         compile_blocks(transformer, config.health.verify_first_step)
     return Stage(transformer, build_regularizer(config, groups)), groups
 
@@ -74,7 +78,8 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         epsilon=config.optimizer.epsilon,
         deepspeed=config.deepspeed,
     )
-    return Engine(stage, groups, engine_config)
+    with phase("optimizer"):
+        return Engine(stage, groups, engine_config)
 
 
 def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | None:

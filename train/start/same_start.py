@@ -23,6 +23,7 @@ from train.start.compiled_code import keep_compiled_code_private
 from train.start.differences import Side, describe_differences, name_ranks
 from train.start.facts import Facts, config_facts, dataset_facts, environment_facts, source_facts
 from train.start.preflight import preflight
+from train.start.timeline import phase
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -58,17 +59,19 @@ def start_together(path: str | Path, overrides: list[str]) -> tuple[Config, Mani
     size, facts, fault = world_size(), Facts(), None
     limit_s = HealthConfig().start_limit_s
     try:
-        keep_compiled_code_private()
-        config = load_config(path, overrides)
-        facts |= config_facts(config)
-        limit_s = config.health.start_limit_s
-        manifest = preflight(config, size)
-        facts |= dataset_facts(manifest)
+        with phase("check"):
+            keep_compiled_code_private()
+            config = load_config(path, overrides)
+            facts |= config_facts(config)
+            limit_s = config.health.start_limit_s
+            manifest = preflight(config, size)
+            facts |= dataset_facts(manifest)
     except (ConfigError, DataError) as error:
         fault = error
     if size > 1:
         choose_accelerator()
-        compare_ranks({**facts, **environment_facts(), **source_facts()}, fault, limit_s)
+        with phase("ranks"):
+            compare_ranks({**facts, **environment_facts(), **source_facts()}, fault, limit_s)
     if fault is not None:
         raise fault
     return config, manifest
