@@ -6,8 +6,8 @@
     seconds = finish()  # {"python": 0.4, "weights": 1.9}
 
 A start reaches from the start of the process to the end of the first step. Phases may be nested; the inner one then
-interrupts the outer one, so the seconds add up to the whole. In processes that have not called `begin`, such as those of
-other commands, a phase does nothing.
+interrupts the outer one, so the seconds add up to the whole. In a process that has not called `begin`, as in other
+commands, a phase does nothing.
 """
 
 import contextlib
