@@ -20,6 +20,8 @@ from train.start.facts import source_facts
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """The variables that name the folders of torch's compiler and of Triton, and the folders' names."""
+ALLOWED = "autograd_cache_allow_custom_autograd_functions"
+"""The setting of torch that keeps graphs with an autograd function; a version without it compiles them anew."""
 COMPILED_SOURCES = ("source model/", "source parallel/")
 """What the names of facts about compiled code begin with."""
 
@@ -68,7 +70,8 @@ def key_compiled_code() -> None:
 
     files = {name: digest for name, digest in source_facts().items() if name.startswith(COMPILED_SOURCES)}
     torch.compiler.config.cache_key_tag = hashlib.sha256(to_json(files).encode()).hexdigest()[:16]
-    functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    if hasattr(functorch_config, ALLOWED):
+        setattr(functorch_config, ALLOWED, True)
 
 
 _REMEDY = f"name folders of your own with {' and '.join(VARIABLES)}"

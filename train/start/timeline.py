@@ -48,7 +48,7 @@ class Timeline:
 
     def __init__(self, show: bool, began: float) -> None:
         self._began, self._seconds = began, {"python": time.monotonic() - began}
-        self._open, self._since = ["other"], time.monotonic()
+        self._open, self._since, self._about = ["other"], time.monotonic(), ""
         self._lock, self._ended = threading.Lock(), threading.Event()
         if show:
             threading.Thread(target=self._show, name="start timeline", daemon=True).start()
@@ -81,6 +81,11 @@ class Timeline:
             callback_handler.remove_start_callback(enter)
             callback_handler.remove_end_callback(leave)
 
+    def describe(self, about: str) -> None:
+        """Say more about what the phase is waiting for, until it ends."""
+        with self._lock:
+            self._about = about
+
     def finish(self) -> dict[str, float]:
         """End the start; return the seconds of each phase, rounded to hundredths, in the order of PHASES."""
         with self._lock:
@@ -102,14 +107,15 @@ class Timeline:
     def _count(self) -> None:
         now, name = time.monotonic(), self._open[-1]
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
-        self._since = now
+        self._since, self._about = now, ""
 
     def _show(self) -> None:
         while not self._ended.wait(SHOWN_AFTER_S):
             with self._lock:
-                name, lasted_s = self._open[-1], time.monotonic() - self._since
+                words, lasted_s = PHASES[self._open[-1]], time.monotonic() - self._since
+                words += f": {self._about}" if self._about else ""
             if lasted_s >= SHOWN_AFTER_S:
-                print(f"start: {PHASES[name]} ({lasted_s:.0f} s so far)", flush=True)
+                print(f"start: {words} ({lasted_s:.0f} s so far)", flush=True)
 
 
 _running: Timeline | None = None
@@ -126,6 +132,12 @@ def begin(show: bool) -> None:
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
     """Count the time in the context as phase `name` of PHASES, if a start is being recorded."""
     return contextlib.nullcontext() if _running is None else _running.phase(name)
+
+
+def describe(about: str) -> None:
+    """Say more about what the current phase is waiting for, if a start is being recorded."""
+    if _running is not None:
+        _running.describe(about)
 
 
 def compiling() -> contextlib.AbstractContextManager[None]:

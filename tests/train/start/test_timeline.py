@@ -29,10 +29,12 @@ def test_what_takes_long_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(timeline, "SHOWN_AFTER_S", 0.05)
     start = Timeline(show=True, began=time.monotonic())
     with start.phase("ranks"):
+        time.sleep(0.1)
+        start.describe("ranks 3-5 of 8")
         time.sleep(0.2)
     start.finish()
     shown = capsys.readouterr().out
-    assert "start: wait for the other ranks (0 s so far)\n" in shown
+    assert "start: wait for the other ranks (0 s so far)\nstart: wait for the other ranks: ranks 3-5 of 8 (0 s" in shown
 
 
 def test_without_a_start_phases_do_nothing() -> None:
