@@ -162,6 +162,8 @@ class Trainer:
             TrainingError: the numbers went wrong, at the last step too.
         """
         end, samples = self.config.train_steps, self.config.training.evaluation_samples
+        if self.step >= end:
+            timeline.finish()  # no step is to come
         if self.step > end or (self.step == end and not self._lacks_validation(None)):
             return None
         if self._evaluation_is_due() and self._lacks_validation(samples):

@@ -47,7 +47,7 @@ class Timeline:
     """
 
     def __init__(self, show: bool, began: float) -> None:
-        self._began, self._seconds = began, {"python": time.monotonic() - began}
+        self._seconds = {"python": time.monotonic() - began}
         self._open, self._since, self._about = ["other"], time.monotonic(), ""
         self._lock, self._ended = threading.Lock(), threading.Event()
         if show:
@@ -56,22 +56,25 @@ class Timeline:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time in the context as phase `name` of PHASES."""
+        outer = list(self._open)
         self._enter(name)
         try:
             yield
         finally:
-            self._leave()
+            self._return_to(outer)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """Count torch's compilations in the context as phase "compile"."""
         from torch._dynamo.callback import callback_handler
 
+        outer = list(self._open)
+
         def enter(_: Any) -> None:
             self._enter("compile")
 
         def leave(_: Any) -> None:
-            self._leave()
+            self._return_to(outer)
 
         callback_handler.register_start_callback(enter)
         callback_handler.register_end_callback(leave)
@@ -99,10 +102,10 @@ class Timeline:
             self._count()
             self._open.append(name)
 
-    def _leave(self) -> None:
+    def _return_to(self, phases: list[str]) -> None:
         with self._lock:
             self._count()
-            self._open.pop()
+            self._open = list(phases)
 
     def _count(self) -> None:
         now, name = time.monotonic(), self._open[-1]
