@@ -85,7 +85,8 @@ class PeerModel(nn.Module):
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
     """Return the mean cross-entropy of the logits x W^T, in nats."""
-    return F.cross_entropy(F.linear(x_BTD, weight_VD).flatten(0, 1), labels_BT.flatten())
+    logits_BTV = F.linear(x_BTD, weight_VD).float()  # as autocast does; FSDP2 runs without it
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
 
 
 @dataclass(frozen=True)
