@@ -7,7 +7,9 @@ import contextlib
 import os
 import random
 import socket
+import threading
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -36,6 +38,26 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # communication starts before products queued later
+
+
+@contextlib.contextmanager
+def warm_device() -> Iterator[None]:
+    """Create this rank's CUDA context on a thread while the context lasts, which imports libraries; none on a CPU.
+
+    Errors are left to the first real use of the device.
+    """
+
+    def create() -> None:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=local_device())
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    thread = threading.Thread(target=create, name="warm device", daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def world_size() -> int:

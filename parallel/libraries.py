@@ -4,6 +4,7 @@ Only parallel/deepspeed_internals.py names private parts of DeepSpeed, and only 
 megatron-core. Each checks its names against the installed version before anything is built.
 """
 
+import dis
 import importlib.metadata
 import inspect
 from collections.abc import Callable
@@ -68,14 +69,16 @@ def require_arguments(library: str, owner: Any, name: str, positional: str = "",
 
 
 def require_assigned(library: str, owner: type, *names: str) -> None:
-    """Check that a class sets attributes on its instances: its source assigns each to `self`.
+    """Check that a class sets attributes on its instances: one of its own methods assigns each to an attribute.
 
     Raises:
         LibraryChangedError: it does not.
     """
-    text = inspect.getsource(owner)
+    methods = [inspect.unwrap(member).__code__ for member in vars(owner).values() if inspect.isfunction(member)]
+    known = [code for code in methods if not set(names).isdisjoint(code.co_names)]
+    stored = {each.argval for code in known for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
     for name in names:
-        if f"self.{name} " not in text and f"self.{name}:" not in text:
+        if name not in stored:
             raise LibraryChangedError(library, f"sets no attribute {name} in {_named(owner)}")
 
 

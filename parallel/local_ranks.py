@@ -35,7 +35,12 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, use_gpu: bool = False, time_limit_s: float = 300.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    use_gpu: bool = False,
+    time_limit_s: float = 300.0,
+    context: Any = None,
 ) -> list[Any]:
     """Run a function on every rank and return the results in the order of ranks.
 
@@ -46,12 +51,13 @@ def run_ranks(
         args: of the function.
         use_gpu: whether the ranks use GPUs.
         time_limit_s: until ranks that still run are killed.
+        context: of multiprocessing, from `fork_server`; None for that of `PRELOADED`, or for new processes with GPUs.
 
     Raises:
         RankError: a rank failed, died, or was still running after `time_limit_s`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = start_ranks(function, world_size, folder, *args, use_gpu=use_gpu)
+        processes = start_ranks(function, world_size, folder, *args, use_gpu=use_gpu, context=context)
         try:
             _wait(processes, time_limit_s)
         finally:
@@ -63,10 +69,16 @@ def run_ranks(
 
 
 def start_ranks(
-    function: Callable[..., Any], world_size: int, folder: str, *args: Any, use_gpu: bool = False
+    function: Callable[..., Any],
+    world_size: int,
+    folder: str,
+    *args: Any,
+    use_gpu: bool = False,
+    context: Any = None,
 ) -> list[Any]:
     """Start the ranks' processes, which write their results to `folder`, and return them."""
-    context: Any = multiprocessing.get_context("spawn") if use_gpu else fork_server(PRELOADED)
+    if context is None:
+        context = multiprocessing.get_context("spawn") if use_gpu else fork_server(PRELOADED)
     port = free_port()
     processes = [
         context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))

@@ -26,6 +26,7 @@ from train.config import Config, load_config  # noqa: E402
 from train.config.schedule import fast_start  # noqa: E402
 from train.faults import DONE, explained, fault_of, is_rank_zero, report  # noqa: E402
 from train.loop.signals import StopRequest  # noqa: E402
+from train.start import timeline  # noqa: E402
 from train.start.same_start import start_together  # noqa: E402
 
 if TYPE_CHECKING:
@@ -39,13 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             return dry_run(options)
         stop = StopRequest()  # before the libraries, which take a while to load
-        place()  # a faulty launcher is the first thing to hear of
+        timeline.begin(show=place().rank == 0)  # a faulty launcher is the first thing to hear of
         config, manifest = start_together(options.config, options.overrides)
         run_dir = config.run_dir
-        from parallel.launch import choose_accelerator
+        from parallel.launch import choose_accelerator, warm_device
 
         choose_accelerator()
-        from train.loop.trainer import run
+        with timeline.phase("import"), warm_device():
+            from train.loop.trainer import run
 
         has_started = True
         result = run(config, manifest, stop)

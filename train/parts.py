@@ -19,6 +19,8 @@ from parallel.sharding.regularizer import ShardedRegularizer
 from parallel.sharding.stage import Stage, build_transformer, recompute_activations
 from parallel.stages import stage_layers
 from train.config import Config
+from train.start.compiled_code import key_compiled_code
+from train.start.timeline import phase
 
 
 def build_groups(config: Config) -> Groups:
@@ -39,20 +41,22 @@ def build_stage(
     parallel, training, device = config.parallel, config.training, local_device()
     groups = groups or build_groups(config)
     layers = stage_layers(config.model, vocab_size, groups.grid.pp, training.activation_recompute)
-    transformer = build_transformer(
-        config.model,
-        parallel,
-        groups,
-        layers=layers[groups.grid.stage],
-        vocab_size=vocab_size,
-        seed=training.seed,
-        micro_batch_size=training.micro_batch_size,
-        num_micro_batches=config.num_micro_batches(groups.grid.world_size),
-        device=device,
-        dtype=dtype,
-    )
+    with phase("weights"):
+        transformer = build_transformer(
+            config.model,
+            parallel,
+            groups,
+            layers=layers[groups.grid.stage],
+            vocab_size=vocab_size,
+            seed=training.seed,
+            micro_batch_size=training.micro_batch_size,
+            num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+            device=device,
+            dtype=dtype,
+        )
     recompute_activations(transformer, training.activation_recompute)
     if training.compiles(on_gpu=device.type == "cuda"):
+        key_compiled_code()
         compile_blocks(transformer, config.health.verify_first_step)
     return Stage(transformer, build_regularizer(config, groups)), groups
 
@@ -77,7 +81,8 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         epsilon=config.optimizer.epsilon,
         deepspeed=config.deepspeed,
     )
-    return Engine(stage, groups, engine_config)
+    with phase("optimizer"):
+        return Engine(stage, groups, engine_config)
 
 
 def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | None:

@@ -1,8 +1,9 @@
 """Run a benchmark.
 
-    python -m train.benchmark attention                            attention with entropies, against other kernels
-    python -m train.benchmark step --config configs/ereg.json      a training step, against a GPT-2 of equal size
-    python -m train.benchmark learning --config configs/ereg.json  loss curves of fused kernels and plain formulas
+    python -m train.benchmark attention                              attention with entropies, against other kernels
+    python -m train.benchmark step --config configs/ereg.json        a training step, against a GPT-2 of equal size
+    python -m train.benchmark scaling --config configs/ereg_1b.json  layouts over the GPUs of this machine, with peers
+    python -m train.benchmark learning --config configs/ereg.json    loss curves of fused kernels and plain formulas
 
 All contenders are measured in one run. Results are medians, written as JSON, a Markdown table and a picture. Each
 benchmark has its own --help.
@@ -12,9 +13,11 @@ import sys
 
 from data.command_line import print_faults, run_command
 from parallel.engine.deepspeed_section import DeepSpeedSectionError
-from parallel.processes.place import forget_launcher
+from parallel.processes.lifetime import end_with_launcher
+from parallel.processes.place import LaunchError, forget_launcher, is_launched
 from train.benchmark import attention as benchmark_attention
 from train.benchmark import learning as benchmark_learning
+from train.benchmark import scaling as benchmark_scaling
 from train.benchmark import step as benchmark_step
 from train.config import ConfigError
 from train.start.compiled_code import keep_compiled_code_private
@@ -22,6 +25,7 @@ from train.start.compiled_code import keep_compiled_code_private
 BENCHMARKS = {
     "attention": benchmark_attention.main,
     "step": benchmark_step.main,
+    "scaling": benchmark_scaling.main,
     "learning": benchmark_learning.main,
 }
 
@@ -31,11 +35,14 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
         print(__doc__)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    forget_launcher()
+    if arguments[0] == "step" and is_launched():
+        end_with_launcher()
+    else:
+        forget_launcher()
     try:
         keep_compiled_code_private()
         return BENCHMARKS[arguments[0]](arguments[1:])
-    except (ConfigError, DeepSpeedSectionError) as error:
+    except (ConfigError, DeepSpeedSectionError, LaunchError) as error:
         print_faults(error)
         return 2
 

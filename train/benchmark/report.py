@@ -1,4 +1,4 @@
-"""Describes the machine and writes the result files of benchmarks."""
+"""Describes the machine, and writes tables and pictures of benchmarks."""
 
 import platform
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data.files.own import write_atomically
 from data.files.strict_json import to_json
 from train.config import ConfigError
 from train.run.provenance import git_commit
@@ -40,8 +41,26 @@ def make_folder(folder: Path) -> None:
         raise ConfigError([f"--output {folder}: cannot be written ({error.strerror}); choose another folder"]) from None
 
 
-def write(folder: Path, name: str, report: dict[str, Any], table: str) -> None:
-    """Write NAME.json and NAME.md to `folder`, and print the table."""
-    (folder / f"{name}.json").write_text(to_json(report, indent=1))
-    (folder / f"{name}.md").write_text(table)
-    print(table)
+def draw_bars(labels: list[str], values: list[float], unit: str, file: Path, notes: list[str] | None = None) -> None:
+    """Draw a horizontal bar for each label; notes are written at the bars' ends in place of the values."""
+    from train.pictures.files import write_picture
+    from train.pictures.style import PALETTE, new_figure, tidy
+
+    figure = new_figure(8, 0.4 * len(values) + 1.2)
+    axes = figure.subplots()
+    tidy(axes)
+    bars = axes.barh(range(len(values)), values, color=PALETTE[0])
+    axes.bar_label(bars, labels=notes or [f"{value:.4g}" for value in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(values)), labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(unit)
+    write_picture(figure, file, dpi=150)
+
+
+def write(folder: Path, name: str, report: dict[str, Any], table: str, show: bool = True) -> None:
+    """Write NAME.json and NAME.md to `folder`, and print the table if `show`."""
+    write_atomically(folder / f"{name}.json", to_json(report, indent=1).encode(), durable=False)
+    write_atomically(folder / f"{name}.md", table.encode(), durable=False)
+    if show:
+        print(table)

@@ -11,6 +11,8 @@ from unittest import mock
 
 import torch
 
+from train.benchmark.exposed import Kernel
+
 MATMUL_SIZE = 8192
 
 
@@ -79,18 +81,29 @@ def count_device_waits(step: Callable[[], Any]) -> int | None:
     return read + sum(each.call_count for each in asked)
 
 
-def kernel_times(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, float, float]]:
-    """Return (kernel, launches per step, milliseconds per step), the longest first."""
+def device_kernels(step: Callable[[], Any], steps: int) -> list[Kernel]:
+    """Trace `steps` steps and return what ran on the device; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return []
     from torch.profiler import ProfilerActivity, profile
 
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
+    return [
+        Kernel(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+def kernel_times(kernels: list[Kernel], steps: int) -> list[tuple[str, float, float]]:
+    """Return (kernel, launches per step, milliseconds per step), the longest first."""
     found: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(event.name, []).append(event.device_time / 1e3)
+    for kernel in kernels:
+        found.setdefault(kernel.name, []).append(kernel.end_ms - kernel.start_ms)
     rows = [(name, len(times) / steps, sum(times) / steps) for name, times in found.items()]
     return sorted(rows, key=lambda row: -row[2])
 

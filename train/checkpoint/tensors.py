@@ -8,6 +8,7 @@ torch.distributed.checkpoint's own format pickles its table and every tensor. Re
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -28,6 +29,8 @@ from data.files.strict_json import parse_json, to_json
 from train.checkpoint.folder import FORMAT, TENSORS, DamagedFileError, Folder, write_marker
 
 FILE_BYTES = 1 << 30
+READING_THREADS = 4
+"""Files that a rank reads at a time."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -129,12 +132,17 @@ class Reader(StorageReader):
         for item in plan.items:
             place = metadata.storage_data[item.storage_index]
             by_file.setdefault(place.file, []).append((place.offset, item))
-        for name, items in by_file.items():
+
+        @torch.no_grad()  # which holds for one thread
+        def read(name: str) -> None:
             with self._folder.reading(name) as file:
-                for offset, item in sorted(items, key=lambda pair: pair[0]):
+                for offset, item in sorted(by_file[name], key=lambda pair: pair[0]):
                     saved = metadata.state_dict_metadata[item.storage_index.fqn]
                     values = _read_rectangle(file, offset, item, saved)
                     planner.resolve_tensor(item).copy_(values)
+
+        with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read") as threads:
+            list(threads.map(read, by_file))
         return _done(None)
 
     @classmethod

@@ -36,6 +36,8 @@ from train.loop.time_limits import GRACE_S
 from train.loop.trouble import TroubleReporter
 from train.loop.validation import Validation, validate, validation_tokens
 from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
+from train.start import timeline
+from train.start.timeline import phase
 
 CURE = "lower optimizer.learning_rate, warm up longer or choose a more stable architecture"
 
@@ -109,14 +111,17 @@ class Trainer:
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
         self.left_alone: set[str] = set()
         dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
-        saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
+        with phase("find_checkpoint"):
+            saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
         self.step = 0 if saved is None else saved.step
         in_the_way = places.in_the_way(self.step, lambda step: self._due(config.checkpoint.interval, step))
         self.engine = build_engine(config, manifest.vocab_size)
-        self.stream = open_stream(config, self.engine.groups.grid, "train")
+        with phase("data"):
+            self.stream = open_stream(config, self.engine.groups.grid, "train")
         self.health = Health(config.health)
         if saved is not None:
-            self._restore(saved)
+            with phase("load_checkpoint"):
+                self._restore(saved)
             try:
                 self.stream.load_state_dict(saved.marker["data_state"])
             except DataError as error:
@@ -157,6 +162,8 @@ class Trainer:
             TrainingError: the numbers went wrong, at the last step too.
         """
         end, samples = self.config.train_steps, self.config.training.evaluation_samples
+        if self.step >= end:
+            timeline.finish()  # no step is to come
         if self.step > end or (self.step == end and not self._lacks_validation(None)):
             return None
         if self._evaluation_is_due() and self._lacks_validation(samples):
@@ -220,7 +227,7 @@ class Trainer:
         first_sample, waited_s = self.stream.samples_consumed, self.stream.wait_s
         self.engine.stop_requested = self.stop.received is not None
         with self.clock.section("first_step" if self.is_first_step else "step"):
-            report, statistics = self.engine.train_step(self.batches, rate, bounds)
+            report, statistics = self._launch(rate, bounds)
             self.step += 1
             self.clock.steps.mark(ends_step=True)
             samples, waited_s = (first_sample, self.stream.samples_consumed), self.stream.wait_s - waited_s
@@ -233,6 +240,17 @@ class Trainer:
                 self._settle()
         self.rank_times.step(waited_s)
         self.is_first_step = False
+
+    def _launch(self, rate: float, bounds: StepLimits) -> tuple[PendingReport, StageStatistics]:
+        """Launch a step; wait for the process's first one, which ends the start."""
+        if not self.is_first_step:
+            return self.engine.train_step(self.batches, rate, bounds)
+        with phase("first_step"), timeline.compiling() if self.first_step.compiles else contextlib.nullcontext():
+            launched = self.engine.train_step(self.batches, rate, bounds)
+            launched[0].wait()
+        if (seconds := timeline.finish()) and self.log is not None:
+            self.log.event("first step done", timeline.words(seconds), seconds=seconds)
+        return launched
 
     def _check_first_step(self, statistics: StageStatistics, report: PendingReport) -> None:
         """Stop the run if the step did not give every parameter its gradient."""
@@ -395,7 +413,8 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
     error: BaseException | None = None
     try:
         with clock.section("start_up"):
-            initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
+            with phase("join"):
+                initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
             places.open()
             trainer = Trainer(config, manifest, clock, stop, places)
             places.describe(dataset_identity(manifest))

@@ -1,1 +1,1 @@
-"""Checks before any device is used: whether the run can start, and whether all ranks run the same thing."""
+"""Before the first step: whether the run can start, whether all ranks run the same thing, where the time goes."""

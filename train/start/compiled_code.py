@@ -1,9 +1,12 @@
-"""Where compiled code is kept: folders that nobody but this user can write to, since what lies there is executed.
+"""Keep compiled code for the next start: in folders of this user alone, and only as long as our own code is the same.
 
-torch's compiler would take a folder in /tmp whose name everybody can foresee, and run what it finds there.
+What lies there is executed. torch's compiler would take a folder in /tmp whose name everybody can foresee, and run what
+it finds there.
 """
 
 import contextlib
+import functools
+import hashlib
 import os
 import stat
 import tempfile
@@ -11,10 +14,16 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.files.address import user_cache_folder
+from data.files.strict_json import to_json
 from train.config import ConfigError
+from train.start.facts import source_facts
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """The variables that name the folders of torch's compiler and of Triton, and the folders' names."""
+ALLOWED = "autograd_cache_allow_custom_autograd_functions"
+"""The setting of torch that keeps graphs with an autograd function; a version without it compiles them anew."""
+COMPILED_SOURCES = ("source model/", "source parallel/")
+"""What the names of facts about compiled code begin with."""
 
 
 def keep_compiled_code_private() -> None:
@@ -44,6 +53,25 @@ def keep_compiled_code_private() -> None:
         raise ConfigError([f"{folder}: {fault}, and compiled code would be run from it; delete it, or {_REMEDY}"])
     for variable in unnamed:
         os.environ[variable] = str(folder / VARIABLES[variable])
+
+
+@functools.cache
+def key_compiled_code() -> None:
+    """Make the next start find all compiled code of this one, unless our own code has changed since.
+
+    torch finds compiled code by the graph that it has traced, by versions and by the device. The backward formulas of
+    our operators are no part of the graph: after a change, torch would go on with the gradients of the old formula. So
+    a digest of the code that graphs can call is made part of the key.
+
+    By default torch leaves out graphs with an autograd function. Of those, it traces the backward pass into the graph.
+    """
+    import torch
+    from torch._functorch import config as functorch_config
+
+    files = {name: digest for name, digest in source_facts().items() if name.startswith(COMPILED_SOURCES)}
+    torch.compiler.config.cache_key_tag = hashlib.sha256(to_json(files).encode()).hexdigest()[:16]
+    if hasattr(functorch_config, ALLOWED):
+        setattr(functorch_config, ALLOWED, True)
 
 
 _REMEDY = f"name folders of your own with {' and '.join(VARIABLES)}"

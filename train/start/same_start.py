@@ -23,6 +23,7 @@ from train.start.compiled_code import keep_compiled_code_private
 from train.start.differences import Side, describe_differences, name_ranks
 from train.start.facts import Facts, config_facts, dataset_facts, environment_facts, source_facts
 from train.start.preflight import preflight
+from train.start.timeline import describe, phase
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -31,6 +32,8 @@ REFUSAL_LIMIT_S = 60.0
 """How long a rank that refuses to start waits for the others, to tell them."""
 VERDICT_LIMIT_S = 60.0
 """How long the ranks wait for each other once all have arrived."""
+POLL_INTERVAL_S = 2.0
+"""How often rank 0 looks which ranks are missing."""
 MAX_SIDES = 16
 """Of so many sides the facts are compared."""
 
@@ -58,17 +61,19 @@ def start_together(path: str | Path, overrides: list[str]) -> tuple[Config, Mani
     size, facts, fault = world_size(), Facts(), None
     limit_s = HealthConfig().start_limit_s
     try:
-        keep_compiled_code_private()
-        config = load_config(path, overrides)
-        facts |= config_facts(config)
-        limit_s = config.health.start_limit_s
-        manifest = preflight(config, size)
-        facts |= dataset_facts(manifest)
+        with phase("check"):
+            keep_compiled_code_private()
+            config = load_config(path, overrides)
+            facts |= config_facts(config)
+            limit_s = config.health.start_limit_s
+            manifest = preflight(config, size)
+            facts |= dataset_facts(manifest)
     except (ConfigError, DataError) as error:
         fault = error
     if size > 1:
         choose_accelerator()
-        compare_ranks({**facts, **environment_facts(), **source_facts()}, fault, limit_s)
+        with phase("ranks"):
+            compare_ranks({**facts, **environment_facts(), **source_facts()}, fault, limit_s)
     if fault is not None:
         raise fault
     return config, manifest
@@ -115,10 +120,8 @@ def exchange(store: "Store", mine: Side, world_size: int, limit_s: float, waited
     if here != 0:
         return _follow(store, mine, limit_s)
     names = [f"digest/{rank}" for rank in range(world_size)]
-    try:
-        store.wait(names, timedelta(seconds=max(limit_s - waited_s, 1.0)))
-    except RuntimeError:
-        raise LateError(_tell_late(store, world_size, limit_s)) from None
+    if not _wait_for_all(store, names, max(limit_s - waited_s, 1.0)):
+        raise LateError(_tell_late(store, world_size, limit_s))
     ranks = defaultdict(list)
     for rank, each in enumerate(store.multi_get(names)):
         ranks[each].append(rank)
@@ -128,6 +131,23 @@ def exchange(store: "Store", mine: Side, world_size: int, limit_s: float, waited
             _wait_until_read(store, range(world_size))
         return []
     return _judge(store, mine, list(ranks.values()), world_size)
+
+
+def _wait_for_all(store: "Store", names: list[str], limit_s: float) -> bool:
+    """On rank 0: return whether every rank sets its key within the limit; meanwhile show which have not.
+
+    Args:
+        names: of the keys, in the order of ranks.
+    """
+    ends_at = time.monotonic() + limit_s
+    while (left_s := ends_at - time.monotonic()) > 0:
+        try:
+            store.wait(names, timedelta(seconds=min(POLL_INTERVAL_S, left_s)))
+            return True
+        except RuntimeError:
+            absent = [rank for rank, name in enumerate(names) if not store.check([name])]
+            describe(f"{name_ranks(absent)} of {len(names)}")
+    return False
 
 
 def digest(side: Side) -> str:

@@ -1,6 +1,7 @@
 """Benchmarks run end to end on what is here and leave the figures that they promise."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from data.errors import DataError
-from model.config import ModelConfig
 from parallel.micro_batch import MicroBatch
 from tests.parallel import tiny
 from train.benchmark import __main__ as benchmark
 from train.benchmark import attention as benchmark_attention
+from train.benchmark import contender
 from train.benchmark import step as benchmark_step
-from train.benchmark.peer import Peer
+from train.benchmark.measure import Figures
+from train.benchmark.peer import Peer, PeerReport
 from train.config import load_config
 
 
@@ -45,6 +47,11 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
         (["step", "model.seq_length=1000000"], "the train split holds"),
         (["step", "--contenders", "GPT-2", "--recompute", "full"], "nothing to time"),
         (["step", "--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
+        (["scaling", "model.num_layrs=2"], "did you mean model.num_layers?"),
+        (["scaling", "--layouts", "tp=3"], "layout tp=3 needs 3 GPUs, and there are 2"),
+        (["scaling", "--layouts", "tpp=2"], "'tpp=2' is no key=value of a layout"),
+        (["scaling", "--layouts", "pp=2:zero=3"], "parallel.zero_stage = 3 needs parallel.pipeline_parallel_size = 1"),
+        (["scaling", "--peer-micro-batch-size", "3"], "peer one: training.global_batch_size = 8 is not a multiple"),
         (["step", "--micro-batch-sizes", "0"], "--micro-batch-sizes: '0': expected a whole number"),
         (["step", "--steps", "0"], "--steps: '0': expected a whole number"),
         (["step", "--rounds", "0"], "--rounds: '0': expected a whole number"),
@@ -70,23 +77,23 @@ def test_what_cannot_be_timed_is_told_in_a_line_before_anything_is(
 
 
 def test_random_tokens_are_told(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_step.dataset(load_config(tiny_config)) is not None
+    assert contender.dataset(load_config(tiny_config)) is not None
     assert capsys.readouterr().out == ""
-    assert benchmark_step.dataset(load_config(tiny_config, ["data.path=/nowhere"])) is None
+    assert contender.dataset(load_config(tiny_config, ["data.path=/nowhere"])) is None
     assert "random tokens: no dataset at data.path = /nowhere" in capsys.readouterr().out
 
 
-def test_times_of_refused_steps_are_not_told() -> None:
+def test_times_of_refused_steps_are_not_told(tiny_config: Path) -> None:
     """A step that changes no weights is spared the optimizer's work."""
 
-    def measure(trained: bool) -> list[benchmark_step.Contender]:
+    def measure(loss: float) -> Figures:
         options = benchmark_step.parse(["--config", "any", "--steps", "2", "--rounds", "1"])
-        contender = benchmark_step.Contender("ours", ModelConfig(), 10, 1, "none", lambda: torch.tensor(trained), 0)
-        return benchmark_step.measure(iter([contender]), options)
+        one = contender.Contender("ours", load_config(tiny_config), 10, lambda: PeerReport(torch.tensor(loss)))
+        return benchmark_step.measure(iter([(one, 0)]), options)[0][1]
 
-    assert len(measure(trained=True)[0].step_times_s) == 2
+    assert len(measure(loss=2.0).step_times_s) == 2
     with pytest.raises(SystemExit, match="ours: loss or gradients are not finite"):
-        measure(trained=False)
+        measure(loss=math.nan)
 
 
 class Refusing:
@@ -100,11 +107,11 @@ class Refusing:
 def test_contenders_are_timed_at_a_rate_of_zero(tiny_config: Path) -> None:
     """At any other they may diverge, and the optimizer's work would be missing from their times."""
     engine = Refusing()
-    assert not benchmark_step.engine_step(engine)(iter([])) and engine.learning_rate == 0
+    assert not contender.engine_step(engine, iter([]))().accepted and engine.learning_rate == 0
     peer = Peer(load_config(tiny_config), 128, torch.device("cpu"))
     before = [parameter.clone() for parameter in peer.model.parameters()]
     tokens_TB = torch.randint(100, (33, 4))
-    assert benchmark_step.peer_step(peer)(iter([MicroBatch(tokens_TB[:-1], tokens_TB[1:])]))
+    assert contender.peer_step(peer, iter([MicroBatch(tokens_TB[:-1], tokens_TB[1:])]))().accepted
     assert all(torch.equal(*pair) for pair in zip(before, peer.model.parameters(), strict=True))
     assert all(state["exp_avg"].any() for state in peer.optimizer.state.values())
 

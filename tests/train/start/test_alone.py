@@ -23,7 +23,7 @@ def commands() -> dict[str, tuple[Callable[[list[str]], int], list[str]]]:
         "study": (train.study.__main__.main, ["run", "nowhere"]),
         "layout_test": (train.layout_test.__main__.main, ["--only", "tp=0"]),
         "compare": (train.compare.command.main, ["--config", "nowhere", "--layouts", "tp=2"]),
-        "benchmark": (train.benchmark.__main__.main, ["step", "--config", "nowhere"]),
+        "benchmark": (train.benchmark.__main__.main, ["learning", "--config", "nowhere"]),
     }
 
 

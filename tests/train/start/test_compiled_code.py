@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.config import ConfigError
+from train.start import compiled_code
 from train.start.compiled_code import VARIABLES, keep_compiled_code_private
 
 ROOT = Path(__file__).parents[3]
@@ -92,6 +93,63 @@ def test_torchs_own_choice_is_not_the_users(monkeypatch: pytest.MonkeyPatch, cac
     keep_compiled_code_private()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{cache}/inductor"
     assert os.environ["TRITON_CACHE_DIR"] == f"{cache}/triton"
+
+
+def test_a_change_of_what_graphs_call_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    keys = []
+    for model, loop in ("aa", "ba", "ab"):
+        facts = {"source model/transformer.py": model, "source train/loop/trainer.py": loop}
+        monkeypatch.setattr(compiled_code, "source_facts", lambda facts=facts: facts)
+        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")  # put back after
+        compiled_code.key_compiled_code.__wrapped__()
+        keys.append(torch.compiler.config.cache_key_tag)
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+
+
+COMPILED = """
+import sys
+import torch
+from train.start import compiled_code
+
+factor, tag = float(sys.argv[1]), sys.argv[2]
+compiled_code.source_facts = lambda: {"source model/x.py": tag}
+compiled_code.key_compiled_code()
+
+@torch.library.custom_op("tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+twice.register_fake(torch.empty_like)
+twice.register_autograd(lambda ctx, grad: factor * grad)
+
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+x = torch.zeros(3, requires_grad=True)
+torch.compile(lambda x: twice(Identity.apply(x.sin())), fullgraph=True)(x).sum().backward()
+print(x.grad[0].item(), torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing_unless_a_backward_formula_has_changed(cache: Path) -> None:
+    """torch does not see the formula: under the same key, it would go on with the old one's gradient."""
+    found = []
+    for arguments in (("2", "a"), ("2", "a"), ("5", "b"), ("5", "a")):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+        command = [sys.executable, "-c", COMPILED, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    assert found == [["2.0", "0"], ["2.0", "1"], ["5.0", "0"], ["2.0", "1"]]
 
 
 @pytest.mark.slow
