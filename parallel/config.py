@@ -57,29 +57,23 @@ class ParallelConfig:
         """The number of ranks that work on the same sequences."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
-    def passes_stay_local(self, data_parallel_size: int, per_head: bool) -> bool:
-        """Return whether forward and backward passes run without any communication between ranks.
-
-        Args:
-            data_parallel_size: ranks that hold other sequences.
-            per_head: whether the regularizer averages entropies over data-parallel ranks.
-        """
-        sizes = self.tensor_parallel_size, self.pipeline_parallel_size, self.context_parallel_size
-        return max(sizes) == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
-
     def replays_passes(self, data_parallel_size: int, per_head: bool, block_flops: float) -> bool:
         """Return whether training passes should be replayed as CUDA graphs, if they are wanted and there is a GPU.
 
-        A replayed pass must not communicate. It hands over all gradients at its end, so that nothing of their exchange
-        is hidden behind it. So with replicas only short passes are replayed, which the host would hold up otherwise.
+        Exchanges within a pass are captured with it. What outlives a pass cannot be: the activations of a pipeline's
+        other micro-batches, the weights that ZeRO-3 gathers, the entropies that data-parallel ranks average between
+        the forward and the backward pass. A replayed pass hands over all gradients at its end, so that nothing of their
+        exchange over replicas is hidden behind it. So with replicas only short passes are replayed, which the host
+        would hold up otherwise.
 
         Args:
             data_parallel_size: ranks that hold other sequences.
             per_head: whether the regularizer averages entropies over data-parallel ranks.
-            block_flops: of one block's forward and backward pass of one micro-batch.
+            block_flops: of one rank, for one block's forward and backward pass of one micro-batch.
         """
-        local = self.passes_stay_local(data_parallel_size, per_head)
-        return local and (data_parallel_size == 1 or block_flops < SHORT_BLOCK_FLOPS)
+        possible = self.pipeline_parallel_size == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
+        has_replicas = data_parallel_size * self.context_parallel_size > 1
+        return possible and (not has_replicas or block_flops < SHORT_BLOCK_FLOPS)
 
     def replicates_fused_ffn(self, hidden_size: int, tokens_per_step: int) -> bool:
         """Return whether every tensor-parallel rank keeps a fused FFN whole.

@@ -49,14 +49,6 @@ class _TrainingPass(nn.Module):
             self._loss.detach_()
 
 
-def block_flops(stage: Stage, micro_batch_size: int) -> float:
-    """Return the FLOPs of one block's forward and backward pass of one micro-batch, on one rank."""
-    block, model = next(iter(stage.transformer.layers.values())), stage.transformer.config
-    weights = sum(parameter.numel() for parameter in block.parameters())
-    scores = model.seq_length * model.hidden_size  # under the causal mask
-    return 3.0 * 2 * (weights + scores) * micro_batch_size * model.seq_length
-
-
 def _explained(error: RuntimeError) -> RuntimeError:
     """Return a CaptureError for a refused capture, and any other error unchanged."""
     ended = isinstance(error.__context__, RuntimeError) and "during capture" in str(error)
@@ -73,8 +65,8 @@ def _explained(error: RuntimeError) -> RuntimeError:
 def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_graphed_callables) -> None:
     """Make `stage` capture its first training pass and replay it from then on; evaluation runs as before.
 
-    Each shape of micro-batches is captured once. A pass must run backward before the next one runs forward, and must
-    not communicate.
+    Each shape of micro-batches is captured once. A pass must run backward before the next one runs forward, and all that
+    it exchanges with other ranks must end within it.
 
     Args:
         stage: on a GPU.

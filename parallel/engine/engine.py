@@ -6,7 +6,7 @@ The life of a gradient under tp=2 and ZeRO-1 in bf16, from the loss to the weigh
 
      1. sharding/stage.py        `Stage.loss`, a micro-batch's mean cross-entropy; DeepSpeed divides by their number
      2. sharding/regularizer.py  the backward pass adds the penalty's gradient at the stage's output
-     3. sharding/collectives.py  inside a block, `column_linear` sums the gradient of its input over both tp ranks
+     3. sharding/products.py     inside a block, `column_linear` sums the gradient of its input over both tp ranks
      4. engine/sharded_adam.py   `Bucket.accumulate` adds a micro-batch's bf16 gradients to float32 sums
      5. engine/sharded_adam.py   `Bucket.send` starts the sum over replicas, each of which gets the part that it steps
      6. engine/sharded_adam.py   `Bucket.sum_partial` adds up over tp what sharding/plan.py calls partial
@@ -36,7 +36,7 @@ from parallel.deepspeed_internals import adam, build_instead, check_installed, g
 from parallel.engine.buckets import ALIGNMENT_BYTES, parameter_groups
 from parallel.engine.clipping import decide_on_device
 from parallel.engine.compiled import compiled_blocks
-from parallel.engine.cuda_graph import block_flops, replay_training_passes
+from parallel.engine.cuda_graph import replay_training_passes
 from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
 from parallel.engine.sharded_adam import Exchange, ShardedAdam
@@ -46,8 +46,19 @@ from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups, ModelParallelUnit
 from parallel.sharding.stage import Stage, StageStatistics
 from parallel.sharding.tensor import sum_replicated_gradients
+from parallel.stages import block_flops
 from parallel.state.chunks import Chunk
 from parallel.state.training_state import SavedState, StateMap, adam_step, create_moments, load_training_state
+
+
+ZERO_3 = {
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "reduce_bucket_size": 100_000_000,
+    "stage3_prefetch_bucket_size": 100_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+"""DeepSpeed's settings of ZeRO-3 that were fastest at a billion parameters (docs/notes/many-gpus.md)."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +308,9 @@ def replays(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
     """Return whether training passes are replayed as CUDA graphs: asked for, on a GPU, possible, and worth it."""
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
     wanted = config.cuda_graphs and uses_sharded_adam(config) and next(stage.parameters()).is_cuda
-    flops = block_flops(stage, config.micro_batch_size)
+    model, grid = stage.transformer.config, groups.grid
+    tokens = config.micro_batch_size * model.seq_length / (grid.tp * grid.cp)
+    flops = tokens * block_flops(model, recompute="none")
     return wanted and config.parallel.replays_passes(groups.grid.dp, per_head, flops)
 
 
@@ -331,6 +344,7 @@ def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) ->
     }
     merged = {**defaults, **config.deepspeed, **derived}
     merged["zero_optimization"] = {
+        **(ZERO_3 if config.parallel.zero_stage == 3 else {}),
         **config.deepspeed.get("zero_optimization", {}),
         "stage": 1 if uses_sharded_adam(config) else config.parallel.zero_stage,
         "memory_efficient_linear": not is_compiled,

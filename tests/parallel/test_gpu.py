@@ -1,5 +1,6 @@
 """Tests of the engine that need a GPU."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.layout import parse_layout
+from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
@@ -16,7 +17,7 @@ from tests.parallel.engine.test_sharded_adam import with_and_without_overlap
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.benchmark.timing import count_device_waits
 from train.config import Config
-from train.parts import build_engine
+from train.parts import build_engine, build_groups
 
 pytestmark = pytest.mark.gpu
 MICRO_BATCH_SIZE, SEQ_LENGTH = 4, 128
@@ -62,11 +63,18 @@ def test_a_step_never_waits_for_the_device(one_process: Groups) -> None:
 def test_replayed_steps_are_those_launched_one_by_one(
     model: dict[str, Any], training: dict[str, Any], granularity: str, within_documents: bool, one_process: Groups
 ) -> None:
+    config = _config(model, {"compile": "off"} | training, granularity)
+    _compare_with_launched(config, within_documents, one_process)
+
+
+def _compare_with_launched(config: Config, within_documents: bool, groups: Groups) -> None:
+    """Assert that replayed and launched steps are the same to the last bit."""
+    positions = groups.grid.positions(SEQ_LENGTH)
+
     def trained(cuda_graphs: str) -> tuple[list[tuple[float, ...]], list[Tensor]]:
-        config = _config(model, {"compile": "off"} | training | {"cuda_graphs": cuda_graphs}, granularity)
-        engine = build_engine(config, VOCAB_SIZE, one_process)
+        engine = build_engine(training_with(config, cuda_graphs=cuda_graphs), VOCAB_SIZE, groups)
         assert ("forward" in vars(engine.stage)) == (cuda_graphs == "auto")  # replaced by what replays
-        batches, measured = _micro_batches(within_documents), []
+        batches, measured = (_held(each, positions) for each in _micro_batches(within_documents)), []
         for step in range(5):
             report, statistics = engine.train_step(batches, 1e-3)
             if step == 2:
@@ -82,6 +90,29 @@ def test_replayed_steps_are_those_launched_one_by_one(
     assert replayed == launched
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
     assert len({numbers[0] for numbers in replayed}) == 5  # each step was another
+
+
+def _held(batch: MicroBatch, positions: range) -> MicroBatch:
+    here = slice(positions.start, positions.stop)
+    return MicroBatch(batch.tokens_TB[here], batch.labels_TB[here], batch.document_start_BT)
+
+
+def _replayed_over_ranks(layout: Layout) -> None:
+    config = _config({}, {"compile": "on"})
+    parallel = dataclasses.replace(
+        config.parallel,
+        tensor_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=bool(layout.sp),
+    )
+    config = dataclasses.replace(config, parallel=parallel)
+    _compare_with_launched(config, within_documents=True, groups=build_groups(config))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["tp=2", "tp=2:sp=1", "cp=2"])
+def test_exchanges_within_a_pass_are_replayed_with_it(layout: str) -> None:
+    run_ranks(_replayed_over_ranks, 2, parse_layout(layout), use_gpu=True)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from parallel.counting.footprint import ELEMENT_BYTES, Workload, held_elements, held_parameters
 from parallel.counting.volume import Volume
+from parallel.stages import block_flops
 from train.cost.flops import DEVICE_PEAK_TFLOPS
 from train.cost.links import Axis, Links, axes
 
@@ -59,7 +60,7 @@ class Assumptions:
     partition_bytes: float = 90  # bytes per parameter and micro-batch that ZeRO-3 copies besides
     micro_batch_s: float = 1e-3  # engine overhead per micro-batch
     block_s: float = 3e-3  # least time per block and micro-batch: a fast host launches no faster
-    replayed_block_s: float = 1e-4  # the same under CUDA graphs (pure data parallelism)
+    replayed_block_s: float = 1e-4  # the same under CUDA graphs
     gradients_hidden: float = 1.0  # of the gradients' exchange behind backward passes, but the last buckets
     weights_hidden: float = 1.0  # of the weights' exchange behind forward passes, but the first buckets
     tensor_hidden: float = 0.5  # of exchanges over tensor-parallel ranks, behind the other half of the batch
@@ -86,7 +87,7 @@ class Assumptions:
             f"memory traffic per parameter: optimizer {self.update_bytes:g} bytes, accumulation "
             f"{self.accumulation_bytes:g} a micro-batch, ZeRO-3 {self.partition_bytes:g} more",
             f"host: at least {1e3 * self.block_s:g} ms per block and micro-batch, {1e3 * self.replayed_block_s:g} ms "
-            f"with CUDA graphs (pure data parallelism); {1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
+            f"with CUDA graphs (no pipeline, ZeRO-1); {1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
             f"hidden: {self.gradients_hidden:.0%} of gradients behind the backward pass and {self.weights_hidden:.0%} "
             "of weights behind the forward pass, but what is complete last and in use first",
             f"hidden: tensor {self.tensor_hidden:.0%}, context {self.context_hidden:.0%}, pipeline "
@@ -174,7 +175,8 @@ def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Ass
     waits = {name: time * (1 - getattr(assumed, f"{name}_hidden")) for name, time in exchanges.items()}
     data, data_waits = data_exchange(work, sent, axis["data"], forward, backward, assumed)
     busy = sum(compute.values()) + sum(waits.values())
-    replayed = work.cuda_graphs and work.parallel.passes_stay_local(grid.dp, work.per_head)
+    short = block_flops(work.model, recompute="none") * work.tokens / grid.tp
+    replayed = work.cuda_graphs and work.parallel.replays_passes(grid.dp, work.per_head, short)
     at_least = blocks * (assumed.replayed_block_s if replayed else assumed.block_s)
     ends = links.axis(2, (grid.pp - 1) * grid.tp * grid.replicas) if sent.embedding_ends else links.axis(1, 1)
     return StepTime(

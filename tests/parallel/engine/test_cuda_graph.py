@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
-from parallel.engine.cuda_graph import CaptureError, block_flops, replay_training_passes
+from parallel.engine.cuda_graph import CaptureError, replay_training_passes
 from parallel.engine.telemetry import METRICS
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
@@ -113,17 +113,20 @@ def test_no_gradient_node_outlives_what_made_it(one_process: Groups) -> None:
     assert found[:3] == [0, 40, 0] and len(list(engine.stage.parameters())) == 40
 
 
-def test_with_replicas_only_short_passes_are_replayed(one_process: Groups) -> None:
-    small, large = (build_stage(tiny_config(hidden_size=d), VOCAB_SIZE, groups=one_process)[0] for d in (32, 512))
-    # forward 2 FLOPs a weight and token, and of the attention's scores and values each T D under the mask; 3 passes
-    assert (
-        block_flops(small, 4)
-        == 6 * (sum(p.numel() for p in small.transformer.layers["0"].parameters()) + 16 * 32) * 4 * 16
+def test_with_replicas_only_short_passes_are_replayed() -> None:
+    one, long, short = ParallelConfig(), 1e15, 1e9
+    assert one.replays_passes(1, True, long) and ParallelConfig(tensor_parallel_size=2).replays_passes(1, True, long)
+    assert one.replays_passes(2, False, short) and ParallelConfig(context_parallel_size=2).replays_passes(
+        1, True, short
     )
-    one = ParallelConfig()
-    assert one.replays_passes(1, True, 1e15) and one.replays_passes(2, False, block_flops(large, 4))
-    assert not one.replays_passes(2, False, 1e13) and not one.replays_passes(2, True, 1e9)
-    assert not ParallelConfig(tensor_parallel_size=2).replays_passes(1, False, 1e9)
+    assert not one.replays_passes(2, False, long)
+    assert not ParallelConfig(context_parallel_size=2).replays_passes(1, False, long)
+
+
+def test_what_outlives_a_pass_is_not_replayed() -> None:
+    assert not ParallelConfig().replays_passes(2, per_head=True, block_flops=1e9)
+    assert not ParallelConfig(pipeline_parallel_size=2).replays_passes(1, False, 1e9)
+    assert not ParallelConfig(zero_stage=3).replays_passes(1, False, 1e9)
 
 
 ENDED = RuntimeError("operation failed due to a previous error during capture")
