@@ -65,8 +65,8 @@ def _explained(error: RuntimeError) -> RuntimeError:
 def replay_training_passes(stage: Stage, capture: Capture = torch.cuda.make_graphed_callables) -> None:
     """Make `stage` capture its first training pass and replay it from then on; evaluation runs as before.
 
-    Each shape of micro-batches is captured once. A pass must run backward before the next one runs forward, and all that
-    it exchanges with other ranks must end within it.
+    Each shape of micro-batches is captured once. A pass must run backward before the next one runs forward, and what it
+    exchanges with other ranks must end within it.
 
     Args:
         stage: on a GPU.

@@ -50,7 +50,6 @@ from parallel.stages import block_flops
 from parallel.state.chunks import Chunk
 from parallel.state.training_state import SavedState, StateMap, adam_step, create_moments, load_training_state
 
-
 ZERO_3 = {
     "overlap_comm": True,
     "contiguous_gradients": True,
