@@ -46,6 +46,10 @@ def scaled_matrix(
     return matrix.to(weight.dtype)
 
 
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, matrix, bias)  # looked up at each call, since DeepSpeed replaces it under ZeRO-3
+
+
 class Linear(nn.Linear):
     """Linear layer, x (W / divisor + diagonal * I)^T + bias.
 
@@ -58,7 +62,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.product: Callable[..., Tensor] = F.linear
+        self.product: Callable[..., Tensor] = _product
 
     def forward(
         self,
@@ -173,14 +177,13 @@ class Attention(nn.Module):
         self.threshold = nn.Parameter(torch.empty(heads)) if config.regularized else None
 
     def temperature(self) -> Tensor | None:
-        """Return the positive divisor of the logits of `heads`, [N] or [N, T]; None without a temperature."""
+        """Return the positive divisor of the logits, [N] or [N, T]; None without a temperature."""
         if self.temperature_parameter is None:
             return None
-        parameter = self.temperature_parameter[self.heads]
         if self.temperature_form == "exp":
-            exact = torch.promote_types(parameter.dtype, torch.float32)
-            return self.temperature_init * parameter.to(exact).exp()
-        return parameter
+            exact = torch.promote_types(self.temperature_parameter.dtype, torch.float32)
+            return self.temperature_init * self.temperature_parameter.to(exact).exp()
+        return self.temperature_parameter
 
     def may_lack_gradient(self, is_one_hot: bool) -> set[str]:
         """Return the names of parameters whose gradient may be exactly zero in a correct step.
@@ -209,7 +212,9 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
         qkv_TBN3H = qkv.view(*qkv.shape[:2], -1, 3, self.head_width)
-        out_TBNH, entropy_BNT = self.core(qkv_TBN3H, self.temperature(), document_start_BT)
+        temperature = self.temperature()
+        own = None if temperature is None else temperature[self.heads]
+        out_TBNH, entropy_BNT = self.core(qkv_TBN3H, own, document_start_BT)
         return self.output(out_TBNH.flatten(2)), entropy_BNT
 
 

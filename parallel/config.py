@@ -60,9 +60,10 @@ class ParallelConfig:
     def replays_passes(self, data_parallel_size: int, per_head: bool, block_flops: float) -> bool:
         """Return whether training passes should be replayed as CUDA graphs, if they are wanted and there is a GPU.
 
-        Exchanges within a pass are captured with it. What outlives a pass cannot be: the activations of a pipeline's
-        other micro-batches, the weights that ZeRO-3 gathers, the entropies that data-parallel ranks average between
-        the forward and the backward pass. A replayed pass hands over all gradients at its end, so that nothing of their
+        Context-parallel exchanges are captured with the pass. What outlives a pass cannot be: the activations of a
+        pipeline's other micro-batches, the weights that ZeRO-3 gathers, the entropies that data-parallel ranks average
+        between the forward and the backward pass. Tensor-parallel passes, which use NCCL too, hung when they were
+        captured. A replayed pass hands over all gradients at its end, so that nothing of their
         exchange over replicas is hidden behind it. So with replicas only short passes are replayed, which the host
         would hold up otherwise.
 
@@ -71,7 +72,8 @@ class ParallelConfig:
             per_head: whether the regularizer averages entropies over data-parallel ranks.
             block_flops: of one rank, for one block's forward and backward pass of one micro-batch.
         """
-        possible = self.pipeline_parallel_size == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
+        sizes = self.tensor_parallel_size, self.pipeline_parallel_size
+        possible = max(sizes) == self.zero_stage == 1 and not (per_head and data_parallel_size > 1)
         has_replicas = data_parallel_size * self.context_parallel_size > 1
         return possible and (not has_replicas or block_flops < SHORT_BLOCK_FLOPS)
 

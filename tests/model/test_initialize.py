@@ -165,7 +165,7 @@ def test_a_shard_is_a_cut_of_the_whole() -> None:
     held = model.embedding.word.weight
     assert torch.equal(held[:9], whole["embedding.word.weight"][20:])
     assert torch.count_nonzero(held[9:]) == 0
-    assert seen == list(whole)
+    assert sorted(seen) == sorted(whole)  # several threads draw values
 
 
 @pytest.mark.parametrize("architecture", RECIPES)
