@@ -82,7 +82,10 @@ def count_device_waits(step: Callable[[], Any]) -> int | None:
 
 
 def device_kernels(step: Callable[[], Any], steps: int) -> list[Kernel]:
-    """Trace `steps` steps and return what ran on the device; nothing without a GPU."""
+    """Trace `steps` steps and return what ran on the device; nothing without a GPU.
+
+    Named ranges, as FSDP2 and NCCL have them, span kernels and are left out.
+    """
     if not torch.cuda.is_available():
         return []
     from torch.profiler import ProfilerActivity, profile
@@ -95,7 +98,7 @@ def device_kernels(step: Callable[[], Any], steps: int) -> list[Kernel]:
     return [
         Kernel(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
 
 

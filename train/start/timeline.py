@@ -70,10 +70,10 @@ class Timeline:
 
         outer = list(self._open)
 
-        def enter(_: Any) -> None:
+        def enter(*_: Any) -> None:
             self._enter("compile")
 
-        def leave(_: Any) -> None:
+        def leave(*_: Any) -> None:
             self._return_to(outer)
 
         callback_handler.register_start_callback(enter)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_a_step_beside_its_peer(tiny_config: Path, tmp_path: Path) -> None:
         assert result["tokens_per_second"] * result["step_time_s"] == pytest.approx(4 * 32)
     assert report["results"][1]["flops_per_token"] > report["results"][0]["flops_per_token"]  # two matrices, not one
     assert (tmp_path / "step.png").exists() and "| ours | 32 |" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_in_the_configured_layout(tiny_config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["train.benchmark", "step", "--config", str(tiny_config), "parallel.tensor_parallel_size=2"]
+    command += ["--contenders", "ours", "GPT-2", "--steps", "1", "--rounds", "1", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    report = json.loads((tmp_path / "step.json").read_text())
+    ours, peer = report["results"]
+    assert report["ranks"] == 2 and run.stdout.count("| ours | 32 |") == 1
+    assert ours["global_batch_size"] == 4 and peer["global_batch_size"] == 8  # the peer's ranks are replicas
+    assert ours["tokens_per_second_per_gpu"] * ours["step_time_s"] == pytest.approx(4 * 32 / 2)
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
