@@ -15,6 +15,7 @@ axes as one: it averages gradients and shards optimizer state over the dp x cp r
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,7 +94,7 @@ class RankGrid:
         held = seq_length // self.cp
         return range(self.cp_rank * held, (self.cp_rank + 1) * held)
 
-    def table(self, layers: list[range]) -> str:
+    def table(self, layers: Sequence[range]) -> str:
         """Return a table with a line for each rank: its coordinates and layers.
 
         Args:

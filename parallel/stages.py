@@ -1,9 +1,12 @@
 """Divides the layers of a model over pipeline stages, so that no stage waits long for another."""
 
+import functools
+
 from model.config import ModelConfig
 
 
-def stage_layers(model: ModelConfig, vocab_size: int, pp: int, recompute: str = "none") -> list[range]:
+@functools.lru_cache(maxsize=1 << 10)
+def stage_layers(model: ModelConfig, vocab_size: int, pp: int, recompute: str = "none") -> tuple[range, ...]:
     """Return the layers of each pipeline stage: contiguous ranges, each with at least one layer.
 
     The last stage also computes the head, so it gets fewer layers: as many as keep the slowest stage fastest, by FLOPs.
@@ -21,7 +24,7 @@ def stage_layers(model: ModelConfig, vocab_size: int, pp: int, recompute: str = 
     layers = model.num_layers
     assert 1 <= pp <= layers, (pp, layers)
     if pp == 1:
-        return [range(layers)]
+        return (range(layers),)
     head = head_flops(model, vocab_size) / block_flops(model, recompute)
 
     def slowest(last: int) -> float:
@@ -31,7 +34,7 @@ def stage_layers(model: ModelConfig, vocab_size: int, pp: int, recompute: str = 
     last = min(range(layers - pp + 1, 0, -1), key=slowest)
     others, more = divmod(layers - last, pp - 1)
     sizes = [others + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [last]
-    return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(pp)]
+    return tuple(range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(pp))
 
 
 def block_flops(model: ModelConfig, recompute: str) -> int:

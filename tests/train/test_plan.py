@@ -63,9 +63,9 @@ def test_step_time_is_within_five_percent_of_the_measured(
     assert plan.tokens_per_second / gpus == pytest.approx(measured, rel=0.05)
 
 
-def equal_stages(model: ModelConfig, vocab_size: int, pp: int, recompute: str) -> list[range]:
+def equal_stages(model: ModelConfig, vocab_size: int, pp: int, recompute: str) -> tuple[range, ...]:
     size = model.num_layers // pp
-    return [range(stage * size, (stage + 1) * size) for stage in range(pp)]
+    return tuple(range(stage * size, (stage + 1) * size) for stage in range(pp))
 
 
 def plan_of(gpus: int, *overrides: str, assumed: Assumptions | None = None) -> Plan:
