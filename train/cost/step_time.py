@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from parallel.counting.footprint import ELEMENT_BYTES, Workload, held_elements, held_parameters
 from parallel.counting.volume import Volume
+from parallel.engine.buckets import LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA
 from parallel.stages import block_flops
 from train.cost.flops import DEVICE_PEAK_TFLOPS
 from train.cost.links import Axis, Links, axes
-
-LEAST_BUCKET, BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # elements of gradients that are exchanged together
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Assumptions:
     replayed_block_s: float = 1e-4  # the same under CUDA graphs
     gradients_hidden: float = 1.0  # of the gradients' exchange behind backward passes, but the last buckets
     weights_hidden: float = 1.0  # of the weights' exchange behind forward passes, but the first buckets
-    tensor_hidden: float = 0.5  # of exchanges over tensor-parallel ranks, behind the other half of the batch
-    context_hidden: float = 0.5  # of exchanges over context-parallel ranks, behind other heads
+    tensor_hidden: float = 0.5  # of exchanges over tensor-parallel ranks, behind the products around them
+    context_hidden: float = 0.5  # of exchanges over context-parallel ranks, likewise
     pipeline_hidden: float = 0.0  # of what stages send each other
     contention: float = 0.1  # of the time of a hidden exchange that it takes from the compute beside it
 
@@ -173,10 +172,11 @@ def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Ass
         "pipeline": axis["pipeline"].neighbour(2 * sent.pipeline, 2 * neighbours * micro_batches),
     }
     waits = {name: time * (1 - getattr(assumed, f"{name}_hidden")) for name, time in exchanges.items()}
+    flops = block_flops(work.model, recompute="none") * work.tokens / grid.tp
+    replayed = work.cuda_graphs and work.parallel.replays_passes(grid.dp, work.per_head, flops)
     data, data_waits = data_exchange(work, sent, axis["data"], forward, backward, assumed)
+    data_waits = data if replayed else data_waits  # a replay hands over all gradients at its end
     busy = sum(compute.values()) + sum(waits.values())
-    short = block_flops(work.model, recompute="none") * work.tokens / grid.tp
-    replayed = work.cuda_graphs and work.parallel.replays_passes(grid.dp, work.per_head, short)
     at_least = blocks * (assumed.replayed_block_s if replayed else assumed.block_s)
     ends = links.axis(2, (grid.pp - 1) * grid.tp * grid.replicas) if sent.embedding_ends else links.axis(1, 1)
     return StepTime(
@@ -255,7 +255,7 @@ def data_exchange(
     layer = sum(each.size for name, each in held.items() if name.startswith("layers."))
     late = sum(each.elements for name, each in held.items() if name.startswith("embedding"))
     late += held["head.weight"].elements if "head.weight" in held and work.model.tied_head else 0
-    least = max(LEAST_BUCKET, BUCKET_PER_REPLICA * grid.replicas)
+    least = max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA * grid.replicas)
     layers_a_bucket = 1 if stage == 3 else min(len(work.layers), math.ceil(least / layer))
     late += (len(work.layers) % layers_a_bucket or layers_a_bucket) * layer
     buckets = 2 + math.ceil(len(work.layers) / layers_a_bucket)  # one of what is small, one of the embedding
