@@ -84,7 +84,7 @@ def test_the_slowest_stage_waits_for_one_micro_batch_of_each_other() -> None:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_an_exchange_is_hidden_behind_the_passes_beside_it_and_no_longer(zero_stage: int) -> None:
-    sizes = [f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=2"]
+    sizes = [f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=8"]
     shown, hidden = (plan_of(8, *sizes, assumed=each).time for each in (NOTHING_HIDDEN, Assumptions()))
     first_layers = (1 if zero_stage == 3 else 2) * 5 * 2560**2  # of a bucket of at least 40 million
     late = ((50_048 + 2048) * 2560 + first_layers) / 1.052e9
