@@ -140,6 +140,12 @@ class ParallelConfig:
                 f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "
                 f"parallel.tensor_parallel_size = {tp}; heads are split over those ranks, so change one of them"
             )
+        elif model.num_attention_heads < tp * cp:
+            faults.append(
+                f"model.num_attention_heads = {model.num_attention_heads} is less than parallel.tensor_parallel_size"
+                f"({tp}) * parallel.context_parallel_size({cp}) = {tp * cp}; attention gives each of those ranks whole "
+                f"heads, so at most {model.num_attention_heads} ranks can share a sequence: lower one of the sizes"
+            )
         elif model.num_attention_heads % (tp * cp):
             faults.append(
                 f"model.num_attention_heads = {model.num_attention_heads} is not a multiple of "

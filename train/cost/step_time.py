@@ -40,11 +40,11 @@ GPUS = {
 class Assumptions:
     """Achieved rates as fractions of data-sheet rates, and how much of each exchange is hidden.
 
-    Rates of one GPU are fitted to steps measured on one H100, `node_links` and `partition_bytes` to steps on two H200s.
+    Rates of one GPU are fitted to steps measured on one H100 and one H200, what is hidden to steps on two H200s.
     An exchange is hidden by at most its fraction below, and by no more than the passes that it runs beside.
     """
 
-    products: float = 0.71  # of the bf16 peak, large matrix products
+    products: float = 0.69  # of the bf16 peak, large matrix products
     attention: float = 0.31  # of the bf16 peak, fused attention on long sequences
     memory: float = 0.80  # of the memory bandwidth
     node_links: float = 0.47  # of NVLink, in exchanges of a step: 200 to 215 GB/s on two H200s
@@ -52,7 +52,7 @@ class Assumptions:
     block_widths: float = 15  # model widths per token that a block reads and writes outside products and attention
     residual_widths: float = 8  # those of the FFN's residual: 3 forward, 3 + 2 (gradient of beta) backward
     attention_widths: float = 25  # model widths per token inside attention
-    exchange_widths: float = 2  # model widths per token that packing an all-to-all of one width reads and writes
+    exchange_widths: float = 0.5  # model widths per token that laying out an all-to-all of one width reads and writes
     logits_passes: float = 3  # times that logits are read or written
     update_bytes: float = 55  # bytes per parameter that the optimizer reads and writes
     accumulation_bytes: float = 10  # bytes per parameter and micro-batch: a bf16 gradient added to a float32 sum
@@ -62,10 +62,12 @@ class Assumptions:
     replayed_block_s: float = 1e-4  # the same under CUDA graphs
     gradients_hidden: float = 1.0  # of the gradients' exchange behind backward passes, but the last buckets
     weights_hidden: float = 1.0  # of the weights' exchange behind forward passes, but the first buckets
-    tensor_hidden: float = 0.5  # of exchanges over tensor-parallel ranks, behind the products around them
-    context_hidden: float = 0.5  # of exchanges over context-parallel ranks, likewise
+    tensor_hidden: float = 0.48  # of tensor-parallel exchanges that have a product beside them
+    context_hidden: float = 0.6  # of exchanges over context-parallel ranks
     pipeline_hidden: float = 0.0  # of what stages send each other
-    contention: float = 0.1  # of the time of a hidden exchange that it takes from the compute beside it
+    contention: float = (
+        0.7  # of a hidden exchange of replicas: NCCL's kernels take processors from what they run beside
+    )
 
     def links(self, gpu: Gpu) -> Links:
         """Return the links of a cluster of this GPU, by its data sheet."""
@@ -171,7 +173,10 @@ def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Ass
         # A stage waits for what it receives as for what it sends.
         "pipeline": axis["pipeline"].neighbour(2 * sent.pipeline, 2 * neighbours * micro_batches),
     }
-    waits = {name: time * (1 - getattr(assumed, f"{name}_hidden")) for name, time in exchanges.items()}
+    hidden = {name: getattr(assumed, f"{name}_hidden") for name in exchanges}
+    if not work.parallel.sequence_parallel:
+        hidden["tensor"] *= 3 / 7  # sums travel beside a product, and results are then gathered beside none
+    waits = {name: time * (1 - hidden[name]) for name, time in exchanges.items()}
     flops = block_flops(work.model, recompute="none") * work.tokens / grid.tp
     replayed = work.cuda_graphs and work.parallel.replays_passes(grid.dp, work.per_head, flops)
     data, data_waits = data_exchange(work, sent, axis["data"], forward, backward, assumed)
@@ -186,7 +191,7 @@ def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Ass
         tied_head=ends.ring(sent.embedding_ends, 1),
         update=assumed.update_bytes * parameters / grid.replicas / memory_rate,
         launches=micro_batches * assumed.micro_batch_s + max(0.0, at_least - busy),
-        contention=assumed.contention * (sum(exchanges.values()) - sum(waits.values()) + data - data_waits),
+        contention=assumed.contention * (data - data_waits),
     )
 
 
