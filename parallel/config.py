@@ -12,6 +12,16 @@ VOCAB_MULTIPLE = 128
 """Rows of each rank's vocabulary shard are a multiple of this, which makes matrix products fastest."""
 
 
+LEAST_BUCKET, LEAST_BUCKET_PER_REPLICA = 40_000_000, 1_000_000
+"""Elements. With many replicas each message of a ring is a small part of a bucket, and latency would count. These are
+megatron-core's defaults (megatron/core/distributed/distributed_data_parallel.py)."""
+
+
+def least_bucket_elements(replicas: int) -> int:
+    """Return the elements from which on a bucket of layers, whose gradients are exchanged together, is large enough."""
+    return max(LEAST_BUCKET, LEAST_BUCKET_PER_REPLICA * replicas)
+
+
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Round the vocabulary up so that every tensor-parallel rank holds a multiple of 128 rows."""
     multiple = VOCAB_MULTIPLE * tp

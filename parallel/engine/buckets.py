@@ -11,18 +11,10 @@ from torch import nn
 
 from model.initialize import named_parameters
 from model.transformer import Transformer
+from parallel import config
 
-LEAST_ELEMENTS = 40_000_000
-LEAST_ELEMENTS_PER_REPLICA = 1_000_000
-"""With many replicas each message of a ring is a small part of a bucket, and latency would count. Both numbers are the
-defaults of megatron-core (`DistributedDataParallel`, megatron/core/distributed/distributed_data_parallel.py)."""
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
-
-
-def least_elements(replicas: int) -> int:
-    """Return the elements from which on a bucket of layers is large enough."""
-    return max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA * replicas)
 
 
 def parameter_groups(transformer: Transformer, weight_decay: float, replicas: int) -> list[dict[str, Any]]:
@@ -46,7 +38,7 @@ def parameter_groups(transformer: Transformer, weight_decay: float, replicas: in
             parts.setdefault(part, []).append(parameter)
         else:
             small.append(parameter)
-    least = least_elements(replicas)
+    least = config.least_bucket_elements(replicas)
     buckets: list[list[nn.Parameter]] = []
     may_join = False
     for part, matrices in reversed(parts.items()):

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from parallel.config import least_bucket_elements
 from parallel.counting.footprint import ELEMENT_BYTES, Workload, held_elements, held_parameters
 from parallel.counting.volume import Volume
-from parallel.engine.buckets import LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA
 from parallel.stages import block_flops
 from train.cost.flops import DEVICE_PEAK_TFLOPS
 from train.cost.links import Axis, Links, axes
@@ -260,7 +260,7 @@ def data_exchange(
     layer = sum(each.size for name, each in held.items() if name.startswith("layers."))
     late = sum(each.elements for name, each in held.items() if name.startswith("embedding"))
     late += held["head.weight"].elements if "head.weight" in held and work.model.tied_head else 0
-    least = max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_REPLICA * grid.replicas)
+    least = least_bucket_elements(grid.replicas)
     layers_a_bucket = 1 if stage == 3 else min(len(work.layers), math.ceil(least / layer))
     late += (len(work.layers) % layers_a_bucket or layers_a_bucket) * layer
     buckets = 2 + math.ceil(len(work.layers) / layers_a_bucket)  # one of what is small, one of the embedding

@@ -48,7 +48,7 @@ def _trained(engine: Any, config: Config, steps: int = 3) -> tuple[list[Any], li
 
 def least_elements(count: int) -> Any:
     """Make buckets of tiny models as small as this."""
-    return mock.patch.multiple("parallel.engine.buckets", LEAST_ELEMENTS=count, LEAST_ELEMENTS_PER_REPLICA=0)
+    return mock.patch.multiple("parallel.config", LEAST_BUCKET=count, LEAST_BUCKET_PER_REPLICA=0)
 
 
 def _bucket(parameters: list[nn.Parameter]) -> Bucket:
