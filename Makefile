@@ -52,7 +52,7 @@ quickstart: install $(DATASET)/manifest.json
 	$(BIN)/python -m train.evaluate --run $(RUN_DIR)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 other-versions:
 	@echo $(OTHER_VERSIONS)
