@@ -129,6 +129,7 @@ def test_a_second_signal_ends_a_process_that_waits_in_c(
 ) -> None:
     """A mutex that is taken already stands for a rendezvous in C++: a signal does not interrupt it."""
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored if the tests run behind &
         "import ctypes; from train.loop.signals import StopRequest; stop = StopRequest(); "
         "lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None); "
         "libc.pthread_mutex_lock(lock); print('ready', flush=True); libc.pthread_mutex_lock(lock)"
