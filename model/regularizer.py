@@ -23,6 +23,9 @@ fractions of:
              floor    (-delta - margin R)_+^2                     (the half of hinge that opposes collapse)
     target   constant R = ln T                                    (published: row i cannot exceed ln(i + 1))
              causal   R_i = ln(i + 1)                             (what row i can reach; row 0 has no penalty)
+
+The paper keeps the coefficient constant. With schedule = 'learning_rate' it is coefficient * rate / peak rate in every
+step, so that the penalty warms up and fades with the steps that it protects.
 """
 
 import math
@@ -62,6 +65,11 @@ class RegularizerConfig:
         "constant",
         "What threshold and margin are fractions of. 'constant': ln T for every query (published). 'causal': the "
         "largest entropy that each query can reach, ln(i + 1) at position i; needs granularity = 'per_query'.",
+    )
+    schedule: Literal["constant", "learning_rate"] = explained(
+        "constant",
+        "How the coefficient changes over a run. 'constant': not at all (published). 'learning_rate': in each step it "
+        "is multiplied by the learning rate's ratio to its peak.",
     )
 
     def faults(self) -> list[str]:

@@ -96,6 +96,7 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
         num_heads=config.model.num_attention_heads,
         seq_length=config.model.seq_length,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+        device=local_device(),
     )
 
 

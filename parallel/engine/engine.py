@@ -164,7 +164,11 @@ class Engine:
         return self._stage
 
     def train_step(
-        self, micro_batches: Iterator[MicroBatch], learning_rate: float, limits: StepLimits = FINITE
+        self,
+        micro_batches: Iterator[MicroBatch],
+        learning_rate: float,
+        limits: StepLimits = FINITE,
+        penalty_strength: float = 1.0,
     ) -> tuple[PendingReport, StageStatistics]:
         """Run the step's micro-batches, and one optimizer step if their report is within the limits.
 
@@ -175,6 +179,7 @@ class Engine:
             micro_batches: this rank's; `num_micro_batches` of them are run.
             learning_rate: of this step.
             limits: of loss and gradient norm.
+            penalty_strength: by which the regularizer's coefficient is multiplied in this step.
 
         Returns:
             The step's report, and this rank's statistics.
@@ -182,6 +187,8 @@ class Engine:
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._stage.regularizer is not None:
+            self._stage.regularizer.strength.fill_(penalty_strength)
         if self._stage.transformer.config.spectral_norm != "none":
             update_spectral_norms(self.stage)
         self.engine.train()

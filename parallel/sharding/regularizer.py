@@ -31,6 +31,9 @@ stage's layers have run, and the backward pass waits for it, so that the head's 
 The penalty needs nothing of the last stage: it is attached to the stage's output, and the backward pass gives it a
 constant gradient.
 
+A CUDA graph replays kernels and no Python, so what changes from step to step is a tensor: `strength`, which multiplies
+the coefficient.
+
 per_head squares after averaging over a micro-batch group, so its value depends on micro_batch_size x dp. Compare
 layouts at equal products only. per_query does not depend on the layout.
 """
@@ -54,6 +57,10 @@ class ShardedRegularizer:
         num_heads: of the whole model.
         seq_length: T, of whole sequences.
         num_micro_batches: in one optimizer step. Gradients are summed over them, so each counts 1 / num_micro_batches.
+        device: of this rank.
+
+    Attributes:
+        strength: float32 scalar on the device, by which the coefficient is multiplied in the current step.
     """
 
     def __init__(
@@ -65,12 +72,14 @@ class ShardedRegularizer:
         num_heads: int,
         seq_length: int,
         num_micro_batches: int,
+        device: torch.device,
     ) -> None:
         grid = groups.grid
         self.config, self.groups = config, groups
         self.factor = config.coefficient * grid.cp / (num_layers * num_heads)
         self.seq_length = seq_length
         self.gradient_scale = 1.0 / num_micro_batches
+        self.strength = torch.ones((), device=device)
         held = len(grid.heads(num_heads))
         self.own_heads = slice(grid.cp_rank * held, (grid.cp_rank + 1) * held)
 
@@ -99,7 +108,7 @@ class ShardedRegularizer:
         if self.config.granularity == "per_query":
             reachable = reachable_entropy(self.config, self.seq_length, entropy_LBNT, document_start_BT)
             each = penalty(entropy_LBNT, theta_LN[:, None, :, None], reachable, self.config)
-            terms = self.factor * each.mean(dim=(1, 3)).sum()
+            terms = self.strength * (self.factor * each.mean(dim=(1, 3)).sum())
             return _Attach.apply(output, terms, self.gradient_scale), terms.detach
         local_LN = entropy_LBNT.mean(dim=(1, 3))
         average = _Average(local_LN.detach(), self.groups)
@@ -112,7 +121,7 @@ class ShardedRegularizer:
     def per_head(self, mean_LN: Tensor, theta_LN: Tensor) -> Tensor:
         """Return this rank's terms of the penalty, a scalar, from the mean entropies of its heads."""
         reachable = reachable_entropy(self.config, self.seq_length, mean_LN)
-        return self.factor * penalty(mean_LN, theta_LN, reachable, self.config).sum()
+        return self.strength * (self.factor * penalty(mean_LN, theta_LN, reachable, self.config).sum())
 
 
 class _Average:

@@ -1,4 +1,4 @@
-"""Computes the learning rate of each step."""
+"""Computes the learning rate of each step, and what follows it."""
 
 import math
 
@@ -39,6 +39,11 @@ def learning_rate(config: OptimizerConfig, step: int, train_steps: int) -> float
     if config.schedule == "cosine":
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return peak + (floor - peak) * progress
+
+
+def penalty_strength(config: Config, rate: float) -> float:
+    """Return the factor of the regularizer's coefficient in a step of this learning rate."""
+    return rate / config.optimizer.learning_rate if config.regularizer.schedule == "learning_rate" else 1.0
 
 
 def fast_start(config: Config) -> str | None:

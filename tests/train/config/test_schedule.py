@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from model.config import ModelConfig
+from model.regularizer import RegularizerConfig
 from train.config import Config
-from train.config.schedule import fast_start, learning_rate, warmup_steps
+from train.config.schedule import fast_start, learning_rate, penalty_strength, warmup_steps
 from train.config.sections import OptimizerConfig, TrainingConfig
 
 
@@ -60,6 +61,15 @@ def test_warm_up_as_a_share_or_in_steps() -> None:
     assert warmup_steps(OptimizerConfig(warmup_fraction=0.05), 32_044) == 1602
     assert warmup_steps(OptimizerConfig(warmup_fraction=0.05, warmup_steps=7), 32_044) == 7
     assert warmup_steps(OptimizerConfig(warmup_fraction=0.05, warmup_steps=0), 32_044) == 0
+
+
+def test_a_penalty_that_follows_the_rate_has_its_ratio_to_the_peak() -> None:
+    optimizer = OptimizerConfig(learning_rate=8.0, schedule="linear", warmup_steps=2)
+    constant = Config(optimizer=optimizer)
+    following = Config(optimizer=optimizer, regularizer=RegularizerConfig(schedule="learning_rate"))
+    taken = rates(optimizer, 10)
+    assert [penalty_strength(following, rate) for rate in taken[:4]] == [0.5, 1.0, 1.0, 0.875]
+    assert {penalty_strength(constant, rate) for rate in taken} == {1.0}
 
 
 def test_a_run_of_one_step_is_trained_at_the_peak() -> None:
