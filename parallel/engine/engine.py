@@ -73,6 +73,7 @@ class EngineConfig:
         weight_decay: of matrices.
         betas: of Adam.
         epsilon: of Adam.
+        threshold_rate: factor of the thresholds' learning rate; 0 freezes them.
         deepspeed: the user's section, keys of DeepSpeed's own configuration.
     """
 
@@ -85,6 +86,7 @@ class EngineConfig:
     weight_decay: float
     betas: tuple[float, float]
     epsilon: float
+    threshold_rate: float
     deepspeed: dict[str, Any]
 
 
@@ -113,7 +115,7 @@ class Engine:
             sum_replicated_gradients(stage.transformer, groups, config.num_micro_batches)
         exchanging_replicas = groups.grid.replicas if self._is_sharded_adam else 1
         optimizer = torch.optim.AdamW(
-            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas),
+            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas, config.threshold_rate),
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,
@@ -186,7 +188,7 @@ class Engine:
         """
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
         if self._stage.regularizer is not None:
             self._stage.regularizer.strength.fill_(penalty_strength)
         if self._stage.transformer.config.spectral_norm != "none":

@@ -189,6 +189,7 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("optimizer.beta2=1", r"optimizer\.beta2 = 1\.0 must lie in \[0, 1\)"),
         ("optimizer.epsilon=0", r"optimizer\.epsilon = 0\.0 must be positive"),
         ("optimizer.gradient_clipping=-1", r"optimizer\.gradient_clipping = -1\.0 must not be negative"),
+        ("optimizer.threshold_rate=-1", r"optimizer\.threshold_rate = -1\.0 must not be negative"),
         ("training.micro_batch_size=0", r"training\.micro_batch_size = 0 must be at least 1 \(sequences\)"),
         ("training.train_steps=0", r"training\.train_steps = 0 must be at least 1"),
         ("training.seed=-1", r"training\.seed = -1 must not be negative"),
