@@ -82,13 +82,13 @@ def test_per_head_granularity_through_the_engine(layout: str) -> None:
 
 VARIANTS = [
     ("tp=2:cp=2:sp=1:acc=1", "float64", {"shape": "hinge", "target": "causal", "within_documents": True}),
-    ("pp=2:dp=2:acc=2", "float32", {"shape": "floor", "target": "causal", "threshold_init": 1.0}),
+    ("pp=2:dp=2:acc=2", "float32", {"shape": "floor", "threshold_init": 1.0, "temperature_init": "calibrated"}),
     ("dp=2:acc=2", "float64", {"shape": "hinge", "granularity": "per_head"}),
 ]
 
 
 @pytest.mark.parametrize(("layout", "dtype", "variant"), VARIANTS)
-def test_variants_of_the_penalty(layout: str, dtype: str, variant: dict[str, Any]) -> None:
+def test_variants_of_penalty_and_temperature(layout: str, dtype: str, variant: dict[str, Any]) -> None:
     assert_layout(parse_layout(layout), dtype, architecture=EREG, **variant)
 
 
