@@ -7,7 +7,7 @@ import pytest
 from model.config import ModelConfig
 from model.regularizer import RegularizerConfig
 from train.config import Config
-from train.config.schedule import fast_start, learning_rate, penalty_strength, warmup_steps
+from train.config.schedule import fast_start, learning_rate, penalty_strength, start_warnings, warmup_steps
 from train.config.sections import OptimizerConfig, TrainingConfig
 
 
@@ -100,3 +100,14 @@ def test_a_start_too_fast_for_a_network_without_norms_is_told(changes: dict[str,
     assert (text is not None) == warns
     if text is not None:
         assert "in 15 steps" in text and "optimizer.warmup_steps = 100" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "warns"),
+    [({"temperature_form": "raw"}, True), ({}, False), ({"temperature_form": "raw", "temperature": "none"}, False)],
+)
+def test_temperatures_that_can_cross_zero_are_told_at_the_start(model: dict[str, Any], warns: bool) -> None:
+    config = Config(model=ModelConfig(**model).resolved(), training=TrainingConfig(train_steps=2000))
+    told = dict(start_warnings(config))
+    assert told.keys() == ({"raw temperatures"} if warns else set())
+    assert not warns or "up to optimizer.learning_rate = 0.001 a step" in told["raw temperatures"]
