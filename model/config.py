@@ -113,7 +113,9 @@ class ModelConfig:
         None, "Whether the entropy regularizer acts; each head then has a learned threshold."
     )
     threshold_init: float = explained(
-        0.5, "Initial threshold theta as a fraction of ln T. Trained values in the paper lie between 0.20 and 0.52."
+        0.5,
+        "Initial threshold theta as a fraction of ln T, or of what regularizer.target names instead. Trained values in "
+        "the paper lie between 0.20 and 0.52.",
     )
     final_norm: bool = explained(
         True, "LayerNorm after the last block, which the authors keep. Without it, softmax is the only nonlinearity."
