@@ -97,10 +97,11 @@ class ModelConfig:
         "'exp' trains ln(t / temperature_init), which keeps t positive and well resolved in bf16. 'raw' trains t "
         "itself, as in the paper; it can cross zero.",
     )
-    temperature_init: float = explained(
+    temperature_init: float | Literal["calibrated"] = explained(
         0.01,
         "Initial temperature t, by which logits are divided. The paper uses 0.01 on CodeParrot and 0.1 on Languini, "
-        "since logits are small without norms.",
+        "since logits are small without norms. 'calibrated' starts each layer at the mean square of what it reads, "
+        "which gives logits the size that a LayerNorm would give them (model/initialize.py).",
     )
     weight_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
         None, "Linear layers with weight normalization: each output row is g V/||V||."
@@ -112,7 +113,9 @@ class ModelConfig:
         None, "Whether the entropy regularizer acts; each head then has a learned threshold."
     )
     threshold_init: float = explained(
-        0.5, "Initial threshold theta as a fraction of ln T. Trained values in the paper lie between 0.20 and 0.52."
+        0.5,
+        "Initial threshold theta as a fraction of ln T, or of what regularizer.target names instead. Trained values in "
+        "the paper lie between 0.20 and 0.52.",
     )
     final_norm: bool = explained(
         True, "LayerNorm after the last block, which the authors keep. Without it, softmax is the only nonlinearity."
@@ -195,7 +198,13 @@ class ModelConfig:
             faults.append(
                 "model.weight_norm and model.spectral_norm are both set; choose one and leave the other 'none'"
             )
-        if self.temperature_init <= 0:
+        if self.temperature_init == "calibrated":
+            if model.norm == "none" and (model.activation == "gelu" or model.spectral_norm != "none"):
+                faults.append(
+                    "model.temperature_init = 'calibrated' has no closed form with model.activation = 'gelu' or with "
+                    "model.spectral_norm; set a number"
+                )
+        elif self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")
         if not 0 <= self.threshold_init <= 1:
             faults.append(

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.normalized_weights import update_spectral_norms
-from model.transformer import Transformer
+from model.transformer import Attention, Transformer
 
 Cut = Callable[[str, Tensor], Tensor]
 """(global name, whole tensor) -> the part held here."""
@@ -79,7 +79,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
             dim=1
         )
     if kind == "temperature_parameter":
-        return torch.full(shape, 0.0 if config.temperature_form == "exp" else config.temperature_init)
+        return torch.full(shape, 0.0 if config.temperature_form == "exp" else initial_temperature(name, config))
     if kind == "threshold":
         return torch.full(shape, config.threshold_init)
     if kind == "alpha":
@@ -111,6 +111,49 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     return deviation / depth_factor(config) if ends_sub_block and not divided_by_alpha else deviation
 
 
+def initial_temperature(name: str, config: ModelConfig) -> float:
+    """Return the temperature that a layer starts at: a number of the configuration, or the calibrated one.
+
+    A logit is q . k / (t sqrt(H)). With matrices of deviation s its variance is (D s^2)^2 m^2 / t^2, where m is the
+    mean square of what the layer reads. A LayerNorm makes m = 1, so with t = m a network without norms has the same
+    logits.
+
+    With independent matrices of mean 0, the mean square of a sum is the sum of mean squares:
+
+        m_0     = s_E^2 + s_P^2                       word and position embeddings (no s_P with rotary positions)
+        m_(l+1) = m_l (1 + g / alpha^2)               the residual (beta = 1), and the FFN's gain g
+        g       = D s^2                               fused FFN
+                  D s_up^2 * F s_down^2               two matrices; half of it with ReLU, as E relu(u)^2 = E u^2 / 2
+
+        t_l = m_l = (s_E^2 + s_P^2) * (1 + g / alpha^2)^l
+
+    Attention is left out. Near a uniform start it averages about i positions that have little in common, and adds the
+    share (D s^2)^2 / (i + 1) at position i. It grows as positions come to resemble each other, and is larger in short
+    contexts and with ReLU, whose outputs share a mean: m_l exceeds t_l by up to 9% in the paper's network of 12 layers,
+    by 38% at T = 32, and by 45% with ReLU.
+
+    Args:
+        name: of a parameter of the layer, or of the layer: 'layers.3...'.
+    """
+    if config.temperature_init != "calibrated":
+        return config.temperature_init
+    if config.norm != "none":
+        return 1.0
+    width, ffn = config.hidden_size, "layers.0.ffn"
+
+    def variance(weight: str) -> float:
+        return standard_deviation(f"{weight}.weight", config) ** 2
+
+    if config.fused_ffn:
+        gain = width * variance(f"{ffn}.fused")
+    else:
+        gain = width * variance(f"{ffn}.up") * config.ffn_width * variance(f"{ffn}.down")
+        gain /= 2 if config.activation == "relu" else 1
+    alpha = depth_factor(config) if config.scaled_ffn else 1.0
+    embedded = variance("embedding.word") + (variance("embedding.position") if config.positions == "learned" else 0.0)
+    return embedded * (1 + gain / alpha**2) ** int(name.split(".")[1])
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int, cut: Cut = _whole) -> None:
     """Fill every parameter and power-iteration vector of `model`, which may be a shard of the whole.
@@ -129,6 +172,9 @@ def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="initial weights") as threads:
         list(threads.map(fill, named_parameters(model)))
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and config.temperature_init == "calibrated":
+            module.temperature_init = torch.tensor(initial_temperature(name, config), device=module.query_bias.device)
     for name, buffer in model.named_buffers():
         if name.endswith(".left"):  # u of a spectral norm: any start with a component along the first singular vector
             buffer.fill_(1.0)

@@ -14,6 +14,18 @@ The published code and the published algorithm take delta at different granulari
 The published code sums over the sequences and positions of a micro-batch, so its lambda depends on their number.
 `coefficient` multiplies a mean instead: coefficient = lambda * micro_batch_size * T. For the paper's CodeParrot runs
 that is 1e-5 * 128 * 128 = 0.164.
+
+The published penalty has two oddities, and a key for each leaves them out. With R for what theta and the margin are
+fractions of:
+
+    shape    square   delta^2 where |delta| > margin R, else 0    (published: jumps by (margin R)^2 at its margin)
+             hinge    (|delta| - margin R)_+^2                    (the same tolerance without the jump)
+             floor    (-delta - margin R)_+^2                     (the half of hinge that opposes collapse)
+    target   constant R = ln T                                    (published: row i cannot exceed ln(i + 1))
+             causal   R_i = ln(i + 1)                             (what row i can reach; row 0 has no penalty)
+
+The paper keeps the coefficient constant. With schedule = 'learning_rate' it is coefficient * rate / peak rate in every
+step, so that the penalty warms up and fades with the steps that it protects.
 """
 
 import math
@@ -43,6 +55,22 @@ class RegularizerConfig:
         "'per_query' penalizes the entropy of each query (published code). 'per_head' penalizes the mean entropy of a "
         "head over one micro-batch of all data-parallel ranks (published algorithm).",
     )
+    shape: Literal["square", "hinge", "floor"] = explained(
+        "square",
+        "How the penalty grows outside the margin. 'square' is the whole deviation squared (published), which jumps at "
+        "the margin. 'hinge' squares what exceeds the margin. 'floor' is the hinge of entropies that are too low, and "
+        "leaves high ones alone; a learned threshold can then only fall.",
+    )
+    target: Literal["constant", "causal"] = explained(
+        "constant",
+        "What threshold and margin are fractions of. 'constant': ln T for every query (published). 'causal': the "
+        "largest entropy that each query can reach, ln(i + 1) at position i; needs granularity = 'per_query'.",
+    )
+    schedule: Literal["constant", "learning_rate"] = explained(
+        "constant",
+        "How the coefficient changes over a run. 'constant': not at all (published). 'learning_rate': in each step it "
+        "is multiplied by the learning rate's ratio to its peak.",
+    )
 
     def faults(self) -> list[str]:
         faults = []
@@ -50,33 +78,69 @@ class RegularizerConfig:
             faults.append(f"regularizer.coefficient = {self.coefficient} must not be negative; 0 turns the penalty off")
         if not 0 <= self.margin < 1:
             faults.append(f"regularizer.margin = {self.margin} must lie in [0, 1): it is a fraction of ln T")
+        if self.target == "causal" and self.granularity == "per_head":
+            faults.append(
+                "regularizer.target = 'causal' needs regularizer.granularity = 'per_query': 'per_head' compares one "
+                "mean over all queries with one target"
+            )
         return faults
 
 
-def penalty(entropy: Tensor, threshold: Tensor, max_entropy_nats: float, margin: float) -> Tensor:
-    """Return delta^2 where |delta| > margin * max_entropy, else 0. The whole delta is squared, on both sides.
+def reachable_entropy(
+    config: RegularizerConfig, seq_length: int, entropy: Tensor, document_start_BT: Tensor | None = None
+) -> float | Tensor:
+    """Return R, what thresholds and margin are fractions of, in nats.
 
     Args:
-        entropy: nats, any shape that `threshold` broadcasts to.
-        threshold: theta as a fraction of max_entropy_nats.
+        seq_length: T.
+        entropy: whose device and type the result has.
+        document_start_BT: for attention within documents, the first position that each query attends to.
+
+    Returns:
+        ln T for a constant target. For a causal one ln of the number of positions that each query attends to: [T], or
+        [B, 1, T] within documents.
     """
-    delta = entropy - threshold * max_entropy_nats
-    return torch.where(delta.abs() > margin * max_entropy_nats, delta.square(), 0.0)
+    if config.target == "constant":
+        return math.log(seq_length)
+    count = torch.arange(1, seq_length + 1, device=entropy.device)
+    if document_start_BT is not None:
+        count = (count - document_start_BT).unsqueeze(1)
+    return count.to(entropy.dtype).log()
+
+
+def penalty(entropy: Tensor, threshold: Tensor, reachable: float | Tensor, config: RegularizerConfig) -> Tensor:
+    """Return the penalty of each entropy, of the shape that the configuration names (see the top of this file).
+
+    Args:
+        entropy: nats, any shape that `threshold` and `reachable` broadcast to.
+        threshold: theta as a fraction of `reachable`.
+        reachable: R in nats.
+    """
+    delta, tolerated = entropy - threshold * reachable, config.margin * reachable
+    if config.shape == "square":
+        return torch.where(delta.abs() > tolerated, delta.square(), 0.0)
+    distance = delta.abs() if config.shape == "hinge" else -delta
+    return (distance - tolerated).relu().square()
 
 
 def entropy_penalty(
-    entropies_BNT: list[Tensor], thresholds_N: list[Tensor], config: RegularizerConfig, seq_length: int
+    entropies_BNT: list[Tensor],
+    thresholds_N: list[Tensor],
+    config: RegularizerConfig,
+    seq_length: int,
+    document_start_BT: Tensor | None = None,
 ) -> Tensor:
     """Return the regularizer of a whole model on one process: a scalar, before the coefficient.
 
     Args:
         entropies_BNT: one tensor of entropies in nats for each layer.
         thresholds_N: theta of each layer's heads.
-        seq_length: T of ln T.
+        seq_length: T.
+        document_start_BT: for attention within documents, the first position that each query attends to.
     """
-    max_entropy = math.log(seq_length)
     entropy_LBNT = torch.stack(entropies_BNT)
     threshold_LN = torch.stack([threshold.to(entropy_LBNT.dtype) for threshold in thresholds_N])
+    reachable = reachable_entropy(config, seq_length, entropy_LBNT, document_start_BT)
     if config.granularity == "per_head":
-        return penalty(entropy_LBNT.mean(dim=(1, 3)), threshold_LN, max_entropy, config.margin).mean()
-    return penalty(entropy_LBNT, threshold_LN[:, None, :, None], max_entropy, config.margin).mean()
+        return penalty(entropy_LBNT.mean(dim=(1, 3)), threshold_LN, reachable, config).mean()
+    return penalty(entropy_LBNT, threshold_LN[:, None, :, None], reachable, config).mean()

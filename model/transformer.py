@@ -169,7 +169,11 @@ class Attention(nn.Module):
         self.heads = slice(None)
         self.output = Linear(heads * width, config.hidden_size)
         self.core = CoreAttention(config)
-        self.temperature_form, self.temperature_init = config.temperature_form, config.temperature_init
+        self.temperature_form = config.temperature_form
+        # A calibrated one is a tensor, and `initialize` sets it. With numbers, layers would not share compiled code.
+        self.temperature_init: float | Tensor | None = (
+            None if config.temperature_init == "calibrated" else config.temperature_init
+        )
         shape = {"none": None, "per_head": (heads,), "per_position": (heads, config.seq_length)}[
             config.temperature or "none"
         ]
@@ -181,6 +185,7 @@ class Attention(nn.Module):
         if self.temperature_parameter is None:
             return None
         if self.temperature_form == "exp":
+            assert self.temperature_init is not None, "`initialize` sets a calibrated temperature"
             exact = torch.promote_types(self.temperature_parameter.dtype, torch.float32)
             return self.temperature_init * self.temperature_parameter.to(exact).exp()
         return self.temperature_parameter

@@ -23,7 +23,7 @@ from data.errors import printable, redacted  # noqa: E402
 from parallel.processes.lifetime import end_with_launcher  # noqa: E402
 from parallel.processes.place import is_launched, place  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
-from train.config.schedule import fast_start  # noqa: E402
+from train.config.schedule import start_warnings  # noqa: E402
 from train.faults import DONE, explained, fault_of, is_rank_zero, report  # noqa: E402
 from train.loop.signals import StopRequest  # noqa: E402
 from train.start import timeline  # noqa: E402
@@ -70,7 +70,7 @@ def dry_run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     print_dry_run(config, options.world_size)
-    if text := fast_start(config):
+    for _, text in start_warnings(config):
         print_warning(text)
     return DONE
 

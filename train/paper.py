@@ -7,6 +7,9 @@
 `SETTINGS` defines how a group of rows was trained, `ROWS` the model of each row. Rows marked AERO are from the
 companion paper, arXiv 2410.13060. Rows marked "missing" are in neither paper; they separate ingredients that the paper
 varies together. Values that the papers do not state are marked [choice].
+
+Temperatures are raw, as published, and can cross zero. `write --temperature-form exp` writes rows whose temperatures
+stay positive; these train in folders of their own.
 """
 
 import argparse
@@ -15,9 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.command_line import path_argument, run_command
+from data.command_line import path_argument, print_warning, run_command
 from data.files.strict_json import to_json
 from train.config import Config, config_from_dict
+from train.config.schedule import raw_temperatures
 
 CODEPARROT_TOKENS = 16_700_000 * 128  # the paper's 16.7 million examples of 128 tokens
 CODEPARROT_PENALTY = 1e-5 * 128 * 128  # lambda * micro-batch * T of the published sum, as a weight of a mean
@@ -120,6 +124,16 @@ class Row:
 
     def config(self) -> Config:
         return config_from_dict(self.tree())
+
+    @property
+    def has_raw_temperatures(self) -> bool:
+        """Whether the row trains temperatures that can cross zero."""
+        return raw_temperatures(self.config()) is not None
+
+    def with_positive_temperatures(self) -> dict[str, Any]:
+        """Return the sections of the same row with exponential temperatures, in another run_dir."""
+        tree = self.tree()
+        return {**tree, "run_dir": f"runs/paper-exp/{self.name}", "model": {**tree["model"], "temperature_form": "exp"}}
 
 
 EREG = "EReg(SM(t)+ScFuFFN)"
@@ -290,6 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
             "--only", metavar="PLACE", help=f"only these rows: {', '.join(places())}; or the name of one row"
         )
     writing.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder to write to")
+    writing.add_argument(
+        "--temperature-form",
+        choices=["published", "exp"],
+        default="published",
+        help="'exp' keeps the temperatures of rows positive that are published raw (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     rows = list(ROWS.values()) if options.only is None else rows_at(options.only)
     if not rows:
@@ -301,9 +321,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{row.name:52} {published!s:>6}  {', '.join(row.places)}")
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
+    raw = [row for row in rows if row.has_raw_temperatures]
     for row in rows:
-        (options.output / f"{row.name}.json").write_text(to_json(row.tree(), indent=2) + "\n")
+        becomes_exp = row in raw and options.temperature_form == "exp"
+        tree = row.with_positive_temperatures() if becomes_exp else row.tree()
+        (options.output / f"{row.name}.json").write_text(to_json(tree, indent=2) + "\n")
     print(f"{len(rows)} configurations in {options.output}")
+    if raw and options.temperature_form == "published":
+        print_warning(
+            f"{len(raw)} of them train raw temperatures, as published; these can cross zero, where logits grow without "
+            "bound and change sign. --temperature-form exp keeps them positive"
+        )
     return 0
 
 

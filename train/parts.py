@@ -79,6 +79,7 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         weight_decay=config.optimizer.weight_decay,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         epsilon=config.optimizer.epsilon,
+        threshold_rate=config.optimizer.threshold_rate,
         deepspeed=config.deepspeed,
     )
     with phase("optimizer"):
@@ -96,6 +97,7 @@ def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | No
         num_heads=config.model.num_attention_heads,
         seq_length=config.model.seq_length,
         num_micro_batches=config.num_micro_batches(groups.grid.world_size),
+        device=local_device(),
     )
 
 

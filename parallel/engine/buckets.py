@@ -2,7 +2,7 @@
 
 ZeRO makes one flat buffer of each parameter group and cuts it over replicas, so a bucket must be a group of its own.
 The matrices of consecutive layers form one. Those of the embedding and of an untied head stand alone. Everything else,
-which does not decay, is one small group.
+which does not decay, is one small group. Thresholds leave it for a group of their own if they learn at another rate.
 """
 
 from typing import Any
@@ -17,8 +17,12 @@ ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
 
 
-def parameter_groups(transformer: Transformer, weight_decay: float, replicas: int) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups in the order in which a forward pass uses them; the small group comes first.
+def parameter_groups(
+    transformer: Transformer, weight_decay: float, replicas: int, threshold_rate: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups in the order in which a forward pass uses them; the small ones come first.
+
+    Each has a key `rate_factor` beside AdamW's own, by which the learning rate is multiplied.
 
     Layers are joined from the last one on, in the order of their gradients, until a bucket is large enough. The first
     layers may form a smaller one: it is exchanged last, when nothing is left to hide it.
@@ -29,13 +33,17 @@ def parameter_groups(transformer: Transformer, weight_decay: float, replicas: in
     Args:
         weight_decay: of matrices.
         replicas: ranks that exchange the buckets; with one, all matrices are in one bucket.
+        threshold_rate: rate factor of the regularizer's thresholds.
     """
     small: list[nn.Parameter] = []
+    thresholds: list[nn.Parameter] = []
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named_parameters(transformer):
         if name.endswith("weight") and parameter.dim() == 2:
             part = name.split(".")[1] if name.startswith("layers.") else name.split(".")[0]
             parts.setdefault(part, []).append(parameter)
+        elif name.endswith("threshold") and threshold_rate != 1.0:
+            thresholds.append(parameter)
         else:
             small.append(parameter)
     least = config.least_bucket_elements(replicas)
@@ -48,8 +56,12 @@ def parameter_groups(transformer: Transformer, weight_decay: float, replicas: in
         else:
             buckets.insert(0, matrices)
         may_join = is_layer and sum(matrix.numel() for matrix in buckets[0]) < least
-    decays = [{"params": sorted(bucket, key=_place), "weight_decay": weight_decay} for bucket in buckets]
-    return [{"params": sorted(small, key=_place), "weight_decay": 0.0}, *decays]
+    groups = [(small, 0.0, 1.0), (thresholds, 0.0, threshold_rate), *((each, weight_decay, 1.0) for each in buckets)]
+    return [
+        {"params": sorted(parameters, key=_place), "weight_decay": decay, "rate_factor": rate_factor}
+        for parameters, decay, rate_factor in groups
+        if parameters
+    ]
 
 
 def _place(parameter: nn.Parameter) -> tuple[bool, bool]:

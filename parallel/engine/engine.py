@@ -73,6 +73,7 @@ class EngineConfig:
         weight_decay: of matrices.
         betas: of Adam.
         epsilon: of Adam.
+        threshold_rate: factor of the thresholds' learning rate; 0 freezes them.
         deepspeed: the user's section, keys of DeepSpeed's own configuration.
     """
 
@@ -85,6 +86,7 @@ class EngineConfig:
     weight_decay: float
     betas: tuple[float, float]
     epsilon: float
+    threshold_rate: float
     deepspeed: dict[str, Any]
 
 
@@ -113,7 +115,7 @@ class Engine:
             sum_replicated_gradients(stage.transformer, groups, config.num_micro_batches)
         exchanging_replicas = groups.grid.replicas if self._is_sharded_adam else 1
         optimizer = torch.optim.AdamW(
-            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas),
+            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas, config.threshold_rate),
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,
@@ -164,7 +166,11 @@ class Engine:
         return self._stage
 
     def train_step(
-        self, micro_batches: Iterator[MicroBatch], learning_rate: float, limits: StepLimits = FINITE
+        self,
+        micro_batches: Iterator[MicroBatch],
+        learning_rate: float,
+        limits: StepLimits = FINITE,
+        penalty_strength: float = 1.0,
     ) -> tuple[PendingReport, StageStatistics]:
         """Run the step's micro-batches, and one optimizer step if their report is within the limits.
 
@@ -175,13 +181,16 @@ class Engine:
             micro_batches: this rank's; `num_micro_batches` of them are run.
             learning_rate: of this step.
             limits: of loss and gradient norm.
+            penalty_strength: by which the regularizer's coefficient is multiplied in this step.
 
         Returns:
             The step's report, and this rank's statistics.
         """
         self._limits, self._report = limits, None
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
+        if self._stage.regularizer is not None:
+            self._stage.regularizer.strength.fill_(penalty_strength)
         if self._stage.transformer.config.spectral_norm != "none":
             update_spectral_norms(self.stage)
         self.engine.train()

@@ -3,8 +3,11 @@
 With theta and the entropy H of L layers, N heads, S sequences and T positions of one micro-batch group (the
 micro-batches that all data-parallel ranks process at the same time), the whole penalty is
 
-    per_query   P = 1/(L N S T) sum_lnst f(H_lnst - theta_ln ln T)          f(x) = x^2 where |x| > margin ln T, else 0
+    per_query   P = 1/(L N S T) sum_lnst f(H_lnst - theta_ln R_st)          f: model.regularizer.penalty
     per_head    P = 1/(L N) sum_ln f(E_ln - theta_ln ln T),                 E_ln = 1/(S T) sum_st H_lnst
+
+R is ln T, or under a causal target what each query can reach. Every rank knows it, since it holds all positions of its
+heads.
 
 What a rank holds along each axis, and which communication that needs:
 
@@ -28,18 +31,20 @@ stage's layers have run, and the backward pass waits for it, so that the head's 
 The penalty needs nothing of the last stage: it is attached to the stage's output, and the backward pass gives it a
 constant gradient.
 
+A CUDA graph replays kernels and no Python, so what changes from step to step is a tensor: `strength`, which multiplies
+the coefficient.
+
 per_head squares after averaging over a micro-batch group, so its value depends on micro_batch_size x dp. Compare
 layouts at equal products only. per_query does not depend on the layout.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.regularizer import RegularizerConfig, penalty
+from model.regularizer import RegularizerConfig, penalty, reachable_entropy
 from parallel.sharding.megatron import Groups
 
 
@@ -47,11 +52,15 @@ class ShardedRegularizer:
     """The part of the penalty that this rank's heads and layers contribute.
 
     Args:
-        config: coefficient, margin, granularity.
+        config: coefficient, margin, granularity, shape, target.
         num_layers: of the whole model.
         num_heads: of the whole model.
         seq_length: T, of whole sequences.
         num_micro_batches: in one optimizer step. Gradients are summed over them, so each counts 1 / num_micro_batches.
+        device: of this rank.
+
+    Attributes:
+        strength: float32 scalar on the device, by which the coefficient is multiplied in the current step.
     """
 
     def __init__(
@@ -63,16 +72,24 @@ class ShardedRegularizer:
         num_heads: int,
         seq_length: int,
         num_micro_batches: int,
+        device: torch.device,
     ) -> None:
         grid = groups.grid
         self.config, self.groups = config, groups
         self.factor = config.coefficient * grid.cp / (num_layers * num_heads)
-        self.max_entropy_nats = math.log(seq_length)
+        self.seq_length = seq_length
         self.gradient_scale = 1.0 / num_micro_batches
+        self.strength = torch.ones((), device=device)
         held = len(grid.heads(num_heads))
         self.own_heads = slice(grid.cp_rank * held, (grid.cp_rank + 1) * held)
 
-    def attach(self, output: Tensor, entropy_LBNT: Tensor, threshold_LN: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    def attach(
+        self,
+        output: Tensor,
+        entropy_LBNT: Tensor,
+        threshold_LN: Tensor,
+        document_start_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Attach the penalty to the stage's output: its value stays, its backward pass also runs the penalty's.
 
         Args:
@@ -80,6 +97,7 @@ class ShardedRegularizer:
             entropy_LBNT: entropies in nats of the stage's layers, this rank's sequences and the heads whose attention
                 it computed.
             threshold_LN: theta of those layers and of all heads whose weights this rank holds.
+            document_start_BT: for attention within documents, the first position that each query attends to.
 
         Returns:
             The output, and a function that returns this rank's terms of coefficient * P, a scalar in the entropies'
@@ -88,8 +106,9 @@ class ShardedRegularizer:
         """
         theta_LN = threshold_LN[:, self.own_heads].to(entropy_LBNT.dtype)
         if self.config.granularity == "per_query":
-            each = penalty(entropy_LBNT, theta_LN[:, None, :, None], self.max_entropy_nats, self.config.margin)
-            terms = self.factor * each.mean(dim=(1, 3)).sum()
+            reachable = reachable_entropy(self.config, self.seq_length, entropy_LBNT, document_start_BT)
+            each = penalty(entropy_LBNT, theta_LN[:, None, :, None], reachable, self.config)
+            terms = self.strength * (self.factor * each.mean(dim=(1, 3)).sum())
             return _Attach.apply(output, terms, self.gradient_scale), terms.detach
         local_LN = entropy_LBNT.mean(dim=(1, 3))
         average = _Average(local_LN.detach(), self.groups)
@@ -101,7 +120,8 @@ class ShardedRegularizer:
 
     def per_head(self, mean_LN: Tensor, theta_LN: Tensor) -> Tensor:
         """Return this rank's terms of the penalty, a scalar, from the mean entropies of its heads."""
-        return self.factor * penalty(mean_LN, theta_LN, self.max_entropy_nats, self.config.margin).sum()
+        reachable = reachable_entropy(self.config, self.seq_length, mean_LN)
+        return self.strength * (self.factor * penalty(mean_LN, theta_LN, reachable, self.config).sum())
 
 
 class _Average:

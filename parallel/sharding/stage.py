@@ -96,7 +96,7 @@ class Stage(nn.Module):
         entropy_LBNT = torch.stack(entropies_BNT)
         self._record(entropy_LBNT.detach())
         if self.regularizer is not None and self.training:
-            x_TBD, penalty = self.regularizer.attach(x_TBD, entropy_LBNT, self.thresholds_LN)
+            x_TBD, penalty = self.regularizer.attach(x_TBD, entropy_LBNT, self.thresholds_LN, document_start_BT)
             self._penalties.append(penalty)
         return x_TBD
 

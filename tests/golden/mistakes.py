@@ -15,8 +15,8 @@ def weight_decay_of_everything() -> Any:
 
     real = engine.parameter_groups
 
-    def groups(transformer: Any, weight_decay: float, replicas: int) -> list[dict[str, Any]]:
-        return [group | {"weight_decay": weight_decay} for group in real(transformer, weight_decay, replicas)]
+    def groups(transformer: Any, weight_decay: float, *others: Any) -> list[dict[str, Any]]:
+        return [group | {"weight_decay": weight_decay} for group in real(transformer, weight_decay, *others)]
 
     return mock.patch.object(engine, "parameter_groups", groups)
 

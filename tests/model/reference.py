@@ -8,6 +8,7 @@ Tensor names carry their shape, batch first:
     B sequences    T tokens    D model width    N heads    H head width    F FFN width    V vocabulary
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -316,3 +317,30 @@ def algorithm_1(
                 in_layer = in_layer + delta**2
         total = total + in_layer / a_BNTT.shape[1]
     return total / len(attentions_BNTT)
+
+
+def penalty_by_rows(
+    entropies_BNT: list[Tensor],
+    thresholds_N: list[Tensor],
+    margin: float,
+    shape: str,
+    target: str,
+    starts_BT: Tensor | None,
+) -> Tensor:
+    """Mean over layers, sequences, heads and rows of the penalty's variants, a row at a time."""
+    terms = []
+    for entropy_BNT, threshold_N in zip(entropies_BNT, thresholds_N, strict=True):
+        sequences, heads, tokens = entropy_BNT.shape
+        for b, n, i in itertools.product(range(sequences), range(heads), range(tokens)):
+            seen = tokens
+            if target == "causal":
+                seen = i + 1 - (0 if starts_BT is None else int(starts_BT[b, i]))
+            above = entropy_BNT[b, n, i] - threshold_N[n] * math.log(seen)
+            free = margin * math.log(seen)
+            if -free <= above <= free or (shape == "floor" and above > 0):
+                terms.append(0 * above)
+            elif shape == "square":
+                terms.append(above**2)
+            else:
+                terms.append((above - free) ** 2 if above > 0 else (above + free) ** 2)
+    return torch.stack(terms).mean()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.initialize import generator, global_shapes, initialize, named_parameters
+from model.initialize import generator, global_shapes, initial_temperature, initial_value, initialize, named_parameters
 from model.transformer import Transformer
 from tests.model.comparison import random_batch
 from tests.model.reference import RECIPES, Sizes, expected_shapes
@@ -247,3 +247,54 @@ def test_bf16_resolves_small_changes_of_a_temperature() -> None:
         attention.temperature_parameter.data.fill_(change)
         t = attention.bfloat16().temperature()
         torch.testing.assert_close(t, torch.full_like(t, 0.01 * math.exp(change)), rtol=2e-4, atol=0)
+
+
+CALIBRATED = {
+    "fused": {"init_std": 0.0346},  # D std^2 is 0.307, as at width 768
+    "deeper than the paper's": {"init_std": 0.0346, "num_layers": 24},
+    "wider than the paper's": {"hidden_size": 1536, "num_layers": 4},
+    "two matrices, rotary": {"architecture": "SM+ScFFN", "init_std": 0.03, "positions": "rotary"},
+    "ReLU": {"architecture": "SM+R", "init_std": 0.0346, "num_layers": 6},
+    "norms": {"architecture": "SM+LN+G"},
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_calibrated_temperatures_are_the_mean_square_of_what_layers_read(case: str) -> None:
+    sizes = {"num_layers": 12, "hidden_size": 256, "seq_length": 128, "temperature": "per_head", **CALIBRATED[case]}
+    config, vocab = sized(temperature_init="calibrated", **sizes), 1000  # in which few tokens of a sequence are alike
+    assert not config.faults()
+    model = Transformer(config, vocab)
+    initialize(model, config, vocab, seed=1)
+    reads: list[float] = []
+    for block in model.layers.values():
+        block.attention.register_forward_pre_hook(lambda _, inputs: reads.append(inputs[0].square().mean().item()))
+    tokens = torch.randint(vocab, (config.seq_length, 2), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.hidden_states(tokens)
+        starts = [block.attention.temperature() for block in model.layers.values()]
+    assert len(reads) == config.num_layers
+    raw = dataclasses.replace(config, temperature_form="raw")
+    for layer, (read, start) in enumerate(zip(reads, starts, strict=True)):
+        drift = 0.02 + 0.015 * layer  # attention adds a little, and 256 features are few
+        torch.testing.assert_close(start, torch.full_like(start, read), rtol=drift, atol=0)
+        name = f"layers.{layer}.attention.temperature_parameter"
+        torch.testing.assert_close(initial_value(name, start.shape, raw, seed=1), start)
+    growth = starts[-1][0] / starts[0][0]
+    assert growth == 1 if case == "norms" else growth > 1.5, "or one temperature would do for all layers"
+
+
+def test_layers_with_calibrated_temperatures_share_compiled_code() -> None:
+    """Dynamo compiles anew for each value of a number that a module holds, and gives up after a few."""
+    from torch._dynamo.testing import CompileCounter
+
+    config = sized(temperature_init="calibrated", num_layers=4, hidden_size=64)
+    model = Transformer(config, VOCAB)
+    initialize(model, config, VOCAB, seed=1)
+    counter, x_TBD = CompileCounter(), torch.randn(config.seq_length, 2, config.hidden_size)
+    torch._dynamo.reset()
+    for block in model.layers.values():
+        compiled = torch.compile(block.forward, backend=counter, fullgraph=True)(x_TBD)[0]
+        torch.testing.assert_close(compiled, block(x_TBD)[0])
+    assert counter.frame_count == 1
+    assert len({initial_temperature(f"layers.{layer}", config) for layer in range(4)}) == 4

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.regularizer import RegularizerConfig, entropy_penalty, penalty
+from model.regularizer import RegularizerConfig, entropy_penalty, penalty, reachable_entropy
 from tests.model import reference
 
 LAYERS, SEQUENCES, HEADS, TOKENS = 2, 5, 3, 8
@@ -72,7 +72,7 @@ def test_granularities_differ() -> None:
 def test_penalty_by_hand() -> None:
     """ln T = 2, theta = 0.5, margin = 0.25: E within [0.5, 1.5] is free, beyond it (E - 1)^2, from either side."""
     entropy = torch.tensor([0.0, 0.4, 0.5, 1.0, 1.5, 1.6, 2.0], dtype=torch.float64)
-    values = penalty(entropy, torch.tensor(0.5, dtype=torch.float64), 2.0, 0.25)
+    values = penalty(entropy, torch.tensor(0.5, dtype=torch.float64), 2.0, RegularizerConfig(margin=0.25))
     expected = torch.tensor([1.0, 0.36, 0.0, 0.0, 0.0, 0.36, 1.0], dtype=torch.float64)
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=0)
 
@@ -81,11 +81,51 @@ def test_gradients_by_hand() -> None:
     """dP/dE = 2 delta and dP/dtheta = -2 delta ln T outside the margin, both 0 inside."""
     entropy = torch.tensor([0.25, 1.25], dtype=torch.float64, requires_grad=True)
     theta = torch.tensor([0.5, 0.5], dtype=torch.float64, requires_grad=True)
-    penalty(entropy, theta, 2.0, 0.25).sum().backward()
+    penalty(entropy, theta, 2.0, RegularizerConfig(margin=0.25)).sum().backward()
     assert entropy.grad.tolist() == [-1.5, 0.0]
     assert theta.grad.tolist() == [3.0, 0.0]
 
 
 def test_zero_margin_has_no_dead_zone() -> None:
-    values = penalty(torch.tensor([0.99, 1.0, 1.01], dtype=torch.float64), torch.tensor(0.5), 2.0, 0.0)
+    config = RegularizerConfig(margin=0.0)
+    values = penalty(torch.tensor([0.99, 1.0, 1.01], dtype=torch.float64), torch.tensor(0.5), 2.0, config)
     torch.testing.assert_close(values, torch.tensor([1e-4, 0.0, 1e-4], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", ["square", "hinge", "floor"])
+@pytest.mark.parametrize("target", ["constant", "causal"])
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_every_shape_and_target_is_its_formula(shape: str, target: str, within_documents: bool) -> None:
+    """The reference takes one row of one head after the other, in Python numbers."""
+    generator = torch.Generator().manual_seed(4)
+    entropies = [2 * torch.rand(SEQUENCES, HEADS, TOKENS, generator=generator).double() for _ in range(LAYERS)]
+    thresholds = [0.2 + 0.5 * torch.rand(HEADS, generator=generator).double() for _ in range(LAYERS)]
+    starts_BT = torch.tensor([0, 0, 0, 3, 3, 3, 3, 7]).repeat(SEQUENCES, 1) if within_documents else None
+    leaves = [*entropies, *thresholds]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    config = RegularizerConfig(margin=MARGIN, shape=shape, target=target)
+    ours = entropy_penalty(entropies, thresholds, config, TOKENS, starts_BT)
+    expected = reference.penalty_by_rows(entropies, thresholds, MARGIN, shape, target, starts_BT)
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
+    found, wanted = (torch.autograd.grad(value, leaves) for value in (ours, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-16)
+    assert ours > 0
+
+
+def test_a_query_with_one_position_has_no_causal_penalty() -> None:
+    entropy = torch.zeros(1, 1, 1, TOKENS, dtype=torch.float64)
+    for shape in ("square", "hinge", "floor"):
+        config = RegularizerConfig(margin=0.1, shape=shape, target="causal")
+        values = penalty(entropy, torch.tensor(0.5), reachable_entropy(config, TOKENS, entropy), config).flatten()
+        assert values[0] == 0 and bool((values[1:] > 0).all()), shape
+
+
+def test_a_hinge_is_continuous_at_its_margin_where_the_published_penalty_jumps() -> None:
+    entropy = torch.tensor([0.5 - 1e-9, 1.5 + 1e-9], dtype=torch.float64)
+    at_margin = {
+        shape: penalty(entropy, torch.tensor(0.5), 2.0, RegularizerConfig(margin=0.25, shape=shape)).tolist()
+        for shape in ("square", "hinge", "floor")
+    }
+    assert at_margin["square"] == pytest.approx([0.25, 0.25])
+    assert at_margin["hinge"] == at_margin["floor"][:1] * 2 == pytest.approx([0, 0], abs=1e-15)

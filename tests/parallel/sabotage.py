@@ -114,6 +114,16 @@ def mean_entropy_not_reduced() -> Any:
     return mock.patch.object(module._Average, "__init__", local_only)
 
 
+def causal_targets_of_the_packed_sequence() -> Any:
+    """Targets ignore where documents start."""
+    from parallel.sharding import regularizer as module
+
+    real = module.reachable_entropy
+    return mock.patch.object(
+        module, "reachable_entropy", lambda config, length, entropy, _: real(config, length, entropy)
+    )
+
+
 def temperatures_of_other_heads() -> Any:
     """Every context-parallel rank takes the first rank's temperatures."""
     from parallel.sharding import context

@@ -5,6 +5,7 @@ in float64. The default run covers a part of the grid in which every axis meets 
 """
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_per_head_granularity(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["dp=2:acc=2:zero=3", "pp=2:dp=2:acc=2", "dp=2:cp=2:acc=2"])
 def test_per_head_granularity_through_the_engine(layout: str) -> None:
     assert_layout(parse_layout(layout), "float32", architecture=EREG, granularity="per_head")
+
+
+VARIANTS = [
+    ("tp=2:cp=2:sp=1:acc=1", "float64", {"shape": "hinge", "target": "causal", "within_documents": True}),
+    ("pp=2:dp=2:acc=2", "float32", {"shape": "floor", "threshold_init": 1.0, "temperature_init": "calibrated"}),
+    ("dp=2:acc=2", "float64", {"shape": "hinge", "granularity": "per_head"}),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "variant"), VARIANTS)
+def test_variants_of_penalty_and_temperature(layout: str, dtype: str, variant: dict[str, Any]) -> None:
+    assert_layout(parse_layout(layout), dtype, architecture=EREG, **variant)
 
 
 DOCUMENTS = [

@@ -26,6 +26,7 @@ BUGS = [
     ("local_layers_as_global", "pp=2", "float64"),
     ("thresholds_of_other_heads", "cp=2", "float64"),
     ("mean_entropy_not_reduced", "dp=2:acc=2", "float64"),
+    ("causal_targets_of_the_packed_sequence", "tp=2", "float64"),
     ("temperatures_of_other_heads", "cp=2", "float64"),
     ("every_context_rank_at_position_zero", "cp=2", "float64"),
     ("vocabulary_not_summed", "tp=2", "float64"),
@@ -40,6 +41,7 @@ BUGS = [
 ]
 CHOICES: dict[str, dict[str, Any]] = {
     "mean_entropy_not_reduced": {"granularity": "per_head"},
+    "causal_targets_of_the_packed_sequence": {"target": "causal", "within_documents": True},
     "diagonal_of_the_first_columns": {"fused_ffn": "split"},
     "diagonal_taken_for_whole": {"fused_ffn": "split"},
     "features_of_other_ranks": {"fused_ffn": "split"},

@@ -33,6 +33,8 @@ LIVELY: dict[str, Any] = {"init_std": 0.1, "temperature_init": 0.02}
 def tiny_config(
     *,
     granularity: str = "per_query",
+    shape: str = "square",
+    target: str = "constant",
     global_batch_size: int = 8,
     vocab_size: int = VOCAB_SIZE,
     within_documents: bool = False,
@@ -42,7 +44,7 @@ def tiny_config(
     """Return a configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
     return Config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
-        regularizer=RegularizerConfig(coefficient=1.0, margin=0.05, granularity=granularity),  # type: ignore[arg-type]
+        regularizer=RegularizerConfig(1.0, 0.05, granularity, shape, target),  # type: ignore[arg-type]
         data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents),
         parallel=ParallelConfig(fused_ffn=fused_ffn),  # type: ignore[arg-type]
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
@@ -96,7 +98,8 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
             parts[0] = cross_entropy / rows_BT[:, 1:].numel()
             if config.model.regularized:
                 thresholds = [block.attention.threshold for block in model.layers.values()]
-                penalty = entropy_penalty(entropies_BNT, thresholds, config.regularizer, config.model.seq_length)
+                length = config.model.seq_length
+                penalty = entropy_penalty(entropies_BNT, thresholds, config.regularizer, length, starts_BT)
                 parts[1] = config.regularizer.coefficient * penalty
             (parts.sum() / num_micro_batches).backward()
             whole += parts.detach() / num_micro_batches

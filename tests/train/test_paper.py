@@ -76,6 +76,24 @@ def test_tables_and_figures_hold_the_published_numbers() -> None:
     assert ROWS["codeparrot-12L-T128.EReg"].config().regularizer.coefficient == pytest.approx(0.164, abs=2e-4)
 
 
+def test_raw_temperatures_are_warned_of_once_and_can_be_exponential(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published, positive = tmp_path / "published", tmp_path / "positive"
+    assert paper.main(["write", "--only", "Table 3", "--output", str(published)]) == 0
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "1 of them train raw temperatures" in warning
+    asked = ["write", "--only", "Table 3", "--output", str(positive), "--temperature-form", "exp"]
+    assert paper.main(asked) == 0 and capsys.readouterr().err == ""
+    for file in published.iterdir():
+        as_published, written = (json.loads((folder / file.name).read_text()) for folder in (published, positive))
+        if file.name.endswith("EReg.json"):
+            assert as_published["model"].pop("temperature_form") == "raw"
+            assert written["model"].pop("temperature_form") == "exp"
+            assert as_published.pop("run_dir") != written.pop("run_dir")
+        assert as_published == written
+
+
 def test_an_unknown_table_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert paper.main(["list", "--only", "Table 9"]) == 2
     assert "Table 9" in capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""Computes the learning rate of each step."""
+"""Computes the learning rate of each step, and what follows it."""
 
 import math
+from collections.abc import Iterator
 
 from train.config.config import Config
 from train.config.sections import OptimizerConfig
@@ -39,6 +40,30 @@ def learning_rate(config: OptimizerConfig, step: int, train_steps: int) -> float
     if config.schedule == "cosine":
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return peak + (floor - peak) * progress
+
+
+def penalty_strength(config: Config, rate: float) -> float:
+    """Return the factor of the regularizer's coefficient in a step of this learning rate."""
+    return rate / config.optimizer.learning_rate if config.regularizer.schedule == "learning_rate" else 1.0
+
+
+def start_warnings(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield what a run's start should warn of: the event's name in the journal, and one line of text."""
+    for event, text in (("fast start", fast_start(config)), ("raw temperatures", raw_temperatures(config))):
+        if text is not None:
+            yield event, text
+
+
+def raw_temperatures(config: Config) -> str | None:
+    """Return a warning if temperatures can cross zero; None otherwise."""
+    model = config.model
+    if model.temperature == "none" or model.temperature_form != "raw":
+        return None
+    return (
+        "model.temperature_form = 'raw' (as published) lets temperatures cross zero, where logits grow without bound "
+        f"and change sign: Adam moves t by up to optimizer.learning_rate = {config.optimizer.learning_rate:g} a step, "
+        f"from model.temperature_init = {model.temperature_init}; 'exp' keeps them positive"
+    )
 
 
 def fast_start(config: Config) -> str | None:

@@ -103,6 +103,11 @@ class OptimizerConfig:
         0.999, "Adam's decay rate of the second moment. The paper uses 0.999 on CodeParrot and 0.95 on Languini."
     )
     epsilon: float = explained(1e-8, "Adam's epsilon, added to the denominator.")
+    threshold_rate: float = explained(
+        1.0,
+        "Factor of the learning rate of the regularizer's thresholds. 0 keeps them at model.threshold_init; their "
+        "gradient still counts in the norm that is clipped.",
+    )
     gradient_clipping: float = explained(
         1.0, "Largest L2 norm of the whole gradient, over all ranks; 0 turns clipping off."
     )
@@ -124,7 +129,7 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
-        for name in ("weight_decay", "gradient_clipping"):
+        for name in ("weight_decay", "threshold_rate", "gradient_clipping"):
             if getattr(self, name) < 0:
                 faults.append(f"optimizer.{name} = {getattr(self, name)} must not be negative")
         if self.epsilon <= 0:

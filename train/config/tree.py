@@ -138,7 +138,8 @@ def describe_type(expected: Any) -> str:
     """Describe a type annotation for users: "a whole number or null"."""
     origin = typing.get_origin(expected)
     if origin is Literal:
-        return "one of " + ", ".join(to_json(choice) for choice in typing.get_args(expected))
+        choices = [to_json(choice) for choice in typing.get_args(expected)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(option) for option in typing.get_args(expected))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}

@@ -11,7 +11,7 @@ from parallel.engine.compiled import BlockError, CompiledBlock
 from parallel.engine.telemetry import HeadSnapshot
 from parallel.launch import world_size
 from train.config import Config
-from train.config.schedule import fast_start
+from train.config.schedule import start_warnings
 from train.loop.goodput import Goodput
 from train.loop.progress import ProgressDisplay
 from train.loop.rank_times import slow_words
@@ -61,8 +61,8 @@ class RunLog:
             self.event("resumed", said, step=first_step, world_size=world_size(), changed=changed)
         else:
             self.event("started", step=first_step, world_size=world_size())
-            if text := fast_start(config):
-                self.warn("fast start", text)
+            for event, text in start_warnings(config):
+                self.warn(event, text)
         self.damaged(self.journal.damage, first_step)
         self._open(first_step, recorded)
 

@@ -25,7 +25,7 @@ from train.checkpoint.places import Places
 from train.checkpoint.root import CheckpointError
 from train.checkpoint.saver import CheckpointSaver, Progress
 from train.config import Config
-from train.config.schedule import learning_rate
+from train.config.schedule import learning_rate, penalty_strength
 from train.loop.clock import Clock
 from train.loop.health import Health
 from train.loop.log import RunLog, is_validated, seconds_after
@@ -243,10 +243,11 @@ class Trainer:
 
     def _launch(self, rate: float, bounds: StepLimits) -> tuple[PendingReport, StageStatistics]:
         """Launch a step; wait for the process's first one, which ends the start."""
+        strength = penalty_strength(self.config, rate)
         if not self.is_first_step:
-            return self.engine.train_step(self.batches, rate, bounds)
+            return self.engine.train_step(self.batches, rate, bounds, strength)
         with phase("first_step"), timeline.compiling() if self.first_step.compiles else contextlib.nullcontext():
-            launched = self.engine.train_step(self.batches, rate, bounds)
+            launched = self.engine.train_step(self.batches, rate, bounds, strength)
             launched[0].wait()
         if (seconds := timeline.finish()) and self.log is not None:
             self.log.event("first step done", timeline.words(seconds), seconds=seconds)

@@ -2,8 +2,9 @@
 
     {"time": "2026-01-31T12:00:00+00:00", "event": "skipped step", "step": 1234, "reason": "...", ...}
 
-Events: started, fast start, resumed, first step done, compiled blocks verified, saved, save failed, damaged checkpoint,
-damaged file, side log failed, skipped step, collapse, rolled back, asked to stop, time limit, stopped, finished.
+Events: started, fast start, raw temperatures, resumed, first step done, compiled blocks verified, saved, save failed,
+damaged checkpoint, damaged file, side log failed, skipped step, collapse, rolled back, asked to stop, time limit,
+stopped, finished.
 """
 
 import threading

@@ -189,6 +189,7 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("optimizer.beta2=1", r"optimizer\.beta2 = 1\.0 must lie in \[0, 1\)"),
         ("optimizer.epsilon=0", r"optimizer\.epsilon = 0\.0 must be positive"),
         ("optimizer.gradient_clipping=-1", r"optimizer\.gradient_clipping = -1\.0 must not be negative"),
+        ("optimizer.threshold_rate=-1", r"optimizer\.threshold_rate = -1\.0 must not be negative"),
         ("training.micro_batch_size=0", r"training\.micro_batch_size = 0 must be at least 1 \(sequences\)"),
         ("training.train_steps=0", r"training\.train_steps = 0 must be at least 1"),
         ("training.seed=-1", r"training\.seed = -1 must not be negative"),
@@ -230,6 +231,8 @@ def test_impossible_value_names_key_value_and_remedy(tmp_path: Path, override: s
             "zero_stage = 3 cannot be combined with .*spectral_norm",
         ),
         (["model.weight_norm=QK", "model.spectral_norm=FFN"], "weight_norm and model.spectral_norm are both set"),
+        (["regularizer.target=causal", "regularizer.granularity=per_head"], "target = 'causal' needs .*'per_query'"),
+        (["model.temperature_init=calibrated", "model.spectral_norm=FFN"], "'calibrated' has no closed form with"),
         (["model.positions=rotary", "model.hidden_size=36"], "rotary' needs an even head width, not 3"),
         (
             ["parallel.sequence_parallel=true", "parallel.tensor_parallel_size=3"],

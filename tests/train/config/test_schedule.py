@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from model.config import ModelConfig
+from model.regularizer import RegularizerConfig
 from train.config import Config
-from train.config.schedule import fast_start, learning_rate, warmup_steps
+from train.config.schedule import fast_start, learning_rate, penalty_strength, start_warnings, warmup_steps
 from train.config.sections import OptimizerConfig, TrainingConfig
 
 
@@ -62,6 +63,15 @@ def test_warm_up_as_a_share_or_in_steps() -> None:
     assert warmup_steps(OptimizerConfig(warmup_fraction=0.05, warmup_steps=0), 32_044) == 0
 
 
+def test_a_penalty_that_follows_the_rate_has_its_ratio_to_the_peak() -> None:
+    optimizer = OptimizerConfig(learning_rate=8.0, schedule="linear", warmup_steps=2)
+    constant = Config(optimizer=optimizer)
+    following = Config(optimizer=optimizer, regularizer=RegularizerConfig(schedule="learning_rate"))
+    taken = rates(optimizer, 10)
+    assert [penalty_strength(following, rate) for rate in taken[:4]] == [0.5, 1.0, 1.0, 0.875]
+    assert {penalty_strength(constant, rate) for rate in taken} == {1.0}
+
+
 def test_a_run_of_one_step_is_trained_at_the_peak() -> None:
     for schedule in ("linear", "cosine", "wsd"):
         assert rates(OptimizerConfig(learning_rate=1.0, schedule=schedule), 1) == [1.0]
@@ -90,3 +100,14 @@ def test_a_start_too_fast_for_a_network_without_norms_is_told(changes: dict[str,
     assert (text is not None) == warns
     if text is not None:
         assert "in 15 steps" in text and "optimizer.warmup_steps = 100" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "warns"),
+    [({"temperature_form": "raw"}, True), ({}, False), ({"temperature_form": "raw", "temperature": "none"}, False)],
+)
+def test_temperatures_that_can_cross_zero_are_told_at_the_start(model: dict[str, Any], warns: bool) -> None:
+    config = Config(model=ModelConfig(**model).resolved(), training=TrainingConfig(train_steps=2000))
+    told = dict(start_warnings(config))
+    assert told.keys() == ({"raw temperatures"} if warns else set())
+    assert not warns or "up to optimizer.learning_rate = 0.001 a step" in told["raw temperatures"]
