@@ -57,7 +57,13 @@ class Arrivals(Protocol):
 
 
 class Transport(Protocol):
-    """Exchanges parts between the ranks of one group."""
+    """Exchanges parts between the ranks of one group.
+
+    Attributes:
+        can_be_captured: whether its exchanges may be part of a CUDA graph.
+    """
+
+    can_be_captured: bool
 
     def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
         """Return memory in which a product can lay out its parts for the peers; `start` then copies nothing.
@@ -92,6 +98,8 @@ _transports: dict[str, Transport] = {}
 
 class Collectives:
     """Exchanges parts with one collective of torch.distributed."""
+
+    can_be_captured = False  # training hung when NCCL's calls were captured (docs/notes/many-gpus.md)
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -132,6 +140,8 @@ class _CollectiveArrivals:
 
 class PeerCopies:
     """Exchanges parts between GPUs of one host by copy engines."""
+
+    can_be_captured = True
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group, self.ranks, self.rank = group, group.size(), group.rank()
