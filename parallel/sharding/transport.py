@@ -152,6 +152,7 @@ class PeerCopies:
         self._flags = _shared(2 * SLOTS * self.ranks * FLAG_BYTES, group)
         self._flags.memory.view(torch.int32)[SLOTS * self.ranks :] = 1  # every slot starts as fetched
         self._slot_bytes, self._memory = 0, self._flags
+        self._captured: list[_SharedMemory] = []  # memory that CUDA graphs use
         self._meet()
 
     def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
@@ -205,6 +206,8 @@ class PeerCopies:
         """Return the next slot, once its last parts have been fetched; the current stream waits for that."""
         if needed_bytes > self._slot_bytes:
             self._grow(needed_bytes)
+        if torch.cuda.is_current_stream_capturing() and self._memory not in self._captured:
+            self._captured.append(self._memory)
         slot, self._turn = self._turn, (self._turn + 1) % SLOTS
         current = torch.cuda.current_stream()
         for peer in self.peers:
