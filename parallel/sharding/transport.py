@@ -87,13 +87,13 @@ class Transport(Protocol):
 
 def transport(group: ProcessGroup) -> Transport:
     """Return the group's transport; the first call for a group sets it up, and all its ranks must make it."""
-    found = _transports.get(group.group_name)
+    found = _transports.get(group)
     if found is None:
-        found = _transports[group.group_name] = PeerCopies(group) if _can_copy(group) else Collectives(group)
+        found = _transports[group] = PeerCopies(group) if _can_copy(group) else Collectives(group)
     return found
 
 
-_transports: dict[str, Transport] = {}
+_transports: dict[ProcessGroup, Transport] = {}  # a later group may have the name of one that was destroyed
 
 
 class Collectives:
