@@ -152,6 +152,9 @@ def _operators(
     def total(xs: list[Tensor]) -> Tensor:
         return torch.stack(xs).sum(0)
 
+    def different(w: Tensor, parts: int, dim: int) -> Tensor:
+        return torch.cat([w * factor for factor in range(1, parts + 1)], dim)
+
     return {
         "all_reduce": (lambda x, w: c.all_reduce(x, group), lambda xs, ws: [total(xs)] * ranks),
         "sum_both_ways": (lambda x, w: c.sum_both_ways(x, group), lambda xs, ws: [total(xs)] * ranks),
@@ -194,16 +197,18 @@ def _operators(
             lambda xs, ws: list(total([x @ w.t() for x, w in zip(xs, ws, strict=True)]).chunk(ranks)),
         ),
         "heads_linear": (
-            lambda x, w: products.heads_linear(x, w.repeat(2, 1), BIAS, group),
+            lambda x, w: products.heads_linear(x, different(w, 2, 0), BIAS, group),
             lambda xs, ws: [
-                torch.cat([x @ w.repeat(2, 1).t() + BIAS for x, w in zip(xs, ws, strict=True)]).chunk(ranks, -1)[rank]
+                torch.cat([x @ different(w, 2, 0).t() + BIAS for x, w in zip(xs, ws, strict=True)]).chunk(ranks, -1)[
+                    rank
+                ]
                 for rank in range(ranks)
             ],
         ),
         "positions_linear": (
-            lambda x, w: products.positions_linear(x, w.repeat(1, ranks), group)[0],
+            lambda x, w: products.positions_linear(x, different(w, ranks, 1), group)[0],
             lambda xs, ws: [
-                torch.cat([each.chunk(ranks)[rank] for each in xs], -1) @ ws[rank].repeat(1, ranks).t()
+                torch.cat([each.chunk(ranks)[rank] for each in xs], -1) @ different(ws[rank], ranks, 1).t()
                 for rank in range(ranks)
             ],
         ),
