@@ -66,7 +66,7 @@ class Transport(Protocol):
     can_be_captured: bool
 
     def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
-        """Return memory in which a product can lay out its parts for the peers; `start` then copies nothing.
+        """Return memory for a product to write its parts for the peers into; copy engines then send it from there.
 
         The next `start` of the group must take these parts.
 
