@@ -70,12 +70,13 @@ class ParallelConfig:
     def replays_passes(self, data_parallel_size: int, per_head: bool, block_flops: float) -> bool:
         """Return whether training passes should be replayed as CUDA graphs, if they are wanted and there is a GPU.
 
-        Context-parallel exchanges are captured with the pass. What outlives a pass cannot be: the activations of a
-        pipeline's other micro-batches, the weights that ZeRO-3 gathers, the entropies that data-parallel ranks average
-        between the forward and the backward pass. Tensor-parallel passes, which use NCCL too, hung when they were
-        captured. A replayed pass hands over all gradients at its end, so that nothing of their
-        exchange over replicas is hidden behind it. So with replicas only short passes are replayed, which the host
-        would hold up otherwise.
+        What outlives a pass cannot be captured: the activations of a pipeline's other micro-batches, the weights that
+        ZeRO-3 gathers, the entropies that data-parallel ranks average between the forward and the backward pass. Passes
+        with NCCL's calls hung when they were captured, so tensor-parallel passes are not. Context-parallel exchanges
+        between GPUs of one host use no NCCL and are captured (`parallel.sharding.transport`).
+
+        A replayed pass hands over all gradients at its end, so nothing of their exchange over replicas is hidden behind
+        it. With replicas, only short passes are replayed, which the host would hold up otherwise.
 
         Args:
             data_parallel_size: ranks that hold other sequences.

@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = run(config, manifest, stop)
         leave()
     except Exception as error:
+        timeline.finish()  # shows no more
         if fault := fault_of(error, has_started):
             return report(error, fault)
         if (known := explained(error, run_dir)) and has_started:

@@ -3,6 +3,8 @@
 Bytes are those of ring algorithms, for n ranks and a tensor of s bytes: all-reduce 2 s (n-1)/n; reduce-scatter,
 all-gather and all-to-all s (n-1)/n; point to point s.
 
+A sum beside a product travels as a scatter and a gather, which send as many bytes as an all-reduce.
+
 Let A be the bytes of a micro-batch's hidden states. A block then sends over tensor-parallel ranks, times (tp-1)/tp:
 
     attention                       4 A: an all-reduce forward, one backward

@@ -46,6 +46,7 @@ from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups, ModelParallelUnit
 from parallel.sharding.stage import Stage, StageStatistics
 from parallel.sharding.tensor import sum_replicated_gradients
+from parallel.sharding.transport import transport
 from parallel.stages import block_flops
 from parallel.state.chunks import Chunk
 from parallel.state.training_state import SavedState, StateMap, adam_step, create_moments, load_training_state
@@ -319,7 +320,9 @@ def replays(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
     model, grid = stage.transformer.config, groups.grid
     tokens = config.micro_batch_size * model.seq_length / (grid.tp * grid.cp)
     flops = tokens * block_flops(model, recompute="none")
-    return wanted and config.parallel.replays_passes(groups.grid.dp, per_head, flops)
+    if not wanted or not config.parallel.replays_passes(grid.dp, per_head, flops):
+        return False
+    return grid.cp == 1 or transport(groups.context).can_be_captured
 
 
 def deepspeed_config(config: EngineConfig, groups: Groups, is_compiled: bool) -> dict[str, Any]:

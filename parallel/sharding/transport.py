@@ -57,10 +57,16 @@ class Arrivals(Protocol):
 
 
 class Transport(Protocol):
-    """Exchanges parts between the ranks of one group."""
+    """Exchanges parts between the ranks of one group.
+
+    Attributes:
+        can_be_captured: whether its exchanges may be part of a CUDA graph.
+    """
+
+    can_be_captured: bool
 
     def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
-        """Return memory in which a product can lay out its parts for the peers; `start` then copies nothing.
+        """Return memory for a product to write its parts for the peers into; copy engines then send it from there.
 
         The next `start` of the group must take these parts.
 
@@ -81,17 +87,19 @@ class Transport(Protocol):
 
 def transport(group: ProcessGroup) -> Transport:
     """Return the group's transport; the first call for a group sets it up, and all its ranks must make it."""
-    found = _transports.get(group.group_name)
+    found = _transports.get(group)
     if found is None:
-        found = _transports[group.group_name] = PeerCopies(group) if _can_copy(group) else Collectives(group)
+        found = _transports[group] = PeerCopies(group) if _can_copy(group) else Collectives(group)
     return found
 
 
-_transports: dict[str, Transport] = {}
+_transports: dict[ProcessGroup, Transport] = {}  # a later group may have the name of one that was destroyed
 
 
 class Collectives:
     """Exchanges parts with one collective of torch.distributed."""
+
+    can_be_captured = False  # training hung when NCCL's calls were captured (docs/notes/many-gpus.md)
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -133,6 +141,8 @@ class _CollectiveArrivals:
 class PeerCopies:
     """Exchanges parts between GPUs of one host by copy engines."""
 
+    can_be_captured = True
+
     def __init__(self, group: ProcessGroup) -> None:
         self.group, self.ranks, self.rank = group, group.size(), group.rank()
         self.peers = [(self.rank + step) % self.ranks for step in range(1, self.ranks)]
@@ -142,6 +152,7 @@ class PeerCopies:
         self._flags = _shared(2 * SLOTS * self.ranks * FLAG_BYTES, group)
         self._flags.memory.view(torch.int32)[SLOTS * self.ranks :] = 1  # every slot starts as fetched
         self._slot_bytes, self._memory = 0, self._flags
+        self._captured: list[_SharedMemory] = []  # memory that CUDA graphs use
         self._meet()
 
     def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
@@ -195,6 +206,8 @@ class PeerCopies:
         """Return the next slot, once its last parts have been fetched; the current stream waits for that."""
         if needed_bytes > self._slot_bytes:
             self._grow(needed_bytes)
+        if torch.cuda.is_current_stream_capturing() and self._memory not in self._captured:
+            self._captured.append(self._memory)
         slot, self._turn = self._turn, (self._turn + 1) % SLOTS
         current = torch.cuda.current_stream()
         for peer in self.peers:

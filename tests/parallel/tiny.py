@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,3 +141,13 @@ def assert_layout(layout: Layout, dtype: str, **config: Any) -> None:
         assert float(expected.losses[:, 1].min()) > 0.05, "the regularizer must act, or the comparison shows nothing"
     result = compare(measured(whole, layout, dtype), expected)
     assert result.within(TOLERANCE[dtype]), result
+
+
+def at_the_wait(name: str) -> Any:
+    """Return a collective that runs when it is waited for: the latest moment, at which a forgotten wait shows."""
+    collective = getattr(torch.distributed, name)
+
+    def begin(*tensors: torch.Tensor, group: Any, async_op: bool) -> Any:
+        return SimpleNamespace(wait=torch.no_grad()(lambda: collective(*tensors, group=group)))
+
+    return begin

@@ -1,14 +1,15 @@
 """Tells how much of a step's communication is exposed: a network kernel runs and no other kernel does.
 
 A network kernel also runs while it waits for its peers, so a pipeline's bubble and a rank that is behind count as
-exposed communication of those that wait.
+exposed communication of those that wait. A copy from another GPU counts as a network kernel
+(`parallel.sharding.transport`). It starts when its peer is ready, so the wait before it counts as idle.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-NETWORK = ("nccl", "symm_mem", "multimem")
-"""A kernel whose name contains one of these communicates; upper and lower case are alike."""
+NETWORK = ("nccl", "symm_mem", "multimem", "memcpy ptop")
+"""A kernel or copy whose name contains one of these communicates; upper and lower case are alike."""
 
 
 @dataclass(frozen=True)

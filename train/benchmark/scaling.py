@@ -265,10 +265,9 @@ def measured(run: Run, report: dict[str, Any], options: argparse.Namespace, cont
     figures = over_ranks([each.figures for each in ranks])
     start_s = {name: max(each.start_s.get(name, 0.0) for each in ranks) for name in ranks[0].start_s}
     row |= speed(figures, run.config, report["vocab_size"], run.ranks, report["machine"]["device"])
-    base = next((each for each in report["rows"] if is_base(each, row)), row)
     return {
         **row,
-        "efficiency": row["tokens_per_second_per_gpu"] / base["tokens_per_second_per_gpu"],
+        "efficiency": efficiency(row, report["rows"]),
         "start_s": sum(start_s.values()),
         "start_by_phase_s": start_s,
         **dataclasses.asdict(dataclasses.replace(figures, kernels=figures.kernels[:40])),
@@ -291,9 +290,12 @@ def touch_device() -> None:
     torch.zeros(1, device=local_device())
 
 
-def is_base(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a measured row is the one-GPU row that another is compared with."""
-    return row["ranks"] == 1 and row["program"] == other["program"] and "failed" not in row
+def efficiency(row: dict[str, Any], earlier: list[dict[str, Any]]) -> float | None:
+    """Return a row's tokens/s/GPU over those of the same program on one GPU; None if that row failed."""
+    for base in (*earlier, row):
+        if base["ranks"] == 1 and base["program"] == row["program"] and "failed" not in base:
+            return float(row["tokens_per_second_per_gpu"] / base["tokens_per_second_per_gpu"])
+    return None
 
 
 def reason(text: str) -> str:

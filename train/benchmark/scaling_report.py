@@ -13,8 +13,13 @@ def row_line(row: dict[str, Any]) -> str:
         return f"{name}: failed: {row['failed']}"
     return (
         f"{name}: {1e3 * row['step_time_s']:.1f} ms a step, {row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, "
-        f"{row['efficiency']:.1%} of one, loss {row['losses'][0]:.4f}, start {row['start_s']:.1f} s"
+        f"{of_one(row)} of one, loss {row['losses'][0]:.4f}, start {row['start_s']:.1f} s"
     )
+
+
+def of_one(row: dict[str, Any]) -> str:
+    """Return a row's share of one GPU, or a question mark if that was not measured."""
+    return "?" if row["efficiency"] is None else f"{row['efficiency']:.1%}"
 
 
 def as_table(report: dict[str, Any]) -> str:
@@ -44,7 +49,7 @@ def as_table(report: dict[str, Any]) -> str:
         cells += [
             f"{1e3 * row['step_time_s']:.1f}",
             f"{row['tokens_per_second_per_gpu']:,.0f}",
-            f"{row['efficiency']:.1%}",
+            of_one(row),
             f"{row['mfu']:.1%}" if row["mfu"] else "",
             f"{row['peak_memory_gib']:.1f}" if row["peak_memory_gib"] else "",
             *(f"{overlap[key]:.1f}" if key in overlap else "" for key in ("communication_ms", "exposed_ms", "idle_ms")),
@@ -62,6 +67,6 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     if not done:
         return
     values = [row["tokens_per_second_per_gpu"] / 1e3 for row in done]
-    notes = [f"{value:.4g} ({row['efficiency']:.1%})" for value, row in zip(values, done, strict=True)]
+    notes = [f"{value:.4g} ({of_one(row)})" for value, row in zip(values, done, strict=True)]
     labels = [f"{row['program']}, {row['form']}" for row in done]
     benchmark_report.draw_bars(labels, values, "thousand tokens a second on each GPU (share of one GPU)", file, notes)

@@ -65,9 +65,7 @@ class Assumptions:
     tensor_hidden: float = 0.48  # of tensor-parallel exchanges that have a product beside them
     context_hidden: float = 0.6  # of exchanges over context-parallel ranks
     pipeline_hidden: float = 0.0  # of what stages send each other
-    contention: float = (
-        0.7  # of a hidden exchange of replicas: NCCL's kernels take processors from what they run beside
-    )
+    contention: float = 0.7  # of a hidden exchange of replicas: NCCL's kernels take processors from products
 
     def links(self, gpu: Gpu) -> Links:
         """Return the links of a cluster of this GPU, by its data sheet."""
@@ -88,7 +86,8 @@ class Assumptions:
             f"memory traffic per parameter: optimizer {self.update_bytes:g} bytes, accumulation "
             f"{self.accumulation_bytes:g} a micro-batch, ZeRO-3 {self.partition_bytes:g} more",
             f"host: at least {1e3 * self.block_s:g} ms per block and micro-batch, {1e3 * self.replayed_block_s:g} ms "
-            f"with CUDA graphs (no pipeline, ZeRO-1); {1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
+            "with CUDA graphs (ZeRO-1, no tensor or pipeline parallelism, and with replicas only short blocks); "
+            f"{1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
             f"hidden: {self.gradients_hidden:.0%} of gradients behind the backward pass and {self.weights_hidden:.0%} "
             "of weights behind the forward pass, but what is complete last and in use first",
             f"hidden: tensor {self.tensor_hidden:.0%}, context {self.context_hidden:.0%}, pipeline "
@@ -200,9 +199,7 @@ def passes(work: Workload, gpu: Gpu, assumed: Assumptions) -> tuple[dict[str, fl
     model, grid = work.model, work.grid
     tokens, layers = work.tokens * work.num_micro_batches, len(work.layers)
     memory_rate = assumed.memory * gpu.memory_tb_per_s * 1e12
-    width_s = (
-        tokens * model.hidden_size * ELEMENT_BYTES / grid.tp / memory_rate
-    )  # to read or write the activations once
+    width_s = tokens * model.hidden_size * ELEMENT_BYTES / grid.tp / memory_rate  # reads or writes activations once
     rows = work.padded_vocab_size / grid.tp if grid.is_last_stage else 0
     # A fused FFN may be replicated under sequence parallelism, but then each rank multiplies 1/tp of the tokens.
     product_rate = assumed.products * gpu.peak_flops

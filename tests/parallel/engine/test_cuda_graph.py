@@ -1,5 +1,7 @@
 """Test the results of a replayed training pass without a GPU: the capture here runs the pass as it is."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +10,12 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
 from parallel.engine.cuda_graph import CaptureError, replay_training_passes
+from parallel.engine.engine import replays
 from parallel.engine.telemetry import METRICS
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage, StageStatistics
+from parallel.sharding.transport import Collectives, PeerCopies
 from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
 from train.parts import build_engine, build_stage
 
@@ -128,6 +132,20 @@ def test_what_outlives_a_pass_is_not_replayed() -> None:
     assert not ParallelConfig(pipeline_parallel_size=2).replays_passes(1, False, 1e9)
     assert not ParallelConfig(tensor_parallel_size=2).replays_passes(1, False, 1e9)
     assert not ParallelConfig(zero_stage=3).replays_passes(1, False, 1e9)
+
+
+def test_exchanges_by_collectives_are_not_replayed(one_process: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = training_with(tiny_config(), precision="bf16")
+    engine = build_engine(config, VOCAB_SIZE, one_process)
+    on_gpu = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(is_cuda=True)]), regularizer=None, transformer=engine.stage.transformer
+    )
+    wanted: Any = dataclasses.replace(engine.config, cuda_graphs=True)
+    grid = SimpleNamespace(tp=1, cp=2, dp=1)
+    for by in (Collectives, PeerCopies):
+        monkeypatch.setattr("parallel.engine.engine.transport", lambda group, by=by: by)
+        groups: Any = SimpleNamespace(grid=grid, context=None)
+        assert replays(on_gpu, groups, wanted) == (by is PeerCopies)  # type: ignore[arg-type]
 
 
 ENDED = RuntimeError("operation failed due to a previous error during capture")

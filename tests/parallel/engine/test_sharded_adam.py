@@ -17,7 +17,7 @@ from parallel.engine.sharded_adam import Bucket, Exchange
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import run_ranks
 from parallel.micro_batch import micro_batch
-from tests.parallel.tiny import VOCAB_SIZE, tiny_config, training_with
+from tests.parallel.tiny import VOCAB_SIZE, at_the_wait, tiny_config, training_with
 from train.compare.layouts import apply_layout
 from train.config import Config
 
@@ -166,20 +166,10 @@ def _whole_sums(buckets: list[Bucket]) -> list[Tensor]:
     return [each for each in tensors if each.untyped_storage().nbytes() // 4 in sizes]
 
 
-def _at_the_wait(name: str) -> Any:
-    """Return a collective that runs when it is waited for: the latest moment, at which a forgotten wait shows."""
-    collective = getattr(torch.distributed, name)
-
-    def begin(*tensors: Tensor, group: Any, async_op: bool) -> Any:
-        return SimpleNamespace(wait=torch.no_grad()(lambda: collective(*tensors, group=group)))
-
-    return begin
-
-
 def with_and_without_overlap(layout: Layout) -> tuple[bool, int, int]:
     """Return whether numbers are the same, and how many buckets were not sent early of how many."""
     names = ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce")
-    late = SimpleNamespace(**{name: _at_the_wait(name) for name in names})
+    late = SimpleNamespace(**{name: at_the_wait(name) for name in names})
     is_late = contextlib.nullcontext() if torch.cuda.is_available() else mock.patch(f"{MODULE}.dist", late)
     with is_late:
         engine, hidden = _measured_with(True, layout, None)

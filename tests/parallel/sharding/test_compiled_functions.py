@@ -24,7 +24,6 @@ from model.transformer import _GradientOfBiases
 from parallel.local_ranks import run_ranks
 from parallel.sharding.regularizer import _Attach, _AttachPerHead
 
-RANKS = 2
 BIAS = torch.arange(6, dtype=torch.float64)
 FIRST_SOUND_TORCH = (2, 13)
 LAST_KNOWN_UNSOUND_TORCH = (2, 11)
@@ -136,30 +135,42 @@ def _gradients(use: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...
     return torch.autograd.grad(use(*leaves).square().sum(), leaves)
 
 
-def _operators(group: str) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., list[Tensor]]]]:
-    """Return each operator as a function of one rank's x [4, 2, 4] and weight [4, 4], and as one of all ranks' x."""
+HOW = {2: ("eager", "compiled"), 3: ("eager",)}
+"""How each number of ranks runs the operators. A sum of more than two parts is another line of code."""
+TAKES_ONE_X = ("take_positions", "take_features", "column_linear", "column_linear of five positions")
+GIVES_ONE_RESULT = ("all_reduce", "row_linear", "row_linear of five positions")
+"""Operators whose x, or whose result, is the same on every rank."""
+
+
+def _operators(
+    group: str, ranks: int
+) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., list[Tensor]]]]:
+    """Return each operator as a function of one rank's x [6, 2, 6] and weight [3, 6], and as one of all ranks'."""
     from parallel.sharding import collectives as c
     from parallel.sharding import products
 
     def total(xs: list[Tensor]) -> Tensor:
         return torch.stack(xs).sum(0)
 
+    def different(w: Tensor, parts: int, dim: int) -> Tensor:
+        return torch.cat([w * factor for factor in range(1, parts + 1)], dim)
+
     return {
-        "all_reduce": (lambda x, w: c.all_reduce(x, group), lambda xs, ws: [total(xs)] * RANKS),
-        "sum_both_ways": (lambda x, w: c.sum_both_ways(x, group), lambda xs, ws: [total(xs)] * RANKS),
-        "gather_positions": (lambda x, w: c.gather_positions(x, group), lambda xs, ws: [torch.cat(xs)] * RANKS),
-        "scatter_sum": (lambda x, w: c.scatter_sum(x, group), lambda xs, ws: list(total(xs).chunk(RANKS))),
+        "all_reduce": (lambda x, w: c.all_reduce(x, group), lambda xs, ws: [total(xs)] * ranks),
+        "sum_both_ways": (lambda x, w: c.sum_both_ways(x, group), lambda xs, ws: [total(xs)] * ranks),
+        "gather_positions": (lambda x, w: c.gather_positions(x, group), lambda xs, ws: [torch.cat(xs)] * ranks),
+        "scatter_sum": (lambda x, w: c.scatter_sum(x, group), lambda xs, ws: list(total(xs).chunk(ranks))),
         "take_positions": (
             lambda x, w: c.take_positions(x, group),
-            lambda xs, ws: [each.chunk(RANKS)[rank] for rank, each in enumerate(xs)],
+            lambda xs, ws: [each.chunk(ranks)[rank] for rank, each in enumerate(xs)],
         ),
         "take_features": (
             lambda x, w: c.take_features(x, group),
-            lambda xs, ws: [each.chunk(RANKS, -1)[rank] for rank, each in enumerate(xs)],
+            lambda xs, ws: [each.chunk(ranks, -1)[rank] for rank, each in enumerate(xs)],
         ),
         "all_to_all": (
-            lambda x, w: c.all_to_all(x[:RANKS], group),
-            lambda xs, ws: [torch.stack([each[rank] for each in xs]) for rank in range(RANKS)],
+            lambda x, w: c.all_to_all(x[:ranks], group),
+            lambda xs, ws: [torch.stack([each[rank] for each in xs]) for rank in range(ranks)],
         ),
         "column_linear": (
             lambda x, w: products.column_linear(x, w, BIAS[:3], group, False),
@@ -171,68 +182,76 @@ def _operators(group: str) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor]
         ),
         "row_linear": (
             lambda x, w: products.row_linear(x, w, group, False),
-            lambda xs, ws: [total([x @ w.t() for x, w in zip(xs, ws, strict=True)])] * RANKS,
+            lambda xs, ws: [total([x @ w.t() for x, w in zip(xs, ws, strict=True)])] * ranks,
+        ),
+        "column_linear of five positions": (
+            lambda x, w: products.column_linear(x[:5], w, None, group, False),
+            lambda xs, ws: [x[:5] @ w.t() for x, w in zip(xs, ws, strict=True)],
+        ),
+        "row_linear of five positions": (
+            lambda x, w: products.row_linear(x[:5], w, group, False),
+            lambda xs, ws: [total([x[:5] @ w.t() for x, w in zip(xs, ws, strict=True)])] * ranks,
         ),
         "row_linear, scattered": (
             lambda x, w: products.row_linear(x, w, group, True),
-            lambda xs, ws: list(total([x @ w.t() for x, w in zip(xs, ws, strict=True)]).chunk(RANKS)),
+            lambda xs, ws: list(total([x @ w.t() for x, w in zip(xs, ws, strict=True)]).chunk(ranks)),
         ),
         "heads_linear": (
-            lambda x, w: products.heads_linear(x, w.repeat(2, 1), BIAS, group),
+            lambda x, w: products.heads_linear(x, different(w, 2, 0), BIAS, group),
             lambda xs, ws: [
-                torch.cat([x @ w.repeat(2, 1).t() + BIAS for x, w in zip(xs, ws, strict=True)]).chunk(RANKS, -1)[rank]
-                for rank in range(RANKS)
+                torch.cat([x @ different(w, 2, 0).t() + BIAS for x, w in zip(xs, ws, strict=True)]).chunk(ranks, -1)[
+                    rank
+                ]
+                for rank in range(ranks)
             ],
         ),
         "positions_linear": (
-            lambda x, w: products.positions_linear(x, w.repeat(1, RANKS), group)[0],
+            lambda x, w: products.positions_linear(x, different(w, ranks, 1), group)[0],
             lambda xs, ws: [
-                torch.cat([each.chunk(RANKS)[rank] for each in xs], -1) @ ws[rank].repeat(1, RANKS).t()
-                for rank in range(RANKS)
+                torch.cat([each.chunk(ranks)[rank] for each in xs], -1) @ different(ws[rank], ranks, 1).t()
+                for rank in range(ranks)
             ],
         ),
     }
 
 
-def _on_rank(names: list[str]) -> dict[str, Any]:
-    """Return values and gradients of each operator on this rank, eager and compiled."""
+def _on_rank(ranks: int) -> dict[tuple[str, str], Any]:
+    """Return values and gradients of each operator on this rank; compiled too with two ranks, since it takes long."""
     from parallel.launch import initialize_distributed, rank
     from parallel.sharding.collectives import name_of
 
     initialize_distributed()
-    group = name_of(torch.distributed.group.WORLD)
     found = {}
-    for name in names:
-        operator, _ = _operators(group)[name]
-        for how, function in (("eager", operator), ("compiled", compiled(operator))):
+    for name, (operator, _) in _operators(name_of(torch.distributed.group.WORLD), ranks).items():
+        functions = {"eager": operator, "compiled": compiled(operator)}
+        for how in HOW[ranks]:
             leaves = [each.clone().requires_grad_() for each in _inputs(name, rank())]
-            result = function(*leaves)
+            result = functions[how](*leaves)
             gradients = torch.autograd.grad(result, leaves, _incoming(name, rank(), result), allow_unused=True)
             found[name, how] = (result.detach(), gradients)
     return found
 
 
 def _inputs(name: str, rank: int) -> list[Tensor]:
-    of_x = 0 if name in ("take_positions", "take_features", "column_linear") else rank
-    draw = [torch.Generator().manual_seed(seed) for seed in (of_x, 100 + rank)]
-    sizes = ((4, 2, 4), (3, 4))
+    draw = [torch.Generator().manual_seed(seed) for seed in (0 if name in TAKES_ONE_X else rank, 100 + rank)]
+    sizes = ((6, 2, 6), (3, 6))
     return [
         torch.randn(size, generator=generator, dtype=torch.float64) for size, generator in zip(sizes, draw, strict=True)
     ]
 
 
 def _incoming(name: str, rank: int, like: Tensor) -> Tensor:
-    seed = 200 if name in ("all_reduce", "row_linear") else 200 + rank
+    seed = 200 if name in GIVES_ONE_RESULT else 200 + rank
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
 
 
-def test_operators_are_what_they_say_and_have_its_gradients_compiled_too() -> None:
-    names = list(_operators(""))
-    ranks = run_ranks(_on_rank, RANKS, names)
-    for name in names:
-        expected, gradients = _expected(name)
-        for rank, how in ((rank, how) for rank in range(RANKS) for how in ("eager", "compiled")):
-            result, found = ranks[rank][name, how]
+@pytest.mark.parametrize("ranks", HOW)
+def test_operators_are_what_they_say_and_have_its_gradients_compiled_too(ranks: int) -> None:
+    of_ranks = run_ranks(_on_rank, ranks, ranks)
+    for name in _operators("", ranks):
+        expected, gradients = _expected(name, ranks)
+        for rank, how in ((rank, how) for rank in range(ranks) for how in HOW[ranks]):
+            result, found = of_ranks[rank][name, how]
             torch.testing.assert_close(result, expected[rank], msg=lambda text, name=name: f"{name}: {text}")
             for one, other in zip(found, gradients[rank], strict=True):
                 assert (one is None) == (other is None), (name, how)
@@ -240,20 +259,20 @@ def test_operators_are_what_they_say_and_have_its_gradients_compiled_too() -> No
                     torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def _expected(name: str) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+def _expected(name: str, ranks: int) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
     """Compute the same by autograd on all ranks' inputs in one process.
 
     A replicated x is one tensor, whose gradient every rank gets.
     """
-    of_ranks = [[each.requires_grad_() for each in _inputs(name, rank)] for rank in range(RANKS)]
-    if torch.equal(of_ranks[0][0], of_ranks[1][0]):
-        of_ranks[1][0] = of_ranks[0][0]
+    of_ranks = [[each.requires_grad_() for each in _inputs(name, rank)] for rank in range(ranks)]
+    if name in TAKES_ONE_X:
+        of_ranks = [[of_ranks[0][0], weight] for _, weight in of_ranks]
     xs, ws = [of_rank[0] for of_rank in of_ranks], [of_rank[1] for of_rank in of_ranks]
-    results = _operators("")[name][1](xs, ws)
+    results = _operators("", ranks)[name][1](xs, ws)
     incoming = [_incoming(name, rank, result) for rank, result in enumerate(results)]
-    if name in ("all_reduce", "row_linear"):  # one result, held by every rank
+    if name in GIVES_ONE_RESULT:
         results, incoming = results[:1], incoming[:1]
     leaves = [leaf for of_rank in of_ranks for leaf in of_rank]
     found = torch.autograd.grad(results, leaves, incoming, allow_unused=True)
-    pairs = [tuple(found[2 * rank : 2 * rank + 2]) for rank in range(RANKS)]
-    return [result.detach() for result in (results * RANKS)[:RANKS]], pairs
+    pairs = [tuple(found[2 * rank : 2 * rank + 2]) for rank in range(ranks)]
+    return [result.detach() for result in (results * ranks)[:ranks]], pairs

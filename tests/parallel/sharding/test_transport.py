@@ -1,11 +1,14 @@
 """Test that parts arrive unchanged, by collectives and by copy engines, whatever the order of waiting."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from parallel.launch import initialize_distributed, local_device
 from parallel.local_ranks import run_ranks
 from parallel.sharding.transport import Collectives, PeerCopies, transport
+from tests.parallel.tiny import at_the_wait
 
 ROUNDS = 9  # more than there are slots of memory
 SHAPE = (6, 2, 5)
@@ -68,6 +71,9 @@ def replay() -> int:
         results = several()
     wrong = 0
     for turn in range(20):
+        if turn == 10:  # more than the graph's memory holds
+            larger = torch.zeros(1 << 20, device="cuda")
+            own.start([None if r == me else larger for r in range(ranks)]).wait_all()
         offered.fill_(100 * turn + me)
         graph.replay()
         others = sum(100 * turn + r for r in range(ranks) if r != me)
@@ -75,8 +81,15 @@ def replay() -> int:
     return wrong
 
 
+def exchange_late() -> int:
+    """Exchange often, with collectives that run when they are waited for."""
+    names = ("all_gather_into_tensor", "all_to_all_single")
+    with mock.patch.multiple(torch.distributed, **{name: at_the_wait(name) for name in names}):
+        return exchange_often(Collectives.__name__)
+
+
 def test_parts_arrive_through_collectives() -> None:
-    assert run_ranks(exchange_often, 3, Collectives.__name__) == [0, 0, 0]
+    assert run_ranks(exchange_late, 3) == [0, 0, 0]
 
 
 @pytest.mark.gpu

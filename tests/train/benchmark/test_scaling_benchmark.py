@@ -13,7 +13,7 @@ from train.benchmark.contender import as_architecture
 from train.benchmark.exposed import Kernel, Overlap, overlap
 from train.benchmark.measure import Figures, over_ranks
 from train.benchmark.peer import Peer
-from train.benchmark.scaling import PEERS, default_layouts, main, parse, planned, reason
+from train.benchmark.scaling import PEERS, default_layouts, efficiency, main, parse, planned, reason
 from train.config import load_config
 
 RANKS = 2
@@ -26,6 +26,8 @@ def test_communication_is_exposed_where_nothing_else_runs() -> None:
     assert overlap(kernels, steps=2) == Overlap(communication_ms=5.0, exposed_ms=3.0, idle_ms=0.5)
     two_streams = [Kernel("nccl_1", 0.0, 2.0), Kernel("nccl_2", 1.0, 3.0), Kernel("Memcpy DtoD", 2.5, 4.0)]
     assert overlap(two_streams, steps=1) == Overlap(communication_ms=3.0, exposed_ms=2.5, idle_ms=0.0)
+    copied = [Kernel("gemm", 0.0, 2.0), Kernel("Memcpy PtoP (Device -> Device)", 1.0, 4.0)]
+    assert overlap(copied, steps=1) == Overlap(communication_ms=3.0, exposed_ms=2.0, idle_ms=0.0)
     assert overlap([], steps=1) is None
 
 
@@ -70,6 +72,12 @@ def test_a_row_that_fails_says_why() -> None:
         reason(oom + "torch.OutOfMemoryError: CUDA out of memory.\n") == "torch.OutOfMemoryError: CUDA out of memory."
     )
     assert reason("ranks [1] of 2 gave no answer") == "ranks [1] of 2 gave no answer"
+
+
+def test_nothing_is_compared_with_a_row_that_failed() -> None:
+    one, two = ({"program": "ours", "ranks": ranks, "tokens_per_second_per_gpu": 10.0 / ranks} for ranks in (1, 2))
+    assert efficiency(one, []) == 1 and efficiency(two, [{**one, "program": "GPT-2"}, one]) == 0.5
+    assert efficiency(two, [{**one, "failed": "out of memory"}]) is None
 
 
 def test_layouts_and_a_peer_are_timed(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
