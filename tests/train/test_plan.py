@@ -91,6 +91,15 @@ def test_stages_on_two_nodes_send_through_a_nic() -> None:
     assert across / (sizes * within) == pytest.approx(0.47 * 450 / 47, rel=0.02)
 
 
+def test_passes_with_exchanges_between_hosts_are_not_replayed() -> None:
+    sizes = ["parallel.context_parallel_size=2", "training.micro_batch_size=1", "training.global_batch_size=1"]
+    config, assumed = load_config(ROOT / "configs/ereg_1b.json", sizes), Assumptions()
+    for gpus_per_node, is_replayed in ((2, True), (1, False)):
+        gpu = dataclasses.replace(GPUS["h100"], gpus_per_node=gpus_per_node)
+        time = make_plan(config, 2, 50_000, gpu, assumed.links(gpu), assumed).time
+        assert (time.launches == assumed.micro_batch_s) == is_replayed
+
+
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     status = main([*arguments, "--json"])
     return status, json.loads(capsys.readouterr().out)

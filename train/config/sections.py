@@ -169,9 +169,9 @@ class TrainingConfig:
     cuda_graphs: Literal["auto", "off"] = explained(
         "auto",
         "'auto' replays the forward and backward pass as CUDA graphs, which removes the cost of launching kernels. It "
-        "applies on a GPU in bf16 with ZeRO-1, without tensor or pipeline parallelism. Where gradients are exchanged "
-        "over replicas it applies to small blocks only, since a replay hides no exchange, and not to a per_head "
-        "regularizer.",
+        "applies on a GPU in bf16 with ZeRO-1, without tensor or pipeline parallelism, and with context parallelism "
+        "within a host only. Where gradients are exchanged over replicas it applies to small blocks only, since a "
+        "replay hides no exchange, and not to a per_head regularizer.",
     )
     evaluation_interval: int = explained(
         500, "Steps between evaluations on the validation split; 0 means only at the end."

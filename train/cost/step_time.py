@@ -178,6 +178,7 @@ def step_time(work: Workload, sent: Volume, gpu: Gpu, links: Links, assumed: Ass
     waits = {name: time * (1 - hidden[name]) for name, time in exchanges.items()}
     flops = block_flops(work.model, recompute="none") * work.tokens / grid.tp
     replayed = work.cuda_graphs and work.parallel.replays_passes(grid.dp, work.per_head, flops)
+    replayed = replayed and axis["context"].nodes == 1  # exchanges between hosts use NCCL and are not captured
     data, data_waits = data_exchange(work, sent, axis["data"], forward, backward, assumed)
     data_waits = data if replayed else data_waits  # a replay hands over all gradients at its end
     busy = sum(compute.values()) + sum(waits.values())
