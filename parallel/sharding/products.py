@@ -14,13 +14,14 @@ The first two are tensor parallelism, with and without sequence parallelism, the
 mirror the exchanges. All are operators for the reasons given in `parallel.sharding.collectives`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.sharding.collectives import all_reduce, group_of, like, operator
-from parallel.sharding.transport import Arrivals, transport
+from parallel.sharding.transport import Arrivals, but_own, transport
 
 
 @operator
@@ -59,7 +60,7 @@ def _column_linear_gradients(
     arrivals = _send_products([(part, weight) for part in parts], shape, group)
     grad_weight = _of_weight(grad, x if again is None else _whole(again, x, group))
     own = parts[_rank(group)]
-    if _ranks(group) == 2:
+    if _ranks(group) == 2:  # the weight's gradient has hidden the arrival, so the product can add to it
         theirs = arrivals.wait(_peers(group)[0])
         total = torch.addmm(theirs.flatten(0, -2), own.flatten(0, -2), weight).view(shape)
     else:
@@ -120,7 +121,7 @@ def _heads_linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, group: str)
     """Return the gradients of x and of the weight."""
     ranks, own = _ranks(group), _rank(group)
     parts, weights = grad.contiguous().chunk(ranks), weight.chunk(ranks)
-    arrivals = transport(group_of(group)).start([None if rank == own else part for rank, part in enumerate(parts)])
+    arrivals = _send(parts, group)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     of_weights = grad_weight.chunk(ranks)
     grad_x = parts[own].flatten(0, -2) @ weights[own]
@@ -144,7 +145,7 @@ def positions_linear(x: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Ten
     """
     ranks, own = _ranks(group), _rank(group)
     parts, weights = x.contiguous().chunk(ranks), weight.chunk(ranks, dim=1)
-    arrivals = transport(group_of(group)).start([None if rank == own else part for rank, part in enumerate(parts)])
+    arrivals = _send(parts, group)
     y = parts[own].flatten(0, -2) @ weights[own].t()
     for peer in _peers(group):
         y.addmm_(arrivals.wait(peer).flatten(0, -2), weights[peer].t())
@@ -175,9 +176,15 @@ def _send_products(factors: list[tuple[Tensor, Tensor]], shape: Any, group: str,
     return moves.start(offered)
 
 
+def _send(parts: Sequence[Tensor], group: str) -> Arrivals:
+    """Send each peer its part."""
+    ranks = group_of(group)
+    return transport(ranks).start(but_own(parts, ranks))
+
+
 def _to_all(x: Tensor, group: str) -> Arrivals:
     """Send a tensor to all peers."""
-    return transport(group_of(group)).start([None if rank == _rank(group) else x for rank in range(_ranks(group))])
+    return _send([x] * _ranks(group), group)
 
 
 def _whole(arrivals: Arrivals, own: Tensor, group: str) -> Tensor:

@@ -96,6 +96,11 @@ def transport(group: ProcessGroup) -> Transport:
 _transports: dict[ProcessGroup, Transport] = {}  # a later group may have the name of one that was destroyed
 
 
+def but_own(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor | None]:
+    """Return a part for each rank of the group as `Transport.start` takes them: None for this one."""
+    return [None if rank == group.rank() else part for rank, part in enumerate(parts)]
+
+
 class Collectives:
     """Exchanges parts with one collective of torch.distributed."""
 
@@ -105,9 +110,9 @@ class Collectives:
         self.group = group
 
     def outgoing(self, shape: Sequence[int], like: Tensor, same: bool = False) -> list[Tensor | None]:
-        ranks = 1 if same else self.group.size()
-        parts = like.new_empty((ranks, *shape))
-        return _but_own([parts[0 if same else rank] for rank in range(self.group.size())], self.group)
+        ranks = self.group.size()
+        places = [like.new_empty(shape)] * ranks if same else list(like.new_empty((ranks, *shape)))
+        return but_own(places, self.group)
 
     def start(self, offered: Parts) -> Arrivals:
         parts = [part for part in offered if part is not None]
@@ -346,10 +351,6 @@ def _check(status: int) -> None:
 
 def _all_same(parts: list[Tensor]) -> bool:
     return len(parts) > 1 and all(part is parts[0] for part in parts)
-
-
-def _but_own(parts: list[Tensor], group: ProcessGroup) -> list[Tensor | None]:
-    return [None if rank == group.rank() else part for rank, part in enumerate(parts)]
 
 
 def _numel(shape: Sequence[int]) -> int:
