@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.command_line import path_argument
 from parallel.processes.lifetime import tied
 from train.benchmark import report as benchmark_report
 from train.config import load_config
@@ -49,15 +48,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/ereg.json"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    benchmark_report.add_arguments(parser, "runs/learning", "configs/ereg.json")
     parser.add_argument("--only", choices=COMPUTATIONS, help="train only this one, without a comparison")
     parser.add_argument("--at-once", action="store_true", help="run both at the same time, on the same device")
-    parser.add_argument(
-        "--output", type=path_argument, default=Path("runs/learning"), metavar="DIR", help="default: %(default)s"
-    )
     return parser.parse_intermixed_args(argv)
 
 

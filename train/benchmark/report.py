@@ -1,5 +1,6 @@
 """Describes the machine, and writes tables and pictures of benchmarks."""
 
+import argparse
 import platform
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data.command_line import path_argument
 from data.files.own import write_atomically
 from data.files.strict_json import to_json
 from train.config import ConfigError
@@ -30,6 +32,20 @@ def machine() -> dict[str, str]:
 
         described["triton"] = triton.__version__
     return described
+
+
+def add_arguments(parser: argparse.ArgumentParser, folder: str, example: str) -> None:
+    """Add what benchmarks of a configuration share: the configuration, its overrides, and the output folder.
+
+    Args:
+        folder: where results go by default.
+        example: a shipped configuration.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE", help=f"JSON configuration, for instance {example}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    parser.add_argument(
+        "--output", type=path_argument, default=Path(folder), metavar="DIR", help="default: %(default)s"
+    )
 
 
 def make_folder(folder: Path) -> None:

@@ -23,12 +23,11 @@ import argparse
 import dataclasses
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.command_line import path_argument, whole_number
+from data.command_line import whole_number
 from parallel.launch import choose_accelerator, local_device
 from parallel.layout import Layout, parse_layout
 from parallel.local_ranks import RankError, fork_server, run_ranks
@@ -127,10 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/ereg_1b.json"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    benchmark_report.add_arguments(parser, "runs/scaling", "configs/ereg_1b.json")
     parser.add_argument(
         "--gpus", type=whole_number(1), metavar="N", help="GPUs of the layouts (default: all, or 2 CPU processes)"
     )
@@ -159,9 +155,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=120,
         metavar="S",
         help="seconds until a row is given up (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output", type=path_argument, default=Path("runs/scaling"), metavar="DIR", help="default: %(default)s"
     )
     return parser.parse_intermixed_args(argv)
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.command_line import path_argument, whole_number
+from data.command_line import whole_number
 from data.shards.manifest import Manifest
 from train.benchmark import report as benchmark_report
 from train.benchmark.contender import (
@@ -107,10 +107,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog="contenders:\n" + "\n".join(f"  {name:<15}{meaning}" for name, meaning in CONTENDERS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="JSON configuration, for instance configs/ereg.json"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single configuration keys")
+    benchmark_report.add_arguments(parser, "runs/benchmark", "configs/ereg.json")
     parser.add_argument(
         "--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="default: all, see below"
     )
@@ -130,9 +127,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole_number(1), default=10, help="steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="also write the time of each kernel (needs a GPU)")
-    parser.add_argument(
-        "--output", type=path_argument, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
-    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     options = parser.parse_intermixed_args(argv)
     if options.profile and not torch.cuda.is_available():
