@@ -100,8 +100,8 @@ class ModelConfig:
     temperature_init: float | Literal["calibrated"] = explained(
         0.01,
         "Initial temperature t, by which logits are divided. The paper uses 0.01 on CodeParrot and 0.1 on Languini, "
-        "since logits are small without norms. 'calibrated' starts each layer at the mean square of what it reads, "
-        "which gives logits the size that a LayerNorm would give them (model/initialize.py).",
+        "since logits are small without norms. 'calibrated' gives each layer its own: the mean square of the layer's "
+        "input. Logits then begin as large as with a LayerNorm (model/initialize.py).",
     )
     weight_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
         None, "Linear layers with weight normalization: each output row is g V/||V||."
@@ -114,8 +114,8 @@ class ModelConfig:
     )
     threshold_init: float = explained(
         0.5,
-        "Initial threshold theta as a fraction of ln T, or of what regularizer.target names instead. Trained values in "
-        "the paper lie between 0.20 and 0.52.",
+        "Initial threshold theta, as a fraction of the largest entropy: ln T, unless regularizer.target is 'causal'. "
+        "Trained values in the paper lie between 0.20 and 0.52.",
     )
     final_norm: bool = explained(
         True, "LayerNorm after the last block, which the authors keep. Without it, softmax is the only nonlinearity."

@@ -114,11 +114,11 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
 def initial_temperature(name: str, config: ModelConfig) -> float:
     """Return the temperature that a layer starts at: a number of the configuration, or the calibrated one.
 
-    A logit is q . k / (t sqrt(H)). With matrices of deviation s its variance is (D s^2)^2 m^2 / t^2, where m is the
-    mean square of what the layer reads. A LayerNorm makes m = 1, so with t = m a network without norms has the same
-    logits.
+    A logit is q . k / (t sqrt(H)). Let s be the standard deviation of the matrices' elements, and m the mean square of
+    the layer's input. The logit's variance is then (D s^2)^2 m^2 / t^2. A LayerNorm makes m = 1. Without norms, t = m
+    gives logits of the same variance.
 
-    With independent matrices of mean 0, the mean square of a sum is the sum of mean squares:
+    The matrices are independent and have mean 0. So the mean square of a sum is the sum of the mean squares:
 
         m_0     = s_E^2 + s_P^2                       word and position embeddings (no s_P with rotary positions)
         m_(l+1) = m_l (1 + g / alpha^2)               the residual (beta = 1), and the FFN's gain g

@@ -6,8 +6,8 @@ micro-batches that all data-parallel ranks process at the same time), the whole 
     per_query   P = 1/(L N S T) sum_lnst f(H_lnst - theta_ln R_st)          f: model.regularizer.penalty
     per_head    P = 1/(L N) sum_ln f(E_ln - theta_ln ln T),                 E_ln = 1/(S T) sum_st H_lnst
 
-R is ln T, or under a causal target what each query can reach. Every rank knows it, since it holds all positions of its
-heads.
+R is ln T, or with a causal target the largest entropy that each query can reach. A rank can compute it by itself, since
+it holds all positions of its heads.
 
 What a rank holds along each axis, and which communication that needs:
 
@@ -31,8 +31,8 @@ stage's layers have run, and the backward pass waits for it, so that the head's 
 The penalty needs nothing of the last stage: it is attached to the stage's output, and the backward pass gives it a
 constant gradient.
 
-A CUDA graph replays kernels and no Python, so what changes from step to step is a tensor: `strength`, which multiplies
-the coefficient.
+A CUDA graph replays kernels, not Python code. The coefficient may change from step to step, so its factor `strength` is
+a tensor.
 
 per_head squares after averaging over a micro-batch group, so its value depends on micro_batch_size x dp. Compare
 layouts at equal products only. per_query does not depend on the layout.

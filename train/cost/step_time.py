@@ -88,17 +88,17 @@ class Assumptions:
             f"host: at least {1e3 * self.block_s:g} ms per block and micro-batch, {1e3 * self.replayed_block_s:g} ms "
             "with CUDA graphs (ZeRO-1, no tensor or pipeline parallelism, and with replicas only short blocks); "
             f"{1e3 * self.micro_batch_s:g} ms per micro-batch for the engine",
-            f"hidden: {self.gradients_hidden:.0%} of gradients behind the backward pass and {self.weights_hidden:.0%} "
-            "of weights behind the forward pass, but what is complete last and in use first",
+            f"hidden: {self.gradients_hidden:.0%} of gradients behind the backward pass, except those complete last; "
+            f"{self.weights_hidden:.0%} of weights behind the forward pass, except those used first",
             f"hidden: tensor {self.tensor_hidden:.0%}, context {self.context_hidden:.0%}, pipeline "
             f"{self.pipeline_hidden:.0%}; a hidden exchange costs {self.contention:.0%} of its time",
-            "pipeline stages wait for one micro-batch of every other stage",
+            "bubble: in each step a pipeline stage waits as long as every other stage takes for one micro-batch",
         ]
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a stage, by cause. Exchanges count as far as the stage waits for them.
+    """Seconds that a pipeline stage takes for one step, by cause. Of an exchange only what the stage waits for counts.
 
     Attributes:
         products, attention, memory: compute, by what limits it.
