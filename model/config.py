@@ -78,8 +78,9 @@ class ModelConfig:
     norm: Literal["layernorm", "none"] | None = explained(
         None, "Normalization before attention and before the FFN (LN1, LN2). 'none' makes private inference cheaper."
     )
-    activation: Literal["gelu", "relu", "identity"] | None = explained(
-        None, "FFN activation. 'identity' makes the FFN linear."
+    activation: Literal["gelu", "gelu_tanh", "relu", "identity"] | None = explained(
+        None,
+        "FFN activation. 'identity' makes the FFN linear. 'gelu_tanh' is the approximation that GPT-2 was trained with.",
     )
     fused_ffn: bool | None = explained(
         None, "Use one D x D matrix instead of two, with an eighth of the FLOPs. Only a linear FFN can be fused."
@@ -121,6 +122,11 @@ class ModelConfig:
         True, "LayerNorm after the last block, which the authors keep. Without it, softmax is the only nonlinearity."
     )
     tied_head: bool = explained(True, "Use the word embedding as output head, as GPT-2 does.")
+    biases: Literal["query_key", "all"] = explained(
+        "query_key",
+        "Biases of a block: those of query and key (the paper), or also one of each matrix of attention's output and "
+        "of the FFN, as in GPT-2. A value's bias would be the same as one of the output.",
+    )
     positions: Literal["learned", "rotary"] = explained(
         "learned", "Learned absolute positions (the paper) or rotary ones."
     )
@@ -199,10 +205,10 @@ class ModelConfig:
                 "model.weight_norm and model.spectral_norm are both set; choose one and leave the other 'none'"
             )
         if self.temperature_init == "calibrated":
-            if model.norm == "none" and (model.activation == "gelu" or model.spectral_norm != "none"):
+            if model.norm == "none" and (model.activation in ("gelu", "gelu_tanh") or model.spectral_norm != "none"):
                 faults.append(
-                    "model.temperature_init = 'calibrated' has no closed form with model.activation = 'gelu' or with "
-                    "model.spectral_norm; set a number"
+                    f"model.temperature_init = 'calibrated' has no closed form with model.activation = "
+                    f"{model.activation!r} or with model.spectral_norm; set a number"
                 )
         elif self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")

@@ -10,6 +10,7 @@ whole model in either case, so that `layers.7.attention.threshold` means the sam
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ from model.entropy_attention import joint_entropy_attention
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.rotary import rotate
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
 
 
 def scaled_matrix(
@@ -151,8 +157,8 @@ class _GradientOfBiases(torch.autograd.Function):
 class Attention(nn.Module):
     """Causal softmax attention, softmax_j(q_i . k_j / (t_i sqrt(H))), with the entropy of every row.
 
-    Query and key have a bias; value and output have none. The key's bias acts, and learns, only if positions rotate the
-    keys. Query, key and value are one matrix, stacked head by head, so a range of heads is a range of its rows.
+    Query and key have a bias, and the output has one if the model has all biases. A value's bias would add the same to
+    every position, since a row's weights sum to 1. The key's bias acts, and learns, only if positions rotate the keys. Query, key and value are one matrix, stacked head by head, so a range of heads is a range of its rows.
 
     Attributes:
         heads: whose queries, keys and values `query_key_value` returns, all of them by default.
@@ -168,6 +174,7 @@ class Attention(nn.Module):
         self.key_bias_acts = config.positions == "rotary"
         self.heads = slice(None)
         self.output = Linear(heads * width, config.hidden_size)
+        self.output_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.biases == "all" else None
         self.core = CoreAttention(config)
         self.temperature_form = config.temperature_form
         # A calibrated one is a tensor, and `initialize` sets it. With numbers, layers would not share compiled code.
@@ -220,14 +227,16 @@ class Attention(nn.Module):
         temperature = self.temperature()
         own = None if temperature is None else temperature[self.heads]
         out_TBNH, entropy_BNT = self.core(qkv_TBN3H, own, document_start_BT)
-        return self.output(out_TBNH.flatten(2)), entropy_BNT
+        out_TBD = self.output(out_TBNH.flatten(2))
+        return out_TBD if self.output_bias is None else out_TBD + self.output_bias, entropy_BNT
 
 
 class FeedForward(nn.Module):
     """FFN sub-block with its residual: beta * x + (1 / alpha) * FFN(x) if scaled (paper Eq. 8), else x + FFN(x).
 
     FFN is one D x D matrix W if fused, else W_down act(W_up x). A fused FFN without a norm before it makes the
-    sub-block linear. It is then computed as one product: (beta * I + W / alpha) x.
+    sub-block linear. It is then computed as one product: (beta * I + W / alpha) x. If the model has all biases, W_up x
+    has one [F], and one [D] is added to the result, which alpha does not divide.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -240,9 +249,16 @@ class FeedForward(nn.Module):
         self.holds_residual = config.ffn_holds_residual
         self.alpha = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
         self.beta = nn.Parameter(torch.empty(1)) if config.scaled_ffn else None
+        has_all = config.biases == "all"
+        self.up_bias = nn.Parameter(torch.empty(ffn_width)) if has_all and self.up is not None else None
+        self.bias = nn.Parameter(torch.empty(width)) if has_all else None
 
     def forward(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
         """Add the FFN of x to the residual: both [T, B, D] -> [T, B, D]. Without a norm both are the same tensor."""
+        sum_TBD = self._without_bias(x_TBD, residual_TBD)
+        return sum_TBD if self.bias is None else sum_TBD + self.bias
+
+    def _without_bias(self, x_TBD: Tensor, residual_TBD: Tensor) -> Tensor:
         if self.holds_residual:
             assert self.fused is not None
             return self.fused(x_TBD, divisor=self.alpha, diagonal=1.0 if self.beta is None else self.beta)
@@ -251,7 +267,8 @@ class FeedForward(nn.Module):
         if self.fused is not None:
             return residual_TBD + self.fused(x_TBD, divisor=self.alpha)
         assert self.up is not None
-        return residual_TBD + self.contract(self.up(x_TBD))
+        x_TBF = self.up(x_TBD)
+        return residual_TBD + self.contract(x_TBF if self.up_bias is None else x_TBF + self.up_bias)
 
     def contract(self, x_TBF: Tensor) -> Tensor:
         """Compute the second half of an FFN of two matrices: [T, B, F] -> [T, B, D]."""

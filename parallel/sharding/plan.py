@@ -115,15 +115,19 @@ TABLE = {
     "attention.temperature_parameter": _Row(split=0),
     "attention.threshold": _Row(split=0),
     "attention.output.weight": _Row(split=1),
+    # Added to the sum over ranks, of the positions that a rank holds.
+    "attention.output_bias": _Row(partial_if=_sequence_parallel),
     # What belongs to all columns of a column-split matrix gets from each rank the part of its columns.
     "attention.output.gain": _Row(partial_if=_always),
     # The FFN's hidden features are split.
     "ffn.up.weight": _Row(split=0),
     "ffn.up.gain": _Row(split=0),
+    "ffn.up_bias": _Row(split=0),
     "ffn.down.weight": _Row(split=1),
     "ffn.down.gain": _Row(partial_if=_always),
     "ffn.fused.weight": _Row(split=1, whole_if=_replicated, partial_if=_sequence_parallel),
     "ffn.fused.gain": _Row(partial_if=_always),
+    "ffn.bias": _Row(partial_if=_sequence_parallel),
     "ffn.alpha": _Row(partial_if=_always),
     "ffn.beta": _Row(partial_if=_on_the_diagonal),
 }

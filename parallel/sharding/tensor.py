@@ -170,9 +170,11 @@ def _split_block(name: str, block: Block, groups: Groups, plan: ShardingPlan) ->
         if path == "ffn.fused" and plan.sequence_parallel:
             exchange = partial(features_for_positions, group=name_of(groups.tensor), ranks=plan.tp)
             layer.register_forward_pre_hook(lambda module, inputs, exchange=exchange: exchange(*inputs))
-    for attribute, parameter in list(block.attention.named_parameters(recurse=False)):
-        if plan.split_dim(f"{name}.attention.{attribute}") == 0:
-            setattr(block.attention, attribute, nn.Parameter(torch.empty_like(parameter.chunk(plan.tp)[0])))
+    for part in ("attention", "ffn"):
+        module = block.get_submodule(part)
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            if plan.split_dim(f"{name}.{part}.{attribute}") == 0:
+                setattr(module, attribute, nn.Parameter(torch.empty_like(parameter.chunk(plan.tp)[0])))
 
 
 def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups) -> None:

@@ -36,6 +36,7 @@ class Recipe:
     final_norm: bool = True
     tied: bool = True
     rotary: bool = False
+    all_biases: bool = False
 
 
 PLACEMENTS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
@@ -102,6 +103,9 @@ def _layer_shapes(recipe: Recipe, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         shapes["attention.temperature_parameter"] = (heads, sizes.context)
     if recipe.regularized:
         shapes["attention.threshold"] = (heads,)
+    if recipe.all_biases:
+        shapes |= {"attention.output_bias": (width,), "ffn.bias": (width,)}
+        shapes |= {} if recipe.fused else {"ffn.up_bias": (sizes.ffn_width,)}
     if recipe.layer_norm:
         for norm in ("attention_norm", "ffn_norm"):
             shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
@@ -163,12 +167,13 @@ def _block(own: Parameters, x_BTD: Tensor, recipe: Recipe, sizes: Sizes) -> tupl
     if recipe.layer_norm:
         normed_BTD = layer_norm(x_BTD, own["attention_norm.weight"], own["attention_norm.bias"])
     attended_BTD, a_BNTT = _attention(own, normed_BTD, recipe, sizes)
-    x_BTD = x_BTD + attended_BTD
+    x_BTD = x_BTD + attended_BTD + (own["attention.output_bias"] if recipe.all_biases else 0)
     normed_BTD = layer_norm(x_BTD, own["ffn_norm.weight"], own["ffn_norm.bias"]) if recipe.layer_norm else x_BTD
     ffn_BTD = _feed_forward(own, normed_BTD, recipe)
+    bias_D = own["ffn.bias"] if recipe.all_biases else 0
     if recipe.scaled:
-        return own["ffn.beta"] * x_BTD + (1 / own["ffn.alpha"]) * ffn_BTD, a_BNTT
-    return x_BTD + ffn_BTD, a_BNTT
+        return own["ffn.beta"] * x_BTD + (1 / own["ffn.alpha"]) * ffn_BTD + bias_D, a_BNTT
+    return x_BTD + ffn_BTD + bias_D, a_BNTT
 
 
 def _attention(own: Parameters, x_BTD: Tensor, recipe: Recipe, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -246,12 +251,15 @@ def _feed_forward(own: Parameters, x_BTD: Tensor, recipe: Recipe) -> Tensor:
 
     if recipe.fused:
         return x_BTD @ weight("ffn.fused").T
-    return activation(x_BTD @ weight("ffn.up").T, recipe.activation) @ weight("ffn.down").T
+    hidden_BTF = x_BTD @ weight("ffn.up").T + (own["ffn.up_bias"] if recipe.all_biases else 0)
+    return activation(hidden_BTF, recipe.activation) @ weight("ffn.down").T
 
 
 def activation(x: Tensor, name: str) -> Tensor:
     if name == "gelu":
         return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if name == "gelu_tanh":
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
     return x * (x > 0) if name == "relu" else x
 
 

@@ -49,6 +49,14 @@ INGREDIENTS = {
     "scaled with an activation": (dict(scaled_ffn=True, activation="gelu"), Recipe(scaled=True, activation="gelu")),
     "norm alone": (dict(norm="layernorm"), Recipe(layer_norm=True)),
     "relu alone": (dict(activation="relu"), Recipe(activation="relu")),
+    "GPT-2": (
+        dict(norm="layernorm", activation="gelu_tanh", biases="all"),
+        Recipe(layer_norm=True, activation="gelu_tanh", all_biases=True),
+    ),
+    "all biases of a scaled fused FFN": (
+        dict(fused_ffn=True, scaled_ffn=True, biases="all"),
+        Recipe(fused=True, scaled=True, all_biases=True),
+    ),
     "temperature alone": (dict(temperature="per_position"), Recipe(temperature="per_position")),
     "regularizer alone": (dict(regularized=True), Recipe(regularized=True)),
     "no final norm": (dict(final_norm=False), Recipe(final_norm=False)),

@@ -92,6 +92,14 @@ def test_variants_of_penalty_and_temperature(layout: str, dtype: str, variant: d
     assert_layout(parse_layout(layout), dtype, architecture=EREG, **variant)
 
 
+BIASES = [("tp=2:sp=1:acc=1", EREG), ("tp=2:cp=2", "SM+LN+G"), ("tp=4:sp=1:recompute=selective", "SM+LN+G")]
+
+
+@pytest.mark.parametrize(("layout", "architecture"), BIASES)
+def test_all_biases(layout: str, architecture: str) -> None:
+    assert_layout(parse_layout(layout), "float64", architecture=architecture, biases="all")
+
+
 DOCUMENTS = [
     ("tp=2:cp=2:sp=1:recompute=full", "float64"),
     ("tp=2:pp=2:recompute=selective", "float64"),

@@ -9,10 +9,12 @@ from model.initialize import global_shapes
 KINDS = {
     "word embedding": ("embedding.word.",),
     "position embedding": ("embedding.position.",),
-    "attention": (".attention.query_key_value.", ".attention.output.", ".attention.query_bias", ".attention.key_bias"),
+    "attention": (
+        ".attention.query_key_value.", ".attention.output", ".attention.query_bias", ".attention.key_bias",
+    ),
     "temperatures": (".temperature_parameter",),
     "thresholds": (".threshold",),
-    "FFN": (".ffn.fused.", ".ffn.up.", ".ffn.down."),
+    "FFN": (".ffn.fused.", ".ffn.up.", ".ffn.down.", ".ffn.up_bias", ".ffn.bias"),
     "FFN scaling": (".ffn.alpha", ".ffn.beta"),
     "norms": ("norm.",),
     "head": ("head.weight",),

@@ -14,9 +14,15 @@ Ours (model/transformer.py) on the left, GPT-2's on the right; `h.0` stands for 
     head.norm.weight, bias                      [D]         ln_f.weight, bias       [D]
     head.weight, if the head is not tied        [V, D]      lm_head.weight          [V, D]
 
+    with model.biases = 'all':
+    layers.0.attention.output_bias              [D]         h.0.attn.c_proj.bias    [D]
+    layers.0.ffn.up_bias                        [F]         h.0.mlp.c_fc.bias       [F]
+    layers.0.ffn.bias                           [D]         h.0.mlp.c_proj.bias     [D]
+
 GPT-2 stores matrices transposed. Its c_attn holds all queries, then all keys, then all values. Ours holds query, key
-and value of one head, then of the next. GPT-2's other biases (values, c_proj, c_fc) have no place here: `to_gpt2`
-writes zeros, and `without_place` yields them to whoever reads a GPT-2.
+and value of one head, then of the next. A value's bias b adds W_o b to every position, since a row's weights sum to 1:
+`from_gpt2` adds that to the output's bias, and `to_gpt2` writes zeros. Without 'all', `to_gpt2` writes zeros for every
+other bias, and `without_place` yields them to whoever reads a GPT-2.
 
 Both directions take a function that reads one parameter and yield one at a time, so a large model needs little memory.
 Our parameters are plain here: normalized weights are already normalized, and there are no temperatures, alpha or beta.
@@ -54,7 +60,11 @@ _TRANSPOSED = {
 }
 _QKV, _QUERY_BIAS, _KEY_BIAS = (f"attention.{name}" for name in ("query_key_value.weight", "query_bias", "key_bias"))
 _THEIR_QKV, _THEIR_QKV_BIAS = "attn.c_attn.weight", "attn.c_attn.bias"
-_THEIR_BIASES = ("attn.c_proj.bias", "mlp.c_fc.bias", "mlp.c_proj.bias")
+_BIASES = {
+    "attention.output_bias": "attn.c_proj.bias",
+    "ffn.up_bias": "mlp.c_fc.bias",
+    "ffn.bias": "mlp.c_proj.bias",
+}
 
 
 def to_gpt2(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -76,8 +86,10 @@ def to_gpt2(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield there + _THEIR_QKV_BIAS, torch.cat([query, read(here + _KEY_BIAS).flatten(), torch.zeros_like(query)])
         for ours, theirs in _TRANSPOSED.items():
             yield there + theirs, read(here + ours).T.contiguous()
-        for theirs, size in zip(_THEIR_BIASES, (model.hidden_size, model.ffn_width, model.hidden_size), strict=True):
-            yield there + theirs, torch.zeros(size, dtype=query.dtype)
+        for ours, theirs in _BIASES.items():
+            size = model.ffn_width if ours == "ffn.up_bias" else model.hidden_size
+            has_place = model.biases == "all"
+            yield there + theirs, read(here + ours) if has_place else torch.zeros(size, dtype=query.dtype)
     if not model.tied_head:
         yield UNTIED_HEAD[1], read(UNTIED_HEAD[0])
 
@@ -97,21 +109,26 @@ def from_gpt2(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
         for ours, theirs in _NORMS.items():
             yield here + ours, read(there + theirs)
         yield here + _QKV, stacked(*read(there + _THEIR_QKV).T.chunk(3), num_heads=heads)
-        query, key, _ = read(there + _THEIR_QKV_BIAS).chunk(3)
+        query, key, value = read(there + _THEIR_QKV_BIAS).chunk(3)
         yield here + _QUERY_BIAS, query.view(heads, -1)
         yield here + _KEY_BIAS, key.view(heads, -1)
         for ours, theirs in _TRANSPOSED.items():
             yield here + ours, read(there + theirs).T.contiguous()
+        for ours, theirs in _BIASES.items() if model.biases == "all" else ():
+            bias = read(there + theirs)
+            if ours == "attention.output_bias":
+                bias = bias + value @ read(there + _TRANSPOSED["attention.output.weight"])
+            yield here + ours, bias
     if not model.tied_head:
         yield UNTIED_HEAD[0], read(UNTIED_HEAD[1])
 
 
 def without_place(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
     """Yield the biases of a GPT-2 that our model lacks, by their name there; of c_attn.bias only the values' part."""
-    for layer in range(model.num_layers):
+    for layer in range(model.num_layers if model.biases != "all" else 0):
         there = f"{BODY}h.{layer}."
         yield there + _THEIR_QKV_BIAS, read(there + _THEIR_QKV_BIAS).chunk(3)[2]
-        yield from ((there + theirs, read(there + theirs)) for theirs in _THEIR_BIASES)
+        yield from ((there + theirs, read(there + theirs)) for theirs in _BIASES.values())
 
 
 def reasons_against(model: ModelConfig) -> list[str]:

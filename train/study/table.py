@@ -6,7 +6,7 @@ from train.study.results import Group, Record, student
 
 BASELINES = ("SM+LN+G", "SM+ScFuFFN")
 """The usual decoder, and the softmax-only decoder that temperatures and regularizer are added to."""
-SYMBOLS = {"softmax": "SM", "layernorm": "LN", "gelu": "G", "relu": "R"}
+SYMBOLS = {"softmax": "SM", "layernorm": "LN", "gelu": "G", "gelu_tanh": "G", "relu": "R"}
 
 
 def write_table(document: Document, groups: list[Group]) -> None:

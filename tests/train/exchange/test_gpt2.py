@@ -27,7 +27,7 @@ def small(**ingredients: Any) -> tuple[ModelConfig, Transformer]:
 
 
 @pytest.mark.parametrize(
-    "ingredients", [{}, {"architecture": "SM+LN+R"}, {"tied_head": False}, {"activation": "identity"}]
+    "ingredients", [{}, {"architecture": "SM+LN+R"}, {"tied_head": False}, {"activation": "identity"}, {"biases": "all"}]
 )
 def test_transformers_computes_the_same_logits(ingredients: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
@@ -54,16 +54,16 @@ def test_transformers_computes_the_same_logits(ingredients: dict[str, Any]) -> N
         assert (theirs(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("tied_head", [True, False])
-def test_back_again(tied_head: bool) -> None:
-    config, model = small(tied_head=tied_head)
+@pytest.mark.parametrize("ingredients", [{}, {"tied_head": False}, {"biases": "all"}])
+def test_back_again(ingredients: dict[str, Any]) -> None:
+    config, model = small(**ingredients)
     ours = dict(named_parameters(model))
     theirs = dict(to_gpt2(config, ours.__getitem__))
     back = dict(from_gpt2(config, theirs.__getitem__))
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
     leftovers = dict(without_place(config, theirs.__getitem__))
-    assert len(leftovers) == 4 * config.num_layers and all(not bias.any() for bias in leftovers.values())
+    assert len(leftovers) == (0 if ingredients.get("biases") else 4 * config.num_layers) and all(not bias.any() for bias in leftovers.values())
 
 
 def test_stacking_by_hand() -> None:
