@@ -80,7 +80,7 @@ class ModelConfig:
     )
     activation: Literal["gelu", "gelu_tanh", "relu", "identity"] | None = explained(
         None,
-        "FFN activation. 'identity' makes the FFN linear. 'gelu_tanh' is the approximation that GPT-2 was trained with.",
+        "FFN activation. 'identity' makes the FFN linear. 'gelu_tanh' is the approximation in GPT-2.",
     )
     fused_ffn: bool | None = explained(
         None, "Use one D x D matrix instead of two, with an eighth of the FLOPs. Only a linear FFN can be fused."

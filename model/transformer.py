@@ -158,7 +158,8 @@ class Attention(nn.Module):
     """Causal softmax attention, softmax_j(q_i . k_j / (t_i sqrt(H))), with the entropy of every row.
 
     Query and key have a bias, and the output has one if the model has all biases. A value's bias would add the same to
-    every position, since a row's weights sum to 1. The key's bias acts, and learns, only if positions rotate the keys. Query, key and value are one matrix, stacked head by head, so a range of heads is a range of its rows.
+    every position, since a row's weights sum to 1. The key's bias acts, and learns, only if positions rotate the keys.
+    Query, key and value are one matrix, stacked head by head, so a range of heads is a range of its rows.
 
     Attributes:
         heads: whose queries, keys and values `query_key_value` returns, all of them by default.

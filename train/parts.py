@@ -18,6 +18,7 @@ from parallel.sharding.megatron import Groups, initialize_groups
 from parallel.sharding.regularizer import ShardedRegularizer
 from parallel.sharding.stage import Stage, build_transformer, recompute_activations
 from parallel.stages import stage_layers
+from parallel.state.training_state import SavedState, load_weights
 from train.config import Config
 from train.start.compiled_code import key_compiled_code
 from train.start.timeline import phase
@@ -61,9 +62,19 @@ def build_stage(
     return Stage(transformer, build_regularizer(config, groups)), groups
 
 
-def build_engine(config: Config, vocab_size: int, groups: Groups | None = None) -> Engine:
-    """Build this rank's stage and its optimizer; `groups` as in `build_stage`."""
-    return add_optimizer(*build_stage(config, vocab_size, groups=groups), config)
+def build_engine(
+    config: Config, vocab_size: int, groups: Groups | None = None, initial: SavedState | None = None
+) -> Engine:
+    """Build this rank's stage and its optimizer.
+
+    Args:
+        groups: as in `build_stage`.
+        initial: weights that replace those drawn from the seed; None keeps these.
+    """
+    stage, groups = build_stage(config, vocab_size, groups=groups)
+    if initial is not None:  # before the optimizer copies and cuts them, so no layout is special
+        load_weights(stage, groups, initial, vocab_size)
+    return add_optimizer(stage, groups, config)
 
 
 def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:

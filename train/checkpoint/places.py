@@ -36,9 +36,9 @@ class Places:
         """Return what `OwnedRoot.in_the_way` returns."""
         return on_rank_zero(lambda: self.owned and self.owned.in_the_way(after, is_due))
 
-    def describe(self, dataset: dict[str, Any]) -> None:
-        """Write config.json; `dataset` is the dataset's identity (train.parts.dataset_identity)."""
-        on_rank_zero(lambda: self._describe(dataset))
+    def describe(self, dataset: dict[str, Any], origin: dict[str, Any]) -> None:
+        """Write config.json; the arguments are those of `RunDirectory.describe`."""
+        on_rank_zero(lambda: self._describe(dataset, origin))
 
     def check(self) -> None:
         """Raise LockLostError if another process may have taken one of the places."""
@@ -52,9 +52,9 @@ class Places:
             if each is not None:
                 each.close()
 
-    def _describe(self, dataset: dict[str, Any]) -> None:
+    def _describe(self, dataset: dict[str, Any], origin: dict[str, Any]) -> None:
         if self._directory is not None:
-            self._directory.describe(dataset)
+            self._directory.describe(dataset, origin)
 
     def _open(self) -> str:
         self._directory = RunDirectory(self._config.run_dir, self._config)

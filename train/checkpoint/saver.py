@@ -56,8 +56,8 @@ class CheckpointSaver:
     All ranks hold one and call the same methods at the same steps.
 
     Args:
-        dataset: its identity (train.parts.dataset_identity), which a resumed run must share.
-        run_id: the run's identity.
+        recorded: what each checkpoint records of the run besides its configuration: the run's identity, and the
+            dataset's (train.parts.dataset_identity), which a resumed run must share.
         owned: on rank 0, the run's checkpoints; None elsewhere.
         report: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.
     """
@@ -67,20 +67,14 @@ class CheckpointSaver:
         config: Config,
         engine: Engine,
         vocab_size: int,
-        dataset: dict[str, Any],
+        recorded: dict[str, Any],
         group: ProcessGroup,
-        run_id: str,
         owned: OwnedRoot | None,
         report: Callable[..., None] | None,
     ) -> None:
         self._config, self._engine, self._vocab_size = config, engine, vocab_size
         self._group, self._owned, self._report = group, owned, report
-        self._description = {
-            "run_id": run_id,
-            "dataset": dataset,
-            "world_size": dist.get_world_size(),
-            **description(config),
-        }
+        self._description = {**recorded, "world_size": dist.get_world_size(), **description(config)}
         self._root = Folder(config.checkpoint_folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staging: Future[Staging] = self._thread.submit(Staging, engine.state_chunks(vocab_size))

@@ -174,7 +174,11 @@ def _with_paths(config: Config, faults: list[str]) -> Config:
             path=path("data.path", data.path, resolved_address),
             cache_dir=path("data.cache_dir", data.cache_dir, local_path),
         ),
-        checkpoint=dataclasses.replace(checkpoint, path=path("checkpoint.path", checkpoint.path, resolved_address)),
+        checkpoint=dataclasses.replace(
+            checkpoint,
+            path=path("checkpoint.path", checkpoint.path, resolved_address),
+            init_from=path("checkpoint.init_from", checkpoint.init_from, resolved_address),
+        ),
     )
 
 

@@ -221,6 +221,12 @@ class CheckpointConfig:
     path: str | None = explained(
         None, "Folder or fsspec address (s3://bucket/run) of the checkpoints; null means run_dir/checkpoints."
     )
+    init_from: str | None = explained(
+        None,
+        "Where a new run takes its weights from: a folder of a GPT-2 (config.json and model.safetensors), a run or a "
+        "checkpoint. Weights of another architecture are converted (docs/guides/convert.md). null draws them from the "
+        "seed. A run that resumes ignores it.",
+    )
     keep: int = explained(
         2, "Number of newest checkpoints to keep. Older ones are deleted once a newer one is complete."
     )
@@ -239,6 +245,10 @@ class CheckpointConfig:
             faults.append(f"checkpoint.keep_every = {self.keep_every} must not be negative; 0 keeps none for good")
         if self.path and is_command(self.path):
             faults.append(f"checkpoint.path = {self.path!r} must be a folder or the address of one store")
+        if self.init_from and is_command(self.init_from):
+            faults.append(f"checkpoint.init_from = {self.init_from!r} must be a folder or the address of one store")
+        if self.init_from == "":
+            faults.append("checkpoint.init_from is empty; name a folder, or null to draw the weights from the seed")
         if self.path == "":
             faults.append("checkpoint.path is empty; name a folder or an fsspec address, or null for run_dir")
         return faults

@@ -10,7 +10,10 @@ KINDS = {
     "word embedding": ("embedding.word.",),
     "position embedding": ("embedding.position.",),
     "attention": (
-        ".attention.query_key_value.", ".attention.output", ".attention.query_bias", ".attention.key_bias",
+        ".attention.query_key_value.",
+        ".attention.output",
+        ".attention.query_bias",
+        ".attention.key_bias",
     ),
     "temperatures": (".temperature_parameter",),
     "thresholds": (".threshold",),

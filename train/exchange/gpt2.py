@@ -108,7 +108,8 @@ def from_gpt2(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
         here, there = f"layers.{layer}.", f"{BODY}h.{layer}."
         for ours, theirs in _NORMS.items():
             yield here + ours, read(there + theirs)
-        yield here + _QKV, stacked(*read(there + _THEIR_QKV).T.chunk(3), num_heads=heads)
+        queries, keys, values = read(there + _THEIR_QKV).T.chunk(3)
+        yield here + _QKV, stacked(queries, keys, values, heads)
         query, key, value = read(there + _THEIR_QKV_BIAS).chunk(3)
         yield here + _QUERY_BIAS, query.view(heads, -1)
         yield here + _KEY_BIAS, key.view(heads, -1)

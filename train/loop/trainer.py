@@ -26,6 +26,7 @@ from train.checkpoint.root import CheckpointError
 from train.checkpoint.saver import CheckpointSaver, Progress
 from train.config import Config
 from train.config.schedule import learning_rate, penalty_strength
+from train.initial.weights import InitialWeights
 from train.loop.clock import Clock
 from train.loop.health import Health
 from train.loop.log import RunLog, is_validated, seconds_after
@@ -115,7 +116,12 @@ class Trainer:
             saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
         self.step = 0 if saved is None else saved.step
         in_the_way = places.in_the_way(self.step, lambda step: self._due(config.checkpoint.interval, step))
-        self.engine = build_engine(config, manifest.vocab_size)
+        initial, self.initialized_from = None, None if saved is None else saved.marker.get("initialized_from")
+        if saved is None and config.checkpoint.init_from is not None:
+            with phase("initial_weights"):
+                initial = InitialWeights(config, manifest, self.group)
+                self.initialized_from = initial.record
+        self.engine = build_engine(config, manifest.vocab_size, initial=initial)
         with phase("data"):
             self.stream = open_stream(config, self.engine.groups.grid, "train")
         self.health = Health(config.health)
@@ -135,10 +141,21 @@ class Trainer:
             damage = clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
             self.log = RunLog(self.folder, config, self.step, faults, changed, recorded_logs(saved))
             self.log.damaged(damage, self.step)
+            if initial is not None:
+                self.log.event("initial weights", initial.words, **initial.record)
+            elif config.checkpoint.init_from is not None:
+                ignored = f"checkpoint.init_from is ignored: the run goes on from its checkpoint of step {self.step}"
+                self.log.event("initial weights ignored", ignored, address=config.checkpoint.init_from)
         self._warn_of_places(in_the_way)
         told = None if self.log is None else self._tell_save
         self.saver = CheckpointSaver(
-            config, self.engine, manifest.vocab_size, dataset, self.group, places.run_id, places.owned, told
+            config,
+            self.engine,
+            manifest.vocab_size,
+            {"run_id": places.run_id, "dataset": dataset, **self.origin},
+            self.group,
+            places.owned,
+            told,
         )
         self.metrics = StepMetrics(config, manifest.vocab_size, clock.steps)
         options = config.data.read_options()
@@ -151,6 +168,11 @@ class Trainer:
         self.is_first_step, self.is_stopping, self.save_is_due = True, False, False
         self.last_refusal = ""
         self.validated: tuple[int, float] | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What config.json and checkpoints record of where the weights come from; empty if from the seed."""
+        return {} if self.initialized_from is None else {"initialized_from": self.initialized_from}
 
     def train(self) -> Validation | None:
         """Train to the last step.
@@ -418,7 +440,7 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
                 initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
             places.open()
             trainer = Trainer(config, manifest, clock, stop, places)
-            places.describe(dataset_identity(manifest))
+            places.describe(dataset_identity(manifest), trainer.origin)
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:
         error = raised

@@ -64,14 +64,15 @@ class RunDirectory:
         if identity_in(file := self.path / names.IDENTITY) != identity:
             write_atomically(file, identity.to_json())
 
-    def describe(self, dataset: dict[str, Any]) -> None:
+    def describe(self, dataset: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
         """Write config.json.
 
         Args:
             dataset: its identity (train.parts.dataset_identity).
+            origin: where the run's first weights come from, if not from the seed.
         """
         run_id = None if self.identity is None else self.identity.run_id
-        about = {"vocab_size": dataset["vocab_size"], "dataset": dataset, "run_id": run_id}
+        about = {"vocab_size": dataset["vocab_size"], "dataset": dataset, "run_id": run_id, **(origin or {})}
         write_atomically(self.path / names.CONFIG, to_json({**about, **description(self._config)}, indent=2) + "\n")
 
     def check(self) -> None:

@@ -37,6 +37,7 @@ REFUSED: dict[str, Use] = {
     "dataset.fingerprint": Use.RESUME | Use.RESULT,
     "regularizer.*": Use.RESULT,
     "optimizer.*": Use.RESULT,
+    "checkpoint.init_from": Use.RESULT,
     "training.seed": Use.FOLDER | Use.RESULT,
     "training.global_batch_size": Use.RESUME | Use.RESULT,
     "training.micro_batch_size": Use.RESULT,

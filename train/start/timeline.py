@@ -26,6 +26,7 @@ PHASES = {
     "join": "join the process group",
     "find_checkpoint": "look for a checkpoint and verify its files",
     "weights": "draw the initial weights",
+    "initial_weights": "read and convert the weights of checkpoint.init_from",
     "optimizer": "build DeepSpeed's engine",
     "data": "open the dataset",
     "load_checkpoint": "load the checkpoint",

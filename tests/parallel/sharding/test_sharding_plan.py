@@ -24,6 +24,7 @@ CHOICES: list[dict[str, Any]] = [
         for architecture, place in itertools.product(("SM", "SM+ScFuFFN"), PLACEMENTS)
     ),
     {"architecture": EREG, "tied_head": False},
+    {"architecture": "SM+LN+G", "biases": "all"},
 ]
 
 

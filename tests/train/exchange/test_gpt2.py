@@ -27,7 +27,8 @@ def small(**ingredients: Any) -> tuple[ModelConfig, Transformer]:
 
 
 @pytest.mark.parametrize(
-    "ingredients", [{}, {"architecture": "SM+LN+R"}, {"tied_head": False}, {"activation": "identity"}, {"biases": "all"}]
+    "ingredients",
+    [{}, {"architecture": "SM+LN+R"}, {"tied_head": False}, {"activation": "identity"}, {"biases": "all"}],
 )
 def test_transformers_computes_the_same_logits(ingredients: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
@@ -63,7 +64,9 @@ def test_back_again(ingredients: dict[str, Any]) -> None:
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
     leftovers = dict(without_place(config, theirs.__getitem__))
-    assert len(leftovers) == (0 if ingredients.get("biases") else 4 * config.num_layers) and all(not bias.any() for bias in leftovers.values())
+    assert len(leftovers) == (0 if ingredients.get("biases") else 4 * config.num_layers) and all(
+        not bias.any() for bias in leftovers.values()
+    )
 
 
 def test_stacking_by_hand() -> None:
