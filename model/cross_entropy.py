@@ -77,13 +77,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_grad else None
         loss = hidden.new_zeros((), dtype=exact)
         valid = min(max(vocab_size - shard.start, 0), weight.shape[0])
-        for rows in _chunks(hidden.shape[0], weight):
+        for rows in token_chunks(hidden.shape[0], weight):
             logits = F.linear(hidden[rows], weight)
             chunk_loss, grad_logits = _loss_and_gradient(logits, labels[rows], valid, shard, wants_grad)
             loss += chunk_loss
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[rows] = grad_logits @ weight
-                _add_product(grad_weight, grad_logits.t(), hidden[rows])
+                add_product(grad_weight, grad_logits.t(), hidden[rows])
         if grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
@@ -91,16 +91,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return _scaled(grad_hidden, grads[0]), _scaled(grad_weight, grads[0]), None, None, None
+        return scaled(grad_hidden, grads[0]), scaled(grad_weight, grads[0]), None, None, None
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """gradient * scale [], rounded once: beside bf16 a tensor without dimensions would itself be rounded first."""
+def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Return gradient * scale [], rounded once: beside bf16 a tensor without dimensions would be rounded first."""
     return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient))
 
 
-def _chunks(tokens: int, weight: Tensor) -> list[slice]:
-    """Slices of tokens, equal but for the last, whose logits fit CHUNK_BYTES each."""
+def token_chunks(tokens: int, weight: Tensor) -> list[slice]:
+    """Return slices of tokens, equal but for the last, whose logits fit CHUNK_BYTES each."""
     most = max(1, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
     count = -(-tokens // most)
     size = -(-tokens // count)
@@ -154,8 +154,8 @@ def _gradient(logits: Tensor, local: Tensor, lse: Tensor, counted: Tensor, valid
     return probability.to(logits.dtype).scatter_(1, column, at_label.to(logits.dtype))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, summed in the type of `total`."""
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, summed in the type of `total`."""
     if total.is_cuda and total.dtype != left.dtype:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:

@@ -348,13 +348,16 @@ class Transformer(nn.Module):
         if self.embedding is not None and self.head is not None and self.config.tied_head:
             self.head.weight = self.embedding.word.weight
 
-    def hidden_states(self, x: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def hidden_states(
+        self, x: Tensor, document_start_BT: Tensor | None = None, states_TBD: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the embedding and the layers that are held.
 
         Args:
             x: tokens [T, B] if the embedding is held, else hidden states [T, B, D].
             document_start_BT: for sequences packed from several documents, the first position that each token may
                 attend to (integers). Positions and per-position temperatures stay those of the packed sequence.
+            states_TBD: a list to which each layer's output is appended, if it is wanted.
 
         Returns:
             Hidden states [T, B, D] and the entropy in nats of each layer held, [B, N, T].
@@ -364,6 +367,8 @@ class Transformer(nn.Module):
         for layer in self.layers.values():
             x, entropy_BNT = layer(x, document_start_BT)
             entropies_BNT.append(entropy_BNT)
+            if states_TBD is not None:
+                states_TBD.append(x)
         return x, entropies_BNT
 
     def forward(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from data.shards.manifest import Manifest
 from data.stream.dataset import open_dataset_once
 from data.stream.token_stream import TokenStream
+from parallel.distillation import Distillation
 from parallel.engine.compiled import compile_blocks
 from parallel.engine.engine import Engine, EngineConfig
 from parallel.grid import RankGrid
@@ -63,17 +64,23 @@ def build_stage(
 
 
 def build_engine(
-    config: Config, vocab_size: int, groups: Groups | None = None, initial: SavedState | None = None
+    config: Config,
+    vocab_size: int,
+    groups: Groups | None = None,
+    initial: SavedState | None = None,
+    distillation: Distillation | None = None,
 ) -> Engine:
     """Build this rank's stage and its optimizer.
 
     Args:
         groups: as in `build_stage`.
         initial: weights that replace those drawn from the seed; None keeps these.
+        distillation: a teacher, or None.
     """
     stage, groups = build_stage(config, vocab_size, groups=groups)
     if initial is not None:  # before the optimizer copies and cuts them, so no layout is special
         load_weights(stage, groups, initial, vocab_size)
+    stage.distillation = distillation
     return add_optimizer(stage, groups, config)
 
 

@@ -89,7 +89,7 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
     grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
     if config.checkpoint.init_from is not None and manifest is not None:
-        from train.initial.weights import check, read_source  # which load PyTorch's checkpoints
+        from train.initial.weights import check, read_source  # loads PyTorch's checkpoints
 
         check(read_source(config.checkpoint.init_from), config, manifest)
     print(to_json(config.record(), indent=2))

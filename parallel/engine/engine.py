@@ -314,13 +314,16 @@ def overlaps(config: EngineConfig) -> bool:
 
 
 def replays(stage: Stage, groups: Groups, config: EngineConfig) -> bool:
-    """Return whether training passes are replayed as CUDA graphs: asked for, on a GPU, possible, and worth it."""
+    """Return whether training passes are replayed as CUDA graphs: asked for, on a GPU, possible, and worth it.
+
+    A teacher's passes are not captured.
+    """
     per_head = stage.regularizer is not None and stage.regularizer.config.granularity == "per_head"
     wanted = config.cuda_graphs and uses_sharded_adam(config) and next(stage.parameters()).is_cuda
     model, grid = stage.transformer.config, groups.grid
     tokens = config.micro_batch_size * model.seq_length / (grid.tp * grid.cp)
     flops = tokens * block_flops(model, recompute="none")
-    if not wanted or not config.parallel.replays_passes(grid.dp, per_head, flops):
+    if not wanted or stage.distillation is not None or not config.parallel.replays_passes(grid.dp, per_head, flops):
         return False
     return grid.cp == 1 or transport(groups.context).can_be_captured
 

@@ -30,11 +30,15 @@ def _in_parts(grid: RankGrid) -> bool:
     return True
 
 
-METRICS: dict[str, Callable[[RankGrid], bool]] = {"ce_loss": _once_on_the_last_stage, "entropy_loss": _in_parts}
+METRICS: dict[str, Callable[[RankGrid], bool]] = {
+    "ce_loss": _once_on_the_last_stage,
+    "entropy_loss": _in_parts,
+    "distillation_loss": _once_on_the_last_stage,
+}
 """Scalars that every step measures, and which ranks' values add up to the model's.
 
 Each is averaged over micro-batches and replicas, and appears under its name in metrics.jsonl and TensorBoard. A new one
-is a line here and a call of `Stage.measure` where it is computed. Both losses are in nats per token.
+is a line here and a call of `Stage.measure` where it is computed. Losses are in nats per token.
 """
 
 
@@ -57,7 +61,7 @@ class StepLimits:
     """Limits beyond which a step does not change the weights; a step that is not finite never does.
 
     Attributes:
-        loss: nats per token, cross-entropy and entropy loss together.
+        loss: nats per token, the sum of LOSSES.
         gradient_norm: before clipping.
     """
 
@@ -66,7 +70,7 @@ class StepLimits:
 
 
 FINITE = StepLimits()
-LOSSES = ("ce_loss", "entropy_loss")
+LOSSES = ("ce_loss", "entropy_loss", "distillation_loss")
 """METRICS that make up the loss."""
 
 
@@ -96,8 +100,8 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """Cross-entropy and entropy loss together, in nats per token."""
-        return self.cross_entropy + self.entropy_loss
+        """The sum of LOSSES, in nats per token."""
+        return sum(self.means[name] for name in LOSSES)
 
 
 class PendingReport:

@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.initialize import initialize
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, padded_vocab_size
+from parallel.distillation import Distillation
 from parallel.sharding.context import apply_context_parallel
 from parallel.sharding.megatron import Groups
 from parallel.sharding.plan import sharding_plan
@@ -62,6 +63,7 @@ class Stage(nn.Module):
     Attributes:
         statistics: collected since they were last taken; None if no micro-batch was run.
         valid_rows: for each micro-batch of an evaluation, how many of its first sequences count; None means all.
+        distillation: a teacher, which counts in training; only of a stage that holds all layers.
     """
 
     def __init__(self, transformer: Transformer, regularizer: ShardedRegularizer | None) -> None:
@@ -70,6 +72,7 @@ class Stage(nn.Module):
         self.regularizer = regularizer
         self.statistics: StageStatistics | None = None
         self.valid_rows: list[int] | None = None
+        self.distillation: Distillation | None = None
         self._penalties: list[Callable[[], Tensor]] = []
 
     @property
@@ -87,12 +90,14 @@ class Stage(nn.Module):
             return transformer.embedding.word.weight
         return None if transformer.head is None else transformer.head.weight
 
-    def body(self, x: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+    def body(
+        self, x: Tensor, document_start_BT: Tensor | None = None, states_TBD: list[Tensor] | None = None
+    ) -> Tensor:
         """Run the layers: tokens [T, B] or hidden states [T, B, D] -> hidden states.
 
         In training the penalty is attached to the result, and its gradient enters in the backward pass.
         """
-        x_TBD, entropies_BNT = self.transformer.hidden_states(x, document_start_BT)
+        x_TBD, entropies_BNT = self.transformer.hidden_states(x, document_start_BT, states_TBD)
         entropy_LBNT = torch.stack(entropies_BNT)
         self._record(entropy_LBNT.detach())
         if self.regularizer is not None and self.training:
@@ -111,7 +116,15 @@ class Stage(nn.Module):
 
     def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
         """Return the loss of one micro-batch, on a stage that holds all layers."""
-        return self.loss(self.body(tokens_TB, document_start_BT), labels_TB)
+        states_TBD: list[Tensor] = []
+        x_TBD = self.body(tokens_TB, document_start_BT, states_TBD)
+        loss = self.loss(x_TBD, labels_TB)
+        if self.distillation is None or not self.training:
+            return loss
+        assert self.transformer.head is not None
+        taught = self.distillation.loss(self.transformer.head, x_TBD, states_TBD, tokens_TB, document_start_BT)
+        self.measure("distillation_loss", taught)
+        return loss + taught
 
     def complete_statistics(self) -> StageStatistics:
         """Return the statistics with the penalties added; in training call it after the backward passes."""

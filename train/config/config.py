@@ -23,6 +23,7 @@ from parallel.grid import RankGrid
 from train.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DistillationConfig,
     HealthConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -42,6 +43,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distillation: DistillationConfig = DistillationConfig()
     health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = field(
@@ -165,7 +167,7 @@ def _with_paths(config: Config, faults: list[str]) -> Config:
             faults.append(f"{key} = {error}")
             return address
 
-    data, checkpoint = config.data, config.checkpoint
+    data, checkpoint, distillation = config.data, config.checkpoint, config.distillation
     return dataclasses.replace(
         config,
         run_dir=path("run_dir", config.run_dir, local_path),
@@ -178,6 +180,9 @@ def _with_paths(config: Config, faults: list[str]) -> Config:
             checkpoint,
             path=path("checkpoint.path", checkpoint.path, resolved_address),
             init_from=path("checkpoint.init_from", checkpoint.init_from, resolved_address),
+        ),
+        distillation=dataclasses.replace(
+            distillation, teacher=path("distillation.teacher", distillation.teacher, resolved_address)
         ),
     )
 
@@ -199,6 +204,7 @@ def section_faults(config: Config) -> list[str]:
         config.optimizer,
         config.training,
         config.checkpoint,
+        config.distillation,
         config.health,
         config.logging,
     )
@@ -206,7 +212,23 @@ def section_faults(config: Config) -> list[str]:
         faults += section.faults()
     if not config.run_dir:
         faults.append("run_dir is empty; name the folder of this run, say runs/first")
-    return faults + deepspeed_faults(config)
+    return faults + teacher_faults(config) + deepspeed_faults(config)
+
+
+def teacher_faults(config: Config) -> list[str]:
+    """Return a fault if a layout with a teacher splits layers, vocabulary or positions."""
+    if config.distillation.teacher is None:
+        return []
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+    split = [
+        f"parallel.{name} = {getattr(config.parallel, name)}" for name in sizes if getattr(config.parallel, name) > 1
+    ]
+    if not split:
+        return []
+    return [
+        f"distillation.teacher is not possible with {', '.join(split)}: each rank compares all logits of whole "
+        "sequences; set it to 1 and use data parallelism with parallel.zero_stage instead"
+    ]
 
 
 DERIVED_DEEPSPEED_KEYS = {

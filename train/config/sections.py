@@ -255,6 +255,44 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """A teacher whose predictions the run learns to give besides the data's."""
+
+    teacher: str | None = explained(
+        None,
+        "The teacher: a folder of a GPT-2, a run or a checkpoint, as checkpoint.init_from. It keeps its own "
+        "architecture. Every rank holds it whole, so tensor, pipeline and context parallelism are not possible. null "
+        "trains on the data alone.",
+    )
+    weight: float = explained(
+        1.0,
+        "Factor of temperature^2 KL(teacher || run) between the predictions, in nats a token, which is added to the "
+        "loss.",
+    )
+    temperature: float = explained(2.0, "Divisor of both models' logits in that divergence.")
+    hidden_weight: float = explained(
+        0.0,
+        "Factor of the relative squared distance between the residuals after each layer, a mean over tokens and "
+        "layers. Needs a teacher with as many layers of the same width.",
+    )
+
+    def faults(self) -> list[str]:
+        faults = []
+        for name in ("weight", "hidden_weight"):
+            if getattr(self, name) < 0:
+                faults.append(
+                    f"distillation.{name} = {getattr(self, name)} must not be negative; 0 leaves that part out"
+                )
+        if self.temperature <= 0:
+            faults.append(f"distillation.temperature = {self.temperature} must be positive: it divides the logits")
+        if self.teacher == "" or (self.teacher and is_command(self.teacher)):
+            faults.append(
+                f"distillation.teacher = {self.teacher!r} must be a folder or the address of one store, or null"
+            )
+        return faults
+
+
+@dataclass(frozen=True)
 class HealthConfig:
     """How a run reacts to loss spikes and lost gradients, and how long each part of it may take."""
 

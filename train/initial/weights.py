@@ -8,7 +8,6 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -25,6 +24,7 @@ from train.initial.calibration import measure, tokens_wanted
 from train.initial.conversion import Converted, convert, described, faults_between, needs_data
 from train.initial.gpt2_folder import is_gpt2_folder, read_gpt2_folder
 from train.initial.own_checkpoint import find_checkpoint, read_checkpoint
+from train.initial.sending import Shapes, sent_from_rank_zero, shapes_of
 from train.initial.source import Source, Weights
 
 
@@ -53,11 +53,10 @@ class InitialWeights:
         self._group = group
         self._held: Weights = {}
 
-        def read_and_convert() -> tuple[dict[str, Any], str, list[tuple[str, torch.Size]]]:
+        def read_and_convert() -> tuple[dict[str, Any], str, Shapes]:
             source, converted = read_converted(config, manifest)
             self._held = {f"model.{name}": tensor for name, tensor in converted.weights.items()}
-            shapes = [(name, tensor.shape) for name, tensor in self._held.items()]
-            return record_of(source, converted), words_of(source, converted), shapes
+            return record_of(source, converted), words_of(source, converted), shapes_of(self._held)
 
         self.record, self.words, self._shapes = on_rank_zero(read_and_convert, group)
         self.names: Container[str] = {name for name, _ in self._shapes}
@@ -67,9 +66,7 @@ class InitialWeights:
         wanted: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             wanted.setdefault(chunk.name, []).append(chunk)
-        for name, shape in self._shapes:
-            whole = self._held.pop(name).contiguous() if dist.get_rank() == 0 else torch.empty(shape)
-            dist.broadcast(whole, src=0, group=self._group)
+        for name, whole in sent_from_rank_zero(self._held, self._shapes, self._group):
             for chunk in wanted.get(name, []):
                 place = zip(chunk.offsets, chunk.tensor.shape, strict=True)
                 chunk.tensor.copy_(whole[tuple(slice(start, start + size) for start, size in place)])
@@ -89,8 +86,12 @@ def read_converted(config: Config, manifest: Manifest) -> tuple[Source, Converte
     return source, convert(source, config.model, manifest.vocab_size, config.training.seed, measured)
 
 
-def read_source(address: str) -> Source:
+def read_source(address: str, key: str = "checkpoint.init_from") -> Source:
     """Read a GPT-2's folder, a run, or a checkpoint.
+
+    Args:
+        address: of a folder.
+        key: of the configuration, for error messages.
 
     Raises:
         CheckpointError: it is none of these, or cannot be read.
@@ -104,24 +105,28 @@ def read_source(address: str) -> Source:
         if found is not None:
             return read_checkpoint(found)
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"checkpoint.init_from = {address}: cannot be read ({error})") from None
+        raise CheckpointError(f"{key} = {address}: cannot be read ({error})") from None
     raise CheckpointError(
-        f"checkpoint.init_from = {address}: holds neither a GPT-2 (config.json and model.safetensors) nor a complete "
+        f"{key} = {address}: holds neither a GPT-2 (config.json and model.safetensors) nor a complete "
         "checkpoint; name such a folder, a run's or a checkpoint's"
     )
 
 
 def check(source: Source, config: Config, manifest: Manifest) -> None:
     """Raise CheckpointError unless the source can become the configured model; a line for each fault."""
-    faults = faults_between(source, config.model, manifest.vocab_size)
-    if not faults and source.tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
-        faults.append(
-            f"was trained with a tokenizer of sha256 {str(source.tokenizer_sha256)[:12]}..., and {config.data.path} "
-            f"has {manifest.tokenizer_sha256[:12]}...; prepare the dataset with the model's tokenizer (data.prepare "
-            "--tokenizer)"
-        )
+    faults = faults_between(source, config.model, manifest.vocab_size) or tokenizer_faults(source, config, manifest)
     if faults:
         raise CheckpointError("\n".join(f"checkpoint.init_from = {source.address}: {fault}" for fault in faults))
+
+
+def tokenizer_faults(source: Source, config: Config, manifest: Manifest) -> list[str]:
+    """Return a fault if a source is known to have been trained with another tokenizer than the dataset's."""
+    if source.tokenizer_sha256 in (None, manifest.tokenizer_sha256):
+        return []
+    return [
+        f"was trained with a tokenizer of sha256 {str(source.tokenizer_sha256)[:12]}..., and {config.data.path} has "
+        f"{manifest.tokenizer_sha256[:12]}...; prepare the dataset with the model's (data.prepare --tokenizer)"
+    ]
 
 
 def calibration_batches(config: Config, source: Source) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from train.checkpoint.root import CheckpointError
 from train.checkpoint.saver import CheckpointSaver, Progress
 from train.config import Config
 from train.config.schedule import learning_rate, penalty_strength
+from train.initial.teacher import read_teacher
 from train.initial.weights import InitialWeights
 from train.loop.clock import Clock
 from train.loop.health import Health
@@ -121,7 +122,11 @@ class Trainer:
             with phase("initial_weights"):
                 initial = InitialWeights(config, manifest, self.group)
                 self.initialized_from = initial.record
-        self.engine = build_engine(config, manifest.vocab_size, initial=initial)
+        teacher, teacher_record = None, None
+        if config.distillation.teacher is not None:
+            with phase("teacher"):
+                teacher, teacher_record = read_teacher(config, manifest, self.group)
+        self.engine = build_engine(config, manifest.vocab_size, initial=initial, distillation=teacher)
         with phase("data"):
             self.stream = open_stream(config, self.engine.groups.grid, "train")
         self.health = Health(config.health)
@@ -141,6 +146,9 @@ class Trainer:
             damage = clock.keep_goodput(self.folder, seconds_after(self.folder, self.step))
             self.log = RunLog(self.folder, config, self.step, faults, changed, recorded_logs(saved))
             self.log.damaged(damage, self.step)
+            if teacher_record is not None:
+                said = f"teacher {teacher_record['address']} (sha256 {teacher_record['sha256'][:12]})"
+                self.log.event("teacher", said, **teacher_record)
             if initial is not None:
                 self.log.event("initial weights", initial.words, **initial.record)
             elif config.checkpoint.init_from is not None:

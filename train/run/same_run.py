@@ -38,6 +38,7 @@ REFUSED: dict[str, Use] = {
     "regularizer.*": Use.RESULT,
     "optimizer.*": Use.RESULT,
     "checkpoint.init_from": Use.RESULT,
+    "distillation.*": Use.RESULT,
     "training.seed": Use.FOLDER | Use.RESULT,
     "training.global_batch_size": Use.RESUME | Use.RESULT,
     "training.micro_batch_size": Use.RESULT,

@@ -27,6 +27,7 @@ PHASES = {
     "find_checkpoint": "look for a checkpoint and verify its files",
     "weights": "draw the initial weights",
     "initial_weights": "read and convert the weights of checkpoint.init_from",
+    "teacher": "read the teacher",
     "optimizer": "build DeepSpeed's engine",
     "data": "open the dataset",
     "load_checkpoint": "load the checkpoint",

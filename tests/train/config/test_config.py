@@ -110,7 +110,7 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, wanted:
 
 def test_unknown_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
     assert re.fullmatch(
-        r"checkpoint\.zzz is no known key; known keys: interval, path, keep, keep_every, keep_best",
+        r"checkpoint\.zzz is no known key; known keys: interval, path, init_from, keep, keep_every, keep_best",
         fault_of(tmp_path, MINIMAL, "checkpoint.zzz=1"),
     )
 
