@@ -75,9 +75,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--validation-fraction",
         type=real_number(0, 0.999),
-        default=0.01,
         metavar="F",
         help="fraction of documents held out (default 0.01)",
+    )
+    add(
+        "--hold-out",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="hold out instead all files with a matching path component: whole projects or books, say 'django-*'",
     )
     add(
         "--tokenizer-megabytes",
@@ -111,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         find_files(options.input, options.include, options.exclude, options.output),
         None if options.max_megabytes is None else int(options.max_megabytes * 1e6),
     )
+    _check_hold_out(settings, parts)
     plan_sha256 = _plan_sha256(settings, parts)
     part_bytes = tuple(sum(piece.text_bytes for piece in part) for part in parts)
     preparation = Preparation(options.output, settings, part_bytes)
@@ -138,7 +145,26 @@ def _check(options: argparse.Namespace) -> None:
         raise DataError(f"--output {options.output}: is a file; name a folder")
     if options.output.is_dir() and any(options.output.iterdir()) and not _is_ours(options.output):
         raise DataError(f"--output {options.output}: holds other files; name an empty or new folder")
+    if options.hold_out and options.validation_fraction is not None:
+        raise DataError("give either --hold-out, which names what is held out, or --validation-fraction")
     _task(options.task)
+
+
+def _validation_fraction(options: argparse.Namespace) -> float:
+    if options.validation_fraction is not None:
+        return float(options.validation_fraction)
+    return 0.0 if options.hold_out else 0.01
+
+
+def _check_hold_out(settings: Settings, parts: list[list[Slice]]) -> None:
+    """Refuse patterns that hold out no file or all files."""
+    held_out = {settings.holds_out(path) for path in {piece.path for part in parts for piece in part}}
+    if settings.hold_out and held_out != {True, False}:
+        found = "all" if held_out == {True} else "none"
+        raise DataError(
+            f"--hold-out {' '.join(settings.hold_out)}: {found} of the input files match; name folders or files of "
+            "which some are the input's"
+        )
 
 
 def _is_ours(folder: Path) -> bool:
@@ -161,7 +187,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         vocab_size=options.vocab_size,
         tokenizer_sha256=None if options.tokenizer is None else Tokenizer(options.tokenizer).sha256,
         tokenizer_megabytes=options.tokenizer_megabytes,
-        validation_fraction=options.validation_fraction,
+        validation_fraction=_validation_fraction(options),
+        hold_out=options.hold_out,
         shard_megabytes=options.shard_megabytes,
         text_key=options.text_key,
         skip_bad_text=options.skip_bad_text,

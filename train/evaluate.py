@@ -124,6 +124,7 @@ def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: b
         "step": saved.step,
         "tokens": saved.step * config.tokens_per_step,
         "validation_loss": result.loss,
+        "validation_loss_halves": result.halves,
         "validation_perplexity": result.perplexity,
         "validation_tokens": result.tokens,
         "max_entropy_nats": math.log(config.model.seq_length),

@@ -8,7 +8,7 @@ import fnmatch
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def find_files(inputs: list[str], include: list[str], exclude: list[str], output
     Args:
         inputs: Files, folders and globs.
         include: Patterns of the file names wanted in folders.
-        exclude: Patterns of paths to leave out. Each is matched with every component of a path and with the whole path.
+        exclude: Patterns of paths to leave out (see `matches`).
         output: The dataset's folder. Files in it are left out, since a resumed preparation would find more of them.
 
     Raises:
@@ -53,7 +53,7 @@ def find_files(inputs: list[str], include: list[str], exclude: list[str], output
         for path in _expand(given):
             for file in _files_in(path, include) if path.is_dir() else [path]:
                 real = os.path.realpath(file)
-                if not _excluded(file, exclude) and not real.startswith(own):
+                if not matches(file, exclude) and not real.startswith(own):
                     found.setdefault(real, str(file))
     if not found:
         raise DataError(f"--input {' '.join(inputs)}: no file matches {' '.join(include)}; see --include and --exclude")
@@ -132,8 +132,9 @@ def _cannot_list(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
 
-def _excluded(path: Path, exclude: list[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in exclude for name in (*path.parts, str(path)))
+def matches(path: Path, patterns: Iterable[str]) -> bool:
+    """Return whether a component of a path, or the whole of it, matches one of the patterns."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in (*path.parts, str(path)))
 
 
 def _slices(path: str, size: int, part_bytes: int) -> Iterator[Slice]:

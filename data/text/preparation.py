@@ -10,8 +10,8 @@ A job writes its result in one rename. A job whose result exists is not run agai
 where it stopped.
 
 A document is a duplicate if an earlier one has the same text; the order is that of the sorted input files. A document
-belongs to validation if the first 8 bytes of its hash, as a number, are below the threshold. So neither the number of
-workers nor the order of jobs changes a byte of the result.
+belongs to validation if its file is held out or, if none is, if the first 8 bytes of its hash, as a number, are below
+the threshold. So neither the number of workers nor the order of jobs changes a byte of the result.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from data.shards.writer import write_shard
 from data.text.documents import read_documents
 from data.text.duplicates import first_occurrences, read_hashes
 from data.text.encoded_part import EncodedPart, document_starts_in
-from data.text.input_files import Slice
+from data.text.input_files import Slice, matches
 
 WORK = ".work"
 PLAN = "plan.sha256"
@@ -62,9 +62,14 @@ class Settings:
     tokenizer_sha256: str | None
     tokenizer_megabytes: float
     validation_fraction: float
+    hold_out: list[str]
     shard_megabytes: float
     text_key: str
     skip_bad_text: bool
+
+    def holds_out(self, path: str) -> bool:
+        """Return whether the documents of an input file are the validation split's."""
+        return matches(Path(path), self.hold_out)
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,16 @@ def run_job(preparation: Preparation, stage: str, job: int) -> None:
         write_atomically(result, json.dumps(summary).encode())
 
 
-def _documents(preparation: Preparation, part: int, skipped: list[str]) -> Iterator[tuple[str, str, bytes, bytes]]:
-    """Yield (text, source, UTF-8 bytes, 16-byte hash) for each document of a part."""
+def _documents(
+    preparation: Preparation, part: int, skipped: list[str]
+) -> Iterator[tuple[str, str, bytes, bytes, bool]]:
+    """Yield (text, source, UTF-8 bytes, 16-byte hash, whether it is held out) for each document of a part."""
     for piece in preparation.slices(part):
+        held_out = preparation.settings.holds_out(piece.path)
         try:
             for document in read_documents(piece, preparation.settings.text_key):
                 raw = document.text.encode("utf-8")
-                yield document.text, document.source, raw, hashlib.sha256(raw).digest()[:16]
+                yield document.text, document.source, raw, hashlib.sha256(raw).digest()[:16], held_out
         except DataError as error:
             if not preparation.settings.skip_bad_text:
                 raise
@@ -151,10 +159,10 @@ def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
     validation = int(preparation.settings.validation_fraction * _ALL)
     hashes, documents, text_bytes, skipped = bytearray(), 0, 0, list[str]()
     with gzip.open(_partial(preparation.file("scan", part, "sample.gz")), "wb", compresslevel=1) as sample:
-        for text, _, raw, digest in _documents(preparation, part, skipped):
+        for text, _, raw, digest, held_out in _documents(preparation, part, skipped):
             hashes += digest
             text_bytes += len(raw)
-            in_train = int.from_bytes(digest[:8], "little") >= validation
+            in_train = not held_out and int.from_bytes(digest[:8], "little") >= validation
             if in_train and int.from_bytes(digest[8:], "little") < share:
                 sample.write(json.dumps([documents, text]).encode() + b"\n")
             documents += 1
@@ -230,13 +238,13 @@ def _encode(preparation: Preparation, part: int) -> dict[str, Any]:
     keep = np.unpackbits(packed, count=len(hashes)).astype(bool)
     outputs = {split: EncodedPart(preparation.file("encode", part, split), tokenizer) for split in SPLITS}
     number = -1
-    for number, (text, source, raw, digest) in enumerate(_documents(preparation, part, [])):
+    for number, (text, source, raw, digest, held_out) in enumerate(_documents(preparation, part, [])):
         if number >= len(hashes) or digest != hashes[number].tobytes():
             raise DataError(
                 f"{source}: changed since it was scanned; leave the input alone, or start over with --overwrite"
             )
         if keep[number]:
-            is_validation = int.from_bytes(digest[:8], "little") < threshold
+            is_validation = held_out or int.from_bytes(digest[:8], "little") < threshold
             outputs["validation" if is_validation else "train"].add(text, len(raw), source)
     if number + 1 != len(hashes):
         raise DataError(

@@ -285,6 +285,26 @@ def test_a_small_corpus_still_has_a_validation_document(tmp_path: Path) -> None:
     assert len(documents(tmp_path / "set", "validation")) == 1
 
 
+def test_whole_projects_are_held_out(tmp_path: Path) -> None:
+    for project in ("apple-1", "book-2", "cedar-3"):
+        (tmp_path / "in" / project).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "in" / project / f"{number}.txt").write_text(project + text_of(number) * 3)
+    fixed = ["--input", str(tmp_path / "in"), "--vocab-size", "330", "--workers", "1", "--output"]
+    prepare([*fixed, str(tmp_path / "set"), "--hold-out", "b*", "cedar-?"])
+    assert {text[:5] for text in documents(tmp_path / "set", "train")} == {"apple"}
+    assert {text[:5] for text in documents(tmp_path / "set", "validation")} == {"book-", "cedar"}
+    assert len(documents(tmp_path / "set", "validation")) == 8
+
+    for more, words in (
+        (["x*"], "none of the input files match"),
+        (["*-?"], "all of the input files match"),
+        (["b*", "--validation-fraction", "0.1"], "either --hold-out"),
+    ):
+        with pytest.raises(DataError, match=words):
+            prepare([*fixed, str(tmp_path / "other"), "--hold-out", *more])
+
+
 def test_a_step_is_traced_to_its_documents(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = run(corpus, tmp_path / "set", "--workers", "1", "--shard-megabytes", "0.01")
     stream = TokenStream(output, "train", 32, 4, seed=3)

@@ -70,6 +70,16 @@ def test_one_process_evaluates_what_four_trained(tiny_config: Path, tmp_path: Pa
     last = next(row for row in reversed(rows(run)) if "validation_loss" in row)
     assert evaluation["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
     assert evaluation["entropy_nats"][1][3] > 0
+    assert evaluation["validation_loss_halves"] == pytest.approx(last["validation_loss_halves"], rel=1e-6)
+
+    batch, length = (json.loads((run / "config.json").read_text())["config"][section][key] for section, key in
+                     (("training", "micro_batch_size"), ("model", "seq_length")))  # fmt: skip
+    samples = last["validation_tokens"] // length
+    first = -(-samples // batch) // 2 * batch
+    assert run_ranks(_evaluate, 1, str(run), "--samples", str(first)) == [0]
+    half = json.loads((run / "evaluation.json").read_text())["validation_loss"]
+    second = (samples * last["validation_loss"] - first * half) / (samples - first)
+    assert last["validation_loss_halves"] == pytest.approx([half, second], rel=1e-5)
 
 
 def _evaluate(run: str, *more: str) -> int:

@@ -120,6 +120,7 @@ class RunLog:
             "step": step,
             "tokens": tokens,
             "validation_loss": validation.loss,
+            "validation_loss_halves": validation.halves,
             "validation_perplexity": validation.perplexity,
             "validation_tokens": validation.tokens,
         }

@@ -20,11 +20,14 @@ class Validation:
 
     Attributes:
         loss: mean cross-entropy in nats per token, without the regularizer, which acts only in training.
+        halves: the same over the first and over the second half of the batches, so that a setting can be chosen on one
+            and reported on the other; None with a single batch. Batches are those of all replicas together.
         tokens: how many were predicted.
         heads: entropies and parameters of every head.
     """
 
     loss: float
+    halves: tuple[float, float] | None
     tokens: int
     heads: HeadSnapshot
 
@@ -44,13 +47,19 @@ def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | 
     """
     grid = groups.grid
     stream = open_stream(config, grid, "validation", limit_samples)
-    statistics = evaluate(micro_batches(stream, grid, local_device()), stream.valid_rows_by_batch)
+    batches, rows = micro_batches(stream, grid, local_device()), stream.valid_rows_by_batch
+    middle = len(rows) // 2
+    parts = [evaluate(batches, part) for part in (rows[:middle], rows[middle:]) if part]
     stream.close()
-    heads = head_snapshot(stage, statistics, groups)
+    heads = head_snapshot(stage, sum(parts[1:], start=parts[0]), groups)
     # The mean over micro-batches and replicas of sums over tokens.
-    summed = metric_means(statistics, groups)["ce_loss"] * statistics.micro_batches * grid.replicas
+    sums = [metric_means(part, groups)["ce_loss"] * part.micro_batches * grid.replicas for part in parts]
     tokens = validation_tokens(stream.manifest, config, limit_samples)
-    return Validation(summed / tokens, tokens, heads)
+    halves = None
+    if len(parts) == 2:
+        first = middle * config.training.micro_batch_size * grid.dp * config.model.seq_length
+        halves = (sums[0] / first, sums[1] / (tokens - first))
+    return Validation(sum(sums) / tokens, halves, tokens, heads)
 
 
 def validation_tokens(manifest: Manifest, config: Config, limit_samples: int | None) -> int:

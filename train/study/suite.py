@@ -9,12 +9,17 @@
 `rows` names a table, a figure or one row of the paper (python -m train.paper list), "all", or a list of such names. A
 run's configuration is the row's, overridden by the suite's `base`, overridden by its own `config`.
 
+An entry with `"sweep": {"optimizer.learning_rate": [5e-4, 1e-3]}` is an arm of the study. It makes one run for each
+value, called `NAME-learning_rate0.0005` and so on; with several keys, one for each combination.
+
 A run with `budgets_tokens` serves several budgets. Its trunk trains to the largest one at a constant rate (schedule
 'wsd'). For each budget a branch leaves the trunk, and its rate decays to zero.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +56,16 @@ def _is_rows(value: Any) -> bool:
     return _is_text(value) or _is_list_of(_is_text)(value)
 
 
+def _is_sweep(value: Any) -> bool:
+    keys = value if isinstance(value, dict) else {}
+    named = all(re.fullmatch(r"[a-z_]+\.[a-z_0-9]+", key) for key in keys)
+    return bool(keys) and named and all(_is_list_of(_is_swept)(values) for values in keys.values())
+
+
+def _is_swept(value: Any) -> bool:
+    return isinstance(value, bool | int | float) or _is_folder_name(value)
+
+
 def _is_tokens(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= MOST_TOKENS
 
@@ -68,6 +83,7 @@ RUN_KEYS: dict[str, Shape] = {
     "rows": (_is_rows, "a name or a list of names (python -m train.paper list)"),
     "name": FOLDER_NAME,
     "config": SECTIONS,
+    "sweep": (_is_sweep, 'lists of values by key, say {"optimizer.learning_rate": [5e-4, 1e-3]}'),
     "budgets_tokens": (_is_list_of(_is_tokens), f"a list of token counts up to {MOST_TOKENS:g}"),
 }
 
@@ -104,6 +120,8 @@ class PlannedRun:
     Attributes:
         name: its label and seed; its folder below the suite's.
         label: the suite file's name for the model, the same for all seeds.
+        arm: the entry's name or the row's, the same for all seeds and all values that are swept.
+        swept: value of each key that the entry sweeps, as `section.key`.
         stages: in the order of training; one, or with budgets a trunk and a branch for each.
         row: of the paper, if it is one.
     """
@@ -113,6 +131,8 @@ class PlannedRun:
     seed: int
     stages: tuple[Stage, ...]
     row: Row | None = None
+    arm: str = ""
+    swept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,13 +176,13 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     output = local_path(tree.get("output", f"runs/{tree['name']}"))
     runs: list[PlannedRun] = []
     for number, entry in enumerate(tree["runs"]):
-        for label, row, config_tree in _entries(entry, tree.get("base", {})):
+        for model in _models(entry, tree.get("base", {})):
             for seed in tree.get("seeds", [1]):
                 try:
-                    whole = merged(config_tree, changed)
-                    runs.append(_planned(label, row, whole, entry.get("budgets_tokens"), seed, output, allow_commands))
+                    whole = merged(model.tree, changed)
+                    runs.append(_planned(model, whole, entry.get("budgets_tokens"), seed, output, allow_commands))
                 except ConfigError as error:
-                    faults += [f"runs[{number}] {label}: {fault}" for fault in error.faults]
+                    faults += [f"runs[{number}] {model.label}: {fault}" for fault in error.faults]
                     break
     names = [run.name for run in runs]
     faults += [f"two runs are called {name}; give one another name" for name in set(names) if names.count(name) > 1]
@@ -200,13 +220,33 @@ def _misfits(tree: Tree, shapes: dict[str, Shape], where: str, needed: Collectio
     return faults
 
 
-def _entries(entry: Tree, base: Tree) -> list[tuple[str, Row | None, Tree]]:
-    """Return (label, row of the paper, configuration tree) of each model that an entry names."""
-    own = entry.get("config", {})
+@dataclass(frozen=True)
+class _Model:
+    """What an entry of a suite says of one model, the same for all seeds; `tree` is its configuration."""
+
+    arm: str
+    row: Row | None
+    tree: Tree
+    swept: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The arm and what is swept, which names a folder: 'EReg-learning_rate0.001'."""
+        return "-".join([self.arm, *(f"{key.partition('.')[2]}{value}" for key, value in self.swept.items())])
+
+
+def _models(entry: Tree, base: Tree) -> Iterator[_Model]:
+    """Yield each model that an entry names, once for each combination of what it sweeps."""
+    own, sweep = entry.get("config", {}), entry.get("sweep", {})
+    arms: list[tuple[str, Row | None, Tree]] = [(entry.get("name", ""), None, merged(base, own))]
     if "rows" in entry:
         rows = {row.name: row for name in _row_names(entry) for row in rows_at(name)}
-        return [(name, row, merged(row.tree(), base, own)) for name, row in rows.items()]
-    return [(entry["name"], None, merged(base, own))]
+        arms = [(name, row, merged(row.tree(), base, own)) for name, row in rows.items()]
+    for arm, row, tree in arms:
+        for values in itertools.product(*sweep.values()):
+            swept = dict(zip(sweep, values, strict=True))
+            sections = [{section: {name: value}} for key, value in swept.items() for section, name in [key.split(".")]]
+            yield _Model(arm, row, merged(tree, *sections), swept)
 
 
 def _row_names(entry: Tree) -> list[str]:
@@ -229,15 +269,15 @@ def merged(*trees: Tree) -> Tree:
 
 
 def _planned(
-    label: str, row: Row | None, tree: Tree, budgets: list[float] | None, seed: int, output: Path, allow_commands: bool
+    model: _Model, tree: Tree, budgets: list[float] | None, seed: int, output: Path, allow_commands: bool
 ) -> PlannedRun:
-    name = f"{label}/seed{seed}"
+    name = f"{model.label}/seed{seed}"
     if budgets:
         tree = merged(tree, {"training": {"train_tokens": int(max(budgets))}})
     tree = merged(tree, {"training": {"seed": seed}, "run_dir": str(output / name)})
     config = config_from_dict(tree, allow_commands)
     stages = branched(config, [int(budget) for budget in budgets]) if budgets else (Stage(config),)
-    return PlannedRun(name, label, seed, stages, row)
+    return PlannedRun(name, model.label, seed, stages, model.row, model.arm, model.swept)
 
 
 def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:

@@ -27,6 +27,7 @@ from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.launch import forked
 from train.study.pictures import ParetoPoint, largest_rise, undominated
+from train.study.regularizer import suites, text_of
 from train.study.results import Group, records
 from train.study.stages import branch_off, prepare
 from train.study.state import next_stage, read_state
@@ -306,6 +307,14 @@ def test_intervals_over_seeds_are_students(finished: Path) -> None:
         ),
         ({"runs": [{"name": "a", "rows": "SM"}]}, "set either rows"),
         ({"runs": [{"name": "a", "budgets_tokens": [0]}]}, "must be a list of token counts"),
+        *(
+            ({"runs": [{"name": "a", "sweep": sweep}]}, r"runs\[0\]: sweep = .* must be lists of values by key")
+            for sweep in ({}, [1], {"optimizer": [1]}, {"optimizer.learning_rate": []}, {"model.norm": ["a/b"]})
+        ),
+        (
+            {"runs": [{"name": "a", "sweep": {"optimizer.learning_rat": [1]}}]},
+            r"runs\[0\] a-learning_rat1: optimizer.learning_rat is no known key",
+        ),
         ({"seeds": "1"}, 'seeds = "1" must be a list of whole numbers'),
         ({"seeds": [True]}, "seeds = .true. must be a list of whole numbers"),
         ({"extra": 1}, "'extra' is no known key"),
@@ -340,6 +349,23 @@ def test_what_is_no_suite_is_told(tmp_path: Path, text: str | None, words: str) 
 def test_faulty_overrides_of_a_suite_are_told(tmp_path: Path, override: str) -> None:
     with pytest.raises(SuiteError, match=r"must be a folder|must be an object of sections|not of the form"):
         load_suite(write_suite(tmp_path, [{"name": "a"}]), [override])
+
+
+def test_a_sweep_is_a_run_for_each_combination(tmp_path: Path) -> None:
+    sweep = {"optimizer.learning_rate": [5e-4, 0.001], "model.temperature": ["none", "per_head"]}
+    runs = load_suite(write_suite(tmp_path, [{"name": "a", "sweep": sweep}, {"name": "b"}])).runs
+    found = {run.label: (run.arm, run.swept, run.stages[0].config) for run in runs}
+    assert list(found) == [
+        "a-learning_rate0.0005-temperaturenone",
+        "a-learning_rate0.0005-temperatureper_head",
+        "a-learning_rate0.001-temperaturenone",
+        "a-learning_rate0.001-temperatureper_head",
+        "b",
+    ]
+    arm, swept, config = found["a-learning_rate0.0005-temperatureper_head"]
+    assert arm == "a" and swept == {"optimizer.learning_rate": 5e-4, "model.temperature": "per_head"}
+    assert config.optimizer.learning_rate == 5e-4 and config.model.temperature == "per_head"
+    assert found["b"][:2] == ("b", {})
 
 
 def test_a_run_that_cannot_start_says_why_and_the_others_go_on(
@@ -461,6 +487,11 @@ def test_the_largest_rise_is_over_what_came_before() -> None:
     assert largest_rise([3.0, 2.0, 1.0]) == (0.0, 0)
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs/suites").glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(Path("configs/suites").rglob("*.json")), ids=lambda file: file.stem)
 def test_shipped_suites_load(file: Path) -> None:
     assert load_suite(file).runs
+
+
+def test_shipped_suites_of_the_regularizer_are_those_of_the_table() -> None:
+    shipped = {file.stem: file.read_text() for file in Path("configs/suites/regularizer").glob("*.json")}
+    assert shipped == {name: text_of(suite) for name, suite in suites().items()}
