@@ -106,3 +106,20 @@ def test_what_does_not_fit_is_refused_on_every_rank(tiny_config: Path, tmp_path:
     assert not (tmp_path / "run" / "config.json").exists()
     answer = run_main(1, tiny_config, *start, "--dry-run")
     assert answer.statuses == [2] and "model.num_layers is 2 there and 3 here" in answer.stderr
+
+
+def test_a_teacher_is_learned_from_and_refused_where_layers_are_split(tiny_config: Path, tmp_path: Path) -> None:
+    assert run_main(1, tiny_config, f"run_dir={tmp_path / 'teacher'}").statuses == [0]
+    taught = [f"distillation.teacher={tmp_path / 'teacher'}", "distillation.hidden_weight=0.1", "training.seed=2"]
+    answer = run_main(2, tiny_config, *taught)
+    assert answer.statuses == [0, 0], answer.stderr
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert steps[-1]["distillation_loss"] < steps[0]["distillation_loss"]
+    assert all(row["loss"] > row["ce_loss"] + row["distillation_loss"] > row["ce_loss"] for row in steps)
+    assert next(row for row in journal(tmp_path / "run") if row["event"] == "teacher")["kind"] == "checkpoint"
+
+    answer = run_main(2, tiny_config, *taught, f"run_dir={tmp_path / 'split'}", "parallel.tensor_parallel_size=2")
+    assert answer.statuses == [2, 2] and answer.stderr.count("error:") == 1
+    assert "distillation.teacher is not possible with parallel.tensor_parallel_size = 2" in answer.stderr
+    answer = run_main(1, tiny_config, *taught, f"run_dir={tmp_path / 'wide'}", "model.hidden_size=64")
+    assert answer.statuses == [2] and "residuals cannot be compared" in answer.stderr

@@ -14,6 +14,14 @@ value, called `NAME-learning_rate0.0005` and so on; with several keys, one for e
 
 A run with `budgets_tokens` serves several budgets. Its trunk trains to the largest one at a constant rate (schedule
 'wsd'). For each budget a branch leaves the trunk, and its rate decays to zero.
+
+A run with `conversion` is a chain of trainings, each of which starts from the weights of the one before, converted to
+its own architecture (docs/guides/convert.md). A stage keeps what the stage before it has set. The first starts from
+`checkpoint.init_from`, or from the seed. The last stage's evaluation is the run's result.
+
+    {"name": "from_gpt2", "config": {"checkpoint": {"init_from": "models/gpt2"}},
+     "conversion": [{"name": "linear", "config": {"model": {"activation": "identity", "fused_ffn": true}}},
+                    {"name": "no_norms", "config": {"model": {"norm": "none", "temperature": "per_head"}}}]}
 """
 
 import dataclasses
@@ -66,6 +74,14 @@ def _is_swept(value: Any) -> bool:
     return isinstance(value, bool | int | float) or _is_folder_name(value)
 
 
+def _is_chain(value: Any) -> bool:
+    """Whether it is a list of stages, each with a name of its own."""
+    if not _is_list_of(lambda stage: isinstance(stage, dict) and {"name"} <= stage.keys() <= {"name", "config"})(value):
+        return False
+    fits = all(_is_folder_name(stage["name"]) and _is_sections(stage.get("config", {})) for stage in value)
+    return fits and len({stage["name"] for stage in value}) == len(value)
+
+
 def _is_tokens(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= MOST_TOKENS
 
@@ -85,6 +101,7 @@ RUN_KEYS: dict[str, Shape] = {
     "config": SECTIONS,
     "sweep": (_is_sweep, 'lists of values by key, say {"optimizer.learning_rate": [5e-4, 1e-3]}'),
     "budgets_tokens": (_is_list_of(_is_tokens), f"a list of token counts up to {MOST_TOKENS:g}"),
+    "conversion": (_is_chain, 'a list of stages, say [{"name": "linear", "config": {"model": {...}}}, ...]'),
 }
 
 
@@ -94,13 +111,13 @@ class SuiteError(ValueError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: a run, or the trunk or a branch of a run with budgets.
+    """One training: a run, the trunk or a branch of a run with budgets, or a stage of a conversion.
 
     Attributes:
         config: resolved; its run_dir is the folder that the stage trains in.
         copied_from: the trunk's folder, for a branch; else None.
         copied_step: step of the trunk at which the branch starts.
-        is_result: whether its last evaluation is a result; that of a trunk is not.
+        is_result: whether its last evaluation is a result; that of a trunk or of an earlier stage is not.
     """
 
     config: Config
@@ -122,7 +139,7 @@ class PlannedRun:
         label: the suite file's name for the model, the same for all seeds.
         arm: the entry's name or the row's, the same for all seeds and all values that are swept.
         swept: value of each key that the entry sweeps, as `section.key`.
-        stages: in the order of training; one, or with budgets a trunk and a branch for each.
+        stages: in the order of training; one, or with budgets a trunk and a branch for each, or those of a conversion.
         row: of the paper, if it is one.
     """
 
@@ -180,7 +197,7 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
             for seed in tree.get("seeds", [1]):
                 try:
                     whole = merged(model.tree, changed)
-                    runs.append(_planned(model, whole, entry.get("budgets_tokens"), seed, output, allow_commands))
+                    runs.append(_planned(model, whole, entry, changed, seed, output, allow_commands))
                 except ConfigError as error:
                     faults += [f"runs[{number}] {model.label}: {fault}" for fault in error.faults]
                     break
@@ -198,6 +215,8 @@ def _shape_faults(tree: Tree) -> list[str]:
         misfits = _misfits(entry, RUN_KEYS, f"{where}: ")
         if not misfits and ("rows" in entry) == ("name" in entry):
             misfits.append(f"{where}: set either rows (of the paper) or name (of a run of your own)")
+        if not misfits and {"budgets_tokens", "conversion"} <= entry.keys():
+            misfits.append(f"{where}: a conversion has no budgets_tokens; give its stages training.train_tokens")
         for name in _row_names(entry) if not misfits else []:
             if not rows_at(name):
                 misfits.append(
@@ -269,15 +288,35 @@ def merged(*trees: Tree) -> Tree:
 
 
 def _planned(
-    model: _Model, tree: Tree, budgets: list[float] | None, seed: int, output: Path, allow_commands: bool
+    model: _Model, tree: Tree, entry: Tree, changed: Tree, seed: int, output: Path, allow_commands: bool
 ) -> PlannedRun:
+    """Plan one run of an entry; `changed` holds the overrides of the command line, which win over stages too."""
+    budgets: list[float] | None = entry.get("budgets_tokens")
     name = f"{model.label}/seed{seed}"
     if budgets:
         tree = merged(tree, {"training": {"train_tokens": int(max(budgets))}})
     tree = merged(tree, {"training": {"seed": seed}, "run_dir": str(output / name)})
-    config = config_from_dict(tree, allow_commands)
-    stages = branched(config, [int(budget) for budget in budgets]) if budgets else (Stage(config),)
+    stages: tuple[Stage, ...]
+    if "conversion" in entry:
+        stages = tuple(_chained(tree, entry["conversion"], changed, allow_commands))
+    else:
+        config = config_from_dict(tree, allow_commands)
+        stages = branched(config, [int(budget) for budget in budgets]) if budgets else (Stage(config),)
     return PlannedRun(name, model.label, seed, stages, model.row, model.arm, model.swept)
+
+
+def _chained(tree: Tree, stages: list[Tree], changed: Tree, allow_commands: bool) -> Iterator[Stage]:
+    """Yield the stages of a conversion, each of which starts from the one before."""
+    folder, faults = tree["run_dir"], []
+    for stage in stages:
+        tree = merged(tree, stage.get("config", {}), changed, {"run_dir": f"{folder}/{stage['name']}"})
+        try:
+            yield Stage(config_from_dict(tree, allow_commands), is_result=stage is stages[-1])
+        except ConfigError as error:
+            faults += [f"conversion {stage['name']}: {fault}" for fault in error.faults]
+        tree = merged(tree, {"checkpoint": {"init_from": tree["run_dir"]}})
+    if faults:
+        raise ConfigError(faults)
 
 
 def branched(config: Config, budgets_tokens: list[int]) -> tuple[Stage, ...]:
