@@ -88,10 +88,10 @@ def print_dry_run(config: Config, world_size: int | None) -> None:
     vocab_size, source = vocabulary(config, manifest)
     grid = config.grid(ranks)
     counts = parameter_counts(config.model, vocab_size)
-    if config.checkpoint.init_from is not None and manifest is not None:
-        from train.initial.weights import check, read_source  # loads PyTorch's checkpoints
+    if manifest is not None and (config.checkpoint.init_from or config.distillation.teacher):
+        from train.initial.teacher import check_sources  # loads PyTorch's checkpoints
 
-        check(read_source(config.checkpoint.init_from), config, manifest)
+        check_sources(config, manifest)
     print(to_json(config.record(), indent=2))
     padded = padded_vocab_size(vocab_size, grid.tp)
     print(f"\nvocabulary        {vocab_size:,} tokens (from {source}), padded to {padded:,}")

@@ -8,15 +8,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from data import inspect
 from data.errors import DataError
 from tests.fuzz.property import fuzz, holds, json_like
 from tests.fuzz.test_fuzz_datasets import tokens_dataset
+from tests.train.initial.gpt2 import write_gpt2
 from train.checkpoint.folder import FORMAT, DamagedFileError, Folder, read_marker
 from train.checkpoint.load import steps_saved
+from train.checkpoint.root import CheckpointError
 from train.checkpoint.tensors import Reader
 from train.config import Config, config_from_dict
 from train.config.tree import ConfigError
+from train.initial.weights import read_source
 from train.loop.goodput import CATEGORIES, Goodput
 from train.pictures.run import FigureError, load_run
 from train.run.directory import check_same_run
@@ -52,6 +57,30 @@ def lines_like(rows: list[dict[str, Any]]) -> Any:
     """Draw a file of JSON lines of which some are drawn."""
     sound = [json.dumps(row).encode() for row in rows]
     return json_like(rows[-1]).map(lambda drawn: b"\n".join([*sound, drawn, sound[0]]))
+
+
+GPT2 = {
+    "model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4, "n_inner": 64, "n_positions": 8, "vocab_size": 9,
+    "activation_function": "gelu_new", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@fuzz(json_like(GPT2))
+def test_the_description_of_a_gpt2(content: bytes, folder: Path) -> None:
+    """checkpoint.init_from reads it before the weights."""
+    pytest.importorskip("safetensors")
+    if not (folder / "model.safetensors").exists():
+        write_gpt2(folder, 9, 8)
+    (folder / "config.json").write_bytes(content)
+    holds(lambda: read_source(str(folder)), CheckpointError)
+
+
+@fuzz(json_like({"metadata": {}, "weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}))
+def test_the_index_of_a_gpt2(content: bytes, folder: Path) -> None:
+    pytest.importorskip("safetensors")
+    (folder / "config.json").write_text(json.dumps(GPT2))
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    holds(lambda: read_source(str(folder)), CheckpointError)
 
 
 @fuzz(json_like(description()))

@@ -23,6 +23,7 @@ from data.files.strict_json import check_shape, read_json
 from model.config import ModelConfig
 from model.initialize import global_shapes
 from train.checkpoint.root import CheckpointError
+from train.config.sections import LARGEST_VOCABULARY
 from train.exchange.gpt2 import BODY, UNTIED_HEAD, from_gpt2, to_gpt2
 from train.initial.source import Source
 
@@ -116,6 +117,8 @@ def _model(folder: Path) -> tuple[ModelConfig, int]:
         biases="all",
         tied_head=described.get("tie_word_embeddings", True),
     )
+    if not 1 <= described["vocab_size"] <= LARGEST_VOCABULARY:
+        raise CheckpointError(f"{file}: vocab_size is {described['vocab_size']}, expected 1 to {LARGEST_VOCABULARY:,}")
     if faults := model.faults():
         raise CheckpointError(f"{file}: {'; '.join(faults)}")
     return model.resolved(), described["vocab_size"]
@@ -159,6 +162,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _check_tensors(folder: Path, model: ModelConfig, vocab_size: int, tensors: dict[str, Tensor]) -> tuple[str, ...]:
     """Check that every parameter is there in the shape that config.json says; return the names of others."""
+    last = f"h.{model.num_layers - 1}.ln_1.weight"
+    if last not in tensors:  # before the table of shapes is made, which takes long for a wrong number of layers
+        raise CheckpointError(f"{folder}: lacks {last}, and {CONFIG} says {model.num_layers} layers; copy both anew")
     shapes = global_shapes(model, vocab_size)
     empty: Callable[[str], Tensor] = lambda name: torch.empty(shapes[name], device="meta")  # noqa: E731
     expected = {name.removeprefix(BODY): tuple(tensor.shape) for name, tensor in to_gpt2(model, empty)}

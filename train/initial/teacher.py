@@ -16,7 +16,7 @@ from train.config import Config
 from train.initial.conversion import MOST_PADDING
 from train.initial.sending import sent_from_rank_zero, shapes_of
 from train.initial.source import Source, Weights
-from train.initial.weights import read_source, tokenizer_faults
+from train.initial.weights import check, read_source, tokenizer_faults
 
 
 def read_teacher(config: Config, manifest: Manifest, group: ProcessGroup) -> tuple[Distillation, dict[str, Any]]:
@@ -36,9 +36,7 @@ def read_teacher(config: Config, manifest: Manifest, group: ProcessGroup) -> tup
     held: Weights = {}
 
     def read() -> tuple[Any, ...]:
-        source = read_source(str(config.distillation.teacher), "distillation.teacher")
-        if faults := teacher_faults(source, config, manifest):
-            raise CheckpointError("\n".join(f"distillation.teacher = {source.address}: {fault}" for fault in faults))
+        source = _read_fitting(config, manifest)
         held.update(source.weights)
         record = {"address": source.address, "kind": source.kind, "sha256": source.sha256}
         return source.model, source.vocab_size, record, shapes_of(held)
@@ -55,6 +53,25 @@ def read_teacher(config: Config, manifest: Manifest, group: ProcessGroup) -> tup
     teacher.requires_grad_(False).eval().to(torch.bfloat16 if is_bf16 else torch.float32)
     settings = config.distillation
     return Distillation(teacher, settings.weight, settings.temperature, settings.hidden_weight), record
+
+
+def check_sources(config: Config, manifest: Manifest) -> None:
+    """Check, in one process, that the models that a new run would read are there and fit it.
+
+    Raises:
+        CheckpointError: one cannot be read or does not fit.
+    """
+    if config.checkpoint.init_from is not None:
+        check(read_source(config.checkpoint.init_from), config, manifest)
+    if config.distillation.teacher is not None:
+        _read_fitting(config, manifest)
+
+
+def _read_fitting(config: Config, manifest: Manifest) -> Source:
+    source = read_source(str(config.distillation.teacher), "distillation.teacher")
+    if faults := teacher_faults(source, config, manifest):
+        raise CheckpointError("\n".join(f"distillation.teacher = {source.address}: {fault}" for fault in faults))
+    return source
 
 
 def teacher_faults(source: Source, config: Config, manifest: Manifest) -> list[str]:

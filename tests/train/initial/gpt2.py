@@ -37,16 +37,16 @@ def gpt2_tensors(vocab_size: int, positions: int, prefix: str = "transformer.") 
 
 
 def write_gpt2(
-    folder: Path, vocab_size: int, positions: int, *, prefix: str = "transformer.", files: int = 1, **described: Any
+    folder: Path, vocabulary: int, positions: int, *, prefix: str = "transformer.", files: int = 1, **described: Any
 ) -> dict[str, Tensor]:
     """Write a GPT-2's folder and return its tensors; `described` changes keys of config.json."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "n_inner": INNER}
-    config = {"model_type": "gpt2", **sizes, "n_positions": positions, "vocab_size": vocab_size}
+    config = {"model_type": "gpt2", **sizes, "n_positions": positions, "vocab_size": vocabulary}
     (folder / "config.json").write_text(json.dumps({**config, "activation_function": "gelu_new", **described}))
-    tensors = gpt2_tensors(vocab_size, positions, prefix)
+    tensors = gpt2_tensors(vocabulary, positions, prefix)
     if files == 1:
         save_file(tensors, folder / "model.safetensors")
         return tensors

@@ -68,7 +68,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
     assert "activation_function is 'silu'; known ones: gelu, gelu_new" in fault("a", activation_function="silu")
     assert "scale_attn_by_inverse_layer_idx is True" in fault("b", scale_attn_by_inverse_layer_idx=True)
-    assert "lacks 12 parameters, first h.2.ln_1.weight" in fault("c", n_layer=3)
+    assert "lacks h.2.ln_1.weight, and config.json says 3 layers" in fault("c", n_layer=3)
+    assert "vocab_size is 0" in fault("v", vocab_size=0)
     assert "h.0.mlp.c_fc.weight has shape [32, 64], and config.json says [32, 48]" in fault("d", n_inner=48)
     assert "model.safetensors: cannot be read" in fault("cut")
     assert "holds neither model.safetensors nor" in fault("pickled")
