@@ -14,9 +14,9 @@ Ours (model/transformer.py) on the left, GPT-2's on the right; `h.0` stands for 
     head.norm.weight, bias                      [D]         ln_f.weight, bias       [D]
     head.weight, if the head is not tied        [V, D]      lm_head.weight          [V, D]
 
-GPT-2 stores matrices transposed. Its c_attn holds all queries, then all keys, then all values; ours holds query, key and
-value of one head, then of the next. GPT-2's other biases (values, c_proj, c_fc) have no place here: `to_gpt2` writes
-zeros, and `without_place` names them for whoever reads a GPT-2.
+GPT-2 stores matrices transposed. Its c_attn holds all queries, then all keys, then all values. Ours holds query, key
+and value of one head, then of the next. GPT-2's other biases (values, c_proj, c_fc) have no place here: `to_gpt2`
+writes zeros, and `without_place` yields them to whoever reads a GPT-2.
 
 Both directions take a function that reads one parameter and yield one at a time, so a large model needs little memory.
 Our parameters are plain here: normalized weights are already normalized, and there are no temperatures, alpha or beta.
@@ -107,7 +107,7 @@ def from_gpt2(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
 
 
 def without_place(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
-    """Yield the biases of a GPT-2 that our model lacks, by their name there; the last third of c_attn.bias is values'."""
+    """Yield the biases of a GPT-2 that our model lacks, by their name there; of c_attn.bias only the values' part."""
     for layer in range(model.num_layers):
         there = f"{BODY}h.{layer}."
         yield there + _THEIR_QKV_BIAS, read(there + _THEIR_QKV_BIAS).chunk(3)[2]
