@@ -106,13 +106,8 @@ class Attention(nn.Module):
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.output = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.is_rotary = config.positions == "rotary"
-        shape = {
-            "none": None,
-            "per_head": (1, self.heads),
-            "per_position": (config.max_position_embeddings, self.heads),
-        }
-        shape = shape[config.softmax_temperature]
-        self.temperature = None if shape is None else nn.Parameter(torch.ones(shape))
+        rows = {"none": 0, "per_head": 1, "per_position": config.max_position_embeddings}[config.softmax_temperature]
+        self.temperature = nn.Parameter(torch.ones(rows, self.heads)) if rows else None
 
     def forward(self, x_BSD, position_BS, allowed_BSK, cache, with_weights):
         """Return the output [B, S, D], the weights [B, N, S, K] and the entropies [B, N, S]; None without weights."""
