@@ -3,6 +3,10 @@
     python -m train.evaluate --run runs/quickstart
 
 Writes evaluation.json: validation loss (nats a token), perplexity, and the mean entropy in nats of every head.
+
+    python -m train.evaluate --run runs/quickstart --tasks lambada_openai,piqa
+
+runs tasks of lm-evaluation-harness instead and writes evaluation_tasks.json. It needs the extra 'eval'.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from parallel.launch import LaunchError, choose_accelerator
 from parallel.processes.place import forget_launcher
 from train.config import Config, ConfigError, config_from_dict
 from train.run.directory import recorded_run_id
-from train.run.names import CONFIG, EVALUATION
+from train.run.names import CONFIG, EVALUATION, TASKS
 from train.run.reader import RunError, RunReader
 from train.run.same_run import Use
 from train.start.compiled_code import keep_compiled_code_private
@@ -48,14 +52,24 @@ def main(arguments: list[str] | None = None) -> int:
         "--samples",
         type=whole_number(1),
         metavar="N",
-        help="evaluate only the first N validation sequences (default: all)",
+        help="evaluate only the first N validation sequences, or the first N documents of each task (default: all)",
     )
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="run these tasks of lm-evaluation-harness instead of the validation split"
+    )
+    parser.add_argument("--task-files", type=path_argument, metavar="DIR", help="folder of further task files")
     options = parser.parse_args(arguments)
+    if options.tasks is None and options.task_files is not None:
+        parser.error("--task-files needs --tasks")
+    if options.tasks is not None and options.data is not None:
+        parser.error("--data names validation data, which --tasks does not use")
     forget_launcher()
     choose_accelerator()
     from train.checkpoint.root import CheckpointError
 
     try:
+        if options.tasks is not None:
+            return evaluate_tasks(options)
         keep_compiled_code_private()
         row = evaluate(options.run, options.data, options.samples, options.allow_commands)
     except (ConfigError, DataError, RunError, CheckpointError, LaunchError) as error:
@@ -65,6 +79,32 @@ def main(arguments: list[str] | None = None) -> int:
     if "reason" in row:
         print_warning(row["reason"])
     print(summary(row, options.run))
+    return 0
+
+
+def evaluate_tasks(options: argparse.Namespace) -> int:
+    """Run tasks, print the result and write evaluation_tasks.json.
+
+    Args:
+        options: the parsed command line.
+
+    Raises:
+        RunError, ConfigError, DataError, CheckpointError, LaunchError: as `train.exchange.harness.run_tasks`.
+    """
+    from parallel.launch import local_device
+    from train.exchange.harness import run_tasks
+
+    file = options.run / TASKS
+    if options.run.is_dir() and not can_write(file):
+        raise RunError(f"{file}: cannot be written; remove what is in its place, or copy the run")
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    row = run_tasks(
+        options.run, names, options.task_files, options.samples, local_device().type, options.allow_commands
+    )
+    write_atomically(file, to_json(row, indent=1) + "\n")
+    for task, metrics in row["tasks"].items():
+        print(f"step {row['step']}: {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    print(f"written: {file}")
     return 0
 
 

@@ -45,31 +45,40 @@ class PrivateInferenceCost:
     latency_min: float
 
 
-def operation_counts(model: ModelConfig, vocab_size: int) -> Array:
+def operation_counts(model: ModelConfig, vocab_size: int, kept_matrices: int | None = None) -> Array:
     """Count each of OPERATIONS in a forward pass over one sequence, in units of PER: [6].
 
     LayerNorm and ReLU are one kind. Every measured model has both or neither, in the ratio 1 to 2, so only the cost of
     their sum is known; an element of either is charged the same. An activation that was never measured is charged as
     GELU. Each layer has a cost of its own, because every step of a protocol waits for the network. The norm after the
     last block does not count, as in the paper's tables.
+
+    Args:
+        kept_matrices: D x D matrices in place of the FFNs, if those were folded (train/exchange/fold.py); None if not.
     """
     operations = nonlinear_operations(model)
     elements = {kind: operation.elements for kind, operation in operations.items()}
     width, ffn = model.hidden_size, 1 if model.fused_ffn else 1 + model.ffn_width / model.hidden_size
+    matrices = model.num_layers * ffn if kept_matrices is None else kept_matrices
     counts = [
         elements["softmax"],
         elements.get("layernorm", 0) + elements.get("relu", 0),
         0 if model.activation in (None, "relu", "identity") else elements[model.activation],
-        model.num_layers * model.seq_length * width * (4 + ffn),
+        model.seq_length * width * (4 * model.num_layers + matrices),
         model.seq_length * vocab_size,
         model.num_layers,
     ]
     return np.array(counts, dtype=float) / np.array(PER)
 
 
-def private_inference_cost(model: ModelConfig, vocab_size: int) -> PrivateInferenceCost:
-    """Predict the cost of a resolved model. `leave_one_out` measures how good such predictions are."""
-    return _cost(operation_counts(model, vocab_size), costs_per_operation())
+def private_inference_cost(
+    model: ModelConfig, vocab_size: int, kept_matrices: int | None = None
+) -> PrivateInferenceCost:
+    """Predict the cost of a resolved model; arguments as of `operation_counts`.
+
+    `leave_one_out` measures how good such predictions are.
+    """
+    return _cost(operation_counts(model, vocab_size, kept_matrices), costs_per_operation())
 
 
 @cache

@@ -22,15 +22,23 @@ _PROBES = ("a", " a", "a ", "  \t b\r\n\n c", "\ufb01 \u00e9 \u0301", "\U0001d11
 
 
 class Tokenizer:
-    """A SentencePiece model read from `path`. Loading raises DataError if it does not restore every text exactly."""
+    """A SentencePiece model read from `path`. Loading raises DataError if it does not restore every text exactly.
+
+    Attributes:
+        source: the path, for messages.
+        serialized: content of the file.
+        sha256: of the file.
+        vocab_size: number of tokens.
+        end_of_document: id of the token that ends a document.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self._source = str(path)
-        model = _read_model(Path(path))
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.source = str(path)
+        self.serialized = _read_model(Path(path))
+        self.sha256 = hashlib.sha256(self.serialized).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self._processor.LoadFromSerializedProto(self.serialized)
         except RuntimeError as error:
             raise DataError(f"{path}: not a SentencePiece model; give a file that data.prepare wrote") from error
         self.vocab_size: int = self._processor.vocab_size()
@@ -56,15 +64,19 @@ class Tokenizer:
         """Return the text of `ids`. End-of-document tokens give nothing; bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode([int(i) for i in ids])
 
+    def piece(self, token: int) -> str:
+        """Return the name that the model gives to a token."""
+        return str(self._processor.id_to_piece(token))
+
     def _require_lossless(self) -> None:
         unknown = self._processor.unk_id()
         byte_ids = [*self._space_symbol_ids, self._newline]
         if self.end_of_document < 0:
-            raise DataError(f"{self._source}: the model has no end-of-sentence piece to end documents with")
+            raise DataError(f"{self.source}: the model has no end-of-sentence piece to end documents with")
         lossless = unknown not in byte_ids and all(self.decode(self.encode(text)) == text for text in _PROBES)
         if not lossless:
             raise DataError(
-                f"{self._source}: the model does not restore text exactly; it needs byte fallback, identity "
+                f"{self.source}: the model does not restore text exactly; it needs byte fallback, identity "
                 "normalisation and no dummy prefix (train one with data.prepare --vocab-size)"
             )
 

@@ -12,14 +12,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.errors import first_line
 from parallel.agreement import on_rank_zero
-from parallel.state.chunks import Chunk, ChunkLoadPlanner
+from parallel.state.chunks import Chunk, ChunkLoadPlanner, whole_chunk
 from train.checkpoint.folder import DamagedFileError, Folder, read_marker, verify_file
 from train.checkpoint.root import CheckpointError
 from train.checkpoint.tensors import Reader
@@ -57,6 +60,19 @@ class SavedCheckpoint:
             dcp.load({}, storage_reader=self._reader, planner=ChunkLoadPlanner(chunks), process_group=self._group)
         except CheckpointException as error:
             raise CheckpointError(f"{self.folder.address}: {first_failure(error)}") from None
+
+    def read_whole(self, name: str) -> Tensor:
+        """Return one whole tensor by its name in the checkpoint; all ranks call.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        found = self._reader.read_metadata().state_dict_metadata.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"{self.folder.address}: {name} is not in the checkpoint; restore it from a copy")
+        tensor = torch.empty(found.size, dtype=found.properties.dtype)
+        self.read([whole_chunk(name, tensor)])
+        return tensor
 
 
 def checkpoint_group(timeout_s: float) -> ProcessGroup:

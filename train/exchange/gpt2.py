@@ -28,7 +28,7 @@ Both directions take a function that reads one parameter and yield one at a time
 Our parameters are plain here: normalized weights are already normalized, and there are no temperatures, alpha or beta.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -108,8 +108,7 @@ def from_gpt2(model: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
         here, there = f"layers.{layer}.", f"{BODY}h.{layer}."
         for ours, theirs in _NORMS.items():
             yield here + ours, read(there + theirs)
-        queries, keys, values = read(there + _THEIR_QKV).T.chunk(3)
-        yield here + _QKV, stacked(queries, keys, values, heads)
+        yield here + _QKV, stacked(read(there + _THEIR_QKV).T.chunk(3), heads)
         query, key, value = read(there + _THEIR_QKV_BIAS).chunk(3)
         yield here + _QUERY_BIAS, query.view(heads, -1)
         yield here + _KEY_BIAS, key.view(heads, -1)
@@ -155,7 +154,7 @@ def unstacked(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def stacked(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def stacked(parts: Sequence[Tensor], num_heads: int) -> Tensor:
     """Return our stacked matrix [N 3 H, D] of the queries, keys and values of all heads, each [N H, D]."""
-    by_head = [matrix.reshape(num_heads, -1, matrix.shape[-1]) for matrix in (query, key, value)]
+    by_head = [part.reshape(num_heads, -1, part.shape[-1]) for part in parts]
     return torch.stack(by_head, dim=1).flatten(0, 2)

@@ -7,6 +7,7 @@ ranks.jsonl         a row for every logging step: how long each rank took
 journal.jsonl       an event a line, never cut back
 goodput.json        where the wall time went
 evaluation.json     written by train.evaluate
+evaluation_tasks.json  written by train.evaluate --tasks
 checkpoints/        step_00000500/ and so on, unless checkpoint.path names another place
 tensorboard/  figures/
 run.lock            locked by the process that trains
@@ -25,6 +26,7 @@ RANKS = "ranks.jsonl"
 JOURNAL = "journal.jsonl"
 GOODPUT = "goodput.json"
 EVALUATION = "evaluation.json"
+TASKS = "evaluation_tasks.json"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 FIGURES = "figures"
@@ -45,8 +47,8 @@ MARKER = "checkpoint.json"
 TRAINED = (CONFIG, IDENTITY, METRICS, ENTROPY, RANKS, JOURNAL, GOODPUT)
 """A training writes these."""
 
-_AROUND = (JOURNAL, EVALUATION, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE, LOG,
-           FAILURE)  # fmt: skip
+_AROUND = (JOURNAL, EVALUATION, TASKS, CHECKPOINTS, TENSORBOARD, FIGURES, STACKS, LOCK, CODE, RESOLVED, STARTS, STAGE,
+           LOG, FAILURE)  # fmt: skip
 """Not the curves: other programs, too, write a metrics.jsonl, and a run that begins would cut its rows off."""
 _JOB = re.compile(r".*\.(log|out|err)|code\..*\.tmp|\..*\.[0-9a-f]{8}\.tmp|\.nfs.*|\.gitignore|\.gitkeep|lost\+found")
 """Output of jobs and shells, what interrupted writes leave, and what file systems and git put into an empty folder."""

@@ -71,7 +71,7 @@ def test_back_again(ingredients: dict[str, Any]) -> None:
 
 def test_stacking_by_hand() -> None:
     query, key, value = (torch.tensor([[row + offset] for row in range(4)]) for offset in (0, 10, 20))
-    both = stacked(query, key, value, num_heads=2)  # heads of width 2
+    both = stacked((query, key, value), num_heads=2)  # heads of width 2
     assert both.flatten().tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
     assert all(map(torch.equal, unstacked(both, 2), (query, key, value)))
 
