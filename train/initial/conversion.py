@@ -129,18 +129,16 @@ def convert(source: Source, target: ModelConfig, vocab_size: int, seed: int, mea
         prefix = f"layers.{layer}."
         own = {name.removeprefix(prefix): w.double() for name, w in source.weights.items() if name.startswith(prefix)}
         own = _Layer(own, here, target, layer, measured[layer] if measured else LayerMeasure(), left_out).converted()
-        made |= {prefix + name: tensor for name, tensor in own.items()}
-    made |= {name: tensor.double() for name, tensor in source.weights.items() if not name.startswith("layers.")}
+        made |= {prefix + name: tensor.float() for name, tensor in own.items()}
+    made |= {name: tensor for name, tensor in source.weights.items() if not name.startswith("layers.")}
     if here.tied_head and not target.tied_head:
         made["head.weight"] = made["embedding.word.weight"]
     shapes = global_shapes(target, vocab_size)
     weights = {}
     for name, shape in shapes.items():
         if name in made:
-            value = made[name]
-            weights[name] = (
-                value[: shape[0]].float() if "embedding." in name or name == "head.weight" else value.float()
-            )
+            is_table = "embedding." in name or name == "head.weight"  # whose last rows may be left out
+            weights[name] = made[name][: shape[0]] if is_table else made[name]
             assert weights[name].shape == shape, (name, weights[name].shape, shape)
         elif name.endswith((".ffn.alpha", ".ffn.beta")):
             weights[name] = initial_value(name, shape, target, seed)
