@@ -101,7 +101,7 @@ class StepReport:
     @property
     def loss(self) -> float:
         """The sum of LOSSES, in nats per token."""
-        return sum(self.means[name] for name in LOSSES)
+        return sum(mean for name, mean in self.means.items() if name in LOSSES)
 
 
 class PendingReport:

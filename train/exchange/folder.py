@@ -21,6 +21,7 @@ from train.exchange.safetensors_file import write_safetensors
 from train.exchange.source import TrainedModel
 from train.exchange.tokenizer_json import tokenizer_config, tokenizer_json
 from train.private_inference import private_inference_cost
+from train.run.names import CONFIG
 from train.run.reader import RunError
 
 LARGEST_CONDITIONS = {"float32": 1e3, "bfloat16": 30.0}
@@ -88,7 +89,7 @@ def write_folder(folder: Path, trained: TrainedModel, tokenizer: Tokenizer, form
         tensors, config = to_hf(weights), hf_config(weights, *sizes)
         source = Path(__file__).with_name("modeling.py").read_text(encoding="utf-8")
         write_atomically(folder / f"{MODELING}.py", source)
-    _write_json(folder / "config.json", config)
+    _write_json(folder / CONFIG, config)
     ends = {key: value for key, value in config.items() if key.endswith("_token_id")}
     _write_json(folder / "generation_config.json", ends)
     values = write_safetensors(folder, _as(getattr(torch, form.dtype), tensors))

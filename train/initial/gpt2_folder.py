@@ -25,9 +25,11 @@ from model.initialize import global_shapes
 from train.checkpoint.root import CheckpointError
 from train.config.sections import LARGEST_VOCABULARY
 from train.exchange.gpt2 import BODY, UNTIED_HEAD, from_gpt2, to_gpt2
+from train.exchange.safetensors_file import INDEX
 from train.initial.source import Source
+from train.run.names import CONFIG
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
