@@ -3,11 +3,15 @@
     python -m train.study run configs/suites/small.json
     python -m train.study status configs/suites/small.json
     python -m train.study report configs/suites/small.json --output docs/study/small
+    python -m train.study results configs/suites/small.json --output small.json
 
 `run` trains what is unfinished. It may be stopped and started at any time. A run that diverges is a result: its step
 and layer are recorded, and it is not started again without --retry. A folder that holds a run of another configuration
 is refused, since its results are not the suite's. On a cluster, `slurm` submits an array job of the next stage of every
 run. A suite with budgets needs it once for each stage.
+
+`results` writes what is finished into a small file. With --results FILE every command goes on from it, so that a study
+may be done piece by piece on machines that are thrown away.
 """
 
 import argparse
@@ -16,8 +20,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
-from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
+from data.command_line import output_file, path_argument, print_faults, real_number, run_command, whole_number
 from data.files.strict_json import to_json
 from parallel.processes.lifetime import SignalWatch
 from parallel.processes.place import forget_launcher
@@ -32,10 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     forget_launcher()
     try:
         suite = load_suite(options.suite, options.overrides)
+        if options.results:
+            from train.study.saved import with_results
+
+            suite = with_results(suite, options.results)
     except SuiteError as error:
         print_faults(error)
         return 2
-    return int(COMMANDS[options.command](suite, options))
+    return COMMANDS[options.command](suite, options)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -74,9 +83,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="folder of the report (default: report/ in the suite's folder)",
     )
     report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the top of the report")
+    report.add_argument(
+        "--entropy-step",
+        type=whole_number(1),
+        metavar="N",
+        help="step whose layer entropies stand below the sweeps (default: an eighth of the run)",
+    )
+    results = commands.add_parser("results", help="write every finished result into a small file")
+    results.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE", help="file to write, say done.json"
+    )
     slurm = commands.add_parser("slurm", help="print or submit an array job of the next stage of every unfinished run")
     slurm.add_argument("--submit", action="store_true", help="submit the job with sbatch")
-    for command in (run, status, report, slurm):
+    for command in (run, status, report, results, slurm):
+        command.add_argument(
+            "--results",
+            type=path_argument,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="file of finished results, whose runs count as done; may be given several times",
+        )
         command.add_argument(
             "suite", type=path_argument, metavar="SUITE", help="suite file, say configs/suites/small.json"
         )
@@ -149,8 +176,7 @@ def holds_others(suite: Suite, only: str | None = None) -> bool:
 def status(suite: Suite, options: argparse.Namespace) -> int:
     """Print where every run stands; return the exit status."""
 
-    from train.study.report import results_rows
-    from train.study.results import records
+    from train.study.results import records, results_rows
 
     found = records(suite)
     if options.json:
@@ -170,10 +196,23 @@ def status(suite: Suite, options: argparse.Namespace) -> int:
 def report(suite: Suite, options: argparse.Namespace) -> int:
     """Write the report and print its files; return the exit status."""
 
-    from train.study.report import write_report
+    from train.study.report.write import write_report
 
-    for file in write_report(suite, options.output or suite.output / "report", options.note):
+    for file in write_report(suite, options.output or suite.output / "report", options.note, options.entropy_step):
         print(file)
+    return 0
+
+
+def results(suite: Suite, options: argparse.Namespace) -> int:
+    """Write the finished results; return the exit status."""
+
+    from train.study.results import records
+    from train.study.saved import write_results
+
+    if holds_others(suite):
+        return 2
+    count = write_results(suite, records(suite), options.output)
+    print(f"{options.output}: {count} finished results")
     return 0
 
 
@@ -200,7 +239,13 @@ def slurm(suite: Suite, options: argparse.Namespace) -> int:
         return 1
 
 
-COMMANDS = {"run": run, "status": status, "report": report, "slurm": slurm}
+COMMANDS: dict[str, Callable[[Suite, argparse.Namespace], int]] = {
+    "run": run,
+    "status": status,
+    "report": report,
+    "results": results,
+    "slurm": slurm,
+}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ run's configuration is the row's, overridden by the suite's `base`, overridden b
 An entry with `"sweep": {"optimizer.learning_rate": [5e-4, 1e-3]}` is an arm of the study. It makes one run for each
 value, called `NAME-learning_rate0.0005` and so on; with several keys, one for each combination.
 
+Top-level `hypotheses` states what the study claims, before it is run (train/study/statistics/hypotheses.py).
+
 A run with `budgets_tokens` serves several budgets. Its trunk trains to the largest one at a constant rate (schedule
 'wsd'). For each budget a branch leaves the trunk, and its rate decays to zero.
 """
@@ -29,6 +31,8 @@ from data.files.strict_json import shown
 from train.config import Config, ConfigError, allows_commands, config_from_dict
 from train.config.tree import apply_override, read_json, shipped
 from train.paper import Row, places, rows_at
+from train.study.outcome import Outcome
+from train.study.statistics.hypotheses import Hypothesis, curve_of, hypotheses_from, is_at
 
 Tree = dict[str, Any]
 Shape = tuple[Callable[[Any], bool], str]
@@ -78,6 +82,7 @@ KEYS: dict[str, Shape] = {
     "seeds": (_is_list_of(lambda value: type(value) is int), "a list of whole numbers"),
     "base": SECTIONS,
     "runs": (_is_list_of(lambda value: isinstance(value, dict)), "a list of objects with at least one"),
+    "hypotheses": (_is_list_of(lambda value: isinstance(value, dict)), "a list of objects with at least one"),
 }
 RUN_KEYS: dict[str, Shape] = {
     "rows": (_is_rows, "a name or a list of names (python -m train.paper list)"),
@@ -101,12 +106,16 @@ class Stage:
         copied_from: the trunk's folder, for a branch; else None.
         copied_step: step of the trunk at which the branch starts.
         is_result: whether its last evaluation is a result; that of a trunk is not.
+        saved: its result in a file of finished ones; None if there is none.
+        saved_in: that file.
     """
 
     config: Config
     copied_from: Path | None = None
     copied_step: int = 0
     is_result: bool = True
+    saved: Outcome | None = None
+    saved_in: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -137,11 +146,12 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Suite:
-    """All runs of a study; `output` is the folder that holds theirs."""
+    """All runs of a study, and what it claims of them; `output` is the folder that holds theirs."""
 
     name: str
     output: Path
     runs: tuple[PlannedRun, ...] = field(default=())
+    hypotheses: tuple[Hypothesis, ...] = ()
 
 
 def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
@@ -186,9 +196,28 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
                     break
     names = [run.name for run in runs]
     faults += [f"two runs are called {name}; give one another name" for name in set(names) if names.count(name) > 1]
+    hypotheses = _hypotheses(tree.get("hypotheses", []), runs, faults) if not faults else ()
     if faults:
         raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
-    return Suite(tree["name"], output, tuple(runs))
+    return Suite(tree["name"], output, tuple(runs), hypotheses)
+
+
+def _hypotheses(trees: list[Tree], runs: list[PlannedRun], faults: list[str]) -> tuple[Hypothesis, ...]:
+    """Return the hypotheses of the file; each speaks of runs that the suite has."""
+    curves: dict[str, set[str]] = {}
+    for run in runs:
+        name, _, value = curve_of(run.arm, run.swept)
+        curves.setdefault(name, set()).add(str(value))
+    found = hypotheses_from(trees, {name: len(values) for name, values in curves.items()}, faults)
+    for hypothesis in found:
+        at = hypothesis.at
+        if not isinstance(at, dict):
+            continue
+        for arm in hypothesis.arms:
+            stages = [run.stages[-1] for run in runs if curve_of(run.arm, run.swept)[0] == arm]
+            if not any(is_at(stage.config.as_dict(), at) for stage in stages):
+                faults.append(f"hypothesis {hypothesis.name}: no run of {arm} has {shown(at)}")
+    return found
 
 
 def _shape_faults(tree: Tree) -> list[str]:

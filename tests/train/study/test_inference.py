@@ -103,6 +103,10 @@ def test_powers_of_a_paired_test() -> None:
     assert paired_power(34, 0.5, 1.0) == pytest.approx(0.807778, abs=1e-5)
     assert smallest_effect(34, 0.008) == pytest.approx(0.5 * 0.008, rel=0.02)
     assert paired_power(34, smallest_effect(34, 2.0), 2.0) == pytest.approx(0.8)
+    for n, effect in ((2, 3.0), (6, 1.435), (20, 0.3)):  # the noncentral t distribution, exact where n is small
+        limit, centre = stats.t.ppf(0.975, n - 1), effect * math.sqrt(n)
+        exact = stats.nct.sf(limit, n - 1, centre) + stats.nct.cdf(-limit, n - 1, centre)
+        assert paired_power(n, effect, 1.0) == pytest.approx(exact, abs=2e-4)
     assert seeds_for_effect(1e-6, 1.0) is None and seeds_for_effect(0.1, 0.0) == 2
 
 

@@ -169,7 +169,9 @@ def equivalence_power(n: int, difference: float, margin: float, deviation: float
     if deviation == 0:
         return 1.0 if abs(difference) < margin else 0.0
     limits, error = _limits(n, alpha), deviation / math.sqrt(n)
-    within = stats.norm.cdf((margin - difference) / error - limits) - stats.norm.cdf(limits - (margin + difference) / error)
+    within = stats.norm.cdf((margin - difference) / error - limits) - stats.norm.cdf(
+        limits - (margin + difference) / error
+    )
     return float(np.maximum(within, 0.0).mean())
 
 
