@@ -125,6 +125,11 @@ class ModelConfig:
         "learned", "Learned absolute positions (the paper) or rotary ones."
     )
     init_std: float = explained(0.02, "Standard deviation of the normal distribution that initializes every matrix.")
+    query_key_init_scale: float = explained(
+        1.0,
+        "Factor of the initial query and key matrices. Under Adam a temperature t is a factor 1/sqrt(t) both of their "
+        "initial scale and of their learning rate; with this key a study takes the two apart.",
+    )
     initialization: Literal["scaled", "paper"] = explained(
         "scaled",
         "'paper' draws every matrix with init_std and starts alpha at 1. 'scaled' does the same up to 12 layers of "
@@ -211,6 +216,7 @@ class ModelConfig:
                 f"model.threshold_init = {self.threshold_init} must lie in [0, 1]: it is a fraction of ln T, the "
                 "largest entropy that a head can have"
             )
-        if self.init_std <= 0:
-            faults.append(f"model.init_std = {self.init_std} must be positive")
+        for name in ("init_std", "query_key_init_scale"):
+            if getattr(self, name) <= 0:
+                faults.append(f"model.{name} = {getattr(self, name)} must be positive")
         return faults

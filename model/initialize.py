@@ -90,7 +90,10 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.zeros(shape)
     if len(shape) == 1:  # a LayerNorm's weight
         return torch.ones(shape)
-    return torch.empty(shape).normal_(0.0, standard_deviation(name, config), generator=generator(seed, name))
+    value = torch.empty(shape).normal_(0.0, standard_deviation(name, config), generator=generator(seed, name))
+    if name.endswith("query_key_value.weight"):
+        value.view(-1, 3, config.head_width, shape[1])[:, :2] *= config.query_key_init_scale
+    return value
 
 
 def depth_factor(config: ModelConfig) -> float:
@@ -130,7 +133,7 @@ def initial_temperature(name: str, config: ModelConfig) -> float:
     Attention is left out. Near a uniform start it averages about i positions that have little in common, and adds the
     share (D s^2)^2 / (i + 1) at position i. It grows as positions come to resemble each other, and is larger in short
     contexts and with ReLU, whose outputs share a mean: m_l exceeds t_l by up to 9% in the paper's network of 12 layers,
-    by 38% at T = 32, and by 45% with ReLU.
+    by 38% at T = 32, and by 45% with ReLU. `query_key_init_scale` is left out too: it is there to scale the logits.
 
     Args:
         name: of a parameter of the layer, or of the layer: 'layers.3...'.

@@ -79,7 +79,10 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         weight_decay=config.optimizer.weight_decay,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         epsilon=config.optimizer.epsilon,
-        threshold_rate=config.optimizer.threshold_rate,
+        rate_factors={
+            "threshold": config.optimizer.threshold_rate,
+            "temperature_parameter": config.optimizer.temperature_rate,
+        },
         deepspeed=config.deepspeed,
     )
     with phase("optimizer"):

@@ -2,9 +2,12 @@
 
 ZeRO makes one flat buffer of each parameter group and cuts it over replicas, so a bucket must be a group of its own.
 The matrices of consecutive layers form one. Those of the embedding and of an untied head stand alone. Everything else,
-which does not decay, is one small group. Thresholds leave it for a group of their own if they learn at another rate.
+which does not decay, is one small group. Thresholds or temperatures leave it for a group of their own if they learn at
+another rate.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -15,10 +18,11 @@ from parallel import config
 
 ALIGNMENT_BYTES = 16
 ALIGNMENT_ELEMENTS = 8  # of bfloat16
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 def parameter_groups(
-    transformer: Transformer, weight_decay: float, replicas: int, threshold_rate: float = 1.0
+    transformer: Transformer, weight_decay: float, replicas: int, rate_factors: Mapping[str, float] = NO_FACTORS
 ) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups in the order in which a forward pass uses them; the small ones come first.
 
@@ -33,19 +37,16 @@ def parameter_groups(
     Args:
         weight_decay: of matrices.
         replicas: ranks that exchange the buckets; with one, all matrices are in one bucket.
-        threshold_rate: rate factor of the regularizer's thresholds.
+        rate_factors: of parameters that do not decay, by the last part of their names: {"threshold": 0.1}.
     """
-    small: list[nn.Parameter] = []
-    thresholds: list[nn.Parameter] = []
+    small: dict[float, list[nn.Parameter]] = {1.0: []}
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named_parameters(transformer):
         if name.endswith("weight") and parameter.dim() == 2:
             part = name.split(".")[1] if name.startswith("layers.") else name.split(".")[0]
             parts.setdefault(part, []).append(parameter)
-        elif name.endswith("threshold") and threshold_rate != 1.0:
-            thresholds.append(parameter)
         else:
-            small.append(parameter)
+            small.setdefault(rate_factors.get(name.rpartition(".")[2], 1.0), []).append(parameter)
     least = config.least_bucket_elements(replicas)
     buckets: list[list[nn.Parameter]] = []
     may_join = False
@@ -56,7 +57,7 @@ def parameter_groups(
         else:
             buckets.insert(0, matrices)
         may_join = is_layer and sum(matrix.numel() for matrix in buckets[0]) < least
-    groups = [(small, 0.0, 1.0), (thresholds, 0.0, threshold_rate), *((each, weight_decay, 1.0) for each in buckets)]
+    groups = [(each, 0.0, factor) for factor, each in small.items()] + [(each, weight_decay, 1.0) for each in buckets]
     return [
         {"params": sorted(parameters, key=_place), "weight_decay": decay, "rate_factor": rate_factor}
         for parameters, decay, rate_factor in groups

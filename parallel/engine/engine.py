@@ -74,7 +74,7 @@ class EngineConfig:
         weight_decay: of matrices.
         betas: of Adam.
         epsilon: of Adam.
-        threshold_rate: factor of the thresholds' learning rate; 0 freezes them.
+        rate_factors: of learning rates, by the last part of parameters' names (parallel/engine/buckets.py); 0 freezes.
         deepspeed: the user's section, keys of DeepSpeed's own configuration.
     """
 
@@ -87,7 +87,7 @@ class EngineConfig:
     weight_decay: float
     betas: tuple[float, float]
     epsilon: float
-    threshold_rate: float
+    rate_factors: dict[str, float]
     deepspeed: dict[str, Any]
 
 
@@ -116,7 +116,7 @@ class Engine:
             sum_replicated_gradients(stage.transformer, groups, config.num_micro_batches)
         exchanging_replicas = groups.grid.replicas if self._is_sharded_adam else 1
         optimizer = torch.optim.AdamW(
-            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas, config.threshold_rate),
+            parameter_groups(stage.transformer, config.weight_decay, exchanging_replicas, config.rate_factors),
             lr=0.0,
             betas=config.betas,
             eps=config.epsilon,

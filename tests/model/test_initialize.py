@@ -88,6 +88,17 @@ def test_matrices_have_the_configured_standard_deviation(std: float) -> None:
             assert float(value.std()) == pytest.approx(std, rel=error), name
 
 
+def test_the_scale_of_query_and_key_multiplies_no_other_matrix() -> None:
+    plain, scaled = values(CONFIG), values(dataclasses.replace(CONFIG, query_key_init_scale=3.0))
+    for name, value in plain.items():
+        expected = value.clone()
+        if name.endswith("query_key_value.weight"):
+            for head in range(CONFIG.num_attention_heads):
+                first = 3 * head * CONFIG.head_width
+                expected[first : first + 2 * CONFIG.head_width] *= 3.0
+        torch.testing.assert_close(scaled[name], expected, rtol=0, atol=0, msg=name)
+
+
 def test_scalars_and_vectors_start_as_the_method_says() -> None:
     config = dataclasses.replace(CONFIG, norm="layernorm", temperature_init=0.1, threshold_init=0.4)
     start = {

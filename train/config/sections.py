@@ -108,6 +108,9 @@ class OptimizerConfig:
         "Factor of the learning rate of the regularizer's thresholds. 0 keeps them at model.threshold_init; their "
         "gradient still counts in the norm that is clipped.",
     )
+    temperature_rate: float = explained(
+        1.0, "Factor of the learning rate of the softmax temperatures. 0 keeps them at model.temperature_init."
+    )
     gradient_clipping: float = explained(
         1.0, "Largest L2 norm of the whole gradient, over all ranks; 0 turns clipping off."
     )
@@ -129,7 +132,7 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
-        for name in ("weight_decay", "threshold_rate", "gradient_clipping"):
+        for name in ("weight_decay", "threshold_rate", "temperature_rate", "gradient_clipping"):
             if getattr(self, name) < 0:
                 faults.append(f"optimizer.{name} = {getattr(self, name)} must not be negative")
         if self.epsilon <= 0:

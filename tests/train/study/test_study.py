@@ -27,6 +27,7 @@ from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.launch import forked
 from train.study.reading import largest_rise
+from train.study.regularizer import suites, text_of
 from train.study.report.pictures import ParetoPoint, undominated
 from train.study.report.table import _baseline, gap_text, relative
 from train.study.results import Group, records
@@ -528,6 +529,11 @@ def test_the_largest_rise_is_over_what_came_before() -> None:
     assert largest_rise([3.0, 2.0, 1.0]) == (0.0, 0)
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs/suites").glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(Path("configs/suites").rglob("*.json")), ids=lambda file: file.stem)
 def test_shipped_suites_load(file: Path) -> None:
     assert load_suite(file).runs
+
+
+def test_shipped_suites_of_the_regularizer_are_those_of_the_table() -> None:
+    shipped = {file.stem: file.read_text() for file in Path("configs/suites/regularizer").glob("*.json")}
+    assert shipped == {name: text_of(suite) for name, suite in suites().items()}

@@ -186,7 +186,7 @@ def _entropies(axes: Axes, line: Line, colours: dict[float, Array], colour: str)
             )
     steps = {point.entropy_step for point in line.points if point.layers is not None}
     when = f"step {min(steps)}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
-    axes.set_title(f"{line.name}, {when}", fontsize=8, color=colour)
+    axes.set_title(f"{line.name}\n{when}", fontsize=7, color=colour)
     axes.set_ylim(0, 1.08 * line.ceiling_nats)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

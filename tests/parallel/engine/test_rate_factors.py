@@ -1,4 +1,4 @@
-"""Test that thresholds learn at their own rate, and nothing else does, whatever holds their masters."""
+"""Test that thresholds and temperatures learn at their own rates, and nothing else does, in every layout."""
 
 import dataclasses
 
@@ -18,8 +18,10 @@ from train.parts import build_engine, build_groups
 RATE = 0.1
 
 
-def _with_rate(config: Config, threshold_rate: float) -> Config:
-    optimizer = dataclasses.replace(config.optimizer, threshold_rate=threshold_rate, gradient_clipping=0.0)
+def _with_rates(config: Config, threshold_rate: float, temperature_rate: float) -> Config:
+    optimizer = dataclasses.replace(
+        config.optimizer, threshold_rate=threshold_rate, temperature_rate=temperature_rate, gradient_clipping=0.0
+    )
     return dataclasses.replace(config, optimizer=optimizer)
 
 
@@ -37,16 +39,17 @@ def _trained(config: Config, steps: int, groups: Groups | None = None) -> dict[s
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_half_the_rate_moves_thresholds_half_as_far_and_nothing_else(precision: str, one_process: Groups) -> None:
+def test_a_rate_factor_scales_the_step_of_its_kind_and_of_nothing_else(precision: str, one_process: Groups) -> None:
     config = training_with(tiny_config(), precision=precision)
-    whole, half = (_trained(_with_rate(config, rate), 1, one_process) for rate in (1.0, 0.5))
-    assert whole.keys() == half.keys(), "a checkpoint has the same tensors at either rate"
+    whole, other = (_trained(_with_rates(config, *rates), 1, one_process) for rates in ((1.0, 1.0), (0.5, 0.25)))
+    assert whole.keys() == other.keys(), "a checkpoint has the same tensors at either rate"
+    kinds = {"threshold": (config.model.threshold_init, 0.5), "temperature_parameter": (0.0, 0.25)}
     for name, tensors in whole.items():
-        for tensor, same in zip(tensors, half[name], strict=True):
-            if name.startswith("model.") and name.endswith("threshold"):
-                start = config.model.threshold_init
-                assert bool((tensor != start).all())
-                torch.testing.assert_close(same - start, (tensor - start) / 2, rtol=1e-5, atol=0)
+        start, factor = kinds.get(name.rpartition(".")[2], (None, 1.0))
+        for tensor, same in zip(tensors, other[name], strict=True):
+            if name.startswith("model.") and start is not None:
+                assert bool((tensor != start).any())
+                torch.testing.assert_close(same - start, (tensor - start) * factor, rtol=1e-5, atol=0)
             else:
                 assert torch.equal(tensor, same), name
 
@@ -60,16 +63,17 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("layout", "precision"), LAYOUTS)
-def test_frozen_thresholds_stay_where_they_start(layout: str, precision: str) -> None:
+def test_frozen_parameters_stay_where_they_start(layout: str, precision: str) -> None:
     config, parsed = training_with(tiny_config(), precision=precision), parse_layout(layout)
-    applied = _with_rate(apply_layout(config, parsed, reference_layout(config, [parsed])), 0.0)
+    applied = _with_rates(apply_layout(config, parsed, reference_layout(config, [parsed])), 0.0, 0.0)
     ranks = run_ranks(_trained, parsed.world_size, applied, 2)
 
     def held(name: str) -> Tensor:
         return torch.cat([tensor.flatten() for rank in ranks for key in rank if name in key for tensor in rank[key]])
 
-    thresholds = [f".{layer}.attention.threshold" for layer in range(config.model.num_layers)]
-    for name in thresholds:
-        assert bool((held(f"model.layers{name}") == config.model.threshold_init).all())
-        assert bool((held(f"exp_avg.layers{name}") != 0).any()), "it had gradients"
+    for kind, start in (("threshold", config.model.threshold_init), ("temperature_parameter", 0.0)):
+        for layer in range(config.model.num_layers):
+            name = f"layers.{layer}.attention.{kind}"
+            assert bool((held(f"model.{name}") == start).all())
+            assert bool((held(f"exp_avg.{name}") != 0).any()), "it had gradients"
     assert bool((held("model.layers.0.ffn.alpha") != 1).all())
