@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train everything that is unfinished, on this machine")
-    run.add_argument("--only", metavar="RUN", help="only this run: a name, or a label for all its seeds")
+    run.add_argument("--only", metavar="RUN", help="only this run: a name, a label for all its seeds, or an arm for all of its sweep")
     run.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
         "--launcher",
@@ -134,7 +134,7 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
 
     from train.study.runner import Runner
 
-    if options.only and not any(options.only in (run.name, run.label) for run in suite.runs):
+    if options.only and not any(options.only in run.names for run in suite.runs):
         names = ", ".join(run.name for run in suite.runs)
         print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
         return 2
@@ -166,7 +166,7 @@ def holds_others(suite: Suite, only: str | None = None) -> bool:
     from train.study.state import read_state
 
     for planned in suite.runs:
-        for stage in planned.stages if only in (None, planned.name, planned.label) else ():
+        for stage in planned.stages if only is None or only in planned.names else ():
             if (state := read_state(stage)).word == "other":
                 print(f"error: {planned.name}: {state.detail}", file=sys.stderr)
                 return True

@@ -54,12 +54,12 @@ class Runner:
         The first seed of every model comes before the second of any, so that a study cut short compares all models.
 
         Args:
-            only: name or label of the runs to run; None runs all.
+            only: name, label or arm of the runs to run; None runs all.
 
         Returns:
             How many runs could not be finished. A run that diverged is finished.
         """
-        chosen = [run for run in self.suite.runs if only is None or only in (run.name, run.label)]
+        chosen = [run for run in self.suite.runs if only is None or only in run.names]
         runs = sorted(chosen, key=lambda run: run.seed)
         self.suite.output.mkdir(parents=True, exist_ok=True)
         write_environment(self.suite.output)

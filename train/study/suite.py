@@ -143,6 +143,11 @@ class PlannedRun:
     arm: str = ""
     swept: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What a user may call it by, alone or with others."""
+        return self.name, self.label, self.arm
+
 
 @dataclass(frozen=True)
 class Suite:
