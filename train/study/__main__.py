@@ -56,7 +56,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train everything that is unfinished, on this machine")
-    run.add_argument("--only", metavar="RUN", help="only this run: a name, a label for all its seeds, or an arm for all of its sweep")
+    run.add_argument(
+        "--only", metavar="RUN", help="only this run: a name, a label for all its seeds, or an arm for all of its sweep"
+    )
     run.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
         "--launcher",

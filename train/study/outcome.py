@@ -7,7 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.files.strict_json import Shape, check_shape
+from data.errors import printable
+from data.files.strict_json import Shape, check_shape, shown
 
 Tree = dict[str, Any]
 NUMBER = (float, type(None))
@@ -65,7 +66,10 @@ class Outcome:
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
 
-TRAINING_KEYS = ("steps", "last_loss", "rise_nats", "rise_step", "largest_norm", "lost_steps", "tokens_per_second")
+TRAINING: Shape = {
+    **{"steps": int, "rise_nats": float, "rise_step": int, "lost_steps": int},
+    **{"last_loss": NUMBER, "largest_norm": NUMBER, "tokens_per_second": NUMBER},
+}
 SHAPE: Shape = {
     "run": str,
     "word": str,
@@ -84,7 +88,7 @@ SHAPE: Shape = {
 }
 PARTS: dict[str, Shape] = {
     "halves": [float],
-    "training": dict.fromkeys(TRAINING_KEYS, NUMBER),
+    "training": TRAINING,
     "curve": {"step": [int], "loss": [NUMBER], "grad_norm": [NUMBER]},
     "validation": {"tokens": [float], "loss": [NUMBER]},
     "layers": {"step": [int], "entropy_nats": [[NUMBER]]},
@@ -103,18 +107,22 @@ def outcome_from(row: Any) -> Outcome:
         if row[key] is not None:
             check_shape(row[key], shape, key)
     if row["word"] not in FINAL or (row["word"] == "done") != (row["loss"] is not None):
-        raise ValueError(
-            f"word is {row['word']!r} and loss {row['loss']}, expected done with a loss or diverged without"
-        )
+        found = f"word is {shown(row['word'])} and loss {shown(row['loss'])}"
+        raise ValueError(f"{found}, expected done with a loss or diverged without")
     if row["halves"] is not None and len(row["halves"]) != 2:
         raise ValueError(f"halves has {len(row['halves'])} numbers, expected 2")
+    for key in ("step", "vocab_size"):
+        if not 0 <= row[key] < 2**48:
+            raise ValueError(f"{key} is {row[key]}, expected a whole number from 0")
     for key in ("curve", "validation", "layers"):
         if row[key] is not None and len(lengths := {len(row[key][name]) for name in PARTS[key]}) != 1:
             raise ValueError(f"{key} has lists of {' and '.join(map(str, sorted(lengths)))}, expected equal lengths")
-    for key, maps in (("layers", ["entropy_nats"]), ("heads", ["entropy_nats", "threshold"])):
-        for name in maps if row[key] is not None else []:
-            if row[key][name] is not None:
-                check_shape(row[key][name], [[NUMBER]], f"{key}.{name}")
-                if len({len(line) for line in row[key][name]}) != 1:
-                    raise ValueError(f"{key}.{name} has lines of several lengths, or none")
-    return Outcome(**{each.name: row[each.name] for each in dataclasses.fields(Outcome)})
+        if row[key] is not None and lengths == {0}:
+            raise ValueError(f"{key} has empty lists; write null instead")
+    for key, name in (("layers", "entropy_nats"), ("heads", "entropy_nats"), ("heads", "threshold")):
+        if row[key] is not None and row[key][name] is not None:
+            check_shape(row[key][name], [[NUMBER]], f"{key}.{name}")
+            if len(lengths := {len(line) for line in row[key][name]}) != 1 or lengths == {0}:
+                raise ValueError(f"{key}.{name} has lines of several lengths, or none")
+    fields = {each.name: row[each.name] for each in dataclasses.fields(Outcome)}
+    return Outcome(**{**fields, "detail": printable(row["detail"])})

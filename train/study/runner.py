@@ -91,7 +91,8 @@ class Runner:
             if state.can_train:
                 left_s, needed_s = clock.left_s(), clock.needed_s(stage, state.step)
                 if left_s < needed_s:
-                    self.say(f"{where}: not started ({max(left_s, 0):.0f} s are left, it would take {needed_s:.0f} s)")
+                    why = f"it would take {needed_s:.0f} s, and {left_s:.0f} s are left" if left_s > 0 else "time is up"
+                    self.say(f"{where}: not started ({why})")
                 if must_end() or left_s < needed_s:
                     return False
                 begun_s = time.monotonic()

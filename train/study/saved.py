@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.files.own import write_atomically
-from data.files.strict_json import check_shape, read_json, to_json
+from data.files.strict_json import check_shape, read_json, shown, to_json
 from train.study.outcome import Outcome, outcome_from
 from train.study.results import Record
 from train.study.suite import PlannedRun, Stage, Suite, SuiteError
@@ -57,7 +57,8 @@ def with_results(suite: Suite, files: Iterable[Path]) -> Suite:
         for outcome in load_results(file):
             earlier, there = saved.setdefault(outcome.run, (outcome, file))
             if outcome.run not in known:
-                faults.append(f"{file}: {outcome.run} is no run of the suite; remove its line, or name it in the suite")
+                name = shown(outcome.run)
+                faults.append(f"{file}: {name} is no run of the suite; remove its line, or name it in the suite")
             elif earlier != outcome:
                 faults.append(f"{file}: {outcome.run} has another result in {there}; leave one of them out")
     if faults:
@@ -85,7 +86,8 @@ def load_results(file: Path) -> list[Outcome]:
         tree = read_json(file)
         check_shape(tree, {"format": str, "version": int, "results": [dict]})
         if (tree["format"], tree["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"its format is {tree['format']} {tree['version']}, expected {FORMAT} {VERSION}")
+            theirs = f"{shown(tree['format'])} {tree['version']}"
+            raise ValueError(f"its format is {theirs}, expected {shown(FORMAT)} {VERSION}")
     except OSError as error:
         raise SuiteError(f"{file}: cannot be read ({error.strerror}); train.study results writes such files") from None
     except ValueError as error:

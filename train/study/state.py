@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, printable, redacted
-from data.files.strict_json import to_json
+from data.files.strict_json import shown, to_json
 from data.stream.dataset import open_dataset_once
 from train.run.entropy_words import COLLAPSED_NATS, collapsed_layers
 from train.run.names import METRICS
@@ -105,7 +105,7 @@ def saved_difference(stage: Stage, saved: Outcome) -> str:
     """Return the first key in which a saved result differs from the stage, with both values; '' if none."""
     here = stage.config.as_dict()
     for each in same_run(saved.config, here, Use.RESULT):
-        return f"{each.key} is {each.there!r} in {stage.saved_in} and {each.here!r} here"
+        return f"{each.key} is {shown(each.there)} in {stage.saved_in} and {shown(each.here)} here"
     if (steps := saved.config["training"]["train_steps"]) != stage.config.train_steps:
         return f"training.train_steps is {steps} in {stage.saved_in} and {stage.config.train_steps} here"
     if saved.fingerprint is not None and is_other_data(stage, saved.fingerprint):

@@ -219,9 +219,12 @@ def _hypotheses(trees: list[Tree], runs: list[PlannedRun], faults: list[str]) ->
         if not isinstance(at, dict):
             continue
         for arm in hypothesis.arms:
-            stages = [run.stages[-1] for run in runs if curve_of(run.arm, run.swept)[0] == arm]
-            if not any(is_at(stage.config.as_dict(), at) for stage in stages):
+            there = [run for run in runs if curve_of(run.arm, run.swept)[0] == arm]
+            chosen = {str(run.swept) for run in there if is_at(run.stages[-1].config.as_dict(), at)}
+            if not chosen:
                 faults.append(f"hypothesis {hypothesis.name}: no run of {arm} has {shown(at)}")
+            elif len(chosen) > 1 and hypothesis.kind != "more_stable":
+                faults.append(f"hypothesis {hypothesis.name}: {len(chosen)} values of {arm} have {shown(at)}; name one")
     return found
 
 

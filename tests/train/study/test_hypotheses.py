@@ -190,6 +190,7 @@ def test_the_gap_over_budgets_is_a_slope_of_each_seed(tmp_path: Path) -> None:
         ({"arms": ["a", "x"]}, '"x" is no arm of the suite; its arms are a, b, c'),
         ({"arms": ["a", ["b"]]}, "is no arm of the suite"),
         ({"at": {RATE: 3e-3}}, 'no run of a has {"optimizer.learning_rate": 0.003}'),
+        ({"at": {"model.num_layers": 2}}, "3 values of a have .*; name one"),
         ({"at": 3}, 'at = 3 must be "own best" or values of keys'),
         ({"at": {"rate": 3}}, 'must be "own best" or values of keys'),
         ({"at": None}, "at is missing, and a has 3 values"),

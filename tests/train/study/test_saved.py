@@ -73,16 +73,16 @@ def test_files_that_contradict_each_other_or_the_suite_are_told(tmp_path: Path) 
     with pytest.raises(SuiteError, match=f"other.json: a/seed1 has another result in {file}; leave one of them out"):
         with_results(load_suite(suite), [file, other])
     fewer = write_suite(tmp_path, runs=RUNS[:1])
-    with pytest.raises(SuiteError, match=r"results.json: b/seed1 is no run of the suite"):
+    with pytest.raises(SuiteError, match=r'results.json: "b/seed1" is no run of the suite'):
         with_results(load_suite(fewer), [file])
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"word": "partial"}, "word is 'partial' and loss 4.0, expected done with a loss"),
-        ({"word": "diverged"}, "word is 'diverged' and loss 4.0"),
-        ({"loss": None}, "word is 'done' and loss None"),
+        ({"word": "partial"}, 'word is "partial" and loss 4.0, expected done with a loss'),
+        ({"word": "diverged"}, 'word is "diverged" and loss 4.0'),
+        ({"loss": None}, 'word is "done" and loss null'),
         ({"loss": "low"}, 'loss is "low", expected a number or null'),
         ({"step": True}, "step is true, expected a whole number"),
         ({"halves": [1.0]}, "halves has 1 numbers, expected 2"),
@@ -95,6 +95,8 @@ def test_files_that_contradict_each_other_or_the_suite_are_told(tmp_path: Path) 
             r"heads.threshold\[0\] is 3, expected a list",
         ),
         ({"training": {}}, "training.steps is missing"),
+        ({"vocab_size": -1}, "vocab_size is -1, expected a whole number from 0"),
+        ({"layers": {"step": [], "entropy_nats": []}}, "layers has empty lists; write null instead"),
     ],
 )
 def test_damaged_results_are_told(
@@ -112,7 +114,7 @@ def test_damaged_results_are_told(
     [
         ("{", "not JSON"),
         ("{}", "format is missing"),
-        ('{"format": "x", "version": 1, "results": []}', "its format is x 1, expected study-results 1"),
+        ('{"format": "x", "version": 1, "results": []}', 'its format is "x" 1, expected "study-results" 1'),
         (None, "cannot be read"),
     ],
 )
