@@ -10,8 +10,8 @@ import numpy as np
 from data.errors import DataError
 from data.fetch.sources import ReadOptions
 from data.files.strict_json import check_shape, parse_json
+from data.shards.manifest import REPORT
 from data.stream.dataset import open_dataset, open_dataset_once
-from data.text.preparation import REPORT
 from train.config import Config
 from train.pictures.run import Array, FigureError, Run, as_array, load_run
 from train.run.reader import Row, RunError, RunReader, read_object

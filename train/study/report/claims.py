@@ -10,7 +10,7 @@ from train.pictures.run import as_array
 from train.run.entropy_words import ceiling_nats
 from train.study.report.document import Document
 from train.study.report.table import with_half_width
-from train.study.results import Record
+from train.study.results import Record, student
 from train.study.statistics.hypotheses import OWN_BEST, Hypothesis
 from train.study.statistics.inference import ALPHA
 from train.study.statistics.sweeps import Curve, curves_of
@@ -95,6 +95,7 @@ def write_sweeps(document: Document, found: list[Record], entropy_step: int | No
     for key in dict.fromkeys(curve.key for curve in swept if curve.key):
         curves = [curve for curve in swept if curve.key == key]
         _table(document, curves, key)
+        _values(document, curves)
         _sweep_picture(document, curves, key, entropy_step)
         _cost_picture(document, curves, key)
 
@@ -111,6 +112,25 @@ def _table(document: Document, curves: list[Curve], key: str) -> None:
         "guess; they count as ln V. Largest stable: no run is lost there or below. At the edge: the best value may lie "
         "beyond the sweep, so that no claim is made of the arm."
     )
+
+
+def _values(document: Document, curves: list[Curve]) -> None:
+    """Add the loss of every arm at every value."""
+    values = sorted({value for curve in curves for value in curve.values})
+    budgets = {curve.planned_tokens for curve in curves}
+    names = [f"{curve.name}, {curve.planned_tokens / 1e6:.3g}M" if len(budgets) > 1 else curve.name for curve in curves]
+    rows = [[name, *(_loss_at(curve, value) for value in values)] for name, curve in zip(names, curves, strict=True)]
+    document.table(["loss, other half, at", *(f"{value:g}" for value in values)], rows)
+
+
+def _loss_at(curve: Curve, value: float) -> str:
+    trials = curve.at(value)
+    spread, lost = student([trial.second for trial in trials]), sum(trial.is_lost for trial in trials)
+    if spread is None:
+        return "-"
+    if lost == len(trials):
+        return "lost" if lost == 1 else f"all {lost} lost"
+    return with_half_width("{:.4f}", spread) + (f", {lost} of {len(trials)} lost" if lost else "")
 
 
 def _row(curve: Curve) -> list[str]:

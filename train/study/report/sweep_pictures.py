@@ -89,9 +89,9 @@ def _style(index: int) -> tuple[str, str]:
 def _curves(axes: Axes, lines: Sequence[Line], key: str) -> None:
     tidy(axes)
     points = [point for line in lines for point in line.points]
-    means = [float(np.mean(point.losses)) for point in points if point.losses and not point.lost]
-    low = min(means, default=0.0)
-    high = min(max(means, default=1.0), low + MOST_ABOVE_NATS)
+    losses = [loss for point in points for loss in point.losses if not point.lost]
+    low = min(losses, default=0.0)
+    high = min(max(losses, default=1.0), low + MOST_ABOVE_NATS)
     margin = 0.06 * (high - low) or 0.05
     top = high + margin
     axes.set(ylim=(low - margin, top), xscale="log")

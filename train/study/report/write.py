@@ -37,9 +37,12 @@ def write_report(suite: Suite, folder: Path, note: str = "", entropy_step: int |
     write_hypotheses(document, suite.hypotheses, found)
     write_sweeps(document, found, entropy_step)
     document.heading("Perplexity, operations, cost of private inference")
-    write_table(document, groups)
+    shown = _best_of_sweeps(groups, found)
+    write_table(document, shown)
+    if len(shown) < len(groups):
+        document.text("Of each sweep, the table and the pictures below show the best value alone.")
     _divergences(document, found)
-    _pictures(document, _best_of_sweeps(groups, found))
+    _pictures(document, shown)
     return document.write()
 
 
