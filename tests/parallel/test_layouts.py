@@ -84,6 +84,7 @@ VARIANTS = [
     ("tp=2:cp=2:sp=1:acc=1", "float64", {"shape": "hinge", "target": "causal", "within_documents": True}),
     ("pp=2:dp=2:acc=2", "float32", {"shape": "floor", "threshold_init": 1.0, "temperature_init": "calibrated"}),
     ("dp=2:acc=2", "float64", {"shape": "hinge", "granularity": "per_head"}),
+    ("tp=2:pp=2:acc=2", "float64", {"shape": "hinge", "margin": [0.3, 0.02, 0.1, 0.05], "temperature": "per_head"}),
 ]
 
 

@@ -36,6 +36,7 @@ def tiny_config(
     granularity: str = "per_query",
     shape: str = "square",
     target: str = "constant",
+    margin: float | list[float] = 0.05,
     global_batch_size: int = 8,
     vocab_size: int = VOCAB_SIZE,
     within_documents: bool = False,
@@ -45,7 +46,7 @@ def tiny_config(
     """Return a configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
     return Config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
-        regularizer=RegularizerConfig(1.0, 0.05, granularity, shape, target),  # type: ignore[arg-type]
+        regularizer=RegularizerConfig(1.0, margin, granularity, shape, target),  # type: ignore[arg-type]
         data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents),
         parallel=ParallelConfig(fused_ffn=fused_ffn),  # type: ignore[arg-type]
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),

@@ -212,6 +212,8 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("parallel.tensor_parallel_size=0", r"parallel\.tensor_parallel_size = 0 must be at least 1"),
         ("parallel.tensor_parallel_size=8", r"model\.num_attention_heads = 12 is not a multiple of .*size = 8.*"),
         ("parallel.pipeline_parallel_size=13", r".*pipeline_parallel_size = 13 exceeds model\.num_layers = 12;.*"),
+        ("regularizer.margin=[0.1]", r"regularizer\.margin has 1 numbers, and model\.num_layers = 12: give one .*each"),
+        ("regularizer.margin=[0.1,true]", r"regularizer\.margin = .* must be a number or a list of numbers"),
         ("parallel.sequence_parallel=true", r"parallel\.sequence_parallel = true needs .*tensor_parallel_size > 1.*"),
     ],
 )
@@ -251,6 +253,12 @@ def test_combinations_that_cannot_be(tmp_path: Path, overrides: list[str], wante
 @pytest.mark.parametrize("training", [{}, {"train_steps": 5, "train_tokens": 1000}])
 def test_a_run_has_exactly_one_length(tmp_path: Path, training: dict[str, int]) -> None:
     assert "set exactly one of them" in fault_of(tmp_path, {"training": training})
+
+
+def test_a_margin_for_each_layer(tmp_path: Path) -> None:
+    config = load(tmp_path, "regularizer.margin=[0, 0.25]", model={"num_layers": 2})
+    assert config.regularizer.margin == [0.0, 0.25]
+    assert config_from_dict(config.as_dict()) == config
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:
