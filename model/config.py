@@ -3,7 +3,8 @@
     ModelConfig(architecture="EReg(SM(t)+ScFuFFN)", num_layers=12, ...).resolved()
 
 A name fixes all ingredients. An ingredient that is set by itself, such as `activation="relu"`, overrides the name's
-choice. Source of the names: arXiv 2501.03489, sections 3 and 4.
+choice. Source of the names: arXiv 2501.03489, sections 3 and 4. EReg(SM(t)+R) is not published: a ReLU costs private
+inference little, and the regularizer and a temperature per head, so that T is not fixed, cost it nothing.
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "temperature": "per_position",
         "regularized": True,
     },
+    "EReg(SM(t)+R)": {**_PLAIN, "activation": "relu", "temperature": "per_head", "regularized": True},
 }
 
 LARGEST_SIZES = {
@@ -64,7 +66,7 @@ class ModelConfig:
     """Sizes and ingredients of one model. An ingredient left at null is what the architecture's name says."""
 
     architecture: str = explained(
-        "EReg(SM(t)+ScFuFFN)", "Published name, which fixes every ingredient below that is left at null."
+        "EReg(SM(t)+ScFuFFN)", "Name, which fixes every ingredient below that is left at null."
     )
     num_layers: int = explained(12, "Number of transformer blocks. The paper uses 12 and 18.")
     hidden_size: int = explained(768, "Model width D in features.")

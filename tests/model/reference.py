@@ -53,6 +53,7 @@ RECIPES = {
     "SM+ScFuFFN": Recipe(scaled=True, fused=True),
     "SM(t)+ScFuFFN": Recipe(scaled=True, fused=True, temperature="per_position"),
     "EReg(SM(t)+ScFuFFN)": Recipe(scaled=True, fused=True, temperature="per_position", regularized=True),
+    "EReg(SM(t)+R)": Recipe(activation="relu", temperature="per_head", regularized=True),
 }
 
 
