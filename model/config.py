@@ -111,6 +111,11 @@ class ModelConfig:
     spectral_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
         None, "Linear layers whose weight is divided by its largest singular value."
     )
+    spectral_gain: bool = explained(
+        False,
+        "Multiply each spectrally normalized matrix by a learned number, which starts at 1 (sigmaReparam, arXiv "
+        "2303.06296).",
+    )
     regularized: bool | None = explained(
         None, "Whether the entropy regularizer acts; each head then has a learned threshold."
     )
@@ -200,11 +205,16 @@ class ModelConfig:
             faults.append(
                 "model.weight_norm and model.spectral_norm are both set; choose one and leave the other 'none'"
             )
+        if self.spectral_gain and model.spectral_norm == "none":
+            faults.append(
+                "model.spectral_gain = true needs model.spectral_norm: name the linear layers there, say 'QK'"
+            )
         if self.temperature_init == "calibrated":
-            if model.norm == "none" and (model.activation == "gelu" or model.spectral_norm != "none"):
+            ffn_is_normalized = str(model.spectral_norm).endswith("FFN")
+            if model.norm == "none" and (model.activation == "gelu" or ffn_is_normalized):
                 faults.append(
                     "model.temperature_init = 'calibrated' has no closed form with model.activation = 'gelu' or with "
-                    "model.spectral_norm; set a number"
+                    "model.spectral_norm of the FFN; set a number"
                 )
         elif self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")

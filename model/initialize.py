@@ -67,7 +67,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def plain_name(name: str) -> str:
     """'ffn.up.parametrizations.weight.original' -> 'ffn.up.weight'; '...weight.0.gain' -> 'ffn.up.gain'."""
-    return name.replace("parametrizations.weight.original", "weight").replace("parametrizations.weight.0.gain", "gain")
+    return name.replace("parametrizations.weight.original", "weight").replace("parametrizations.weight.0.", "")
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -84,7 +84,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.full(shape, config.threshold_init)
     if kind == "alpha":
         return torch.full(shape, depth_factor(config))
-    if kind == "beta":
+    if kind in ("beta", "gamma"):
         return torch.ones(shape)
     if kind.endswith("bias"):
         return torch.zeros(shape)

@@ -204,7 +204,7 @@ class Attention(nn.Module):
         if not self.key_bias_acts:
             names.add("key_bias")
         if is_one_hot:
-            names |= {"query_bias", "key_bias", "temperature_parameter"}
+            names |= {"query_bias", "key_bias", "temperature_parameter", "query_key_value.gamma"}
         return names
 
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -370,8 +370,11 @@ def normalize_weights(block: Block, config: ModelConfig) -> None:
         for name, arguments in normalized_linears(config, placement or "none").items():
             linear = block.get_submodule(name)
             rows, columns = linear.weight.shape
-            sizes = (rows,) if normalization is WeightNormalization else (rows, columns)
-            parametrize.register_parametrization(linear, "weight", normalization(*sizes, **arguments), unsafe=True)
+            if normalization is WeightNormalization:
+                added: nn.Module = WeightNormalization(rows, **arguments)
+            else:
+                added = SpectralNormalization(rows, columns, **arguments, has_gain=config.spectral_gain)
+            parametrize.register_parametrization(linear, "weight", added, unsafe=True)
 
 
 def normalized_linears(config: ModelConfig, placement: str) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ def random_value(name: str, shape: torch.Size, config: ModelConfig, generator: t
         return 0.2 * noise - math.log(config.temperature_init)  # t about 1
     if kind == "threshold":
         return 0.5 + 0.2 * noise
-    if kind in ("alpha", "beta", "gain") or name.endswith("norm.weight"):
+    if kind in ("alpha", "beta", "gain", "gamma") or name.endswith("norm.weight"):
         return 1.0 + 0.15 * noise
     return noise * (0.25 if len(shape) == 2 else 0.2)
 

@@ -33,6 +33,7 @@ class Recipe:
     temperature_init: float = 0.01
     weight_normalized: str = ""
     spectrally_normalized: str = ""
+    spectral_gain: bool = False
     final_norm: bool = True
     tied: bool = True
     rotary: bool = False
@@ -112,6 +113,10 @@ def _layer_shapes(recipe: Recipe, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         shapes |= {"ffn.up.weight": (sizes.ffn_width, width), "ffn.down.weight": (width, sizes.ffn_width)}
     if recipe.scaled:
         shapes |= {"ffn.alpha": (1,), "ffn.beta": (1,)}
+    if recipe.spectral_gain:
+        letters = recipe.spectrally_normalized.removesuffix("FFN").rstrip("+")
+        for name in _normalized(recipe.spectrally_normalized, recipe.fused):
+            shapes[f"{name}.gamma"] = (len(letters.rstrip("O")) if name.endswith("query_key_value") else 1,)
     gains = [f"{name}.gain" for name in _normalized(recipe.weight_normalized, recipe.fused)]
     return shapes | {gain: shapes[gain.replace("gain", "weight")][:1] for gain in gains}
 
@@ -187,7 +192,7 @@ def _attention(own: Parameters, x_BTD: Tensor, recipe: Recipe, sizes: Sizes) -> 
     if "O" in recipe.weight_normalized:
         out_DD = weight_normalized(out_DD, own["attention.output.gain"])
     if "O" in recipe.spectrally_normalized:
-        out_DD = spectrally_normalized(out_DD)
+        out_DD = own.get("attention.output.gamma", 1) * spectrally_normalized(out_DD)
     return torch.cat(outputs, dim=-1) @ out_DD.T, torch.stack(attentions, dim=1)
 
 
@@ -202,6 +207,8 @@ def _projections(own: Parameters, recipe: Recipe, sizes: Sizes) -> list[list[Ten
             weight_DD = weight_normalized(weight_DD, torch.cat([gains[head, slot] for head in range(sizes.heads)]))
         if letter in recipe.spectrally_normalized:
             weight_DD = spectrally_normalized(weight_DD)
+            if recipe.spectral_gain:
+                weight_DD = own["attention.query_key_value.gamma"][slot] * weight_DD
         projections.append([rows_HD.T for rows_HD in weight_DD.split(sizes.head_width)])
     return projections
 
@@ -242,7 +249,7 @@ def _feed_forward(own: Parameters, x_BTD: Tensor, recipe: Recipe) -> Tensor:
         if recipe.weight_normalized.endswith("FFN"):
             value = weight_normalized(value, own[f"{name}.gain"])
         if recipe.spectrally_normalized.endswith("FFN"):
-            value = spectrally_normalized(value)
+            value = own.get(f"{name}.gamma", 1) * spectrally_normalized(value)
         return value
 
     if recipe.fused:

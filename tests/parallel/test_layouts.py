@@ -116,7 +116,7 @@ FUSED = {
     "unscaled": {"scaled_ffn": False},
     "a norm before": {"norm": "layernorm"},  # the residual is no part of the matrix
     "weight norm": {"weight_norm": "FFN"},
-    "spectral norm": {"spectral_norm": "FFN"},
+    "spectral norm": {"spectral_norm": "FFN", "spectral_gain": True},
 }
 
 
@@ -150,7 +150,8 @@ def test_other_architectures(architecture: str) -> None:
 @pytest.mark.parametrize("normalization", ["weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("layout", ["tp=2:sp=1", "tp=2:cp=2:acc=1"])
 def test_normalized_weights(normalization: str, layout: str) -> None:
-    assert_layout(parse_layout(layout), "float64", architecture="SM", **{normalization: "QKVO+FFN"})
+    gain = normalization == "spectral_norm"
+    assert_layout(parse_layout(layout), "float64", architecture="SM", spectral_gain=gain, **{normalization: "QKVO+FFN"})
 
 
 @pytest.mark.parametrize("layout", ["tp=2:pp=2", "tp=2:cp=2:sp=1"])

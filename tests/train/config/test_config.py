@@ -233,6 +233,7 @@ def test_impossible_value_names_key_value_and_remedy(tmp_path: Path, override: s
             "zero_stage = 3 cannot be combined with .*spectral_norm",
         ),
         (["model.weight_norm=QK", "model.spectral_norm=FFN"], "weight_norm and model.spectral_norm are both set"),
+        (["model.spectral_gain=true"], "spectral_gain = true needs model.spectral_norm"),
         (["regularizer.target=causal", "regularizer.granularity=per_head"], "target = 'causal' needs .*'per_query'"),
         (["model.temperature_init=calibrated", "model.spectral_norm=FFN"], "'calibrated' has no closed form with"),
         (["model.positions=rotary", "model.hidden_size=36"], "rotary' needs an even head width, not 3"),
