@@ -3,8 +3,8 @@
     ModelConfig(architecture="EReg(SM(t)+ScFuFFN)", num_layers=12, ...).resolved()
 
 A name fixes all ingredients. An ingredient that is set by itself, such as `activation="relu"`, overrides the name's
-choice. Source of the names: arXiv 2501.03489, sections 3 and 4. EReg(SM(t)+R) is not published: a ReLU costs private
-inference little, and the regularizer and a temperature per head, so that T is not fixed, cost it nothing.
+choice. Source of the names: arXiv 2501.03489, sections 3 and 4. Two are not from there: SM+TN, with tapered norms
+(model/taper.py) and an identity FFN, and EReg(SM(t)+R), with a ReLU and a temperature per head, which does not fix T.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "SM+LN+G": {**_PLAIN, "norm": "layernorm", "activation": "gelu"},
     "SM+LN+R": {**_PLAIN, "norm": "layernorm", "activation": "relu"},
     "SM+LN": {**_PLAIN, "norm": "layernorm"},
+    "SM+TN": {**_PLAIN, "norm": "taper"},
     "SM+G": {**_PLAIN, "activation": "gelu"},
     "SM+R": {**_PLAIN, "activation": "relu"},
     "SM": {**_PLAIN},
@@ -77,8 +78,11 @@ class ModelConfig:
     ffn_hidden_size: int | None = explained(
         None, "Features between the two FFN matrices; null means 4 * hidden_size. A fused FFN does not use it."
     )
-    norm: Literal["layernorm", "none"] | None = explained(
-        None, "Normalization before attention and before the FFN (LN1, LN2). 'none' makes private inference cheaper."
+    norm: Literal["layernorm", "taper", "none"] | None = explained(
+        None,
+        "Normalization before attention and before the FFN (LN1, LN2). 'none' makes private inference cheaper, and so "
+        "does 'taper': a LayerNorm that becomes a fixed affine map between optimizer.taper_start and taper_end "
+        "(TaperNorm, arXiv 2602.10408).",
     )
     activation: Literal["gelu", "relu", "identity"] | None = explained(
         None, "FFN activation. 'identity' makes the FFN linear."

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.normalized_weights import update_spectral_norms
+from model.taper import share_gate, taper_norms
 from model.transformer import Attention, Transformer
 
 Cut = Callable[[str, Tensor], Tensor]
@@ -156,7 +157,7 @@ def initial_temperature(name: str, config: ModelConfig) -> float:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int, cut: Cut = _whole) -> None:
-    """Fill every parameter and power-iteration vector of `model`, which may be a shard of the whole.
+    """Fill every parameter and buffer of `model`, which may be a shard of the whole.
 
     Padding rows of the vocabulary, beyond `vocab_size`, are zero. The loss masks them, so they stay zero.
     """
@@ -178,6 +179,9 @@ def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int
     for name, buffer in model.named_buffers():
         if name.endswith(".left"):  # u of a spectral norm: any start with a component along the first singular vector
             buffer.fill_(1.0)
+        elif name.endswith(".scale"):  # of a tapered norm, not calibrated yet
+            buffer.zero_()
+    share_gate(taper_norms(model), next(model.parameters()).device)
     update_spectral_norms(model, POWER_ITERATIONS_AT_START)
 
 

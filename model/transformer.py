@@ -22,7 +22,9 @@ from model.cross_entropy import linear_cross_entropy
 from model.entropy_attention import joint_entropy_attention
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.rotary import rotate
+from model.taper import TaperNorm
 
+NORMS = {"layernorm": nn.LayerNorm, "taper": TaperNorm}
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
 
@@ -264,9 +266,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size) if config.norm == "layernorm" else nn.Identity()
+        norm = nn.Identity if config.norm in (None, "none") else NORMS[config.norm]
+        self.attention_norm = norm(config.hidden_size)
         self.attention = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size) if config.norm == "layernorm" else nn.Identity()
+        self.ffn_norm = norm(config.hidden_size)
         self.ffn = FeedForward(config)
         normalize_weights(self, config)
 

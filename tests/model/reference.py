@@ -24,6 +24,8 @@ class Recipe:
     """The ingredients of a network, in the words of the paper's tables."""
 
     layer_norm: bool = False
+    taper: tuple[float, float] | None = None
+    """Gate and scale of norms that taper."""
     activation: str = "identity"
     fused: bool = False
     scaled: bool = False
@@ -45,6 +47,7 @@ RECIPES = {
     "SM+LN+G": Recipe(layer_norm=True, activation="gelu"),
     "SM+LN+R": Recipe(layer_norm=True, activation="relu"),
     "SM+LN": Recipe(layer_norm=True),
+    "SM+TN": Recipe(layer_norm=True, taper=(0.625, 1.7)),
     "SM+G": Recipe(activation="gelu"),
     "SM+R": Recipe(activation="relu"),
     "SM": Recipe(),
@@ -167,10 +170,12 @@ def _under(parameters: Parameters, prefix: str) -> dict[str, Tensor]:
 def _block(own: Parameters, x_BTD: Tensor, recipe: Recipe, sizes: Sizes) -> tuple[Tensor, Tensor]:
     normed_BTD = x_BTD
     if recipe.layer_norm:
-        normed_BTD = layer_norm(x_BTD, own["attention_norm.weight"], own["attention_norm.bias"])
+        normed_BTD = layer_norm(x_BTD, own["attention_norm.weight"], own["attention_norm.bias"], recipe.taper)
     attended_BTD, a_BNTT = _attention(own, normed_BTD, recipe, sizes)
     x_BTD = x_BTD + attended_BTD
-    normed_BTD = layer_norm(x_BTD, own["ffn_norm.weight"], own["ffn_norm.bias"]) if recipe.layer_norm else x_BTD
+    normed_BTD = x_BTD
+    if recipe.layer_norm:
+        normed_BTD = layer_norm(x_BTD, own["ffn_norm.weight"], own["ffn_norm.bias"], recipe.taper)
     ffn_BTD = _feed_forward(own, normed_BTD, recipe)
     if recipe.scaled:
         return own["ffn.beta"] * x_BTD + (1 / own["ffn.alpha"]) * ffn_BTD, a_BNTT
@@ -263,9 +268,15 @@ def activation(x: Tensor, name: str) -> Tensor:
     return x * (x > 0) if name == "relu" else x
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, taper: tuple[float, float] | None = None) -> Tensor:
+    """With (gate, scale) the sum of gate parts of the norm and 1 - gate parts of a matrix that acts on each token."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+    if taper is None:
+        return normed
+    (gate, scale), size = taper, x.shape[-1]
+    matrix = torch.diag(scale * gain) @ (torch.eye(size, dtype=x.dtype) - 1 / size)
+    return gate * normed + (1 - gate) * (x @ matrix.T + bias)
 
 
 def weight_normalized(weight: Tensor, gain: Tensor) -> Tensor:

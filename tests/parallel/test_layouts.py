@@ -141,7 +141,7 @@ def test_saturated_attention_over_five_ranks() -> None:
     assert_layout(parse_layout("tp=5"), "float64", **sizes, **choices)
 
 
-@pytest.mark.parametrize("architecture", ["SM+LN+G", "EReg(SM(t)+R)", "SM+ScFFN", "SM(t)+ScFuFFN"])
+@pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+TN", "EReg(SM(t)+R)", "SM+ScFFN", "SM(t)+ScFuFFN"])
 def test_other_architectures(architecture: str) -> None:
     layout = parse_layout("tp=2:pp=2:cp=2:sp=1:recompute=selective")
     assert_layout(layout, "float64", architecture=architecture)

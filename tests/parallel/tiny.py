@@ -11,12 +11,13 @@ from model.config import ModelConfig
 from model.initialize import generator, initialize, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
+from model.taper import set_gate, taper_norms
 from model.transformer import Transformer
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from train.compare.comparison import TOLERANCE, compare
 from train.compare.layouts import apply_layout, global_batches, reference_layout
-from train.compare.measurement import END_OF_DOCUMENT, Measured, measure
+from train.compare.measurement import END_OF_DOCUMENT, HALF_TAPERED, Measured, measure
 from train.config import Config
 from train.config.sections import DataConfig, TrainingConfig
 
@@ -122,6 +123,10 @@ def plain_model(config: Config, vocab_size: int) -> Transformer:
         if not (parameter.dim() == 2 and name.endswith("weight")):
             noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
             parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
+    for name, buffer in model.named_buffers():
+        if name.endswith(".scale"):
+            buffer.copy_(1 + torch.rand(buffer.shape, generator=generator(config.training.seed, f"apart/{name}")))
+    set_gate(taper_norms(model), HALF_TAPERED)
     return model
 
 

@@ -212,6 +212,10 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("parallel.tensor_parallel_size=0", r"parallel\.tensor_parallel_size = 0 must be at least 1"),
         ("parallel.tensor_parallel_size=8", r"model\.num_attention_heads = 12 is not a multiple of .*size = 8.*"),
         ("parallel.pipeline_parallel_size=13", r".*pipeline_parallel_size = 13 exceeds model\.num_layers = 12;.*"),
+        (
+            "optimizer.taper_end=0.1",
+            r"optimizer\.taper_start = 0\.1 must lie in .* below .*taper_end = 0\.1.*",
+        ),
         ("regularizer.margin=[0.1]", r"regularizer\.margin has 1 numbers, and model\.num_layers = 12: give one .*each"),
         ("regularizer.margin=[0.1,true]", r"regularizer\.margin = .* must be a number or a list of numbers"),
         ("parallel.sequence_parallel=true", r"parallel\.sequence_parallel = true needs .*tensor_parallel_size > 1.*"),
