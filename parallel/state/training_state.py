@@ -97,7 +97,7 @@ class StateMap:
 
     def whole_buffers(self) -> list[Chunk]:
         """Return the chunks of buffers that are the same on all ranks."""
-        return [whole_chunk(f"buffer.{name}", buffer) for name, buffer in self._buffers(of_shards=False)]
+        return [whole_chunk(f"buffer.{name}", buffer) for name, buffer in self.buffers(of_shards=False)]
 
     def buffer_chunks(self, saved_names: Container[str]) -> list[Chunk]:
         """Return the chunks for power-iteration vectors; none if another tensor-parallel size saved the checkpoint."""
@@ -118,9 +118,9 @@ class StateMap:
 
     def _own_buffers(self) -> list[Chunk]:
         prefix = f"buffer.tp{self.groups.grid.tp_rank}of{self.groups.grid.tp}"
-        return [whole_chunk(f"{prefix}.{name}", buffer) for name, buffer in self._buffers(of_shards=True)]
+        return [whole_chunk(f"{prefix}.{name}", buffer) for name, buffer in self.buffers(of_shards=True)]
 
-    def _buffers(self, of_shards: bool) -> Iterator[tuple[str, Tensor]]:
+    def buffers(self, of_shards: bool) -> Iterator[tuple[str, Tensor]]:
         """Yield power-iteration vectors, which belong to a shard of a weight, or all other buffers."""
         for name, buffer in self.stage.transformer.named_buffers():
             if (".parametrizations." in name) == of_shards:
@@ -179,7 +179,7 @@ def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Ch
     buffers = state.buffer_chunks(saved.names)
     saved.read(targets + buffers + state.whole_buffers())
     if not buffers:
-        for _, buffer in state._buffers(of_shards=True):
+        for _, buffer in state.buffers(of_shards=True):
             buffer.fill_(1.0)
         update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)
 
