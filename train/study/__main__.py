@@ -20,14 +20,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from data.command_line import output_file, path_argument, print_faults, real_number, run_command, whole_number
 from data.files.strict_json import to_json
 from parallel.processes.lifetime import SignalWatch
 from parallel.processes.place import forget_launcher
 from train.config.overrides import parse_with_overrides
-from train.study.suite import Suite, SuiteError, load_suite
+from train.study.suite import PlannedRun, Suite, SuiteError, load_suite
 
 NOT_FINISHED = "the same command goes on; python -m train.study status says where each stands"
 
@@ -57,7 +57,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train everything that is unfinished, on this machine")
     run.add_argument(
-        "--only", metavar="RUN", help="only this run: a name, a label for all its seeds, or an arm for all of its sweep"
+        "--only",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="only this run: a name, a label for all its seeds, or an arm for all of its sweep; may be given several "
+        "times, and the runs keep that order",
     )
     run.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
@@ -136,11 +141,12 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
 
     from train.study.runner import Runner
 
-    if options.only and not any(options.only in run.names for run in suite.runs):
-        names = ", ".join(run.name for run in suite.runs)
-        print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
+    try:
+        chosen = suite.chosen(options.only)
+    except SuiteError as error:
+        print_faults(error)
         return 2
-    if holds_others(suite, options.only):
+    if holds_others(chosen):
         return 2
     runner = Runner(
         suite,
@@ -163,12 +169,12 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def holds_others(suite: Suite, only: str | None = None) -> bool:
-    """Return whether a folder of the suite holds a run of another configuration; print an error message about it."""
+def holds_others(runs: Iterable[PlannedRun]) -> bool:
+    """Return whether the folder of a run holds one of another configuration; print an error message about it."""
     from train.study.state import read_state
 
-    for planned in suite.runs:
-        for stage in planned.stages if only is None or only in planned.names else ():
+    for planned in runs:
+        for stage in planned.stages:
             if (state := read_state(stage)).word == "other":
                 print(f"error: {planned.name}: {state.detail}", file=sys.stderr)
                 return True
@@ -211,7 +217,7 @@ def results(suite: Suite, options: argparse.Namespace) -> int:
     from train.study.results import records
     from train.study.saved import write_results
 
-    if holds_others(suite):
+    if holds_others(suite.runs):
         return 2
     count = write_results(suite, records(suite), options.output)
     print(f"{options.output}: {count} finished results")
@@ -224,7 +230,7 @@ def slurm(suite: Suite, options: argparse.Namespace) -> int:
     from train.study.stages import prepare
     from train.study.state import next_stage
 
-    if holds_others(suite):
+    if holds_others(suite.runs):
         return 2
     files = [str(prepare(stage)) for run in suite.runs if (stage := next_stage(run)) is not None]
     if not files:

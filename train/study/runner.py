@@ -48,19 +48,18 @@ class Runner:
     time_limit_s: float = 0.0
     say: Say = print
 
-    def run(self, only: str | None = None) -> int:
+    def run(self, only: Sequence[str] = ()) -> int:
         """Run everything unfinished.
 
         The first seed of every model comes before the second of any, so that a study cut short compares all models.
 
         Args:
-            only: name, label or arm of the runs to run; None runs all.
+            only: names, labels or arms of the runs to run, in this order; none runs all.
 
         Returns:
             How many runs could not be finished. A run that diverged is finished.
         """
-        chosen = [run for run in self.suite.runs if only is None or only in run.names]
-        runs = sorted(chosen, key=lambda run: run.seed)
+        runs = self.suite.chosen(only)
         self.suite.output.mkdir(parents=True, exist_ok=True)
         write_environment(self.suite.output)
         stop = threading.Event()

@@ -21,7 +21,7 @@ A run with `budgets_tokens` serves several budgets. Its trunk trains to the larg
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,20 @@ class Suite:
     output: Path
     runs: tuple[PlannedRun, ...] = field(default=())
     hypotheses: tuple[Hypothesis, ...] = ()
+
+    def chosen(self, names: Sequence[str]) -> list[PlannedRun]:
+        """Return the runs that go by these names, in the names' order; without names all, the first seeds first.
+
+        Raises:
+            SuiteError: no run goes by one of the names.
+        """
+        if not names:
+            return sorted(self.runs, key=lambda run: run.seed)
+        for name in names:
+            if not any(name in run.names for run in self.runs):
+                all_names = ", ".join(run.name for run in self.runs)
+                raise SuiteError(f"--only {name!r} is no run of the suite; its runs are {all_names}")
+        return list({run.name: run for name in names for run in self.runs if name in run.names}.values())
 
 
 def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:

@@ -410,6 +410,17 @@ def test_a_sweep_is_a_run_for_each_combination(tmp_path: Path) -> None:
     assert found["b"][:2] == ("b", {})
 
 
+def test_runs_are_chosen_by_name_in_the_order_given(tmp_path: Path) -> None:
+    arm = {"name": "a", "sweep": {"optimizer.learning_rate": [5e-4, 0.001]}}
+    file = write_suite(tmp_path, [arm, {"name": "b"}])
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": [1, 2]}))
+    suite = load_suite(file)
+    slow, fast = "a-learning_rate0.0005", "a-learning_rate0.001"
+    assert [run.name for run in suite.chosen([])] == [f"{n}/seed{s}" for s in (1, 2) for n in (slow, fast, "b")]
+    chosen = [run.name for run in suite.chosen(["b/seed2", fast, "a"])]
+    assert chosen == ["b/seed2", f"{fast}/seed1", f"{fast}/seed2", f"{slow}/seed1", f"{slow}/seed2"]
+
+
 def test_a_run_that_cannot_start_says_why_and_the_others_go_on(
     tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
