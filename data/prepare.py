@@ -36,10 +36,10 @@ from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.files.own import open_to_append, write_atomically
 from data.files.strict_json import read_json
-from data.shards.manifest import SPLITS, TOKENIZER
+from data.shards.manifest import REPORT, SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer
 from data.text.input_files import DEFAULT_INCLUDE, Slice, find_files, plan_parts
-from data.text.preparation import OWN_NAME, PLAN, REPORT, STAGES, WORK, Preparation, Settings, run_job
+from data.text.preparation import OWN_NAME, PLAN, STAGES, WORK, Preparation, Settings, run_job
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,8 @@
     ModelConfig(architecture="EReg(SM(t)+ScFuFFN)", num_layers=12, ...).resolved()
 
 A name fixes all ingredients. An ingredient that is set by itself, such as `activation="relu"`, overrides the name's
-choice. Source of the names: arXiv 2501.03489, sections 3 and 4.
+choice. Source of the names: arXiv 2501.03489, sections 3 and 4. Two are not from there: SM+TN, with tapered norms
+(model/taper.py) and an identity FFN, and EReg(SM(t)+R), with a ReLU and a temperature per head, which does not fix T.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "SM+LN+G": {**_PLAIN, "norm": "layernorm", "activation": "gelu"},
     "SM+LN+R": {**_PLAIN, "norm": "layernorm", "activation": "relu"},
     "SM+LN": {**_PLAIN, "norm": "layernorm"},
+    "SM+TN": {**_PLAIN, "norm": "taper"},
     "SM+G": {**_PLAIN, "activation": "gelu"},
     "SM+R": {**_PLAIN, "activation": "relu"},
     "SM": {**_PLAIN},
@@ -42,6 +44,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "temperature": "per_position",
         "regularized": True,
     },
+    "EReg(SM(t)+R)": {**_PLAIN, "activation": "relu", "temperature": "per_head", "regularized": True},
 }
 
 LARGEST_SIZES = {
@@ -64,7 +67,7 @@ class ModelConfig:
     """Sizes and ingredients of one model. An ingredient left at null is what the architecture's name says."""
 
     architecture: str = explained(
-        "EReg(SM(t)+ScFuFFN)", "Published name, which fixes every ingredient below that is left at null."
+        "EReg(SM(t)+ScFuFFN)", "Name, which fixes every ingredient below that is left at null."
     )
     num_layers: int = explained(12, "Number of transformer blocks. The paper uses 12 and 18.")
     hidden_size: int = explained(768, "Model width D in features.")
@@ -75,8 +78,11 @@ class ModelConfig:
     ffn_hidden_size: int | None = explained(
         None, "Features between the two FFN matrices; null means 4 * hidden_size. A fused FFN does not use it."
     )
-    norm: Literal["layernorm", "none"] | None = explained(
-        None, "Normalization before attention and before the FFN (LN1, LN2). 'none' makes private inference cheaper."
+    norm: Literal["layernorm", "taper", "none"] | None = explained(
+        None,
+        "Normalization before attention and before the FFN (LN1, LN2). 'none' makes private inference cheaper, and so "
+        "does 'taper': a LayerNorm that becomes a fixed affine map between optimizer.taper_start and taper_end "
+        "(TaperNorm, arXiv 2602.10408).",
     )
     activation: Literal["gelu", "gelu_tanh", "relu", "identity"] | None = explained(
         None,
@@ -109,6 +115,11 @@ class ModelConfig:
     )
     spectral_norm: Literal["none", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"] | None = explained(
         None, "Linear layers whose weight is divided by its largest singular value."
+    )
+    spectral_gain: bool = explained(
+        False,
+        "Multiply each spectrally normalized matrix by a learned number, which starts at 1 (sigmaReparam, arXiv "
+        "2303.06296).",
     )
     regularized: bool | None = explained(
         None, "Whether the entropy regularizer acts; each head then has a learned threshold."
@@ -209,11 +220,16 @@ class ModelConfig:
             faults.append(
                 "model.weight_norm and model.spectral_norm are both set; choose one and leave the other 'none'"
             )
+        if self.spectral_gain and model.spectral_norm == "none":
+            faults.append(
+                "model.spectral_gain = true needs model.spectral_norm: name the linear layers there, say 'QK'"
+            )
         if self.temperature_init == "calibrated":
-            if model.norm == "none" and (model.activation in ("gelu", "gelu_tanh") or model.spectral_norm != "none"):
+            ffn_is_normalized = str(model.spectral_norm).endswith("FFN")
+            if model.norm == "none" and (model.activation in ("gelu", "gelu_tanh") or ffn_is_normalized):
                 faults.append(
                     f"model.temperature_init = 'calibrated' has no closed form with model.activation = "
-                    f"{model.activation!r} or with model.spectral_norm; set a number"
+                    f"{model.activation!r} or with model.spectral_norm of the FFN; set a number"
                 )
         elif self.temperature_init <= 0:
             faults.append(f"model.temperature_init = {self.temperature_init} must be positive: it divides the logits")

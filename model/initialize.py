@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.normalized_weights import update_spectral_norms
+from model.taper import share_gate, taper_norms
 from model.transformer import Attention, Transformer
 
 Cut = Callable[[str, Tensor], Tensor]
@@ -67,7 +68,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def plain_name(name: str) -> str:
     """'ffn.up.parametrizations.weight.original' -> 'ffn.up.weight'; '...weight.0.gain' -> 'ffn.up.gain'."""
-    return name.replace("parametrizations.weight.original", "weight").replace("parametrizations.weight.0.gain", "gain")
+    return name.replace("parametrizations.weight.original", "weight").replace("parametrizations.weight.0.", "")
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -84,7 +85,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.full(shape, config.threshold_init)
     if kind == "alpha":
         return torch.full(shape, depth_factor(config))
-    if kind == "beta":
+    if kind in ("beta", "gamma"):
         return torch.ones(shape)
     if kind.endswith("bias"):
         return torch.zeros(shape)
@@ -159,7 +160,7 @@ def initial_temperature(name: str, config: ModelConfig) -> float:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int, cut: Cut = _whole) -> None:
-    """Fill every parameter and power-iteration vector of `model`, which may be a shard of the whole.
+    """Fill every parameter and buffer of `model`, which may be a shard of the whole.
 
     Padding rows of the vocabulary, beyond `vocab_size`, are zero. The loss masks them, so they stay zero.
     """
@@ -181,6 +182,9 @@ def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int
     for name, buffer in model.named_buffers():
         if name.endswith(".left"):  # u of a spectral norm: any start with a component along the first singular vector
             buffer.fill_(1.0)
+        elif name.endswith(".scale"):  # of a tapered norm, not calibrated yet
+            buffer.zero_()
+    share_gate(taper_norms(model), next(model.parameters()).device)
     update_spectral_norms(model, POWER_ITERATIONS_AT_START)
 
 

@@ -52,6 +52,9 @@ class WeightNormalization(nn.Module):
 class SpectralNormalization(nn.Module):
     """W = V / sigma_1(V), with sigma_1 = u^T V v and u, v from power iteration (Miyato et al. 2018).
 
+    With `has_gain` it is W = gamma V / sigma_1(V), with one learned gamma for each normalized matrix: [normalized]
+    (sigmaReparam, Zhai et al. 2023, arXiv 2303.06296).
+
     The iteration advances in `update`, once an optimizer step, and not in `forward`: gradient accumulation and
     activation recomputation then see the same sigma. `sum_over_row_shards` or `sum_over_column_shards` is needed where
     V is split.
@@ -65,12 +68,14 @@ class SpectralNormalization(nn.Module):
         slots: int = 1,
         normalized: int = 1,
         head_width: int = 1,
+        has_gain: bool = False,
         sum_over_row_shards: SumOverShards = _unsharded,
         sum_over_column_shards: SumOverShards = _unsharded,
     ) -> None:
         super().__init__()
         self.slots, self.normalized, self.head_width = slots, normalized, head_width
         self.sum_over_row_shards, self.sum_over_column_shards = sum_over_row_shards, sum_over_column_shards
+        self.gamma = nn.Parameter(torch.empty(normalized)) if has_gain else None
         self.register_buffer("left", torch.empty(normalized, rows // slots))
         self.register_buffer("right", torch.empty(normalized, columns))
 
@@ -88,10 +93,11 @@ class SpectralNormalization(nn.Module):
         return self._sum_all(torch.einsum("pr,prc,pc->p", left, matrices, right))
 
     def forward(self, weight: Tensor) -> Tensor:
-        inverse = (1.0 / self.sigma(weight)).to(weight.dtype)
+        inverse = 1.0 / self.sigma(weight)
+        factor = (inverse if self.gamma is None else self.gamma * inverse).to(weight.dtype)
         if self.slots == 1:
-            return weight * inverse
-        factor = torch.cat([inverse, inverse.new_ones(self.slots - self.normalized)])
+            return weight * factor
+        factor = torch.cat([factor, factor.new_ones(self.slots - self.normalized)])
         return (weight.view(-1, self.slots, self.head_width, weight.shape[1]) * factor.view(1, -1, 1, 1)).view_as(
             weight
         )

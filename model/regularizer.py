@@ -29,6 +29,7 @@ step, so that the penalty warms up and fades with the steps that it protects.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,10 +46,10 @@ class RegularizerConfig:
     coefficient: float = explained(
         0.164, "Weight of the penalty in the loss per token, in 1/nat^2: the paper's lambda * micro-batch * T."
     )
-    margin: float = explained(
+    margin: float | list[float] = explained(
         0.20,
-        "Tolerance gamma as a fraction of ln T. There is no penalty while the entropy stays this close to theta ln T. "
-        "The paper uses 0 to 0.30.",
+        "Tolerance gamma as a fraction of ln T: one number for all layers, or a list with one for each. There is no "
+        "penalty while the entropy stays this close to theta ln T. The paper uses 0 to 0.30.",
     )
     granularity: Literal["per_query", "per_head"] = explained(
         "per_query",
@@ -72,12 +73,24 @@ class RegularizerConfig:
         "is multiplied by the learning rate's ratio to its peak.",
     )
 
-    def faults(self) -> list[str]:
+    def margins(self, layers: Sequence[int]) -> Tensor:
+        """Return gamma of each of these layers of the model, float64."""
+        every = self.margin
+        return torch.tensor([every[i] if isinstance(every, list) else every for i in layers], dtype=torch.float64)
+
+    def faults(self, num_layers: int) -> list[str]:
+        """Return every reason why a model of so many layers cannot be trained so."""
         faults = []
         if self.coefficient < 0:
             faults.append(f"regularizer.coefficient = {self.coefficient} must not be negative; 0 turns the penalty off")
-        if not 0 <= self.margin < 1:
-            faults.append(f"regularizer.margin = {self.margin} must lie in [0, 1): it is a fraction of ln T")
+        if isinstance(self.margin, list) and len(self.margin) != num_layers:
+            faults.append(
+                f"regularizer.margin has {len(self.margin)} numbers, and model.num_layers = {num_layers}: give one "
+                "number for all layers, or one for each"
+            )
+        for margin in self.margin if isinstance(self.margin, list) else [self.margin]:
+            if not 0 <= margin < 1:
+                faults.append(f"regularizer.margin = {margin} must lie in [0, 1): it is a fraction of ln T")
         if self.target == "causal" and self.granularity == "per_head":
             faults.append(
                 "regularizer.target = 'causal' needs regularizer.granularity = 'per_query': 'per_head' compares one "
@@ -108,18 +121,26 @@ def reachable_entropy(
     return count.to(entropy.dtype).log()
 
 
-def penalty(entropy: Tensor, threshold: Tensor, reachable: float | Tensor, config: RegularizerConfig) -> Tensor:
-    """Return the penalty of each entropy, of the shape that the configuration names (see the top of this file).
+def penalty(
+    entropy: Tensor,
+    threshold: Tensor,
+    margin: float | Tensor,
+    reachable: float | Tensor,
+    shape: Literal["square", "hinge", "floor"] = "square",
+) -> Tensor:
+    """Return the penalty of each entropy.
 
     Args:
-        entropy: nats, any shape that `threshold` and `reachable` broadcast to.
+        entropy: nats, any shape that the next three broadcast to.
         threshold: theta as a fraction of `reachable`.
+        margin: gamma as a fraction of `reachable`.
         reachable: R in nats.
+        shape: how it grows outside the margin (see the top of this file).
     """
-    delta, tolerated = entropy - threshold * reachable, config.margin * reachable
-    if config.shape == "square":
+    delta, tolerated = entropy - threshold * reachable, margin * reachable
+    if shape == "square":
         return torch.where(delta.abs() > tolerated, delta.square(), 0.0)
-    distance = delta.abs() if config.shape == "hinge" else -delta
+    distance = delta.abs() if shape == "hinge" else -delta
     return (distance - tolerated).relu().square()
 
 
@@ -140,7 +161,9 @@ def entropy_penalty(
     """
     entropy_LBNT = torch.stack(entropies_BNT)
     threshold_LN = torch.stack([threshold.to(entropy_LBNT.dtype) for threshold in thresholds_N])
+    margin_L1 = config.margins(range(len(entropies_BNT))).to(entropy_LBNT).unsqueeze(1)
     reachable = reachable_entropy(config, seq_length, entropy_LBNT, document_start_BT)
     if config.granularity == "per_head":
-        return penalty(entropy_LBNT.mean(dim=(1, 3)), threshold_LN, reachable, config).mean()
-    return penalty(entropy_LBNT, threshold_LN[:, None, :, None], reachable, config).mean()
+        return penalty(entropy_LBNT.mean(dim=(1, 3)), threshold_LN, margin_L1, reachable, config.shape).mean()
+    theta, margin = threshold_LN[:, None, :, None], margin_L1[:, None, :, None]
+    return penalty(entropy_LBNT, theta, margin, reachable, config.shape).mean()

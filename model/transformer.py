@@ -23,7 +23,9 @@ from model.cross_entropy import linear_cross_entropy
 from model.entropy_attention import joint_entropy_attention
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.rotary import rotate
+from model.taper import TaperNorm
 
+NORMS = {"layernorm": nn.LayerNorm, "taper": TaperNorm}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -212,7 +214,7 @@ class Attention(nn.Module):
         if not self.key_bias_acts:
             names.add("key_bias")
         if is_one_hot:
-            names |= {"query_bias", "key_bias", "temperature_parameter"}
+            names |= {"query_bias", "key_bias", "temperature_parameter", "query_key_value.gamma"}
         return names
 
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -282,9 +284,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size) if config.norm == "layernorm" else nn.Identity()
+        norm = nn.Identity if config.norm in (None, "none") else NORMS[config.norm]
+        self.attention_norm = norm(config.hidden_size)
         self.attention = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size) if config.norm == "layernorm" else nn.Identity()
+        self.ffn_norm = norm(config.hidden_size)
         self.ffn = FeedForward(config)
         normalize_weights(self, config)
 
@@ -393,8 +396,11 @@ def normalize_weights(block: Block, config: ModelConfig) -> None:
         for name, arguments in normalized_linears(config, placement or "none").items():
             linear = block.get_submodule(name)
             rows, columns = linear.weight.shape
-            sizes = (rows,) if normalization is WeightNormalization else (rows, columns)
-            parametrize.register_parametrization(linear, "weight", normalization(*sizes, **arguments), unsafe=True)
+            if normalization is WeightNormalization:
+                added: nn.Module = WeightNormalization(rows, **arguments)
+            else:
+                added = SpectralNormalization(rows, columns, **arguments, has_gain=config.spectral_gain)
+            parametrize.register_parametrization(linear, "weight", added, unsafe=True)
 
 
 def normalized_linears(config: ModelConfig, placement: str) -> dict[str, dict[str, Any]]:

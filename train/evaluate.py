@@ -153,7 +153,7 @@ def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: b
     checkpoint.check_fits(saved, config, dataset_identity(manifest), Use.WEIGHTS)
     stage, groups = build_stage(config, manifest.vocab_size)
     load_weights(stage, groups, saved, manifest.vocab_size)
-    result = validate(stage, groups, config, samples, partial(evaluate_stage, stage))
+    result = validate(stage, groups, config, saved.step, samples, partial(evaluate_stage, stage))
     lost = not math.isfinite(result.loss)
     return {
         **(

@@ -60,7 +60,7 @@ def build_stage(
     if training.compiles(on_gpu=device.type == "cuda"):
         key_compiled_code()
         compile_blocks(transformer, config.health.verify_first_step)
-    return Stage(transformer, build_regularizer(config, groups)), groups
+    return Stage(transformer, build_regularizer(config, groups, layers[groups.grid.stage])), groups
 
 
 def build_engine(
@@ -107,13 +107,14 @@ def add_optimizer(stage: Stage, groups: Groups, config: Config) -> Engine:
         return Engine(stage, groups, engine_config)
 
 
-def build_regularizer(config: Config, groups: Groups) -> ShardedRegularizer | None:
-    """Build the regularizer of this rank's heads and layers; None if the architecture has none."""
+def build_regularizer(config: Config, groups: Groups, layers: range) -> ShardedRegularizer | None:
+    """Build the regularizer of this rank's heads and its stage's layers; None if the architecture has none."""
     if not config.model.regularized:
         return None
     return ShardedRegularizer(
         config.regularizer,
         groups,
+        layers=layers,
         num_layers=config.model.num_layers,
         num_heads=config.model.num_attention_heads,
         seq_length=config.model.seq_length,

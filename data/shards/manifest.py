@@ -34,6 +34,7 @@ VERSION = 1
 SPLITS = ("train", "validation")
 CONTENTS = ("tokens", "text")
 TOKENIZER = "tokenizer.model"
+REPORT = "report.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_SHARDS = 100_000  # at no more than 500 bytes each, so that the manifest stays below MAX_MANIFEST_BYTES
 MAX_SHARD_BYTES = 16 << 30

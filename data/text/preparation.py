@@ -34,7 +34,7 @@ from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.files.own import write_atomically
 from data.shards import document_list
-from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
+from data.shards.manifest import MAX_SHARDS, REPORT, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shards.tar_layout import token_dtype_for
 from data.shards.tokenizer import Tokenizer, train_tokenizer
 from data.shards.writer import write_shard
@@ -50,7 +50,6 @@ _LASTING = rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.(?:tar|digests|documents\.jsonl\.
 )
 OWN_NAME = re.compile(rf"{_LASTING}|(?:{_LASTING})\.partial|\.(?:{_LASTING})\.[0-9a-f]{{8}}\.tmp")
 """Names of the files that a preparation writes beside its work folder, also of unfinished ones."""
-REPORT = "report.json"
 _ALL = 1 << 64
 
 

@@ -203,7 +203,7 @@ def block_bytes(work: Workload, recompute: str) -> int:
     if recompute == "full":
         return round(whole * work.tokens * model.hidden_size * ELEMENT_BYTES)
     widths = 2 * whole + 3 * split  # the block's input, the FFN's, and query, key and value
-    if model.norm == "layernorm":
+    if model.norm != "none":
         widths += 2 * whole  # the norms' outputs
     ffn = model.ffn_width / model.hidden_size
     if not model.fused_ffn:

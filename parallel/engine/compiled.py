@@ -138,6 +138,19 @@ def compile_blocks(transformer: Transformer, verify: bool = False) -> None:
         block.forward = CompiledBlock(layer, block, verify)
 
 
+@contextlib.contextmanager
+def uncompiled(transformer: Transformer) -> Iterator[None]:
+    """Run a stage's blocks as they are while the context lasts, with the hooks of their modules."""
+    compiled = compiled_blocks(transformer)
+    for each in compiled:
+        each.block.forward = each.eager  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for each in compiled:
+            each.block.forward = each  # type: ignore[method-assign,assignment]
+
+
 def compiled_blocks(transformer: Transformer) -> list[CompiledBlock]:
     """Return a stage's compiled blocks, none if it is not compiled."""
     return [block.forward for block in transformer.layers.values() if isinstance(block.forward, CompiledBlock)]

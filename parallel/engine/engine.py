@@ -21,6 +21,7 @@ Steps 5 and 10 run beside the passes (engine/buckets.py says how parameters form
 
 import contextlib
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,14 @@ import torch.distributed as dist
 
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
+from model.taper import set_gate, taper_norms
 from model.transformer import Block
 from parallel.config import ParallelConfig
 from parallel.deepspeed_internals import adam, build_instead, check_installed, gradient_norm
 from parallel.engine.buckets import ALIGNMENT_BYTES, parameter_groups
+from parallel.engine.calibrate import calibrate
 from parallel.engine.clipping import decide_on_device
-from parallel.engine.compiled import compiled_blocks
+from parallel.engine.compiled import compiled_blocks, uncompiled
 from parallel.engine.cuda_graph import replay_training_passes
 from parallel.engine.deepspeed_section import check_values
 from parallel.engine.pipeline import PipelineStage, inputs_and_labels
@@ -156,6 +159,7 @@ class Engine:
         create_moments(self.engine.optimizer, 0)
         check_alignment(stage)
         self.stop_requested = False
+        self._taper_norms, self._is_calibrated = taper_norms(stage.transformer), False
         self._limits = FINITE
         self._report: PendingReport | None = None
 
@@ -172,6 +176,7 @@ class Engine:
         learning_rate: float,
         limits: StepLimits = FINITE,
         penalty_strength: float = 1.0,
+        norm_gate: float = 1.0,
     ) -> tuple[PendingReport, StageStatistics]:
         """Run the step's micro-batches, and one optimizer step if their report is within the limits.
 
@@ -183,6 +188,8 @@ class Engine:
             learning_rate: of this step.
             limits: of loss and gradient norm.
             penalty_strength: by which the regularizer's coefficient is multiplied in this step.
+            norm_gate: of tapered norms in this step. Before the first step in which it is below 1, their scales are
+                measured on that step's micro-batches, if no checkpoint has brought them.
 
         Returns:
             The step's report, and this rank's statistics.
@@ -194,6 +201,8 @@ class Engine:
             self._stage.regularizer.strength.fill_(penalty_strength)
         if self._stage.transformer.config.spectral_norm != "none":
             update_spectral_norms(self.stage)
+        if self._taper_norms:
+            micro_batches = self._taper(norm_gate, micro_batches)
         self.engine.train()
         if self.pipelined:
             self.engine.train_batch(map(inputs_and_labels, micro_batches))
@@ -203,6 +212,20 @@ class Engine:
                 self.engine.step()
         report = self._measure()  # with gradients that are not finite ZeRO skips the optimizer, and so the report
         return report, self._stage.take_statistics()
+
+    def _taper(self, gate: float, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Set the gate of tapered norms, calibrated if need be; return the micro-batches, none of them used up."""
+        if gate < 1.0 and not self._is_calibrated:
+            if not self._taper_norms[0].scale.any():
+                held = list(itertools.islice(micro_batches, self.config.num_micro_batches))
+                rows = [batch.tokens_TB.shape[1] for batch in held]
+                set_gate(self._taper_norms, 1.0)
+                with uncompiled(self._stage.transformer):
+                    calibrate(self._taper_norms, self.groups, lambda: self.evaluate(iter(held), rows))
+                micro_batches = iter(held)
+            self._is_calibrated = True
+        set_gate(self._taper_norms, gate)
+        return micro_batches
 
     def _measure(self) -> PendingReport:
         """Return the step's report, made at the first call: after the backward passes, before the optimizer."""
@@ -279,6 +302,7 @@ class Engine:
             saved: the checkpoint.
             vocab_size: without padding.
         """
+        self._is_calibrated = False  # perhaps the state is from before
         load_training_state(self.stage, self.engine.optimizer, self.groups, saved, vocab_size)
 
 

@@ -110,6 +110,7 @@ TABLE = {
     # Heads are split, and everything of a head goes with it: rows here, columns of the output matrix.
     "attention.query_key_value.weight": _Row(split=0),
     "attention.query_key_value.gain": _Row(split=0),
+    "attention.query_key_value.gamma": _Row(partial_if=_always),  # of queries, of keys: each rank has its own heads'
     "attention.query_bias": _Row(split=0),
     "attention.key_bias": _Row(split=0),
     "attention.temperature_parameter": _Row(split=0),
@@ -119,15 +120,19 @@ TABLE = {
     "attention.output_bias": _Row(partial_if=_sequence_parallel),
     # What belongs to all columns of a column-split matrix gets from each rank the part of its columns.
     "attention.output.gain": _Row(partial_if=_always),
+    "attention.output.gamma": _Row(partial_if=_always),
     # The FFN's hidden features are split.
     "ffn.up.weight": _Row(split=0),
     "ffn.up.gain": _Row(split=0),
     "ffn.up_bias": _Row(split=0),
+    "ffn.up.gamma": _Row(partial_if=_always),
     "ffn.down.weight": _Row(split=1),
     "ffn.down.gain": _Row(partial_if=_always),
+    "ffn.down.gamma": _Row(partial_if=_always),
     "ffn.fused.weight": _Row(split=1, whole_if=_replicated, partial_if=_sequence_parallel),
     "ffn.fused.gain": _Row(partial_if=_always),
     "ffn.bias": _Row(partial_if=_sequence_parallel),
+    "ffn.fused.gamma": _Row(partial_if=_always),
     "ffn.alpha": _Row(partial_if=_always),
     "ffn.beta": _Row(partial_if=_on_the_diagonal),
 }

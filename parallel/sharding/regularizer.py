@@ -53,6 +53,7 @@ class ShardedRegularizer:
 
     Args:
         config: coefficient, margin, granularity, shape, target.
+        layers: of this stage.
         num_layers: of the whole model.
         num_heads: of the whole model.
         seq_length: T, of whole sequences.
@@ -61,6 +62,7 @@ class ShardedRegularizer:
 
     Attributes:
         strength: float32 scalar on the device, by which the coefficient is multiplied in the current step.
+        margin_L1: the margins of this stage's layers, [layers, 1] in float64 on the device.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class ShardedRegularizer:
         config: RegularizerConfig,
         groups: Groups,
         *,
+        layers: range,
         num_layers: int,
         num_heads: int,
         seq_length: int,
@@ -80,6 +83,7 @@ class ShardedRegularizer:
         self.seq_length = seq_length
         self.gradient_scale = 1.0 / num_micro_batches
         self.strength = torch.ones((), device=device)
+        self.margin_L1 = config.margins(layers).unsqueeze(1).to(device)
         held = len(grid.heads(num_heads))
         self.own_heads = slice(grid.cp_rank * held, (grid.cp_rank + 1) * held)
 
@@ -107,7 +111,8 @@ class ShardedRegularizer:
         theta_LN = threshold_LN[:, self.own_heads].to(entropy_LBNT.dtype)
         if self.config.granularity == "per_query":
             reachable = reachable_entropy(self.config, self.seq_length, entropy_LBNT, document_start_BT)
-            each = penalty(entropy_LBNT, theta_LN[:, None, :, None], reachable, self.config)
+            theta, margin = theta_LN[:, None, :, None], self.margin_L1.to(entropy_LBNT.dtype)[:, None, :, None]
+            each = penalty(entropy_LBNT, theta, margin, reachable, self.config.shape)
             terms = self.strength * (self.factor * each.mean(dim=(1, 3)).sum())
             return _Attach.apply(output, terms, self.gradient_scale), terms.detach
         local_LN = entropy_LBNT.mean(dim=(1, 3))
@@ -121,7 +126,8 @@ class ShardedRegularizer:
     def per_head(self, mean_LN: Tensor, theta_LN: Tensor) -> Tensor:
         """Return this rank's terms of the penalty, a scalar, from the mean entropies of its heads."""
         reachable = reachable_entropy(self.config, self.seq_length, mean_LN)
-        return self.strength * (self.factor * penalty(mean_LN, theta_LN, reachable, self.config).sum())
+        each = penalty(mean_LN, theta_LN, self.margin_L1.to(mean_LN.dtype), reachable, self.config.shape)
+        return self.strength * (self.factor * each.sum())
 
 
 class _Average:

@@ -12,8 +12,8 @@ A fused FFN is one D x D matrix, held in one of two forms:
   activation is sent, and the matrix's gradient is summed over ranks once a step.
 
 A parameter that every rank holds may see only part of its gradient on each. Under sequence parallelism the rank has
-only its own positions. What belongs to a column-split matrix as a whole (alpha, beta on the diagonal, the gain of
-weight normalization) has only the rank's own columns. The parts are summed once a step, by the optimizer
+only its own positions. What belongs to a column-split matrix as a whole (alpha, beta on the diagonal, gains of
+normalized weights) has only the rank's own columns. The parts are summed once a step, by the optimizer
 (`parallel.engine.sharded_adam`), or by a hook on the gradient under DeepSpeed's own optimizers.
 """
 
@@ -188,7 +188,7 @@ def _move_normalization(old: nn.Module, new: nn.Module, dim: int, groups: Groups
     sums: dict[str, Any] = {"sum_over_row_shards" if dim == 0 else "sum_over_column_shards": total}
     after: nn.Module
     if isinstance(before, SpectralNormalization):
-        after = SpectralNormalization(rows, columns, **shape, **sums)
+        after = SpectralNormalization(rows, columns, **shape, has_gain=before.gamma is not None, **sums)
     else:
         after = WeightNormalization(rows, **shape, **(sums if dim == 1 else {}))
     parametrize.register_parametrization(new, "weight", after, unsafe=True)

@@ -7,6 +7,7 @@ of its float32 master copy and Adam moments on each data-parallel rank. A `Piece
     whole [rows, columns]  --tensor parallel-->  local shard  --flatten, ZeRO-->  piece [start, start + length)
 
     model.NAME, exp_avg.NAME, exp_avg_sq.NAME    float32, shapes of the whole model without vocabulary padding
+    buffer.NAME                                  scales of tapered norms
     buffer.tp0of2.NAME                           power-iteration vectors of one tensor-parallel rank
 
 The chunks that all ranks save cover every tensor exactly once: if several ranks hold a part, one of them saves it.
@@ -75,7 +76,9 @@ class StateMap:
         for name, parameter in named_parameters(self.stage.transformer):
             if not self._saved_elsewhere(name, parameter):
                 chunks += self._piece_chunks(name, parameter, piece_of(parameter, optimizer, self.groups))
-        return chunks + (self._own_buffers() if self.groups.grid.replica == 0 else [])
+        if self.groups.grid.replica == 0:
+            chunks += self._own_buffers() + (self.whole_buffers() if self.groups.grid.tp_rank == 0 else [])
+        return chunks
 
     def optimizer_chunks(self, optimizer: torch.optim.Optimizer) -> list[Chunk]:
         """Return the chunks into which this rank's master copies and moments are loaded."""
@@ -91,6 +94,10 @@ class StateMap:
             if not is_partitioned(parameter):
                 chunks += self._range_chunks("model", name, parameter, 0, parameter.detach().view(-1))
         return chunks
+
+    def whole_buffers(self) -> list[Chunk]:
+        """Return the chunks of buffers that are the same on all ranks."""
+        return [whole_chunk(f"buffer.{name}", buffer) for name, buffer in self.buffers(of_shards=False)]
 
     def buffer_chunks(self, saved_names: Container[str]) -> list[Chunk]:
         """Return the chunks for power-iteration vectors; none if another tensor-parallel size saved the checkpoint."""
@@ -111,7 +118,13 @@ class StateMap:
 
     def _own_buffers(self) -> list[Chunk]:
         prefix = f"buffer.tp{self.groups.grid.tp_rank}of{self.groups.grid.tp}"
-        return [whole_chunk(f"{prefix}.{name}", b) for name, b in self.stage.transformer.named_buffers()]
+        return [whole_chunk(f"{prefix}.{name}", buffer) for name, buffer in self.buffers(of_shards=True)]
+
+    def buffers(self, of_shards: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield power-iteration vectors, which belong to a shard of a weight, or all other buffers."""
+        for name, buffer in self.stage.transformer.named_buffers():
+            if (".parametrizations." in name) == of_shards:
+                yield name, buffer
 
     def _saved_elsewhere(self, name: str, parameter: nn.Parameter) -> bool:
         replicated = parameter.partition_dim is None and self.groups.grid.tp_rank != 0
@@ -164,9 +177,9 @@ def load_weights(stage: nn.Module, groups: Groups, saved: SavedState, vocab_size
 def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Chunk]) -> None:
     """Read the targets and the power-iteration vectors; recompute these vectors if another layout saved them."""
     buffers = state.buffer_chunks(saved.names)
-    saved.read(targets + buffers)
+    saved.read(targets + buffers + state.whole_buffers())
     if not buffers:
-        for _, buffer in stage.transformer.named_buffers():
+        for _, buffer in state.buffers(of_shards=True):
             buffer.fill_(1.0)
         update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)
 

@@ -16,7 +16,11 @@ from train.config import Config, ConfigError, load_config
 from train.cost.links import Links, LinksError, measured_links
 from train.scaling.fits import read_fits
 from train.scaling.points import PointsError, read_csv
+from train.study.outcome import Outcome
+from train.study.results import records
+from train.study.saved import with_results
 from train.study.state import State, read_state
+from train.study.statistics.verdicts import judge
 from train.study.suite import SuiteError, load_suite
 
 KEYS = [
@@ -72,6 +76,17 @@ SUITE = {
     "runs": [
         {"rows": "codeparrot-12L-T128.SM+G", "config": {"optimizer": {"learning_rate": 3e-4}}},
         {"name": "wide", "config": {"model": {"hidden_size": 1536}}, "budgets_tokens": [50e6, 100e6]},
+        {"name": "swept", "sweep": {"optimizer.learning_rate": [1e-3, 2e-3]}},
+    ],
+    "hypotheses": [
+        {
+            "name": "H1",
+            "kind": "equivalent",
+            "arms": ["swept", "wide"],
+            "at": {"optimizer.learning_rate": 1e-3},
+            "margin_nats": 0.01,
+        },
+        {"name": "H2", "kind": "more_stable", "arms": ["swept", "wide"], "factor": 2, "claim": "It is."},
     ],
 }
 
@@ -99,6 +114,35 @@ def test_the_state_of_a_study(content: bytes, folder: Path) -> None:
     (stage.folder / "config.json").write_bytes(content)
     state = holds(lambda: read_state(stage))
     assert isinstance(state, State) and state.detail.isprintable()
+
+
+RESULTS = {
+    "format": "study-results",
+    "version": 1,
+    "suite": "table",
+    "results": [
+        {
+            **Outcome("wide/seed1/tokens50003968", "done", 9, 2.5, [2.6, 2.4], vocab_size=400).as_row(),
+            "config": {"model": {}, "regularizer": {}, "optimizer": {}, "training": {"train_steps": 9}},
+            "curve": {"step": [1, 9], "loss": [3.0, None], "grad_norm": [1.0, 2.0]},
+            "layers": {"step": [1], "entropy_nats": [[2.0, None]]},
+            "heads": {"step": 9, "entropy_nats": [[2.0], [1.0]], "threshold": None},
+            "machine": {"device": "a GPU"},
+        }
+    ],
+}
+
+
+@fuzz(json_like(RESULTS))
+def test_a_file_of_results(content: bytes, folder: Path) -> None:
+    """What is taken from it makes a record of each run, and a verdict."""
+    (folder / "suite.json").write_text(json.dumps({**SUITE, "output": str(folder), "runs": SUITE["runs"][1:]}))
+    (folder / "results.json").write_bytes(content)
+    suite = load_suite(folder / "suite.json")
+    saved = holds(lambda: with_results(suite, [folder / "results.json"]), SuiteError)
+    for record in records(saved) if saved else ():
+        assert record.state.detail.isprintable() and record.outcome.step >= 0
+    judge(suite.hypotheses, records(saved or suite))
 
 
 CSV = b"architecture,N,D,loss\nA,70M,1e9,3.1\nA,140M,2e9,2.9\nB,70M,1e9,3.3\nB,140M,,3.0\n"

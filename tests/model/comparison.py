@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.initialize import named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
+from model.taper import set_gate, taper_norms
 from model.transformer import Transformer
 from tests.model import reference
 from tests.model.reference import Recipe, Sizes
@@ -63,7 +64,7 @@ def random_value(name: str, shape: torch.Size, config: ModelConfig, generator: t
         return 0.2 * noise - math.log(config.temperature_init)  # t about 1
     if kind == "threshold":
         return 0.5 + 0.2 * noise
-    if kind in ("alpha", "beta", "gain") or name.endswith("norm.weight"):
+    if kind in ("alpha", "beta", "gain", "gamma") or name.endswith("norm.weight"):
         return 1.0 + 0.15 * noise
     return noise * (0.25 if len(shape) == 2 else 0.2)
 
@@ -157,6 +158,13 @@ def compare(
     """Builds, runs and compares both; the reference's result for further looks."""
     sizes = sizes or Sizes()
     model = build(config, sizes)
+    if recipe.taper is not None:
+        gate, scale = recipe.taper
+        norms = taper_norms(model)
+        assert len(norms) == 2 * sizes.layers
+        set_gate(norms, gate)
+        for norm in norms:
+            norm.scale.fill_(scale)
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(model)}
     assert shapes == reference.expected_shapes(recipe, sizes)
     tokens_BT, labels_BT = random_batch(sizes, tokens or sizes.context)

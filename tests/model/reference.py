@@ -24,6 +24,8 @@ class Recipe:
     """The ingredients of a network, in the words of the paper's tables."""
 
     layer_norm: bool = False
+    taper: tuple[float, float] | None = None
+    """Gate and scale of norms that taper."""
     activation: str = "identity"
     fused: bool = False
     scaled: bool = False
@@ -33,6 +35,7 @@ class Recipe:
     temperature_init: float = 0.01
     weight_normalized: str = ""
     spectrally_normalized: str = ""
+    spectral_gain: bool = False
     final_norm: bool = True
     tied: bool = True
     rotary: bool = False
@@ -45,6 +48,7 @@ RECIPES = {
     "SM+LN+G": Recipe(layer_norm=True, activation="gelu"),
     "SM+LN+R": Recipe(layer_norm=True, activation="relu"),
     "SM+LN": Recipe(layer_norm=True),
+    "SM+TN": Recipe(layer_norm=True, taper=(0.625, 1.7)),
     "SM+G": Recipe(activation="gelu"),
     "SM+R": Recipe(activation="relu"),
     "SM": Recipe(),
@@ -54,6 +58,7 @@ RECIPES = {
     "SM+ScFuFFN": Recipe(scaled=True, fused=True),
     "SM(t)+ScFuFFN": Recipe(scaled=True, fused=True, temperature="per_position"),
     "EReg(SM(t)+ScFuFFN)": Recipe(scaled=True, fused=True, temperature="per_position", regularized=True),
+    "EReg(SM(t)+R)": Recipe(activation="relu", temperature="per_head", regularized=True),
 }
 
 
@@ -115,6 +120,10 @@ def _layer_shapes(recipe: Recipe, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         shapes |= {"ffn.up.weight": (sizes.ffn_width, width), "ffn.down.weight": (width, sizes.ffn_width)}
     if recipe.scaled:
         shapes |= {"ffn.alpha": (1,), "ffn.beta": (1,)}
+    if recipe.spectral_gain:
+        letters = recipe.spectrally_normalized.removesuffix("FFN").rstrip("+")
+        for name in _normalized(recipe.spectrally_normalized, recipe.fused):
+            shapes[f"{name}.gamma"] = (len(letters.rstrip("O")) if name.endswith("query_key_value") else 1,)
     gains = [f"{name}.gain" for name in _normalized(recipe.weight_normalized, recipe.fused)]
     return shapes | {gain: shapes[gain.replace("gain", "weight")][:1] for gain in gains}
 
@@ -165,10 +174,12 @@ def _under(parameters: Parameters, prefix: str) -> dict[str, Tensor]:
 def _block(own: Parameters, x_BTD: Tensor, recipe: Recipe, sizes: Sizes) -> tuple[Tensor, Tensor]:
     normed_BTD = x_BTD
     if recipe.layer_norm:
-        normed_BTD = layer_norm(x_BTD, own["attention_norm.weight"], own["attention_norm.bias"])
+        normed_BTD = layer_norm(x_BTD, own["attention_norm.weight"], own["attention_norm.bias"], recipe.taper)
     attended_BTD, a_BNTT = _attention(own, normed_BTD, recipe, sizes)
     x_BTD = x_BTD + attended_BTD + (own["attention.output_bias"] if recipe.all_biases else 0)
-    normed_BTD = layer_norm(x_BTD, own["ffn_norm.weight"], own["ffn_norm.bias"]) if recipe.layer_norm else x_BTD
+    normed_BTD = x_BTD
+    if recipe.layer_norm:
+        normed_BTD = layer_norm(x_BTD, own["ffn_norm.weight"], own["ffn_norm.bias"], recipe.taper)
     ffn_BTD = _feed_forward(own, normed_BTD, recipe)
     bias_D = own["ffn.bias"] if recipe.all_biases else 0
     if recipe.scaled:
@@ -191,7 +202,7 @@ def _attention(own: Parameters, x_BTD: Tensor, recipe: Recipe, sizes: Sizes) -> 
     if "O" in recipe.weight_normalized:
         out_DD = weight_normalized(out_DD, own["attention.output.gain"])
     if "O" in recipe.spectrally_normalized:
-        out_DD = spectrally_normalized(out_DD)
+        out_DD = own.get("attention.output.gamma", 1) * spectrally_normalized(out_DD)
     return torch.cat(outputs, dim=-1) @ out_DD.T, torch.stack(attentions, dim=1)
 
 
@@ -206,6 +217,8 @@ def _projections(own: Parameters, recipe: Recipe, sizes: Sizes) -> list[list[Ten
             weight_DD = weight_normalized(weight_DD, torch.cat([gains[head, slot] for head in range(sizes.heads)]))
         if letter in recipe.spectrally_normalized:
             weight_DD = spectrally_normalized(weight_DD)
+            if recipe.spectral_gain:
+                weight_DD = own["attention.query_key_value.gamma"][slot] * weight_DD
         projections.append([rows_HD.T for rows_HD in weight_DD.split(sizes.head_width)])
     return projections
 
@@ -246,7 +259,7 @@ def _feed_forward(own: Parameters, x_BTD: Tensor, recipe: Recipe) -> Tensor:
         if recipe.weight_normalized.endswith("FFN"):
             value = weight_normalized(value, own[f"{name}.gain"])
         if recipe.spectrally_normalized.endswith("FFN"):
-            value = spectrally_normalized(value)
+            value = own.get(f"{name}.gamma", 1) * spectrally_normalized(value)
         return value
 
     if recipe.fused:
@@ -263,9 +276,15 @@ def activation(x: Tensor, name: str) -> Tensor:
     return x * (x > 0) if name == "relu" else x
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor, taper: tuple[float, float] | None = None) -> Tensor:
+    """With (gate, scale) the sum of gate parts of the norm and 1 - gate parts of a matrix that acts on each token."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+    if taper is None:
+        return normed
+    (gate, scale), size = taper, x.shape[-1]
+    matrix = torch.diag(scale * gain) @ (torch.eye(size, dtype=x.dtype) - 1 / size)
+    return gate * normed + (1 - gate) * (x @ matrix.T + bias)
 
 
 def weight_normalized(weight: Tensor, gain: Tensor) -> Tensor:

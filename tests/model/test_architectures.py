@@ -37,6 +37,14 @@ def test_spectral_normalization_at_every_placement(placement: str) -> None:
     compare(config, dataclasses.replace(RECIPES["SM+SN"], spectrally_normalized=placement))
 
 
+@pytest.mark.parametrize("placement", ["QK", "QKVO+FFN"])
+def test_a_learned_gain_of_spectrally_normalized_matrices(placement: str) -> None:
+    """W = gamma V / sigma(V), one gamma for queries, one for keys and so on; sigma from the singular values."""
+    config = ModelConfig(architecture="SM+SN", spectral_norm=placement, spectral_gain=True, temperature="per_head")
+    recipe = Recipe(spectrally_normalized=placement, spectral_gain=True, temperature="per_head")
+    compare(config, recipe)
+
+
 @pytest.mark.parametrize("form", ["exp", "raw"])
 @pytest.mark.parametrize("temperature", ["none", "per_head", "per_position"])
 def test_temperature(temperature: str, form: str) -> None:

@@ -265,7 +265,8 @@ CALIBRATED = {
     "deeper than the paper's": {"init_std": 0.0346, "num_layers": 24},
     "wider than the paper's": {"hidden_size": 1536, "num_layers": 4},
     "two matrices, rotary": {"architecture": "SM+ScFFN", "init_std": 0.03, "positions": "rotary"},
-    "ReLU": {"architecture": "SM+R", "init_std": 0.0346, "num_layers": 6},
+    "ReLU": {"architecture": "EReg(SM(t)+R)", "init_std": 0.0346, "num_layers": 6},
+    "spectral norm of QK": {"init_std": 0.0346, "spectral_norm": "QK", "spectral_gain": True},
     "norms": {"architecture": "SM+LN+G"},
 }
 

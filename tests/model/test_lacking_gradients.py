@@ -57,3 +57,8 @@ def test_rotary_positions_let_a_bias_of_the_keys_act() -> None:
 def test_sequences_of_one_token_leave_attention_nothing_to_choose(positions: str) -> None:
     zero, may = without_gradient(margin=0.0, seq_length=1, positions=positions, architecture="SM(t)+ScFuFFN")
     assert zero == in_layers("key_bias", "query_bias", "temperature_parameter") and zero <= may
+
+
+def test_sequences_of_one_token_leave_gains_of_queries_and_keys_without_gradient() -> None:
+    zero, may = without_gradient(margin=0.0, seq_length=1, architecture="SM", spectral_norm="QK", spectral_gain=True)
+    assert zero == in_layers("key_bias", "query_bias", "query_key_value.gamma") and zero <= may

@@ -72,7 +72,7 @@ def test_granularities_differ() -> None:
 def test_penalty_by_hand() -> None:
     """ln T = 2, theta = 0.5, margin = 0.25: E within [0.5, 1.5] is free, beyond it (E - 1)^2, from either side."""
     entropy = torch.tensor([0.0, 0.4, 0.5, 1.0, 1.5, 1.6, 2.0], dtype=torch.float64)
-    values = penalty(entropy, torch.tensor(0.5, dtype=torch.float64), 2.0, RegularizerConfig(margin=0.25))
+    values = penalty(entropy, torch.tensor(0.5, dtype=torch.float64), 0.25, 2.0)
     expected = torch.tensor([1.0, 0.36, 0.0, 0.0, 0.0, 0.36, 1.0], dtype=torch.float64)
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=0)
 
@@ -81,14 +81,13 @@ def test_gradients_by_hand() -> None:
     """dP/dE = 2 delta and dP/dtheta = -2 delta ln T outside the margin, both 0 inside."""
     entropy = torch.tensor([0.25, 1.25], dtype=torch.float64, requires_grad=True)
     theta = torch.tensor([0.5, 0.5], dtype=torch.float64, requires_grad=True)
-    penalty(entropy, theta, 2.0, RegularizerConfig(margin=0.25)).sum().backward()
+    penalty(entropy, theta, 0.25, 2.0).sum().backward()
     assert entropy.grad.tolist() == [-1.5, 0.0]
     assert theta.grad.tolist() == [3.0, 0.0]
 
 
 def test_zero_margin_has_no_dead_zone() -> None:
-    config = RegularizerConfig(margin=0.0)
-    values = penalty(torch.tensor([0.99, 1.0, 1.01], dtype=torch.float64), torch.tensor(0.5), 2.0, config)
+    values = penalty(torch.tensor([0.99, 1.0, 1.01], dtype=torch.float64), torch.tensor(0.5), 0.0, 2.0)
     torch.testing.assert_close(values, torch.tensor([1e-4, 0.0, 1e-4], dtype=torch.float64))
 
 
@@ -113,19 +112,36 @@ def test_every_shape_and_target_is_its_formula(shape: str, target: str, within_d
     assert ours > 0
 
 
+@pytest.mark.parametrize("granularity", ["per_query", "per_head"])
+def test_each_layer_has_its_own_margin(granularity: str) -> None:
+    """The mean over layers of each layer's penalty alone, with the margin of that layer."""
+    attentions, thresholds = materialized()
+    published = {"per_query": reference.published_penalty, "per_head": reference.algorithm_1}[granularity]
+    queries, margins = SEQUENCES * TOKENS if granularity == "per_query" else 1, [0.02, 0.3]
+    alone = [
+        published([attention], [threshold], margin, math.log(TOKENS)) / queries
+        for attention, threshold, margin in zip(attentions, thresholds, margins, strict=True)
+    ]
+    config = RegularizerConfig(margin=margins, granularity=granularity)
+    entropies = [reference.row_entropies(matrix) for matrix in attentions]
+    found = entropy_penalty(entropies, thresholds, config, TOKENS)
+    torch.testing.assert_close(found, torch.stack(alone).mean(), rtol=1e-13, atol=0)
+    exchanged = RegularizerConfig(margin=margins[::-1], granularity=granularity)
+    assert not torch.isclose(found, entropy_penalty(entropies, thresholds, exchanged, TOKENS), rtol=1e-3)
+
+
 def test_a_query_with_one_position_has_no_causal_penalty() -> None:
     entropy = torch.zeros(1, 1, 1, TOKENS, dtype=torch.float64)
     for shape in ("square", "hinge", "floor"):
-        config = RegularizerConfig(margin=0.1, shape=shape, target="causal")
-        values = penalty(entropy, torch.tensor(0.5), reachable_entropy(config, TOKENS, entropy), config).flatten()
+        reachable = reachable_entropy(RegularizerConfig(target="causal"), TOKENS, entropy)
+        values = penalty(entropy, torch.tensor(0.5), 0.1, reachable, shape).flatten()
         assert values[0] == 0 and bool((values[1:] > 0).all()), shape
 
 
 def test_a_hinge_is_continuous_at_its_margin_where_the_published_penalty_jumps() -> None:
     entropy = torch.tensor([0.5 - 1e-9, 1.5 + 1e-9], dtype=torch.float64)
     at_margin = {
-        shape: penalty(entropy, torch.tensor(0.5), 2.0, RegularizerConfig(margin=0.25, shape=shape)).tolist()
-        for shape in ("square", "hinge", "floor")
+        shape: penalty(entropy, torch.tensor(0.5), 0.25, 2.0, shape).tolist() for shape in ("square", "hinge", "floor")
     }
     assert at_margin["square"] == pytest.approx([0.25, 0.25])
     assert at_margin["hinge"] == at_margin["floor"][:1] * 2 == pytest.approx([0, 0], abs=1e-15)

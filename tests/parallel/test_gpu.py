@@ -57,6 +57,7 @@ def test_a_step_never_waits_for_the_device(one_process: Groups) -> None:
         ({}, {"activation_recompute": "full"}, "per_query", False),
         ({}, {"activation_recompute": "selective", "compile": "on"}, "per_query", True),
         ({"architecture": "SM+LN+G"}, {}, "per_query", False),
+        ({"architecture": "SM+TN"}, {"compile": "on"}, "per_query", False),
         ({"architecture": "SM+ScFuFFN", "spectral_norm": "QK+FFN"}, {}, "per_query", False),
     ],
 )
@@ -76,7 +77,8 @@ def _compare_with_launched(config: Config, within_documents: bool, groups: Group
         assert ("forward" in vars(engine.stage)) == (cuda_graphs == "auto")  # replaced by what replays
         batches, measured = (_held(each, positions) for each in _micro_batches(within_documents)), []
         for step in range(5):
-            report, statistics = engine.train_step(batches, 1e-3, penalty_strength=1.0 - 0.2 * step)
+            falling = 1.0 - 0.2 * step
+            report, statistics = engine.train_step(batches, 1e-3, penalty_strength=falling, norm_gate=falling)
             if step == 2:
                 statistics = engine.evaluate(batches, [MICRO_BATCH_SIZE, 1])
             numbers = *statistics.sums.values(), statistics.entropy_LN.sum()
@@ -84,7 +86,8 @@ def _compare_with_launched(config: Config, within_documents: bool, groups: Group
             done = report.wait()
             decided = done.gradient_norm, done.stop_requested, done.accepted
             measured.append((*done.means.values(), *decided, *map(float, numbers), *counts))
-        return measured, [parameter.detach().clone() for parameter in engine.stage.parameters()]
+        state = *engine.stage.parameters(), *engine.stage.buffers()
+        return measured, [tensor.detach().clone() for tensor in state]
 
     (replayed, parameters), (launched, expected) = trained("auto"), trained("off")
     assert replayed == launched

@@ -84,6 +84,7 @@ VARIANTS = [
     ("tp=2:cp=2:sp=1:acc=1", "float64", {"shape": "hinge", "target": "causal", "within_documents": True}),
     ("pp=2:dp=2:acc=2", "float32", {"shape": "floor", "threshold_init": 1.0, "temperature_init": "calibrated"}),
     ("dp=2:acc=2", "float64", {"shape": "hinge", "granularity": "per_head"}),
+    ("tp=2:pp=2:acc=2", "float64", {"shape": "hinge", "margin": [0.3, 0.02, 0.1, 0.05], "temperature": "per_head"}),
 ]
 
 
@@ -123,7 +124,7 @@ FUSED = {
     "unscaled": {"scaled_ffn": False},
     "a norm before": {"norm": "layernorm"},  # the residual is no part of the matrix
     "weight norm": {"weight_norm": "FFN"},
-    "spectral norm": {"spectral_norm": "FFN"},
+    "spectral norm": {"spectral_norm": "FFN", "spectral_gain": True},
 }
 
 
@@ -148,7 +149,7 @@ def test_saturated_attention_over_five_ranks() -> None:
     assert_layout(parse_layout("tp=5"), "float64", **sizes, **choices)
 
 
-@pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+R", "SM+ScFFN", "SM(t)+ScFuFFN"])
+@pytest.mark.parametrize("architecture", ["SM+LN+G", "SM+TN", "EReg(SM(t)+R)", "SM+ScFFN", "SM(t)+ScFuFFN"])
 def test_other_architectures(architecture: str) -> None:
     layout = parse_layout("tp=2:pp=2:cp=2:sp=1:recompute=selective")
     assert_layout(layout, "float64", architecture=architecture)
@@ -157,7 +158,8 @@ def test_other_architectures(architecture: str) -> None:
 @pytest.mark.parametrize("normalization", ["weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("layout", ["tp=2:sp=1", "tp=2:cp=2:acc=1"])
 def test_normalized_weights(normalization: str, layout: str) -> None:
-    assert_layout(parse_layout(layout), "float64", architecture="SM", **{normalization: "QKVO+FFN"})
+    gain = normalization == "spectral_norm"
+    assert_layout(parse_layout(layout), "float64", architecture="SM", spectral_gain=gain, **{normalization: "QKVO+FFN"})
 
 
 @pytest.mark.parametrize("layout", ["tp=2:pp=2", "tp=2:cp=2:sp=1"])

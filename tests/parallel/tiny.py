@@ -11,12 +11,13 @@ from model.config import ModelConfig
 from model.initialize import generator, initialize, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
+from model.taper import set_gate, taper_norms
 from model.transformer import Transformer
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from train.compare.comparison import TOLERANCE, compare
 from train.compare.layouts import apply_layout, global_batches, reference_layout
-from train.compare.measurement import END_OF_DOCUMENT, Measured, measure
+from train.compare.measurement import END_OF_DOCUMENT, HALF_TAPERED, Measured, measure
 from train.config import Config
 from train.config.sections import DataConfig, TrainingConfig
 
@@ -36,6 +37,7 @@ def tiny_config(
     granularity: str = "per_query",
     shape: str = "square",
     target: str = "constant",
+    margin: float | list[float] = 0.05,
     global_batch_size: int = 8,
     vocab_size: int = VOCAB_SIZE,
     within_documents: bool = False,
@@ -45,7 +47,7 @@ def tiny_config(
     """Return a configuration whose regularizer acts strongly; `model` changes sizes and ingredients."""
     return Config(
         model=ModelConfig(**{**SIZES, **LIVELY, **model}).resolved(),
-        regularizer=RegularizerConfig(1.0, 0.05, granularity, shape, target),  # type: ignore[arg-type]
+        regularizer=RegularizerConfig(1.0, margin, granularity, shape, target),  # type: ignore[arg-type]
         data=DataConfig(path="no/dataset", planned_vocab_size=vocab_size, attention_within_documents=within_documents),
         parallel=ParallelConfig(fused_ffn=fused_ffn),  # type: ignore[arg-type]
         training=TrainingConfig(micro_batch_size=4, global_batch_size=global_batch_size, train_steps=2),
@@ -121,6 +123,10 @@ def plain_model(config: Config, vocab_size: int) -> Transformer:
         if not (parameter.dim() == 2 and name.endswith("weight")):
             noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))
             parameter.data += 0.1 * torch.where(parameter == 0, 1.0, parameter.abs()) * noise
+    for name, buffer in model.named_buffers():
+        if name.endswith(".scale"):
+            buffer.copy_(1 + torch.rand(buffer.shape, generator=generator(config.training.seed, f"apart/{name}")))
+    set_gate(taper_norms(model), HALF_TAPERED)
     return model
 
 

@@ -11,7 +11,7 @@ from train.config import load_config
 from train.cost.flops import forward_flops, nonlinear_operations, printed_gflops
 from train.paper import MEASUREMENTS, ROWS, rows_at
 from train.plan import print_dry_run
-from train.study.table import operations_text
+from train.study.report.table import operations_text
 
 # Printed in Tables 3, 4, 7 and 8 beside the perplexities, here as they stand there: FFN, fused FFN, attention.
 PRINTED = {

@@ -46,6 +46,10 @@ def test_the_published_savings_follow() -> None:
     assert baseline.communication_gb / ereg.communication_gb == pytest.approx(3.94, rel=0.02)
     assert baseline.latency_min / ereg.latency_min == pytest.approx(1.72, rel=0.06)
     assert private_inference_cost(model("SM+ScFuFFN"), VOCAB_SIZE) == ereg  # temperatures vanish at inference
+    relu = [private_inference_cost(model(name), VOCAB_SIZE) for name in ("SM+R", "EReg(SM(t)+R)")]
+    assert relu[0] == relu[1]
+    tapered = [private_inference_cost(model(name), VOCAB_SIZE) for name in ("SM", "SM+TN", "SM+LN")]
+    assert tapered[0] == tapered[1] != tapered[2]  # a fixed map costs nothing
 
 
 def test_counts_by_hand() -> None:

@@ -60,6 +60,25 @@ def test_another_layout_goes_on_where_one_process_stopped(
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("world_size", "layout"), [(1, []), (2, ["parallel.tensor_parallel_size=2"])])
+def test_norms_taper_on_after_an_interruption(
+    tiny_config: Path, tmp_path: Path, world_size: int, layout: list[str]
+) -> None:
+    """The gate is 1 up to step 2 and 0 from step 9 on; the scales of step 3 come from the checkpoint of step 6."""
+    taper = ["model.architecture=SM+TN", "optimizer.taper_start=0.2", "optimizer.taper_end=0.75"]
+    assert run_main(1, tiny_config, *taper).statuses == [0]
+    run = tmp_path / "run"
+    copy = interrupted_copy(run, 6)
+    answer = run_main(world_size, tiny_config, f"run_dir={copy}", *taper, *layout)
+    assert answer.statuses == [0] * world_size, answer.stderr
+    exact = 0 if world_size == 1 else 1e-5
+    for found, expected in zip(without_times(copy), without_times(run), strict=True):
+        assert found == pytest.approx(expected, rel=exact, abs=0)
+    assert run_ranks(_evaluate, 1, str(copy)) == [0]
+    evaluation = json.loads((copy / "evaluation.json").read_text())
+    assert evaluation["validation_loss"] == pytest.approx(rows(run)[-1]["validation_loss"], rel=1e-6)
+
+
 def test_one_process_evaluates_what_four_trained(tiny_config: Path, tmp_path: Path) -> None:
     layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
     assert run_main(4, tiny_config, *layout).statuses == [0] * 4

@@ -143,11 +143,11 @@ def _that_hangs_in_its_last_validation(arguments: list[str], log: str) -> None:
 
     validate = trainer.validate
 
-    def hanging(stage: Any, groups: Any, config: Any, limit_samples: int | None, evaluate: Any) -> Any:
+    def hanging(stage: Any, groups: Any, config: Any, step: int, limit_samples: int | None, evaluate: Any) -> Any:
         if limit_samples is None:
             Path(log).with_name("validates").touch()
             time.sleep(60)
-        return validate(stage, groups, config, limit_samples, evaluate)
+        return validate(stage, groups, config, step, limit_samples, evaluate)
 
     trainer.validate = hanging
     with_output_to_file(arguments, log)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data.stream.document_starts import document_starts
 from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
+from model.taper import set_gate, taper_norms
 from parallel.deepspeed_internals import whole_shape
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks
@@ -22,6 +23,7 @@ from train.config import Config
 CONFIGURED = "configured"
 END_OF_DOCUMENT = 0  # the token that ends documents in batches without a dataset
 AGREEMENT = {torch.float32: 1e-6, torch.float64: 1e-13}
+HALF_TAPERED = 0.375  # the gate of tapered norms; float32 holds it exactly
 NO_CLIPPING = 1e30  # a limit, since the norm is wanted all the same
 
 
@@ -140,7 +142,7 @@ class EngineStep:
         return self.engine.stage
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics:
-        report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0)
+        report, statistics = self.engine.train_step(micro_batches, learning_rate=0.0, norm_gate=HALF_TAPERED)
         self.report = report.wait()
         return statistics
 
@@ -162,6 +164,7 @@ class ExactStep:
         self.config = config
         self.stage, self.groups = build_stage(config, vocab_size, torch.float64)
         tell_apart(self.stage, self.groups, vocab_size, config.training.seed)
+        set_gate(taper_norms(self.stage.transformer), HALF_TAPERED)
 
     def run(self, micro_batches: Iterator[MicroBatch]) -> StageStatistics:
         from parallel.state.gradients import accumulate_gradients
@@ -191,7 +194,7 @@ def tell_apart(stage: Any, groups: Any, vocab_size: int, seed: int) -> None:
     """Change parameters that start alike for all heads and layers by random tenths.
 
     These are temperatures, thresholds, biases, alpha, beta and norms. If they stayed alike, a layout could mix up heads
-    unnoticed.
+    unnoticed. Tapered norms get random scales.
     """
     from parallel.sharding.tensor import cut
 
@@ -202,6 +205,9 @@ def tell_apart(stage: Any, groups: Any, vocab_size: int, seed: int) -> None:
             noise = torch.randn(shapes[name], generator=generator(seed, f"apart/{name}"))
             size = torch.where(parameter == 0, 1.0, parameter.abs())
             parameter += 0.1 * size * shard(name, noise).to(parameter)
+    for name, buffer in stage.transformer.named_buffers():
+        if name.endswith(".scale"):
+            buffer.copy_(1 + torch.rand(buffer.shape, generator=generator(seed, f"apart/{name}")))
 
 
 def _measure_on_rank(config: Config, vocab_size: int, batches: Tensor, dtype: str) -> dict[str, Any]:

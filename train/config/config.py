@@ -198,8 +198,8 @@ def section_faults(config: Config) -> list[str]:
     faults = config.model.faults()
     if not faults:
         faults += config.parallel.faults(config.model.resolved())
+    faults += config.regularizer.faults(config.model.num_layers)
     sections = (
-        config.regularizer,
         config.data,
         config.optimizer,
         config.training,

@@ -47,6 +47,18 @@ def penalty_strength(config: Config, rate: float) -> float:
     return rate / config.optimizer.learning_rate if config.regularizer.schedule == "learning_rate" else 1.0
 
 
+def norm_gate(config: Config, step: int) -> float:
+    """Return the gate of tapered norms in the optimizer step that leads to `step`, and in evaluations after it.
+
+    It is 1 up to `taper_start`, 0 from `taper_end` on, and half a cosine between them; 1 without tapered norms.
+    """
+    if config.model.norm != "taper":
+        return 1.0
+    start, end = config.optimizer.taper_start * config.train_steps, config.optimizer.taper_end * config.train_steps
+    progress = min(1.0, max(0.0, (step - start) / (end - start)))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def start_warnings(config: Config) -> Iterator[tuple[str, str]]:
     """Yield what a run's start should warn of: the event's name in the journal, and one line of text."""
     for event, text in (("fast start", fast_start(config)), ("raw temperatures", raw_temperatures(config))):

@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule."""
+    """AdamW, the learning-rate schedule, and the schedule of tapered norms."""
 
     learning_rate: float = explained(1e-3, "Peak learning rate. The paper uses 1e-3 on CodeParrot, 6e-4 on Languini.")
     min_learning_rate: float = explained(0.0, "Learning rate at the end of the decay.")
@@ -111,6 +111,14 @@ class OptimizerConfig:
     temperature_rate: float = explained(
         1.0, "Factor of the learning rate of the softmax temperatures. 0 keeps them at model.temperature_init."
     )
+    taper_start: float = explained(
+        0.1, "Share of train_steps after which norms begin to taper, if model.norm = 'taper': until then LayerNorms."
+    )
+    taper_end: float = explained(
+        0.5,
+        "Share of train_steps after which tapered norms are fixed affine maps. Their gate falls from 1 to 0 as half a "
+        "cosine.",
+    )
     gradient_clipping: float = explained(
         1.0, "Largest L2 norm of the whole gradient, over all ranks; 0 turns clipping off."
     )
@@ -135,6 +143,11 @@ class OptimizerConfig:
         for name in ("weight_decay", "threshold_rate", "temperature_rate", "gradient_clipping"):
             if getattr(self, name) < 0:
                 faults.append(f"optimizer.{name} = {getattr(self, name)} must not be negative")
+        if not 0 <= self.taper_start < self.taper_end <= 1:
+            faults.append(
+                f"optimizer.taper_start = {self.taper_start} must lie in [0, 1) and below optimizer.taper_end = "
+                f"{self.taper_end}, which is at most 1: both are shares of train_steps"
+            )
         if self.epsilon <= 0:
             faults.append(f"optimizer.epsilon = {self.epsilon} must be positive")
         if self.warmup_steps is not None and self.warmup_steps < 0:

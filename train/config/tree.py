@@ -123,6 +123,9 @@ def _fit(expected: Any, value: Any) -> tuple[Any] | None:
         return next((fit for option in typing.get_args(expected) if (fit := _fit(option, value)) is not None), None)
     if origin is dict:
         return (value,) if isinstance(value, dict) else None
+    if origin is list:
+        items = [_fit(typing.get_args(expected)[0], item) for item in value] if isinstance(value, list) else [None]
+        return None if None in items else ([fit[0] for fit in items if fit],)
     if expected is types.NoneType:
         return (None,) if value is None else None
     if isinstance(value, bool):
@@ -142,6 +145,8 @@ def describe_type(expected: Any) -> str:
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(option) for option in typing.get_args(expected))
+    if origin is list:
+        return f"a list of {describe_type(typing.get_args(expected)[0]).removeprefix('a ')}s"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
     return names.get(expected, "an object")
 

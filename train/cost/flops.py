@@ -97,6 +97,7 @@ def nonlinear_operations(model: ModelConfig) -> dict[str, NonlinearOperation]:
 
     As in arXiv 2501.03489: softmax L*H of T x T, layernorm 2 L of T x d, the activation L of T x f. The norm after the
     last block is an entry of its own, since the paper's tables leave it out. Kinds that the model lacks are absent.
+    Tapered norms are affine maps in the trained network, which fold into its matrices.
     """
     layers, tokens, width = model.num_layers, model.seq_length, model.hidden_size
     operations = {"softmax": NonlinearOperation(layers * model.num_attention_heads, tokens, tokens)}

@@ -208,7 +208,7 @@ def passes(work: Workload, gpu: Gpu, assumed: Assumptions) -> tuple[dict[str, fl
     head_products = 2 * tokens * model.hidden_size * rows / product_rate
     scores = 2 * tokens * model.seq_length * model.hidden_size / grid.tp  # per layer, under the causal mask
     attention = layers * max(scores / (assumed.attention * gpu.peak_flops), assumed.attention_widths / 3.5 * width_s)
-    widths = assumed.block_widths + 10 * (model.norm == "layernorm")
+    widths = assumed.block_widths + 10 * (model.norm != "none")
     widths += 0 if model.fused_ffn else 6 * model.ffn_width / model.hidden_size
     widths -= assumed.residual_widths * model.ffn_holds_residual
     block_memory = layers * widths * width_s / 3

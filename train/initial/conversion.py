@@ -96,9 +96,13 @@ def faults_between(source: Source, target: ModelConfig, vocab_size: int) -> list
             "prepare the dataset with the tokenizer that the model was trained with"
         )
     if here.norm == "none" and target.norm != "none":
-        faults.append("model.norm is 'none' there and 'layernorm' here, and no map adds a norm; set model.norm=none")
+        faults.append(
+            f"model.norm is 'none' there and {target.norm!r} here, and no map adds a norm; set model.norm=none"
+        )
+    if here.norm == "taper":
+        faults.append("model.norm is 'taper' there, whose gate and scales are not carried over; start from its source")
     normalized = {"weight_norm", "spectral_norm"}
-    for name in sorted(normalized):
+    for name in ("spectral_gain", *sorted(normalized)):
         if getattr(here, name) != getattr(target, name):
             found = getattr(here, name)
             faults.append(f"model.{name} is {found!r} there and {getattr(target, name)!r} here; keep {found!r}")
@@ -280,7 +284,7 @@ def _folded(weight: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
 
 def _folds(source: ModelConfig, target: ModelConfig) -> bool:
     """Whether the norms within blocks are removed."""
-    return source.norm == "layernorm" and target.norm == "none"
+    return source.norm != "none" and target.norm == "none"
 
 
 def _loses_activation(source: ModelConfig, target: ModelConfig) -> bool:

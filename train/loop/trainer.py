@@ -25,7 +25,7 @@ from train.checkpoint.places import Places
 from train.checkpoint.root import CheckpointError
 from train.checkpoint.saver import CheckpointSaver, Progress
 from train.config import Config
-from train.config.schedule import learning_rate, penalty_strength
+from train.config.schedule import learning_rate, norm_gate, penalty_strength
 from train.initial.teacher import read_teacher
 from train.initial.weights import InitialWeights
 from train.loop.clock import Clock
@@ -273,11 +273,11 @@ class Trainer:
 
     def _launch(self, rate: float, bounds: StepLimits) -> tuple[PendingReport, StageStatistics]:
         """Launch a step; wait for the process's first one, which ends the start."""
-        strength = penalty_strength(self.config, rate)
+        strength, gate = penalty_strength(self.config, rate), norm_gate(self.config, self.step + 1)
         if not self.is_first_step:
-            return self.engine.train_step(self.batches, rate, bounds, strength)
+            return self.engine.train_step(self.batches, rate, bounds, strength, gate)
         with phase("first_step"), timeline.compiling() if self.first_step.compiles else contextlib.nullcontext():
-            launched = self.engine.train_step(self.batches, rate, bounds, strength)
+            launched = self.engine.train_step(self.batches, rate, bounds, strength, gate)
             launched[0].wait()
         if (seconds := timeline.finish()) and self.log is not None:
             self.log.event("first step done", timeline.words(seconds), seconds=seconds)
@@ -344,7 +344,7 @@ class Trainer:
         with self.clock.section("evaluation"):
             self._write_rows()  # of the steps before it
             stage, groups = self.engine.stage, self.engine.groups
-            validation = validate(stage, groups, self.config, limit_samples, self.engine.evaluate)
+            validation = validate(stage, groups, self.config, self.step, limit_samples, self.engine.evaluate)
             self.validated = (self.step, validation.loss)
             if self.log is not None:
                 self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data.shards.manifest import Manifest
+from model.taper import set_gate, taper_norms
 from parallel.engine.telemetry import HeadSnapshot, head_snapshot, metric_means
 from parallel.launch import local_device
 from parallel.micro_batch import MicroBatch
 from parallel.sharding.megatron import Groups
 from parallel.sharding.stage import Stage, StageStatistics
 from train.config import Config
+from train.config.schedule import norm_gate
 from train.parts import micro_batches, open_stream
 
 
@@ -39,13 +41,17 @@ class Validation:
 Evaluate = Callable[[Iterator[MicroBatch], list[int]], StageStatistics]
 
 
-def validate(stage: Stage, groups: Groups, config: Config, limit_samples: int | None, evaluate: Evaluate) -> Validation:
+def validate(
+    stage: Stage, groups: Groups, config: Config, step: int, limit_samples: int | None, evaluate: Evaluate
+) -> Validation:
     """Evaluate the first `limit_samples` validation sequences (None: all), each once; all ranks call.
 
     Args:
+        step: how many optimizer steps the weights have taken.
         evaluate: runs micro-batches through the stage; its second argument says how many rows of each count.
     """
     grid = groups.grid
+    set_gate(taper_norms(stage.transformer), norm_gate(config, step))
     stream = open_stream(config, grid, "validation", limit_samples)
     batches, rows = micro_batches(stream, grid, local_device()), stream.valid_rows_by_batch
     middle = len(rows) // 2

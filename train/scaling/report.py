@@ -12,7 +12,7 @@ from train.scaling.law import interval
 from train.scaling.points import Points
 from train.scaling.source import Series
 from train.scaling.summary import coefficient_table, doubts, outlier_table, outliers_text, series_text
-from train.study.document import Document
+from train.study.report.document import Document
 
 DECADES_BEYOND = 3  # of compute beyond the runs, for allocations and crossings
 RESAMPLES_COMPARED = 200

@@ -3,11 +3,15 @@
     python -m train.study run configs/suites/small.json
     python -m train.study status configs/suites/small.json
     python -m train.study report configs/suites/small.json --output docs/study/small
+    python -m train.study results configs/suites/small.json --output small.json
 
 `run` trains what is unfinished. It may be stopped and started at any time. A run that diverges is a result: its step
 and layer are recorded, and it is not started again without --retry. A folder that holds a run of another configuration
 is refused, since its results are not the suite's. On a cluster, `slurm` submits an array job of the next stage of every
 run. A suite with budgets needs it once for each stage.
+
+`results` writes what is finished into a small file. With --results FILE every command goes on from it, so that a study
+may be done piece by piece on machines that are thrown away.
 """
 
 import argparse
@@ -16,13 +20,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 
-from data.command_line import path_argument, print_faults, real_number, run_command, whole_number
+from data.command_line import output_file, path_argument, print_faults, real_number, run_command, whole_number
 from data.files.strict_json import to_json
 from parallel.processes.lifetime import SignalWatch
 from parallel.processes.place import forget_launcher
 from train.config.overrides import parse_with_overrides
-from train.study.suite import Suite, SuiteError, load_suite
+from train.study.suite import PlannedRun, Suite, SuiteError, load_suite
 
 NOT_FINISHED = "the same command goes on; python -m train.study status says where each stands"
 
@@ -32,10 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     forget_launcher()
     try:
         suite = load_suite(options.suite, options.overrides)
+        if options.results:
+            from train.study.saved import with_results
+
+            suite = with_results(suite, options.results)
     except SuiteError as error:
         print_faults(error)
         return 2
-    return int(COMMANDS[options.command](suite, options))
+    return COMMANDS[options.command](suite, options)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,7 +56,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train everything that is unfinished, on this machine")
-    run.add_argument("--only", metavar="RUN", help="only this run: a name, or a label for all its seeds")
+    run.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="only this run: a name, a label for all its seeds, or an arm for all of its sweep; may be given several "
+        "times, and the runs keep that order",
+    )
     run.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time (default: 1)")
     run.add_argument(
         "--launcher",
@@ -74,9 +90,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="folder of the report (default: report/ in the suite's folder)",
     )
     report.add_argument("--note", default="", metavar="TEXT", help="a sentence for the top of the report")
+    report.add_argument(
+        "--entropy-step",
+        type=whole_number(1),
+        metavar="N",
+        help="step whose layer entropies stand below the sweeps (default: an eighth of the run)",
+    )
+    results = commands.add_parser("results", help="write every finished result into a small file")
+    results.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE", help="file to write, say done.json"
+    )
     slurm = commands.add_parser("slurm", help="print or submit an array job of the next stage of every unfinished run")
     slurm.add_argument("--submit", action="store_true", help="submit the job with sbatch")
-    for command in (run, status, report, slurm):
+    for command in (run, status, report, results, slurm):
+        command.add_argument(
+            "--results",
+            type=path_argument,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="file of finished results, whose runs count as done; may be given several times",
+        )
         command.add_argument(
             "suite", type=path_argument, metavar="SUITE", help="suite file, say configs/suites/small.json"
         )
@@ -107,11 +141,12 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
 
     from train.study.runner import Runner
 
-    if options.only and not any(options.only in (run.name, run.label) for run in suite.runs):
-        names = ", ".join(run.name for run in suite.runs)
-        print(f"error: --only {options.only!r} is no run of the suite; its runs are {names}", file=sys.stderr)
+    try:
+        chosen = suite.chosen(options.only)
+    except SuiteError as error:
+        print_faults(error)
         return 2
-    if holds_others(suite, options.only):
+    if holds_others(chosen):
         return 2
     runner = Runner(
         suite,
@@ -134,12 +169,12 @@ def run(suite: Suite, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def holds_others(suite: Suite, only: str | None = None) -> bool:
-    """Return whether a folder of the suite holds a run of another configuration; print an error message about it."""
+def holds_others(runs: Iterable[PlannedRun]) -> bool:
+    """Return whether the folder of a run holds one of another configuration; print an error message about it."""
     from train.study.state import read_state
 
-    for planned in suite.runs:
-        for stage in planned.stages if only in (None, planned.name, planned.label) else ():
+    for planned in runs:
+        for stage in planned.stages:
             if (state := read_state(stage)).word == "other":
                 print(f"error: {planned.name}: {state.detail}", file=sys.stderr)
                 return True
@@ -149,8 +184,7 @@ def holds_others(suite: Suite, only: str | None = None) -> bool:
 def status(suite: Suite, options: argparse.Namespace) -> int:
     """Print where every run stands; return the exit status."""
 
-    from train.study.report import results_rows
-    from train.study.results import records
+    from train.study.results import records, results_rows
 
     found = records(suite)
     if options.json:
@@ -170,10 +204,23 @@ def status(suite: Suite, options: argparse.Namespace) -> int:
 def report(suite: Suite, options: argparse.Namespace) -> int:
     """Write the report and print its files; return the exit status."""
 
-    from train.study.report import write_report
+    from train.study.report.write import write_report
 
-    for file in write_report(suite, options.output or suite.output / "report", options.note):
+    for file in write_report(suite, options.output or suite.output / "report", options.note, options.entropy_step):
         print(file)
+    return 0
+
+
+def results(suite: Suite, options: argparse.Namespace) -> int:
+    """Write the finished results; return the exit status."""
+
+    from train.study.results import records
+    from train.study.saved import write_results
+
+    if holds_others(suite.runs):
+        return 2
+    count = write_results(suite, records(suite), options.output)
+    print(f"{options.output}: {count} finished results")
     return 0
 
 
@@ -183,7 +230,7 @@ def slurm(suite: Suite, options: argparse.Namespace) -> int:
     from train.study.stages import prepare
     from train.study.state import next_stage
 
-    if holds_others(suite):
+    if holds_others(suite.runs):
         return 2
     files = [str(prepare(stage)) for run in suite.runs if (stage := next_stage(run)) is not None]
     if not files:
@@ -200,7 +247,13 @@ def slurm(suite: Suite, options: argparse.Namespace) -> int:
         return 1
 
 
-COMMANDS = {"run": run, "status": status, "report": report, "slurm": slurm}
+COMMANDS: dict[str, Callable[[Suite, argparse.Namespace], int]] = {
+    "run": run,
+    "status": status,
+    "report": report,
+    "results": results,
+    "slurm": slurm,
+}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m train.study run configs/suites/regularizer/s1_rates.json --jobs 2
 
     s0_temperature   what a temperature does: its form, and whether its gain of scale or of learning rate helps
-    s1_rates         every arm at five learning rates
+    s1_rates         every arm at five learning rates or seven
     s4_depth         two arms at 6, 12 and 24 layers, with short and long warm-up
 
 `ARMS` defines what is compared. docs/study/regularizer holds the hypotheses, the text and the results.
@@ -21,7 +21,7 @@ from train.study.suite import merged
 
 Tree = dict[str, Any]
 
-EREG, TEMPERATURE, RELU = "EReg(SM(t)+ScFuFFN)", "SM(t)+ScFuFFN", "SM+R"
+EREG, TEMPERATURE = "EReg(SM(t)+ScFuFFN)", "SM(t)+ScFuFFN"
 CALIBRATED: Tree = {"temperature_init": "calibrated"}
 
 ARMS: dict[str, Tree] = {
@@ -31,7 +31,8 @@ ARMS: dict[str, Tree] = {
     "EReg-calibrated": {"model": {"architecture": EREG, **CALIBRATED}},
     "SM+LN+G": {"model": {"architecture": "SM+LN+G"}},
     "EReg-following-rate": {"model": {"architecture": EREG}, "regularizer": {"schedule": "learning_rate"}},
-    "SM+R-t-regularized": {"model": {"architecture": RELU, "temperature": "per_head", "regularized": True}},
+    "EReg-ReLU": {"model": {"architecture": "EReg(SM(t)+R)"}},
+    "TaperNorm": {"model": {"architecture": "SM+TN"}},
     "SM+LN+R": {"model": {"architecture": "SM+LN+R"}},
 }
 """Models that are compared, by name: what each sets beside `BASE`."""
@@ -50,6 +51,8 @@ BASE: Tree = {
     "logging": {"interval": 20, "tensorboard": False},
 }
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+BETWEEN = [7e-4, 1.4e-3]
+"""More rates for networks without norms: a first look at RATES lost them between 5e-4 and 2e-3."""
 
 FROZEN: Tree = {"optimizer": {"temperature_rate": 0.0}}
 FORMS: dict[str, Tree] = {
@@ -74,7 +77,7 @@ def suites() -> dict[str, Tree]:
                 for name, form in FORMS.items()
             ],
         ),
-        "s1_rates": _suite("s1_rates", [_arm(name, RATES, tree) for name, tree in ARMS.items()]),
+        "s1_rates": _suite("s1_rates", [_arm(name, _rates(name), tree) for name, tree in ARMS.items()]),
         "s4_depth": _suite("s4_depth", [_at_depth(depth, steps) for depth in (6, 12, 24) for steps in (50, 500)]),
     }
 
@@ -82,6 +85,11 @@ def suites() -> dict[str, Tree]:
 def _suite(name: str, arms: list[list[Tree] | Tree]) -> Tree:
     runs = [run for arm in arms for run in (arm if isinstance(arm, list) else [arm])]
     return {"name": name, "output": f"runs/regularizer/{name}", "seeds": [1], "base": BASE, "runs": runs}
+
+
+def _rates(arm: str) -> list[float]:
+    has_norms = "LN" in arm or arm == "TaperNorm"
+    return RATES if has_norms else sorted(RATES + BETWEEN)
 
 
 def _arm(name: str, rates: list[float], *trees: Tree) -> Tree:

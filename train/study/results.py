@@ -3,19 +3,18 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from data.errors import DataError
-from data.stream.dataset import open_dataset
 from model.config import ModelConfig
-from train.config import Config
 from train.cost.flops import training_flops_per_token
 from train.cost.parameters import body_parameters, total_parameters
 from train.paper import Row
 from train.private_inference import PrivateInferenceCost, private_inference_cost
-from train.run.reader import RunError, RunReader
+from train.study.outcome import Outcome
+from train.study.reading import description, outcome_in, vocabulary
 from train.study.state import State, read_state
 from train.study.suite import PlannedRun, Stage, Suite
 
@@ -26,6 +25,10 @@ class Record:
 
     Attributes:
         label: of the suite's run; records that differ in seed alone share it and `planned_tokens`.
+        arm: the suite's entry; records that differ in seed and in what is swept share it.
+        swept: value of each key that the entry sweeps.
+        stage: the training that ends in it.
+        output: the suite's folder.
         planned_tokens: tokens of the whole run.
         tokens: tokens seen so far.
         data: address of its dataset; losses on different datasets do not compare.
@@ -37,7 +40,10 @@ class Record:
 
     label: str
     seed: int
-    folder: Path
+    arm: str
+    swept: dict[str, Any]
+    stage: Stage
+    output: Path
     model: ModelConfig
     row: Row | None
     state: State
@@ -48,6 +54,15 @@ class Record:
     parameters: int
     body_parameters: int
     flops: float
+
+    @property
+    def folder(self) -> Path:
+        return self.stage.folder
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """All that a report shows of it, saved or read from its folder."""
+        return self.state.saved or outcome_in(self.stage, self.state, self.output)
 
     @property
     def loss(self) -> float | None:
@@ -65,29 +80,32 @@ class Record:
 
 def records(suite: Suite) -> list[Record]:
     """Return every result of the suite, including those of runs that have not begun."""
-    return [record for run in suite.runs for record in _of_run(run)]
+    return [record for run in suite.runs for record in _of_run(run, suite.output)]
 
 
-def _of_run(run: PlannedRun) -> Iterable[Record]:
+def _of_run(run: PlannedRun, output: Path) -> Iterable[Record]:
     lost: State | None = None
     for stage in run.stages:
         state = read_state(stage) if lost is None else lost
         if state.word in ("diverged", "other") and lost is None and not stage.is_result:
             lost = state  # a lost trunk has no further branches
         if stage.is_result:
-            yield _record(run, stage, state)
+            yield _record(run, stage, state, output)
 
 
-def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
-    config = stage.config
-    described = {} if state.word == "other" else description(stage.folder)
-    vocab_size = vocabulary(described, config)
+def _record(run: PlannedRun, stage: Stage, state: State, output: Path) -> Record:
+    config, saved = stage.config, state.saved
+    described = {} if saved or state.word == "other" else description(stage.folder)
+    vocab_size = saved.vocab_size if saved else vocabulary(described, config)
     known_size = max(vocab_size, 1)
     tokens = state.step * config.tokens_per_step
     return Record(
         label=run.label,
         seed=run.seed,
-        folder=stage.folder,
+        arm=run.arm,
+        swept=run.swept,
+        stage=stage,
+        output=output,
         model=config.model,
         row=run.row,
         state=state,
@@ -99,25 +117,6 @@ def _record(run: PlannedRun, stage: Stage, state: State) -> Record:
         body_parameters=body_parameters(config.model, known_size),
         flops=float(tokens) * training_flops_per_token(config.model, vocab_size),
     )
-
-
-def vocabulary(described: dict[str, Any], config: Config) -> int:
-    """Return the vocabulary that the run recorded, else the dataset's, else the planned one; 0 if none is known."""
-    size = described.get("vocab_size")  # runs that have not begun, and earlier versions, have none
-    if type(size) is int and 0 < size < 2**31:
-        return size
-    try:
-        return int(open_dataset(config.data.path).vocab_size)
-    except DataError:
-        return config.data.planned_vocab_size or 0
-
-
-def description(folder: Path) -> dict[str, Any]:
-    """Return a run's config.json; empty if the run has not begun or the file is damaged."""
-    try:
-        return RunReader(folder).description() or {}
-    except RunError:
-        return {}
 
 
 @dataclass(frozen=True)
@@ -171,3 +170,28 @@ def grouped(found: Iterable[Record]) -> list[Group]:
     for record in found:
         groups.setdefault((record.label, record.planned_tokens), []).append(record)
     return [Group(tuple(members)) for members in groups.values()]
+
+
+def results_rows(found: list[Record]) -> list[dict[str, Any]]:
+    """Return one flat object a result, for programs to read."""
+    return [
+        {
+            "label": record.label,
+            "seed": record.seed,
+            "architecture": record.model.architecture,
+            "state": record.state.word,
+            "detail": record.state.detail,
+            "step": record.state.step,
+            "tokens": record.tokens,
+            "planned_tokens": record.planned_tokens,
+            "parameters": record.parameters,
+            "body_parameters": record.body_parameters,
+            "training_flops": record.flops,
+            "validation_loss": record.loss,
+            "validation_perplexity": record.perplexity,
+            "communication_gb": record.cost and record.cost.communication_gb,
+            "latency_min": record.cost and record.cost.latency_min,
+            "folder": str(record.folder),
+        }
+        for record in found
+    ]

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, printable, redacted
-from data.files.strict_json import to_json
+from data.files.strict_json import shown, to_json
 from data.stream.dataset import open_dataset_once
 from train.run.entropy_words import COLLAPSED_NATS, collapsed_layers
 from train.run.names import METRICS
 from train.run.reader import Row, RunError, RunReader
-from train.run.same_run import Use, same_run_in
+from train.run.same_run import Use, same_run, same_run_in
+from train.study.outcome import Outcome
 from train.study.suite import PlannedRun, Stage
 
 GAVE_UP = re.compile(r"error: (step \d+: [^;]*)")  # how the trainer ends a run that has diverged
@@ -31,12 +32,14 @@ class State:
         step: last step with a row.
         loss: of the final evaluation in nats a token, for a stage that is done.
         detail: one line about a run that diverged, failed or is another.
+        saved: the saved result that says so; None if the folder does.
     """
 
     word: str
     step: int = 0
     loss: float | None = None
     detail: str = ""
+    saved: Outcome | None = None
 
     @property
     def is_final(self) -> bool:
@@ -48,13 +51,24 @@ class State:
 
 
 def read_state(stage: Stage) -> State:
-    """Read where a stage stands; a file that is damaged makes it a failed one."""
+    """Read where a stage stands; a file that is damaged makes it a failed one.
+
+    A saved result stands for a folder that has not come to its end.
+    """
     try:
         if difference := difference_from(stage):
             return State("other", detail=f"{difference}; {ANOTHER_FOLDER}")
-        return _reached(stage)
+        state = _reached(stage)
     except (RunError, OSError) as error:
-        return State("failed", detail=printable(str(error)))
+        state = State("failed", detail=printable(str(error)))
+    saved = stage.saved
+    if saved is None:
+        return state
+    if difference := saved_difference(stage, saved):
+        return State("other", detail=f"{difference}; leave that file out, or give the suite its settings")
+    if state.is_final or state.word == "running":
+        return state
+    return State(saved.word, saved.step, saved.loss, saved.detail, saved)
 
 
 def next_stage(run: PlannedRun) -> Stage | None:
@@ -82,17 +96,28 @@ def difference_from(stage: Stage) -> str:
         return f"{each.key} is {each.there!r} in {stage.folder} and {each.here!r} here"
     config, our_path = RunReader(stage.folder).config() or {}, redacted(stage.config.data.path)
     their_path = config.get("data", {}).get("path", our_path)
-    if their_path != our_path and is_other_data(stage):
+    if their_path != our_path and is_other_data(stage, RunReader(stage.folder).fingerprint()):
         return f"data.path is {their_path!r} in {stage.folder} and {our_path!r}, which holds other data, here"
     return ""
 
 
-def is_other_data(stage: Stage) -> bool:
-    """Return whether the run in a stage's folder reads other data than the stage.
+def saved_difference(stage: Stage, saved: Outcome) -> str:
+    """Return the first key in which a saved result differs from the stage, with both values; '' if none."""
+    here = stage.config.as_dict()
+    for each in same_run(saved.config, here, Use.RESULT):
+        return f"{each.key} is {shown(each.there)} in {stage.saved_in} and {shown(each.here)} here"
+    if (steps := saved.config["training"]["train_steps"]) != stage.config.train_steps:
+        return f"training.train_steps is {steps} in {stage.saved_in} and {stage.config.train_steps} here"
+    if saved.fingerprint is not None and is_other_data(stage, saved.fingerprint):
+        return f"{stage.saved_in} was made with other data than {redacted(stage.config.data.path)!r} holds here"
+    return ""
+
+
+def is_other_data(stage: Stage, theirs: str | None) -> bool:
+    """Return whether a run of another dataset's fingerprint read other data than the stage would.
 
     A dataset that was moved is the same one. One that cannot be read here is assumed to be the same.
     """
-    theirs = RunReader(stage.folder).fingerprint()
     try:
         ours = open_dataset_once(stage.config.data.path, stage.config.data.read_options()).fingerprint
     except DataError:
@@ -146,15 +171,20 @@ def divergence(run: RunReader, step: int, failure: str) -> str:
     """Say where a run diverged, how many heads of which layers were NaN, and which layers had collapsed before."""
     rows = [row for row in run.entropies() if is_head_map(row.get("entropy_nats"))]
     counts = nan_heads(rows[-1]["entropy_nats"]) if rows else []
-    layers = [layer for layer, count in enumerate(counts) if count]
     gave_up = GAVE_UP.search(failure)
     parts = [gave_up[1] if gave_up else f"step {step}: the loss is not finite"]
-    if layers:
-        parts.append(f"{sum(counts)} NaN heads, first in layer {layers[0]}")
+    if any(counts):
+        parts.append(f"{sum(counts)} NaN heads, first in layer {lost_layer(rows)}")
     finite = [row for row in rows if not any(nan_heads(row["entropy_nats"]))]
     if finite and (collapsed := collapsed_layers(finite[-1]["entropy_nats"])):
         parts.append(f"entropy below {COLLAPSED_NATS:g} nats from layer {collapsed[0]} at step {finite[-1]['step']}")
     return "; ".join(parts)
+
+
+def lost_layer(rows: list[Row]) -> int | None:
+    """Return the first layer with a NaN head in the last of a run's rows of entropies; None if there is none."""
+    counts = nan_heads(rows[-1]["entropy_nats"]) if rows else []
+    return next((layer for layer, count in enumerate(counts) if count), None)
 
 
 def is_head_map(value: Any) -> bool:

@@ -12,6 +12,8 @@ run's configuration is the row's, overridden by the suite's `base`, overridden b
 An entry with `"sweep": {"optimizer.learning_rate": [5e-4, 1e-3]}` is an arm of the study. It makes one run for each
 value, called `NAME-learning_rate0.0005` and so on; with several keys, one for each combination.
 
+Top-level `hypotheses` states what the study claims, before it is run (train/study/statistics/hypotheses.py).
+
 A run with `budgets_tokens` serves several budgets. Its trunk trains to the largest one at a constant rate (schedule
 'wsd'). For each budget a branch leaves the trunk, and its rate decays to zero.
 
@@ -27,7 +29,7 @@ its own architecture (docs/guides/convert.md). A stage keeps what the stage befo
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from data.files.strict_json import shown
 from train.config import Config, ConfigError, allows_commands, config_from_dict
 from train.config.tree import apply_override, read_json, shipped
 from train.paper import Row, places, rows_at
+from train.study.outcome import Outcome
+from train.study.statistics.hypotheses import Hypothesis, curve_of, hypotheses_from, is_at
 
 Tree = dict[str, Any]
 Shape = tuple[Callable[[Any], bool], str]
@@ -94,6 +98,7 @@ KEYS: dict[str, Shape] = {
     "seeds": (_is_list_of(lambda value: type(value) is int), "a list of whole numbers"),
     "base": SECTIONS,
     "runs": (_is_list_of(lambda value: isinstance(value, dict)), "a list of objects with at least one"),
+    "hypotheses": (_is_list_of(lambda value: isinstance(value, dict)), "a list of objects with at least one"),
 }
 RUN_KEYS: dict[str, Shape] = {
     "rows": (_is_rows, "a name or a list of names (python -m train.paper list)"),
@@ -118,12 +123,16 @@ class Stage:
         copied_from: the trunk's folder, for a branch; else None.
         copied_step: step of the trunk at which the branch starts.
         is_result: whether its last evaluation is a result; that of a trunk or of an earlier stage is not.
+        saved: its result in a file of finished ones; None if there is none.
+        saved_in: that file.
     """
 
     config: Config
     copied_from: Path | None = None
     copied_step: int = 0
     is_result: bool = True
+    saved: Outcome | None = None
+    saved_in: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -151,14 +160,34 @@ class PlannedRun:
     arm: str = ""
     swept: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What a user may call it by, alone or with others."""
+        return self.name, self.label, self.arm
+
 
 @dataclass(frozen=True)
 class Suite:
-    """All runs of a study; `output` is the folder that holds theirs."""
+    """All runs of a study, and what it claims of them; `output` is the folder that holds theirs."""
 
     name: str
     output: Path
     runs: tuple[PlannedRun, ...] = field(default=())
+    hypotheses: tuple[Hypothesis, ...] = ()
+
+    def chosen(self, names: Sequence[str]) -> list[PlannedRun]:
+        """Return the runs that go by these names, in the names' order; without names all, the first seeds first.
+
+        Raises:
+            SuiteError: no run goes by one of the names.
+        """
+        if not names:
+            return sorted(self.runs, key=lambda run: run.seed)
+        for name in names:
+            if not any(name in run.names for run in self.runs):
+                all_names = ", ".join(run.name for run in self.runs)
+                raise SuiteError(f"--only {name!r} is no run of the suite; its runs are {all_names}")
+        return list({run.name: run for name in names for run in self.runs if name in run.names}.values())
 
 
 def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
@@ -203,9 +232,31 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
                     break
     names = [run.name for run in runs]
     faults += [f"two runs are called {name}; give one another name" for name in set(names) if names.count(name) > 1]
+    hypotheses = _hypotheses(tree.get("hypotheses", []), runs, faults) if not faults else ()
     if faults:
         raise SuiteError("\n".join(f"{path}: {fault}" for fault in faults))
-    return Suite(tree["name"], output, tuple(runs))
+    return Suite(tree["name"], output, tuple(runs), hypotheses)
+
+
+def _hypotheses(trees: list[Tree], runs: list[PlannedRun], faults: list[str]) -> tuple[Hypothesis, ...]:
+    """Return the hypotheses of the file; each speaks of runs that the suite has."""
+    curves: dict[str, set[str]] = {}
+    for run in runs:
+        name, _, value = curve_of(run.arm, run.swept)
+        curves.setdefault(name, set()).add(str(value))
+    found = hypotheses_from(trees, {name: len(values) for name, values in curves.items()}, faults)
+    for hypothesis in found:
+        at = hypothesis.at
+        if not isinstance(at, dict):
+            continue
+        for arm in hypothesis.arms:
+            there = [run for run in runs if curve_of(run.arm, run.swept)[0] == arm]
+            chosen = {str(run.swept) for run in there if is_at(run.stages[-1].config.as_dict(), at)}
+            if not chosen:
+                faults.append(f"hypothesis {hypothesis.name}: no run of {arm} has {shown(at)}")
+            elif len(chosen) > 1 and hypothesis.kind != "more_stable":
+                faults.append(f"hypothesis {hypothesis.name}: {len(chosen)} values of {arm} have {shown(at)}; name one")
+    return found
 
 
 def _shape_faults(tree: Tree) -> list[str]:

@@ -30,6 +30,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("cp=2:recompute=full", {"within_documents": True}),
     ("dp=2:acc=2:zero=3:recompute=full", {"granularity": "per_head"}),
     ("tp=2", {"architecture": "SM+LN+G"}),
+    ("tp=2:sp=1:recompute=full", {"architecture": "SM+TN", "temperature": "per_head", "temperature_init": 1.0}),
     ("tp=2:sp=1", {"architecture": "SM+ScFFN", "weight_norm": "QKVO+FFN"}),
     ("tp=2:sp=1", {"architecture": "SM+ScFuFFN", "spectral_norm": "FFN", "fused_ffn": "split"}),
     ("pp=2:cp=2", {"positions": "rotary", "tied_head": True}),

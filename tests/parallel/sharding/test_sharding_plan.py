@@ -23,6 +23,10 @@ CHOICES: list[dict[str, Any]] = [
         {"architecture": architecture, "weight_norm": place}
         for architecture, place in itertools.product(("SM", "SM+ScFuFFN"), PLACEMENTS)
     ),
+    *(
+        {"architecture": architecture, "spectral_norm": "QKVO+FFN", "spectral_gain": True}
+        for architecture in ("SM", "SM+ScFuFFN")
+    ),
     {"architecture": EREG, "tied_head": False},
     {"architecture": "SM+LN+G", "biases": "all"},
 ]
@@ -61,6 +65,7 @@ def test_what_is_held_whole_and_seen_in_part() -> None:
     cases = {
         "attention.output.gain": (True, True),
         "ffn.fused.gain": (True, True),
+        "attention.query_key_value.gamma": (True, True),
         "ffn.alpha": (True, True),
         "ffn.beta": (True, True),  # on the diagonal of a matrix split by columns
         "head.norm.weight": (False, True),

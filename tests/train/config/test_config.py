@@ -212,6 +212,12 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("parallel.tensor_parallel_size=0", r"parallel\.tensor_parallel_size = 0 must be at least 1"),
         ("parallel.tensor_parallel_size=8", r"model\.num_attention_heads = 12 is not a multiple of .*size = 8.*"),
         ("parallel.pipeline_parallel_size=13", r".*pipeline_parallel_size = 13 exceeds model\.num_layers = 12;.*"),
+        (
+            "optimizer.taper_end=0.1",
+            r"optimizer\.taper_start = 0\.1 must lie in .* below .*taper_end = 0\.1.*",
+        ),
+        ("regularizer.margin=[0.1]", r"regularizer\.margin has 1 numbers, and model\.num_layers = 12: give one .*each"),
+        ("regularizer.margin=[0.1,true]", r"regularizer\.margin = .* must be a number or a list of numbers"),
         ("parallel.sequence_parallel=true", r"parallel\.sequence_parallel = true needs .*tensor_parallel_size > 1.*"),
     ],
 )
@@ -231,6 +237,7 @@ def test_impossible_value_names_key_value_and_remedy(tmp_path: Path, override: s
             "zero_stage = 3 cannot be combined with .*spectral_norm",
         ),
         (["model.weight_norm=QK", "model.spectral_norm=FFN"], "weight_norm and model.spectral_norm are both set"),
+        (["model.spectral_gain=true"], "spectral_gain = true needs model.spectral_norm"),
         (["regularizer.target=causal", "regularizer.granularity=per_head"], "target = 'causal' needs .*'per_query'"),
         (["model.temperature_init=calibrated", "model.spectral_norm=FFN"], "'calibrated' has no closed form with"),
         (["model.positions=rotary", "model.hidden_size=36"], "rotary' needs an even head width, not 3"),
@@ -251,6 +258,12 @@ def test_combinations_that_cannot_be(tmp_path: Path, overrides: list[str], wante
 @pytest.mark.parametrize("training", [{}, {"train_steps": 5, "train_tokens": 1000}])
 def test_a_run_has_exactly_one_length(tmp_path: Path, training: dict[str, int]) -> None:
     assert "set exactly one of them" in fault_of(tmp_path, {"training": training})
+
+
+def test_a_margin_for_each_layer(tmp_path: Path) -> None:
+    config = load(tmp_path, "regularizer.margin=[0, 0.25]", model={"num_layers": 2})
+    assert config.regularizer.margin == [0.0, 0.25]
+    assert config_from_dict(config.as_dict()) == config
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The learning rate at every kind of step, worked out by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from model.config import ModelConfig
 from model.regularizer import RegularizerConfig
 from train.config import Config
-from train.config.schedule import fast_start, learning_rate, penalty_strength, start_warnings, warmup_steps
+from train.config.schedule import fast_start, learning_rate, norm_gate, penalty_strength, start_warnings, warmup_steps
 from train.config.sections import OptimizerConfig, TrainingConfig
 
 
@@ -70,6 +71,16 @@ def test_a_penalty_that_follows_the_rate_has_its_ratio_to_the_peak() -> None:
     taken = rates(optimizer, 10)
     assert [penalty_strength(following, rate) for rate in taken[:4]] == [0.5, 1.0, 1.0, 0.875]
     assert {penalty_strength(constant, rate) for rate in taken} == {1.0}
+
+
+def test_the_gate_of_tapered_norms_falls_as_half_a_cosine() -> None:
+    optimizer, training = OptimizerConfig(taper_start=0.2, taper_end=0.6), TrainingConfig(train_steps=10)
+    config = Config(ModelConfig(architecture="SM+TN").resolved(), optimizer=optimizer, training=training)
+    gates = [norm_gate(config, step) for step in range(12)]
+    shares = [0.5 + 0.5 * math.cos(math.pi / 4 * quarter) for quarter in (1, 2, 3)]
+    assert gates == [1.0, 1.0, 1.0, *map(pytest.approx, shares), *[0.0] * 6]
+    other = Config(ModelConfig(architecture="SM+LN").resolved(), optimizer=optimizer, training=training)
+    assert {norm_gate(other, step) for step in range(12)} == {1.0}
 
 
 def test_a_run_of_one_step_is_trained_at_the_peak() -> None:

@@ -26,13 +26,14 @@ from train.scaling.points import PointsError
 from train.scaling.source import load_series
 from train.study.__main__ import main, parse
 from train.study.launch import forked
-from train.study.pictures import ParetoPoint, largest_rise, undominated
+from train.study.reading import largest_rise
 from train.study.regularizer import suites, text_of
+from train.study.report.pictures import ParetoPoint, undominated
+from train.study.report.table import _baseline, gap_text, relative
 from train.study.results import Group, records
 from train.study.stages import branch_off, prepare
 from train.study.state import next_stage, read_state
 from train.study.suite import SuiteError, load_suite, merged
-from train.study.table import _baseline, gap_text, relative
 
 SECTIONS = {key: dict(TINY[key]) for key in ("model", "regularizer", "checkpoint", "logging")}
 
@@ -229,6 +230,47 @@ def test_a_report_lacks_what_is_damaged(copied: Path, tmp_path: Path) -> None:
     assert "1 new" in text and "Trained on" not in text
 
 
+def test_a_study_goes_on_from_a_file_of_results_and_reports_the_same(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders are gone. Two results of the ten were not in the file, since the machine was taken before."""
+    file, half = tmp_path / "done.json", tmp_path / "half.json"
+    assert main(["results", str(finished), "--output", str(file)]) == 0
+    assert "10 finished results" in capsys.readouterr().out and file.stat().st_size < 10 * 6000
+    tree = json.loads(file.read_text())
+    lacking = ("lost/seed2", "branched/seed2/tokens5120")
+    tree["results"] = [row for row in tree["results"] if row["run"] not in lacking]
+    half.write_text(json.dumps(tree))
+    fresh = [str(finished), f"output={tmp_path}/fresh"]
+    assert main(["status", *fresh, "--results", str(half), "--json"]) == 0
+    states = [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(states) == ["diverged"] + ["done"] * 7 + ["new"] * 2
+    assert main(["run", *fresh, "--results", str(half)]) == 0
+    starts = [line.split(": ")[0].split("] ")[1] for line in capsys.readouterr().out.splitlines() if "starts" in line]
+    assert starts == ["lost/seed2", "branched/seed2 trunk", "branched/seed2 tokens5120"]
+    whole = tmp_path / "whole.json"
+    assert main(["results", *fresh, "--results", str(half), "--output", str(whole)]) == 0
+    reports = []
+    for name, words in (("first", [str(finished)]), ("again", [*fresh, "--results", str(half)]),
+                        ("saved", [str(finished), f"output={tmp_path}/none", "--results", str(whole)])):  # fmt: skip
+        assert main(["report", *words, "--output", str(tmp_path / name)]) == 0
+        reports.append((tmp_path / name / "report.md").read_text())
+        assert len(list((tmp_path / name / "pictures").iterdir())) == 8
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_a_divergence_in_a_file_is_a_result_until_it_is_retried(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "done.json"
+    assert main(["results", str(finished), "--output", str(file)]) == 0
+    fresh = [str(finished), f"output={tmp_path}/fresh", "--only", "lost/seed1", "--results", str(file)]
+    assert main(["run", *fresh]) == 0
+    assert "lost/seed1: diverged (step" in capsys.readouterr().out and not (tmp_path / "fresh" / "lost").exists()
+    assert main(["run", *fresh, "--retry"]) == 0
+    assert "lost/seed1: starts" in capsys.readouterr().out
+
+
 def test_the_report_holds_tables_and_pictures(finished: Path, tmp_path: Path) -> None:
     assert main(["report", str(finished), "--output", str(tmp_path / "report"), "--note", "A tiny trial."]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
@@ -366,6 +408,17 @@ def test_a_sweep_is_a_run_for_each_combination(tmp_path: Path) -> None:
     assert arm == "a" and swept == {"optimizer.learning_rate": 5e-4, "model.temperature": "per_head"}
     assert config.optimizer.learning_rate == 5e-4 and config.model.temperature == "per_head"
     assert found["b"][:2] == ("b", {})
+
+
+def test_runs_are_chosen_by_name_in_the_order_given(tmp_path: Path) -> None:
+    arm = {"name": "a", "sweep": {"optimizer.learning_rate": [5e-4, 0.001]}}
+    file = write_suite(tmp_path, [arm, {"name": "b"}])
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": [1, 2]}))
+    suite = load_suite(file)
+    slow, fast = "a-learning_rate0.0005", "a-learning_rate0.001"
+    assert [run.name for run in suite.chosen([])] == [f"{n}/seed{s}" for s in (1, 2) for n in (slow, fast, "b")]
+    chosen = [run.name for run in suite.chosen(["b/seed2", fast, "a"])]
+    assert chosen == ["b/seed2", f"{fast}/seed1", f"{fast}/seed2", f"{slow}/seed1", f"{slow}/seed2"]
 
 
 def test_a_run_that_cannot_start_says_why_and_the_others_go_on(

@@ -1,7 +1,7 @@
 """Write the main table of a report: perplexity beside the baselines and the paper, operations, private inference."""
 
 from train.cost.flops import NonlinearOperation, forward_flops, nonlinear_operations, printed_gflops
-from train.study.document import Document
+from train.study.report.document import Document
 from train.study.results import Group, Record, student
 
 BASELINES = ("SM+LN+G", "SM+ScFuFFN")
@@ -118,5 +118,5 @@ def at_published_size(record: Record) -> bool:
 def title_of(group: Group) -> str:
     """Return a short title: the row's label in the paper, and the budget if it is one of several."""
     record = group.first
-    name = record.row.label if record.row else record.label
+    name = record.row.label if record.row and not record.swept else record.label
     return f"{name}, {record.planned_tokens / 1e6:.3g}M" if record.folder.name.startswith("tokens") else name

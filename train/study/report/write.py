@@ -1,31 +1,31 @@
-"""Write the report of a suite: its results beside the paper's, and its pictures."""
+"""Write the report of a suite: its results beside the paper's, its claims, and its pictures."""
 
-import contextlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from train.pictures.run import Array, FigureError, Run, as_array, load_run
-from train.run.reader import RunError, read_object
-from train.study.document import Document
-from train.study.results import Group, Record, description, grouped, records
-from train.study.runner import ENVIRONMENT
+from train.pictures.run import Array, as_array
+from train.study.outcome import Outcome, Tree
+from train.study.report.claims import write_hypotheses, write_sweeps
+from train.study.report.document import Document
+from train.study.report.table import at_published_size, title_of, write_table
+from train.study.results import Group, Record, grouped, records
 from train.study.state import nan_heads
+from train.study.statistics.hypotheses import curve_of
+from train.study.statistics.sweeps import curves_of
 from train.study.suite import Suite
-from train.study.table import at_published_size, title_of, write_table
 
-DRAWN = ("step", "tokens", "ce_loss", "grad_norm", "tokens_per_second")
 MOST_PANELS = 12  # pictures stay readable; the report says what it leaves out
 
 
-def write_report(suite: Suite, folder: Path, note: str = "") -> list[Path]:
+def write_report(suite: Suite, folder: Path, note: str = "", entropy_step: int | None = None) -> list[Path]:
     """Write the report of the results so far.
 
     Args:
         suite: the study.
         folder: of the report.
         note: a sentence for the top of the report.
+        entropy_step: step whose layer entropies stand beside the sweeps; None takes an eighth of the run.
 
     Returns:
         The paths of report.md and report.html.
@@ -33,24 +33,29 @@ def write_report(suite: Suite, folder: Path, note: str = "") -> list[Path]:
     found = records(suite)
     groups = grouped(found)
     document = Document(folder, f"Study {suite.name}")
-    document.text("\n".join(_provenance(suite, found, groups) + ([note] if note else [])))
+    document.text("\n".join(_provenance(found, groups) + ([note] if note else [])))
+    write_hypotheses(document, suite.hypotheses, found)
+    write_sweeps(document, found, entropy_step)
     document.heading("Perplexity, operations, cost of private inference")
-    write_table(document, groups)
+    shown = _best_of_sweeps(groups, found)
+    write_table(document, shown)
+    if len(shown) < len(groups):
+        document.text("Of each sweep, the table and the pictures below show the best value alone.")
     _divergences(document, found)
-    _pictures(document, groups)
+    _pictures(document, shown)
     return document.write()
 
 
-def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[str]:
+def _provenance(found: list[Record], groups: list[Group]) -> list[str]:
     words = [record.state.word for record in found]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     tokens = sum(record.tokens for record in found)
     lines = [f"{len(found)} results ({counts}); {tokens / 1e6:,.1f} million tokens seen by them in all."]
-    with contextlib.suppress(RunError, LookupError):  # if it is missing or damaged, the report goes without
-        machine = read_object(suite.output / ENVIRONMENT) or {}
-        lines.append(f"Trained on {machine['device']}, torch {machine['torch']}, {machine['date']}.")
-    begun = [description(record.folder) for record in found if record.state.word != "other"]
-    commits = {str(commit) for described in begun if (commit := described.get("git_commit"))}
+    begun = [record.outcome for record in found if record.state.word not in ("other", "new")]
+    machines = [", ".join(text) for outcome in begun if (text := _machine_words(outcome.machine))]
+    if machines:
+        lines.append(f"Trained on {'; '.join(dict.fromkeys(machines))}.")
+    commits = dict.fromkeys(outcome.commit for outcome in begun if outcome.commit)
     if commits:
         lines.append(f"Commit {', '.join(sorted(commits))}.")
     shapes = {(model.num_layers, model.hidden_size, model.num_attention_heads, model.seq_length)
@@ -67,6 +72,25 @@ def _provenance(suite: Suite, found: list[Record], groups: list[Group]) -> list[
     return lines
 
 
+def _best_of_sweeps(groups: list[Group], found: list[Record]) -> list[Group]:
+    """Leave out, of each sweep, all values but the best: forty curves are no picture."""
+    best = {(curve.name, curve.planned_tokens): curve.best for curve in curves_of(found)}
+    kept = []
+    for group in groups:
+        name, _, value = curve_of(group.first.arm, group.first.swept)
+        chosen = best[name, group.first.planned_tokens]
+        if chosen is None or chosen.value == value:
+            kept.append(group)
+    return kept
+
+
+def _machine_words(machine: Tree) -> list[str]:
+    if "device" not in machine:
+        return []
+    version = [f"torch {machine['torch']}"] if "torch" in machine else []
+    return [machine["device"], *version, *([machine["date"]] if "date" in machine else [])]
+
+
 def _divergences(document: Document, found: list[Record]) -> None:
     lost = [record for record in found if record.state.word in ("diverged", "failed", "other")]
     if not lost:
@@ -80,60 +104,74 @@ def _divergences(document: Document, found: list[Record]) -> None:
 
 def _pictures(document: Document, groups: list[Group]) -> None:
     from train.pictures import maps, plots
-    from train.study import pictures
+    from train.study.report import pictures
 
-    drawn = [(group, run) for group in groups if (run := _loaded(group.first)) is not None]
+    drawn = [(group, group.first.outcome) for group in groups]
     _stability(document, _last_budget(drawn))
-    curves = {title_of(group): curve for group, run in drawn if (curve := run.validation_curve("tokens")) is not None}
+    curves = {
+        title_of(group): (as_array(outcome.validation["tokens"]), as_array(outcome.validation["loss"]))
+        for group, outcome in drawn
+        if outcome.validation
+    }
     if curves:
         document.heading("Validation loss")
         document.picture(
             "validation_loss", plots.validation_figure(curves), "Validation loss against tokens, first seed"
         )
     _pareto(document, groups)
-    shown = [(group, run) for group, run in _last_budget(drawn) if run.head_rows][:MOST_PANELS]
+    with_heads = [(group, outcome) for group, outcome in _last_budget(drawn) if outcome.heads]
+    shown = with_heads[:MOST_PANELS]
     if not shown:
         return
     document.heading("Entropy of the heads")
-    newest = {f"{title_of(group)}, step {run.head_rows[-1]['step']}": _last_heads(run) for group, run in shown}
-    lengths = [run.seq_length for _, run in shown]
-    left_out = len(_last_budget(drawn)) - len(shown)
+    heads = {title_of(group): outcome.heads or {} for group, outcome in shown}
+    lengths = [group.first.model.seq_length for group, _ in shown]
+    newest = {f"{title}, step {last['step']}": _last_heads(last) for title, last in heads.items()}
+    left_out = len(with_heads) - len(shown)
     more = f" ({left_out} more not drawn)" if left_out else ""
     document.picture("head_maps", maps.head_maps_figure(newest, lengths), f"Mean entropy of every head{more}")
-    layers = {title_of(group): run.head_history() for group, run in shown}
+    layers = {
+        title_of(group): (as_array(outcome.layers["step"]), as_array(outcome.layers["entropy_nats"]))
+        for group, outcome in shown
+        if outcome.layers
+    }
     document.picture(
         "layer_entropies", pictures.layer_entropies_figure(layers, lengths), "Layer-wise mean entropy against step"
     )
-    shares = {title_of(group): _last_heads(run) for group, run in shown}
+    shares = {title: _last_heads(last) for title, last in heads.items()}
     document.picture("head_shares", pictures.shares_figure(shares), "Share of heads by quarters of the largest entropy")
     _thresholds(document, shown)
-    nans = {title_of(group): nan_heads(run.head_rows[-1]["entropy_nats"]) for group, run in shown}
+    nans = {title: nan_heads(last["entropy_nats"]) for title, last in heads.items()}
     if any(any(counts) for counts in nans.values()):
         lost = {name: counts for name, counts in nans.items() if any(counts)}
         document.picture("nan_counts", pictures.nan_counts_figure(lost), "NaN heads of each layer when the run stopped")
 
 
-def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
+def _stability(document: Document, drawn: list[tuple[Group, Outcome]]) -> None:
     """Add a table and a picture of how smoothly each run trained."""
-    from train.study import pictures
+    from train.study.report import pictures
 
-    trained = [(title_of(group), run.training_rows) for group, run in drawn if run.training_rows]
-    if not trained:
+    rows, curves = [], {}
+    for group, outcome in drawn:
+        training, curve = outcome.training, outcome.curve
+        if training is None or curve is None:
+            continue
+        last, norm, speed = (training[key] for key in ("last_loss", "largest_norm", "tokens_per_second"))
+        rows.append(
+            [
+                title_of(group),
+                f"{training['steps']}",
+                "-" if last is None else f"{last:.3f}",
+                f"{training['rise_nats']:.2f} at {training['rise_step']}",
+                "-" if norm is None else f"{norm:.3g}",
+                f"{training['lost_steps']}",
+                "-" if speed is None else f"{speed:,.0f}",
+            ]
+        )
+        curves[title_of(group)] = (curve["step"], as_array(curve["loss"]), as_array(curve["grad_norm"]))
+    if not rows:
         return
     document.heading("Training")
-    rows, curves = [], {}
-    for name, lines in trained:
-        steps, losses, norms = (as_array([row[key] for row in lines]) for key in ("step", "ce_loss", "grad_norm"))
-        rise, place = pictures.largest_rise(losses)
-        finite = losses[np.isfinite(losses)]
-        last = f"{finite[-10:].mean():.3f}" if len(finite) else "-"
-        norm = f"{norms[np.isfinite(norms)].max():.3g}" if np.isfinite(norms).any() else "-"
-        lost = int((~np.isfinite(norms)).sum())
-        speed = float(np.median([row["tokens_per_second"] for row in lines]))
-        rows.append(
-            [name, f"{steps[-1]:.0f}", last, f"{rise:.2f} at {steps[place]:.0f}", norm, str(lost), f"{speed:,.0f}"]
-        )
-        curves[name] = (steps, losses, norms)
     header = ["run", "steps", "mean loss of the last 10", "largest rise over the running mean (nats), at step",
               "largest gradient norm", "steps whose gradient is not finite", "tokens/s (median)"]  # fmt: skip
     document.table(header, rows)
@@ -142,15 +180,16 @@ def _stability(document: Document, drawn: list[tuple[Group, Run]]) -> None:
         "stands still. tokens/s are of one run, which may have shared the device with others."
     )
     shown = dict(list(curves.items())[:MOST_PANELS])
-    document.picture("training", pictures.training_figure(shown), "Training loss and gradient norm of single steps")
+    caption = "Mean training loss and largest gradient norm of some sixty intervals of each run"
+    document.picture("training", pictures.training_figure(shown), caption)
 
 
-def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
+def _thresholds(document: Document, shown: list[tuple[Group, Outcome]]) -> None:
     """Add the threshold map of the first regularized run."""
     from train.pictures import maps
 
-    for group, run in shown:
-        threshold = run.head_rows[-1].get("threshold")
+    for group, outcome in shown:
+        threshold = (outcome.heads or {}).get("threshold")
         if threshold is not None:
             values = as_array(threshold)
             found = f"mean {np.nanmean(values):.3f}, from {np.nanmin(values):.2f} to {np.nanmax(values):.2f}"
@@ -160,7 +199,7 @@ def _thresholds(document: Document, shown: list[tuple[Group, Run]]) -> None:
 
 
 def _pareto(document: Document, groups: list[Group]) -> None:
-    from train.study.pictures import ParetoPoint, pareto_figure
+    from train.study.report.pictures import ParetoPoint, pareto_figure
 
     points = []
     for group in groups:
@@ -177,53 +216,16 @@ def _pareto(document: Document, groups: list[Group]) -> None:
         document.picture("pareto", pareto_figure(points), "Validation perplexity against predicted communication")
 
 
-def _last_budget(drawn: list[tuple[Group, Run]]) -> list[tuple[Group, Run]]:
+def _last_budget(drawn: list[tuple[Group, Outcome]]) -> list[tuple[Group, Outcome]]:
     """Keep only each run's largest budget."""
-    longest: dict[str, tuple[Group, Run]] = {}
-    for group, run in drawn:
+    longest: dict[str, tuple[Group, Outcome]] = {}
+    for group, outcome in drawn:
         kept = longest.get(group.label)
         if kept is None or group.first.planned_tokens > kept[0].first.planned_tokens:
-            longest[group.label] = (group, run)
+            longest[group.label] = (group, outcome)
     return list(longest.values())
 
 
-def _loaded(record: Record) -> Run | None:
-    if record.state.word == "other":
-        return None
-    try:
-        run = load_run(record.folder)
-        as_array([[row[key] for key in DRAWN] for row in run.training_rows])
-        as_array([row["validation_loss"] for row in run.validation_rows])
-    except (FigureError, KeyError):
-        return None
-    return run
-
-
-def _last_heads(run: Run) -> Array:
+def _last_heads(heads: Tree) -> Array:
     """Return the last row's entropies; those of a diverged run are NaN, and the picture says so."""
-    return as_array(run.head_rows[-1]["entropy_nats"])
-
-
-def results_rows(found: list[Record]) -> list[dict[str, Any]]:
-    """Return one flat object a result, for programs to read."""
-    return [
-        {
-            "label": record.label,
-            "seed": record.seed,
-            "architecture": record.model.architecture,
-            "state": record.state.word,
-            "detail": record.state.detail,
-            "step": record.state.step,
-            "tokens": record.tokens,
-            "planned_tokens": record.planned_tokens,
-            "parameters": record.parameters,
-            "body_parameters": record.body_parameters,
-            "training_flops": record.flops,
-            "validation_loss": record.loss,
-            "validation_perplexity": record.perplexity,
-            "communication_gb": record.cost and record.cost.communication_gb,
-            "latency_min": record.cost and record.cost.latency_min,
-            "folder": str(record.folder),
-        }
-        for record in found
-    ]
+    return as_array(heads["entropy_nats"])

@@ -1,6 +1,6 @@
 """Draw pictures of many runs: arrays in, figures out.
 
-Axes of arrays: L layers, N heads, S logging steps.
+Axes of arrays: L layers, N heads, S steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ from train.run.entropy_words import QUARTERS, ceiling_nats
 
 
 def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:
-    """Draw training cross-entropy and gradient norm against step.
+    """Draw training cross-entropy and gradient norm of intervals against their last step.
 
     Args:
-        runs: name -> (steps, cross-entropy in nats a token, gradient norm before clipping), each [S].
+        runs: name -> (steps, mean cross-entropy in nats a token, largest gradient norm before clipping), each [S].
     """
     figure = new_figure(9.6, 5.6)
     losses, norms = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 1])
@@ -33,35 +33,15 @@ def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) 
         norms.plot(np.asarray(steps), np.asarray(norm, dtype=float), **style)
     losses.set_ylabel("cross-entropy (nats a token)")
     losses.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    norms.set(xlabel="optimizer step", ylabel="gradient norm", yscale="log")
+    norms.set(xlabel="optimizer step", ylabel="largest gradient norm", yscale="log")
     return figure
-
-
-def largest_rise(losses: ArrayLike) -> tuple[float, int]:
-    """Find the largest rise of a loss over the running mean of the losses before it.
-
-    Args:
-        losses: [S]; only those before the first that is not finite count.
-
-    Returns:
-        The rise in nats and its index. The mean gives each new loss a weight of 0.1.
-    """
-    values = np.asarray(losses, dtype=float)
-    mean, worst, place = values[0], 0.0, 0
-    for index, value in enumerate(values):
-        if not np.isfinite(value):
-            break
-        if value - mean > worst:
-            worst, place = float(value - mean), index
-        mean = 0.9 * mean + 0.1 * value
-    return worst, place
 
 
 def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_lengths: Sequence[int]) -> Figure:
     """Draw each layer's mean entropy against step, one panel a run (Figures 5 and 8 of the paper).
 
     Args:
-        runs: title -> (steps [S], entropies in nats [S, L, N]).
+        runs: title -> (steps [S], mean entropies in nats [S, L]).
         seq_lengths: T of each run, in tokens.
     """
     columns = min(3, len(runs))
@@ -70,7 +50,7 @@ def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     layers = 1
     for axes, (title, (steps, entropy)), length in zip(panels, runs.items(), seq_lengths, strict=False):
-        means_SL = np.asarray(entropy, dtype=float).mean(axis=2)
+        means_SL = np.asarray(entropy, dtype=float)
         layers = max(layers, means_SL.shape[1])
         axes.axhline(ceiling_nats(length), color=MUTED, linestyle="--", linewidth=0.8)
         lines_by_depth(axes, steps, means_SL)
