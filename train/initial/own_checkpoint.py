@@ -1,6 +1,7 @@
 """Read the weights of a checkpoint that this program saved, in one process; the optimizer's state is left."""
 
 import hashlib
+import warnings
 from pathlib import PurePosixPath
 
 import torch
@@ -66,7 +67,9 @@ def read_checkpoint(folder: Folder) -> Source:
         shapes = global_shapes(model, marker["dataset"]["vocab_size"])
         weights: Weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         chunks = [whole_chunk(f"model.{name}", tensor) for name, tensor in weights.items()]
-        dcp.load({}, storage_reader=Reader(folder), planner=ChunkLoadPlanner(chunks), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, that one process loads: as is meant
+            dcp.load({}, storage_reader=Reader(folder), planner=ChunkLoadPlanner(chunks), no_dist=True)
     except DamagedFileError as error:
         step = PurePosixPath(folder.path).name
         raise CheckpointError(f"{error}; name the folder of an earlier checkpoint than {step}") from None
