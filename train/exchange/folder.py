@@ -23,7 +23,7 @@ from train.exchange.tokenizer_json import tokenizer_config, tokenizer_json
 from train.private_inference import private_inference_cost
 from train.run.reader import RunError
 
-LARGEST_CONDITIONS = {"float32": 1e3, "bfloat16": 30.0}
+LARGEST_CONDITIONS = {"float32": 1e3, "bfloat16": 100.0}
 """Of a basis, unless the user says otherwise. docs/notes/folding.md measures the errors that follow."""
 
 
