@@ -23,6 +23,7 @@ from parallel.grid import RankGrid
 from train.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DownstreamConfig,
     HealthConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -44,6 +45,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
+    downstream: DownstreamConfig = DownstreamConfig()
     deepspeed: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -197,6 +199,7 @@ def section_faults(config: Config) -> list[str]:
         config.checkpoint,
         config.health,
         config.logging,
+        config.downstream,
     )
     for section in sections:
         faults += section.faults()
