@@ -83,7 +83,7 @@ def write_folder(folder: Path, trained: TrainedModel, tokenizer: Tokenizer, form
         notes = [*folding_words(model, folding), cost_words(model, vocab_size, len(folding.kept))]
     sizes = (vocab_size, tokenizer.end_of_document, form.dtype)
     if form.format == "gpt2":
-        tensors, config = gpt2.to_gpt2(model, _gpt2_reader(weights)), gpt2_config(model, *sizes)
+        tensors, config = gpt2_parameters(trained.weights), gpt2_config(model, *sizes)
     else:
         tensors, config = to_hf(weights), hf_config(weights, *sizes)
         source = Path(__file__).with_name("modeling.py").read_text(encoding="utf-8")
@@ -134,13 +134,10 @@ def cost_words(model: ModelConfig, vocab_size: int, kept: int) -> str:
     )
 
 
-def _gpt2_reader(weights: PlainWeights | FoldedWeights) -> gpt2.Read:
-    """Return a reader that has temperatures per head folded into the queries."""
-    if weights.temperature == "none":
-        return weights.read
-    assert isinstance(weights, PlainWeights)
-    none = Folding([None] * (weights.model.num_layers + 1), {}, [])
-    return FoldedWeights(weights, none).read
+def gpt2_parameters(plain: PlainWeights) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a stock GPT-2, which has no temperatures: those per head are folded into the queries."""
+    none = Folding([None] * (plain.model.num_layers + 1), {}, [])
+    return gpt2.to_gpt2(plain.model, FoldedWeights(plain, none).read)
 
 
 def _as(dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
