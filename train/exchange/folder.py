@@ -51,8 +51,11 @@ class Form:
             raise RunError(f"--fold: {'; '.join(reasons)}; export without --fold")
 
     def folding(self, plain: PlainWeights) -> Folding:
-        """Choose how the FFNs of a model are folded."""
+        """Choose how the FFNs of a model are folded; raise RunError if its weights are lost."""
         products = [plain.ffn_product(layer) for layer in range(plain.model.num_layers)]
+        lost = [layer for layer, product in enumerate(products) if not product.isfinite().all()]
+        if lost:
+            raise RunError(f"--fold: weights of layer {lost[0]} are not finite; choose an earlier --step")
         limit = self.largest_condition or LARGEST_CONDITIONS[self.dtype]
         return fold.fold(products, not plain.model.final_norm, limit)
 
