@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tasks", metavar="A,B", help="run these tasks of lm-evaluation-harness instead of the validation split"
     )
-    parser.add_argument("--task-files", type=path_argument, metavar="DIR", help="folder of further task files")
+    parser.add_argument("--task-files", type=path_argument, metavar="DIR", help="take tasks from files in this folder")
     options = parser.parse_args(arguments)
     if options.tasks is None and options.task_files is not None:
         parser.error("--task-files needs --tasks")

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--largest-condition", type=real_number(1), metavar="X",
         help="with --fold: keep a matrix in a layer where the condition number of a basis would exceed X "
-        "(default: 1000; 30 in bfloat16)",
+        "(default: 1000; 100 in bfloat16)",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", type=path_argument, metavar="FILE", help="tokenizer.model (default: that of the run's dataset)"

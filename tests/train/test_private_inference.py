@@ -58,6 +58,12 @@ def test_counts_by_hand() -> None:
     assert counts * [1e6, 1e6, 1e6, 1e6, 1e6, 1] == pytest.approx([64, 384, 0, 576, 40, 2])
 
 
+def test_folded_ffns_cost_the_matrices_that_stay() -> None:
+    ereg = model("EReg(SM(t)+ScFuFFN)", num_layers=2, hidden_size=8, num_attention_heads=2, seq_length=4)
+    whole, one_kept, none_kept = (operation_counts(ereg, 10, kept)[3] * 1e6 for kept in (None, 1, 0))
+    assert (whole, one_kept, none_kept) == pytest.approx((4 * 8 * 10, 4 * 8 * 9, 4 * 8 * 8))
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert private_inference.main([]) == 0
     assert "leave-one-out error" in capsys.readouterr().out

@@ -62,16 +62,22 @@ class SavedCheckpoint:
             raise CheckpointError(f"{self.folder.address}: {first_failure(error)}") from None
 
     def read_whole(self, name: str) -> Tensor:
-        """Return one whole tensor by its name in the checkpoint; all ranks call.
+        """Return one whole tensor by its name in the checkpoint, without other ranks.
 
         Raises:
-            CheckpointError: there is none of that name.
+            CheckpointError: there is none of that name, or its file is damaged.
         """
-        found = self._reader.read_metadata().state_dict_metadata.get(name)
+        metadata = self._reader.read_metadata()
+        found = metadata.state_dict_metadata.get(name)
         if not isinstance(found, TensorStorageMetadata):
             raise CheckpointError(f"{self.folder.address}: {name} is not in the checkpoint; restore it from a copy")
         tensor = torch.empty(found.size, dtype=found.properties.dtype)
-        self.read([whole_chunk(name, tensor)])
+        planner = ChunkLoadPlanner([whole_chunk(name, tensor)])
+        planner.set_up_planner({}, metadata, is_coordinator=True)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner)
+        except (ValueError, OSError, DamagedFileError) as error:
+            raise CheckpointError(f"{self.folder.address}: {first_line(error)}") from None
         return tensor
 
 

@@ -24,6 +24,7 @@ from train.config.sections import (
     CheckpointConfig,
     DataConfig,
     DistillationConfig,
+    DownstreamConfig,
     HealthConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -46,6 +47,7 @@ class Config:
     distillation: DistillationConfig = DistillationConfig()
     health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
+    downstream: DownstreamConfig = DownstreamConfig()
     deepspeed: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -207,6 +209,7 @@ def section_faults(config: Config) -> list[str]:
         config.distillation,
         config.health,
         config.logging,
+        config.downstream,
     )
     for section in sections:
         faults += section.faults()

@@ -1,10 +1,12 @@
 """The sections of a configuration: every key with its default, its meaning and the values it allows."""
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from data.fetch.sources import MOST, ReadOptions
 from data.files.address import is_command
+from data.files.strict_json import shown
 from model.config import explained
 
 RECENT_STEPS = 20
@@ -380,4 +382,37 @@ class LoggingConfig:
             faults.append(f"logging.interval = {self.interval} must be at least 1 (steps)")
         if self.image_interval < 0:
             faults.append(f"logging.image_interval = {self.image_interval} must not be negative; 0 writes no images")
+        return faults
+
+
+_TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+
+
+@dataclass(frozen=True)
+class DownstreamConfig:
+    """Tasks of multiple choice that are measured while the run trains."""
+
+    interval: int = explained(0, "Steps between measurements, and one after the last step; 0 means none at all.")
+    tasks: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": 'Name -> file of one JSON object a line: {"context": "The sky is", "choices": [" blue", " green"], '
+            '"answer": 0}. metrics.jsonl gets the accuracy as downstream_NAME.'
+        },
+    )
+    samples: int = explained(
+        100, "Documents of each task, the first ones. Each choice costs a forward pass of a micro-batch."
+    )
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.interval < 0:
+            faults.append(f"downstream.interval = {self.interval} must not be negative; 0 measures nothing")
+        if self.samples < 1:
+            faults.append(f"downstream.samples = {self.samples} must be at least 1 (documents)")
+        for name, file in self.tasks.items():
+            if not _TASK_NAME.fullmatch(name):
+                faults.append(f"downstream.tasks: {name!r:.60} is no name; use small letters, digits and _")
+            if not isinstance(file, str) or not file:
+                faults.append(f"downstream.tasks.{name:.40} = {shown(file, 60)} must be the path of a file")
         return faults

@@ -36,6 +36,7 @@ def write_card(folder: Path, run: Path, step: int, facts: dict[str, Any], notes:
         **losses,
         "commit of the training code": described.get("git_commit") or "unknown",
     }
+    trust = "" if is_gpt2 else ", trust_remote_code=True"
     lines = [
         "---",
         "library_name: transformers",
@@ -50,8 +51,8 @@ def write_card(folder: Path, run: Path, step: int, facts: dict[str, Any], notes:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        f'model = AutoModelForCausalLM.from_pretrained("."{"" if is_gpt2 else ", trust_remote_code=True"})',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})',
         'inputs = tokenizer("def main(", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))",
         "```",

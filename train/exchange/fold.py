@@ -25,9 +25,6 @@ from torch import Tensor
 from model.config import ModelConfig
 from train.exchange.plain import FfnKind, PlainWeights
 
-LARGEST_CONDITION = 1e3
-"""Of a basis, unless the user says otherwise: logits in float32 then keep about four digits."""
-
 
 @dataclass(frozen=True)
 class Basis:
@@ -76,8 +73,8 @@ class FoldedWeights:
     element of the queries.
 
     Args:
-        plain: of a model whose FFNs are linear.
-        folding: from `fold`.
+        plain: of the model.
+        folding: from `fold`. With bases that are all I, temperatures alone are folded.
     """
 
     def __init__(self, plain: PlainWeights, folding: Folding) -> None:
@@ -148,7 +145,7 @@ def reasons_against(model: ModelConfig) -> list[str]:
     return reasons
 
 
-def fold(products: Sequence[Tensor], head_is_linear: bool, limit: float = LARGEST_CONDITION) -> Folding:
+def fold(products: Sequence[Tensor], head_is_linear: bool, limit: float) -> Folding:
     """Choose which layers keep a matrix, and the basis at every point, from the last layer to the first.
 
     Args:

@@ -24,7 +24,7 @@ from train.private_inference import private_inference_cost
 from train.run.names import CONFIG
 from train.run.reader import RunError
 
-LARGEST_CONDITIONS = {"float32": 1e3, "bfloat16": 30.0}
+LARGEST_CONDITIONS = {"float32": 1e3, "bfloat16": 100.0}
 """Of a basis, unless the user says otherwise. docs/notes/folding.md measures the errors that follow."""
 
 
@@ -52,8 +52,11 @@ class Form:
             raise RunError(f"--fold: {'; '.join(reasons)}; export without --fold")
 
     def folding(self, plain: PlainWeights) -> Folding:
-        """Choose how the FFNs of a model are folded."""
+        """Choose how the FFNs of a model are folded; raise RunError if its weights are lost."""
         products = [plain.ffn_product(layer) for layer in range(plain.model.num_layers)]
+        lost = [layer for layer, product in enumerate(products) if not product.isfinite().all()]
+        if lost:
+            raise RunError(f"--fold: weights of layer {lost[0]} are not finite; choose an earlier --step")
         limit = self.largest_condition or LARGEST_CONDITIONS[self.dtype]
         return fold.fold(products, not plain.model.final_norm, limit)
 
@@ -84,7 +87,7 @@ def write_folder(folder: Path, trained: TrainedModel, tokenizer: Tokenizer, form
         notes = [*folding_words(model, folding), cost_words(model, vocab_size, len(folding.kept))]
     sizes = (vocab_size, tokenizer.end_of_document, form.dtype)
     if form.format == "gpt2":
-        tensors, config = gpt2.to_gpt2(model, _gpt2_reader(weights)), gpt2_config(model, *sizes)
+        tensors, config = gpt2_parameters(trained.weights), gpt2_config(model, *sizes)
     else:
         tensors, config = to_hf(weights), hf_config(weights, *sizes)
         source = Path(__file__).with_name("modeling.py").read_text(encoding="utf-8")
@@ -135,13 +138,10 @@ def cost_words(model: ModelConfig, vocab_size: int, kept: int) -> str:
     )
 
 
-def _gpt2_reader(weights: PlainWeights | FoldedWeights) -> gpt2.Read:
-    """Return a reader that has temperatures per head folded into the queries."""
-    if weights.temperature == "none":
-        return weights.read
-    assert isinstance(weights, PlainWeights)
-    none = Folding([None] * (weights.model.num_layers + 1), {}, [])
-    return FoldedWeights(weights, none).read
+def gpt2_parameters(plain: PlainWeights) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a stock GPT-2, which has no temperatures: those per head are folded into the queries."""
+    none = Folding([None] * (plain.model.num_layers + 1), {}, [])
+    return gpt2.to_gpt2(plain.model, FoldedWeights(plain, none).read)
 
 
 def _as(dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -22,14 +22,14 @@ def check_installed() -> None:
 
 
 def run_tasks(
-    run: Path, tasks: list[str], include: Path | None, samples: int | None, device: str, allow_commands: bool = False
+    run: Path, tasks: list[str], task_files: Path | None, samples: int | None, device: str, allow_commands: bool = False
 ) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint on tasks.
 
     Args:
         run: its folder.
         tasks: names of tasks or groups.
-        include: folder of further task files; None for those of the harness alone.
+        task_files: folder of task files; None takes those of the harness, whose index takes a while to read.
         samples: documents of each task; None takes all.
         device: "cpu" or "cuda".
         allow_commands: whether the run's dataset may be read by a command.
@@ -45,12 +45,13 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include is None else str(include))
+    own = None if task_files is None else str(task_files)
+    manager = TaskManager(include_path=own, include_defaults=own is None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise RunError(
-            f"--tasks: {', '.join(unknown)}: no such task; `lm_eval ls tasks` lists the names, and --task-files names "
-            "a folder of your own"
+            f"--tasks: {', '.join(unknown)}: no such task {'in the harness' if own is None else f'in {own}'}; "
+            "`lm_eval ls tasks` lists those of the harness"
         )
     trained = open_trained(run, None, allow_commands)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.command_line import print_warning
+from data.errors import DataError
 from data.shards.tokenizer import Tokenizer
 from data.stream.dataset import open_dataset
 from parallel.launch import initialize_distributed
@@ -49,8 +50,7 @@ class TrainedModel:
             DataError: it cannot be read.
             RunError: it is another one.
         """
-        data = self.config.data
-        tokenizer = Tokenizer(file or open_dataset(data.path, data.read_options()).tokenizer_path)
+        tokenizer = Tokenizer(file or self._dataset_tokenizer())
         expected = self.saved.marker["dataset"]["tokenizer_sha256"]
         if tokenizer.sha256 != expected:
             raise RunError(
@@ -58,6 +58,13 @@ class TrainedModel:
                 "that tokenizer.model with --tokenizer"
             )
         return tokenizer
+
+    def _dataset_tokenizer(self) -> Path:
+        data = self.config.data
+        try:
+            return open_dataset(data.path, data.read_options()).tokenizer_path
+        except DataError as error:
+            raise RunError(f"{error}. If the dataset is gone, name its tokenizer.model with --tokenizer") from None
 
 
 def open_trained(run: Path, step: int | None = None, allow_commands: bool = False) -> TrainedModel:

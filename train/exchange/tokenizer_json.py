@@ -4,8 +4,8 @@ SentencePiece writes a space as U+2581. Here pieces hold spaces themselves, so n
 a text falls back to its three bytes, as in data/shards/tokenizer.py.
 
 SentencePiece joins the two neighbours whose union has the best score, the leftmost such pair first. The tokenizers
-library joins by a list of pairs. So the list holds every way to cut a piece in two, best score first. If a piece can be
-made in two overlapping places (x y = y z), the cut that fits the left one comes first.
+library joins by a list of pairs, the first listed and then the leftmost first. So the list holds every way to cut a
+piece in two, best score first.
 
 A byte below 0x80 that is no piece of its own stands as its character ("\\n", not "<0x0A>"). The library's decoder gives
 up a whole run of byte tokens if any of them is not UTF-8, and a line feed must not be lost that way.
@@ -92,9 +92,9 @@ def _text(text: str, kind: int, normal: dict[str, float]) -> str:
 
 
 def _cuts(piece: str, normal: dict[str, float]) -> list[list[str]]:
-    """Return the ways to cut a piece into two pieces, those of its periods first."""
-    places = [at for at in range(1, len(piece)) if piece[:at] in normal and piece[at:] in normal]
-    return [[piece[:at], piece[at:]] for at in sorted(places, key=lambda at: piece[at:] != piece[:-at])]
+    """Return the ways to cut a piece into two pieces."""
+    cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+    return [[left, right] for left, right in cuts if left in normal and right in normal]
 
 
 def _fault(model_type: int, pieces: list[tuple[str, float, int]], normal: dict[str, float]) -> str | None:

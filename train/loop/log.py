@@ -130,6 +130,14 @@ class RunLog:
             with self.side.writing(names.TENSORBOARD):
                 self.board.evaluation(row)
 
+    def tasks(self, step: int, tokens: int, accuracies: dict[str, float]) -> None:
+        """Write a row of accuracies by 'downstream_NAME'."""
+        self.metrics.write({"step": step, "tokens": tokens, **accuracies})
+        self.display.say(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
+        if self.board is not None:
+            with self.side.writing(names.TENSORBOARD):
+                self.board.tasks(step, accuracies)
+
     def verified(self, worst: BlockError, blocks: list[CompiledBlock]) -> None:
         """Record how close compiled blocks are to themselves uncompiled, and how long the latter took."""
         seconds = sum(block.uncompiled_s for block in blocks)

@@ -43,6 +43,11 @@ class TensorBoardLog:
         for tag in RESULTS:
             self._writer.add_scalar(tag, row[tag.partition("/")[2]], row["step"])
 
+    def tasks(self, step: int, accuracies: dict[str, float]) -> None:
+        """Write accuracies by 'downstream_NAME'."""
+        for name, value in accuracies.items():
+            self._writer.add_scalar(name.replace("_", "/", 1), value, step)
+
     def heads(self, row: dict[str, Any]) -> None:
         """Write each layer's mean over heads (entropy in nats, threshold, temperature) and its alpha and beta."""
         for key, group in LAYER_MEANS.items():

@@ -26,6 +26,7 @@ from train.checkpoint.root import CheckpointError
 from train.checkpoint.saver import CheckpointSaver, Progress
 from train.config import Config
 from train.config.schedule import learning_rate, norm_gate, penalty_strength
+from train.downstream.tasks import accuracy, load_tasks
 from train.initial.teacher import read_teacher
 from train.initial.weights import InitialWeights
 from train.loop.clock import Clock
@@ -112,6 +113,7 @@ class Trainer:
         self.config, self.manifest, self.clock, self.stop, self.places = config, manifest, clock, stop, places
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
         self.left_alone: set[str] = set()
+        self.tasks = load_tasks(config, manifest)
         dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
         with phase("find_checkpoint"):
             saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
@@ -211,6 +213,8 @@ class Trainer:
                     check_replicas(self.engine.stage, self.engine.groups)
                 if self._evaluation_is_due() and not self.is_stopping:
                     self._evaluate(samples)
+                if self.tasks and self._due(self.config.downstream.interval) and not self.is_stopping:
+                    self._measure_tasks()
                 self._save_if_due()
         self._finish_save()
         return self._evaluate_end() if self.step == end else None
@@ -247,7 +251,8 @@ class Trainer:
     def _something_is_due(self) -> bool:
         """Whether anything else is due before the next step."""
         config = self.config
-        intervals = config.logging.interval, config.training.evaluation_interval, config.checkpoint.interval
+        evaluations = config.training.evaluation_interval, config.downstream.interval
+        intervals = config.logging.interval, *evaluations, config.checkpoint.interval
         return self.is_stopping or self.save_is_due or any(map(self._due, intervals))
 
     def _train_step(self) -> None:
@@ -349,6 +354,17 @@ class Trainer:
             if self.log is not None:
                 self.log.evaluation(self.step, self.step * self.config.tokens_per_step, validation)
         return validation
+
+    def _measure_tasks(self) -> None:
+        with self.clock.section("evaluation"):
+            self._write_rows()  # of the steps before it
+            groups, evaluate = self.engine.groups, self.engine.evaluate
+            found = {
+                f"downstream_{name}": accuracy(documents, groups, self.config, evaluate)
+                for name, documents in self.tasks.items()
+            }
+            if self.log is not None:
+                self.log.tasks(self.step, self.step * self.config.tokens_per_step, found)
 
     def _evaluate_end(self) -> Validation:
         """Evaluate over the whole split; raise TrainingError if the loss is not finite."""

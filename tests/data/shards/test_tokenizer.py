@@ -42,7 +42,7 @@ def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
 
 def test_lines_are_encoded_as_the_library_encodes_the_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "\n".join(LINES)
-    library = sentencepiece.SentencePieceProcessor(model_file=tokenizer._source)
+    library = sentencepiece.SentencePieceProcessor(model_file=tokenizer.source)
     assert tokenizer.encode(text) == library.encode(text)
     assert len(text) / len(tokenizer.encode(text)) > 2
 

@@ -1,0 +1,1 @@
+"""Measures a model on tasks while it trains."""
