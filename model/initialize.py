@@ -22,7 +22,7 @@ The largest stable learning rate still falls about as 1 / (D sqrt(L)); see docs/
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.normalized_weights import update_spectral_norms
-from model.transformer import Attention, Transformer
 
 Cut = Callable[[str, Tensor], Tensor]
 """(global name, whole tensor) -> the part held here."""
@@ -43,7 +42,8 @@ TIED_HEAD_SOURCE = "embedding.word.weight"
 """The parameter that a tied head copies if its stage does not hold the embedding."""
 
 
-def _whole(name: str, tensor: Tensor) -> Tensor:
+def whole(name: str, tensor: Tensor) -> Tensor:
+    """Keep all of a tensor: the cut of a model that is not sharded."""
     return tensor
 
 
@@ -51,12 +51,6 @@ def generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator for one parameter, independent between names and seeds."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def global_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
-    """Return the shape of every parameter of the whole, unpadded model by global name. Allocates nothing."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in named_parameters(Transformer(config, vocab_size))}
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -155,12 +149,16 @@ def initial_temperature(name: str, config: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int, cut: Cut = _whole) -> None:
+def initialize(
+    model: nn.Module, config: ModelConfig, shapes: Mapping[str, torch.Size], seed: int, cut: Cut = whole
+) -> None:
     """Fill every parameter and power-iteration vector of `model`, which may be a shard of the whole.
 
-    Padding rows of the vocabulary, beyond `vocab_size`, are zero. The loss masks them, so they stay zero.
+    Padding rows of the vocabulary are zero. The loss masks them, so they stay zero.
+
+    Args:
+        shapes: of every parameter of the whole, unpadded model by global name.
     """
-    shapes = global_shapes(config, vocab_size)
 
     @torch.no_grad()  # which holds for one thread
     def fill(named: tuple[str, nn.Parameter]) -> None:
@@ -173,7 +171,7 @@ def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int
     with ThreadPoolExecutor(THREADS, thread_name_prefix="initial weights") as threads:
         list(threads.map(fill, named_parameters(model)))
     for name, module in model.named_modules():
-        if isinstance(module, Attention) and config.temperature_init == "calibrated":
+        if name.endswith(".attention") and config.temperature_init == "calibrated":
             module.temperature_init = torch.tensor(initial_temperature(name, config), device=module.query_bias.device)
     for name, buffer in model.named_buffers():
         if name.endswith(".left"):  # u of a spectral norm: any start with a component along the first singular vector

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from model.config import ModelConfig
 from model.cross_entropy import linear_cross_entropy
 from model.entropy_attention import joint_entropy_attention
+from model.initialize import Cut, initialize, named_parameters, whole
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.rotary import rotate
 
@@ -295,15 +296,21 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, or the part of it that one pipeline stage holds.
+    """The whole model, or the part of it that one pipeline stage holds, with its initial weights.
+
+    On the meta device it has shapes only, and whoever gives it memory calls `initialize` or loads weights.
 
     Args:
-        config: resolved sizes and ingredients.
+        config: sizes and ingredients; what is null is resolved.
         vocab_size: tokens of the dataset's tokenizer.
         padded_vocab_size: rows of the embedding, at least vocab_size (matrix products want multiples of 128).
         layers: which blocks are held; all by default.
         first, last: whether the embedding and the head are held. If both are and the head is tied, they share one
             parameter.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: the configuration has faults; one line each.
     """
 
     def __init__(
@@ -315,15 +322,30 @@ class Transformer(nn.Module):
         layers: Iterable[int] | None = None,
         first: bool = True,
         last: bool = True,
+        seed: int = 1,
     ) -> None:
         super().__init__()
+        if faults := config.faults():
+            raise ValueError("\n".join(faults))
+        config = config.resolved()
         padded_vocab_size = padded_vocab_size or vocab_size
-        self.config = config
+        self.config, self.vocab_size = config, vocab_size
         self.embedding = Embedding(config, padded_vocab_size) if first else None
         held = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(layer): Block(config) for layer in held})
         self.head = Head(config, vocab_size, padded_vocab_size) if last else None
         self.tie_head()
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            self.initialize(seed)
+
+    def initialize(self, seed: int, cut: Cut = whole) -> None:
+        """Give every parameter its initial value, which depends on the seed and its name alone.
+
+        Args:
+            seed: of the run.
+            cut: returns the part of a whole tensor that is held here.
+        """
+        initialize(self, self.config, global_shapes(self.config, self.vocab_size), seed, cut)
 
     def tie_head(self) -> None:
         """Make embedding and head one parameter, if both are held and the head is tied."""
@@ -359,6 +381,12 @@ class Transformer(nn.Module):
         assert self.head is not None, "only a model that holds its head has an output"
         x_TBD, entropies_BNT = self.hidden_states(tokens_TB, document_start_BT)
         return self.head(x_TBD, labels_TB), entropies_BNT
+
+
+def global_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """Return the shape of every parameter of the whole, unpadded model by global name. Allocates nothing."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in named_parameters(Transformer(config, vocab_size))}
 
 
 def normalize_weights(block: Block, config: ModelConfig) -> None:

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
+from model.initialize import TIED_HEAD_SOURCE, named_parameters
 from model.normalized_weights import update_spectral_norms
+from model.transformer import global_shapes
 from parallel.deepspeed_internals import (
     adam,
     flat_masters,
