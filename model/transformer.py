@@ -76,9 +76,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Module):
-    """Word embedding, plus position embedding if positions are learned: tokens [T, B] -> [T, B, D].
+    """Word embedding, plus position embedding if positions are learned.
 
-    The tokens are at positions from `first_position` on, by default the whole sequence.
+    Attributes:
+        first_position: of the tokens, if `forward` is not told their positions; 0 by default.
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
@@ -87,11 +88,14 @@ class Embedding(nn.Module):
         self.word = _table(padded_vocab_size, config.hidden_size)
         self.position = _table(config.seq_length, config.hidden_size) if config.positions == "learned" else None
 
-    def forward(self, tokens_TB: Tensor) -> Tensor:
+    def forward(self, tokens_TB: Tensor, position_TB: Tensor | None = None) -> Tensor:
+        """Tokens [T, B], at consecutive positions unless `position_TB` gives each its own, -> [T, B, D]."""
         x_TBD = self.word(tokens_TB)
-        if self.position is not None:
+        if self.position is not None and position_TB is None:
             positions = slice(self.first_position, self.first_position + tokens_TB.shape[0])
             x_TBD = x_TBD + self.position.weight[positions].unsqueeze(1)
+        elif self.position is not None:
+            x_TBD = x_TBD + self.position(position_TB)
         return x_TBD
 
 
@@ -210,10 +214,15 @@ class Attention(nn.Module):
 
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
+        return self.attend(self.project(x_TBD), document_start_BT)
+
+    def project(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> queries, keys and values of each head, stacked, [T, B, N 3 H]."""
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
         qkv = self.query_key_value(x_TBD, bias=bias_N3H.detach().flatten())
-        qkv = _GradientOfBiases.apply(qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts)
-        return self.attend(qkv, document_start_BT)
+        return _GradientOfBiases.apply(
+            qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts
+        )
 
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
