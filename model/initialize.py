@@ -29,13 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.normalized_weights import update_spectral_norms
+from model.normalized_weights import start_spectral_norms
 
 Cut = Callable[[str, Tensor], Tensor]
 """(global name, whole tensor) -> the part held here."""
 
 PAPER_WIDTH, PAPER_DEPTH = 768, 12
-POWER_ITERATIONS_AT_START = 30
 THREADS = 8
 """Threads that draw parameters: one draws 0.1 billion values a second."""
 TIED_HEAD_SOURCE = "embedding.word.weight"
@@ -170,13 +169,20 @@ def initialize(
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="initial weights") as threads:
         list(threads.map(fill, named_parameters(model)))
-    for name, module in model.named_modules():
-        if name.endswith(".attention") and config.temperature_init == "calibrated":
-            module.temperature_init = torch.tensor(initial_temperature(name, config), device=module.query_bias.device)
-    for name, buffer in model.named_buffers():
-        if name.endswith(".left"):  # u of a spectral norm: any start with a component along the first singular vector
-            buffer.fill_(1.0)
-    update_spectral_norms(model, POWER_ITERATIONS_AT_START)
+    calibrate(model, config)
+    start_spectral_norms(model)
+
+
+def calibrate(model: nn.Module, config: ModelConfig) -> None:
+    """Tell every attention the temperature that its parameters are relative to, if that is calibrated.
+
+    It is no parameter and in no checkpoint, so a model that is loaded needs it too.
+    """
+    if config.temperature_init == "calibrated":
+        for name, module in model.named_modules():
+            if name.endswith(".attention"):
+                init = torch.tensor(initial_temperature(name, config), device=module.query_bias.device)  # type: ignore
+                module.temperature_init = init
 
 
 def _columns(weight_name: str, config: ModelConfig) -> int:

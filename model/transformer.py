@@ -220,9 +220,7 @@ class Attention(nn.Module):
         """[T, B, D] -> queries, keys and values of each head, stacked, [T, B, N 3 H]."""
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
         qkv = self.query_key_value(x_TBD, bias=bias_N3H.detach().flatten())
-        return _GradientOfBiases.apply(
-            qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts
-        )
+        return _GradientOfBiases.apply(qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts)
 
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model.initialize import TIED_HEAD_SOURCE, named_parameters
-from model.normalized_weights import update_spectral_norms
+from model.normalized_weights import start_spectral_norms
 from model.transformer import global_shapes
 from parallel.deepspeed_internals import (
     adam,
@@ -35,7 +35,6 @@ from parallel.sharding.megatron import Groups
 from parallel.state.chunks import Chunk, chunks_of_range, whole_chunk
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-POWER_ITERATIONS_AFTER_RESHARDING = 30
 
 
 @dataclass
@@ -167,9 +166,7 @@ def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Ch
     buffers = state.buffer_chunks(saved.names)
     saved.read(targets + buffers)
     if not buffers:
-        for _, buffer in stage.transformer.named_buffers():
-            buffer.fill_(1.0)
-        update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)
+        start_spectral_norms(stage)
 
 
 def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: Groups) -> Piece | None:

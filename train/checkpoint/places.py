@@ -37,7 +37,7 @@ class Places:
         return on_rank_zero(lambda: self.owned and self.owned.in_the_way(after, is_due))
 
     def describe(self, dataset: dict[str, Any]) -> None:
-        """Write config.json; `dataset` is the dataset's identity (train.parts.dataset_identity)."""
+        """Write config.json; `dataset` is the dataset's identity (train.checkpoint.load.dataset_identity)."""
         on_rank_zero(lambda: self._describe(dataset))
 
     def check(self) -> None:

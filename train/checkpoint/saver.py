@@ -56,7 +56,7 @@ class CheckpointSaver:
     All ranks hold one and call the same methods at the same steps.
 
     Args:
-        dataset: its identity (train.parts.dataset_identity), which a resumed run must share.
+        dataset: its identity (train.checkpoint.load.dataset_identity), which a resumed run must share.
         run_id: the run's identity.
         owned: on rank 0, the run's checkpoints; None elsewhere.
         report: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.

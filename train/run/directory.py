@@ -68,7 +68,7 @@ class RunDirectory:
         """Write config.json.
 
         Args:
-            dataset: its identity (train.parts.dataset_identity).
+            dataset: its identity (train.checkpoint.load.dataset_identity).
         """
         run_id = None if self.identity is None else self.identity.run_id
         about = {"vocab_size": dataset["vocab_size"], "dataset": dataset, "run_id": run_id}
