@@ -228,7 +228,11 @@ class Attention(nn.Module):
         temperature = self.temperature()
         own = None if temperature is None else temperature[self.heads]
         out_TBNH, entropy_BNT = self.core(qkv_TBN3H, own, document_start_BT)
-        return self.output(out_TBNH.flatten(2)), entropy_BNT
+        return self.merge(out_TBNH), entropy_BNT
+
+    def merge(self, out_TBNH: Tensor) -> Tensor:
+        """Outputs of the heads [T, B, N, H] -> [T, B, D]."""
+        return self.output(out_TBNH.flatten(2))
 
 
 class FeedForward(nn.Module):

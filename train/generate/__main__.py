@@ -24,7 +24,7 @@ from train.config import ConfigError
 from train.run.reader import RunError
 
 if TYPE_CHECKING:
-    from model.sampling import Sampling
+    from model.generation.sampling import Sampling
     from model.transformer import Transformer
 
 USUAL_NEW_TOKENS = 128
@@ -63,7 +63,7 @@ class Continuation:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from model.sampling import Sampling
+    from model.generation.sampling import Sampling
     from train.checkpoint.root import CheckpointError
 
     sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
@@ -156,7 +156,7 @@ def extended(
     model: "Transformer", batch: list[Continuation], new_tokens: int, sampling: "Sampling", seed: int, end: int
 ) -> Iterator[None]:
     """Append a token to each continuation of a batch, and yield, until all have ended."""
-    from model.generation import generate
+    from model.generation.decoder import generate
 
     prompts = [each.tokens for each in batch]
     for tokens in generate(model, prompts, new_tokens, sampling, seed=seed, first=batch[0].number, end=end):

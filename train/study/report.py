@@ -105,7 +105,9 @@ def _pictures(document: Document, groups: list[Group]) -> None:
         "layer_entropies", pictures.layer_entropies_figure(layers, lengths), "Layer-wise mean entropy against step"
     )
     shares = {title_of(group): _last_heads(run) for group, run in shown}
-    document.picture("head_shares", pictures.shares_figure(shares), "Share of heads by quarters of the largest entropy")
+    document.picture(
+        "head_shares", pictures.shares_figure(shares, lengths), "Heads that are collapsed, healthy and overloaded"
+    )
     _thresholds(document, shown)
     nans = {title_of(group): nan_heads(run.head_rows[-1]["entropy_nats"]) for group, run in shown}
     if any(any(counts) for counts in nans.values()):

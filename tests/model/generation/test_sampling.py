@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.sampling import GREEDY, Sampling, next_token
+from model.generation.sampling import GREEDY, Sampling, next_token
 
 LOGITS = [[1.0, -0.5, 2.0, 0.3, 1.7, -2.0, 0.0], [0.0, 3.0, 2.9, 2.8, -1.0, -1.0, 0.5]]
 CASES = [

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from model.generation.sampling import Sampling, next_token
 from model.initialize import generator
 from model.rotary import rotate
-from model.sampling import Sampling, next_token
 from model.transformer import Attention, Transformer
 
 
@@ -89,7 +89,7 @@ class Decoder:
             if temperature is not None and temperature.dim() == 2:  # of the query's position in its sequence
                 temperature = temperature[:, self._length_B].t()
             out_BNH = attend_to_columns(q_1BNH[0], k_BNCH, v_BNCH, temperature, hidden_BC)
-            return attention.output(out_BNH.flatten(1)).unsqueeze(0)
+            return attention.merge(out_BNH.unsqueeze(0))
 
         x_1BD = self._layers(self._embedding(token_B.unsqueeze(0), position_1B), attend)
         self._length_B = self._length_B + 1

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from model.config import ARCHITECTURES, ModelConfig
-from model.generation import Decoder, generate
-from model.sampling import GREEDY, Sampling
+from model.generation.decoder import Decoder, generate
+from model.generation.sampling import GREEDY, Sampling
 from model.transformer import Transformer
 from tests.model.comparison import build
 from tests.model.reference import Sizes
