@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -16,6 +17,7 @@ from train.pictures.style import (
     LINE_STYLES,
     MUTED,
     PALETTE,
+    Array,
     depth_bar,
     lines_by_depth,
     new_figure,
@@ -76,18 +78,36 @@ def shares_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: int, ti
     over_time.set(xlim=(x[0], x[-1]), ylim=(0, 100), ylabel="share of heads (%)")
     step_axis(over_time, np.asarray(steps))
     over_time.set_title(title, fontsize=10, color=INK)
-    tidy(last)
-    last.grid(axis="y", visible=False)
-    positions = range(len(CLASSES))
-    bars = last.barh(positions, np.nan_to_num(percent_S4[-1]), color=CLASS_COLOURS, height=0.6)
-    last.bar_label(bars, [f"{share:.1f}%" for share in percent_S4[-1]], padding=3, fontsize=8, color=INK)
-    last.set_yticks(positions, CLASSES, fontsize=8)
-    last.set_ylabel(f"mean entropy of a head,\nof ln(T!)/T = {ceiling_nats(seq_length):.2f} nats")
-    last.set(xlim=(0, 118), xticks=[0, 25, 50, 75, 100], xlabel="share of heads (%)")
-    healthy = percent_S4[-1, 1:3].sum()
-    outcome = f"{healthy:.0f}% healthy" if np.isfinite(healthy) else "no head is finite"
-    last.set_title(f"last step: {outcome}", fontsize=10, color=INK)
+    healthy = _draw_classes(last, percent_S4[-1], seq_length)
+    last.set_title(f"last step: {healthy}", fontsize=10, color=INK)
     return figure
+
+
+def classes_figure(entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
+    """Draw the shares of one model's heads that are collapsed, healthy and overloaded.
+
+    Args:
+        entropy_nats: [L, N]; heads that are not finite are left out.
+    """
+    figure = new_figure(5.2, 3.4)
+    axes = figure.subplots()
+    healthy = _draw_classes(axes, 100 * np.array(class_shares(np.asarray(entropy_nats), seq_length)), seq_length)
+    axes.set_title(f"{title}: {healthy}", fontsize=10, color=INK)
+    return figure
+
+
+def _draw_classes(axes: Axes, percent_4: Array, seq_length: int) -> str:
+    """Draw a bar for each class of heads; return how many are healthy, in words."""
+    tidy(axes)
+    axes.grid(axis="y", visible=False)
+    positions = range(len(CLASSES))
+    bars = axes.barh(positions, np.nan_to_num(percent_4), color=CLASS_COLOURS, height=0.6)
+    axes.bar_label(bars, [f"{share:.1f}%" for share in percent_4], padding=3, fontsize=8, color=INK)
+    axes.set_yticks(positions, CLASSES, fontsize=8)
+    axes.set_ylabel(f"mean entropy of a head,\nof ln(T!)/T = {ceiling_nats(seq_length):.2f} nats")
+    axes.set(xlim=(0, 118), xticks=[0, 25, 50, 75, 100], xlabel="share of heads (%)")
+    healthy = percent_4[1:3].sum()
+    return f"{healthy:.0f}% healthy" if np.isfinite(healthy) else "no head is finite"
 
 
 def scales_figure(

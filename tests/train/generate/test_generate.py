@@ -147,3 +147,24 @@ def test_the_default_fills_what_the_context_leaves() -> None:
 def test_faults_are_one_line(run: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run", str(run), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_entropies_of_a_run_are_those_of_its_model(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.entropy.__main__ import main as entropy
+
+    file, text = tmp_path / "text.py", "def forward(self, x):\n    return self.linear(x)\n" * 12
+    file.write_text(text)
+    assert entropy(["--run", str(run), "--text", str(file), "--dtype", "float64", "--batch-size", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model, tokenizer = load(run, dtype=torch.float64)
+    tokens = tokenizer.encode(text)
+    rows_ST = torch.tensor(tokens[: len(tokens) // T * T]).view(-1, T)
+    with torch.no_grad():
+        _, entropies_SNT = model(rows_ST.t())
+    expected = torch.stack(entropies_SNT).mean((1, 3))
+    torch.testing.assert_close(torch.tensor(report["entropy_nats"], dtype=torch.float64), expected)
+    assert report["sequences"] == len(rows_ST) > 3 and report["model"].endswith("step 12")
+    assert entropy(["--run", str(run), "--text", str(file), "--seq-length", str(T + 1)]) == 2
+    assert f"reads at most {T} tokens" in capsys.readouterr().err
