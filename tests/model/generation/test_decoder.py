@@ -99,3 +99,28 @@ def test_what_does_not_fit_is_refused() -> None:
         next(generate(model, [[1], [], [SIZES.vocabulary]], 1, GREEDY, first=7))
     with pytest.raises(ValueError, match=r"top_p = 0 must lie in \(0, 1\]"):
         next(generate(model, [[1]], 1, dataclasses.replace(GREEDY, top_p=0)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("name", ["EReg(SM(t)+ScFuFFN)", "SM+LN+G", "rotary", "rotary with a temperature per head"])
+def test_tokens_on_a_gpu_have_the_logits_of_a_whole_pass(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Prompts go through the kernels, single tokens do not."""
+    model = build(ModelConfig(**CHOICES[name]), SIZES).to("cuda", dtype)  # type: ignore[arg-type]
+    decoder, sequences = Decoder(model, SIZES.context), [list(prompt) for prompt in PROMPTS]
+    logits_BV = decoder.read(PROMPTS)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            whole_BV = torch.stack([model(torch.tensor(s, device="cuda").unsqueeze(1))[0][-1, 0] for s in sequences])
+        assert (logits_BV - whole_BV).abs().max() < tolerance * whole_BV.abs().max()
+        token_B = whole_BV.argmax(-1)
+        for sequence, token in zip(sequences, token_B.tolist(), strict=True):
+            sequence.append(token)
+        logits_BV = decoder.step(token_B)
+
+
+@pytest.mark.gpu
+def test_a_seed_gives_the_same_tokens_on_a_gpu() -> None:
+    model, sampling = build(ModelConfig(), SIZES), Sampling(temperature=0.9, top_k=20, top_p=0.95)
+    on_cpu = list(generate(model, PROMPTS, STEPS, sampling, seed=5))
+    assert on_cpu == list(generate(model.cuda(), PROMPTS, STEPS, sampling, seed=5))
