@@ -1,7 +1,7 @@
 """Measure the attention entropy of every head of a trained model on a text:
 
-    python -m train.entropy models/gpt2 --text book.txt
-    python -m train.entropy --run runs/quickstart --text book.txt --output entropies
+    python -m train.entropy --text book.txt models/gpt2
+    python -m train.entropy --text book.txt --run runs/quickstart --output entropies
 
 The model is a folder of the transformers library (any decoder with causal softmax attention), or a run. The text is cut
 into sequences of T tokens; an incomplete one at its end is left out. Entropies are means over sequences and positions.

@@ -13,6 +13,7 @@ from data.shards.tokenizer import Tokenizer
 from data.stream.token_stream import TokenStream
 from model.transformer import Transformer
 from tests.conftest import TINY
+from tests.docs.pages import ROOT, blocks
 from tests.train.runs import rows, run_main
 from train import load
 from train.checkpoint.root import CheckpointError
@@ -55,6 +56,19 @@ def validation_loss(model: Transformer, dataset: Path, samples: int | None) -> f
         count += valid * T
     stream.close()
     return total / count
+
+
+def test_the_lines_of_the_guide_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(blocks(ROOT / "docs/guides/generate.md", "python"))
+    names: dict[str, object] = {}
+    exec(
+        lines.replace('"runs/quickstart"', repr(str(run))).replace(
+            "generate(model, [tokens], 20", "generate(model, [tokens], 9"
+        ),
+        names,
+    )
+    entropies = names["entropies_BNT"]
+    assert isinstance(entropies, list) and entropies[0].shape == (1, 4, len(names["tokens"]))  # type: ignore[arg-type]
 
 
 def test_importing_train_is_cheap() -> None:
