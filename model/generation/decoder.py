@@ -143,7 +143,7 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty or has tokens that the model does not know, the sequences would be longer than
-            the model's seq_length, or `sampling` has faults.
+            the model's seq_length, `sampling` has faults, or the logits after the prompts are not finite.
     """
     faults = sampling.faults()
     faults += [f"prompt {first + index} is empty" for index, prompt in enumerate(prompts) if not prompt]
@@ -164,6 +164,8 @@ def generate(
     ).to(next(model.parameters()).device)
     has_ended = [False] * len(prompts)
     logits_BV = decoder.read(prompts)
+    if not logits_BV.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are lost; take an earlier checkpoint")
     for number, uniform_B in enumerate(uniform_SB):
         token_B = next_token(logits_BV, sampling, uniform_B)
         tokens = token_B.tolist()

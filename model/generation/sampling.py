@@ -57,5 +57,5 @@ def next_token(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tens
     probability_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
     end_BV = probability_BV.cumsum(-1)
     drawn_B1 = torch.searchsorted(end_BV, uniform_B.unsqueeze(1) * end_BV[:, -1:], right=True)
-    last_B1 = (probability_BV > 0).sum(-1, keepdim=True) - 1  # for a product that was rounded up to the line's end
+    last_B1 = (probability_BV > 0).sum(-1, keepdim=True) - 1  # if the product was rounded up to the line's end
     return token_BV.gather(1, drawn_B1.minimum(last_B1)).squeeze(1)

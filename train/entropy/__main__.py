@@ -47,6 +47,8 @@ class Model(Protocol):
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    from torch import OutOfMemoryError
+
     from train.checkpoint.root import CheckpointError
 
     try:
@@ -55,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
             write(options.output, report)
     except (ConfigError, DataError, RunError, CheckpointError) as error:
         print_faults(error)
+        return 2
+    except OutOfMemoryError:
+        print_faults(DataError("the device's memory is too small; lower --batch-size, or take --dtype bfloat16"))
         return 2
     print(to_json(report) if options.json else as_text(report))
     return 0

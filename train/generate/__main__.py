@@ -63,6 +63,8 @@ class Continuation:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    from torch import OutOfMemoryError
+
     from model.generation.sampling import Sampling
     from train.checkpoint.root import CheckpointError
 
@@ -71,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         run(options, sampling)
     except (ConfigError, DataError, RunError, CheckpointError) as error:
         print_faults(error)
+        return 2
+    except OutOfMemoryError:
+        print_faults(DataError("the device's memory is too small; lower --batch-size, or take --dtype bfloat16"))
         return 2
     return 0
 
@@ -155,15 +160,22 @@ def run(options: argparse.Namespace, sampling: "Sampling") -> None:
 def extended(
     model: "Transformer", batch: list[Continuation], new_tokens: int, sampling: "Sampling", seed: int, end: int
 ) -> Iterator[None]:
-    """Append a token to each continuation of a batch, and yield, until all have ended."""
+    """Append a token to each continuation of a batch, and yield, until all have ended.
+
+    Raises:
+        DataError: the model's weights are lost.
+    """
     from model.generation.decoder import generate
 
     prompts = [each.tokens for each in batch]
-    for tokens in generate(model, prompts, new_tokens, sampling, seed=seed, first=batch[0].number, end=end):
-        for each, token in zip(batch, tokens, strict=True):
-            if token is not None:
-                each.new_tokens.append(token)
-        yield
+    try:
+        for tokens in generate(model, prompts, new_tokens, sampling, seed=seed, first=batch[0].number, end=end):
+            for each, token in zip(batch, tokens, strict=True):
+                if token is not None:
+                    each.new_tokens.append(token)
+            yield
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 class Stream:
@@ -191,23 +203,36 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     """Return the prompts that the command line names.
 
     Raises:
-        DataError: a file cannot be read, or holds none.
+        DataError: a file cannot be read or holds none, or a prompt is no text.
     """
-    if options.prompt is not None:
-        return options.prompt
-    if options.prompts is None:
-        return [sys.stdin.read()]
-    file: Path = options.prompts
-    lines = read_text(file).splitlines()
-    if file.suffix == ".jsonl":
-        rows = [parse_row(line.encode()) for line in lines]
-        wrong = [number for number, row in enumerate(rows, 1) if row is None or type(row.get("prompt")) is not str]
-        if wrong:
-            raise DataError(f'{file}: line {wrong[0]}: expected a JSON object with a text "prompt"')
-        lines = [row["prompt"] for row in rows if row is not None]
-    if not lines:
+    if options.prompts is not None:
+        prompts = prompts_of(options.prompts)
+    elif options.prompt is not None:
+        prompts = options.prompt
+    else:
+        try:
+            prompts = [sys.stdin.read()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input: byte {error.start} is not UTF-8; convert the text") from None
+    for number, prompt in enumerate(prompts, 1):
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # what Python makes of bytes that are no text
+            raise DataError(f"prompt {number}: is not UTF-8; convert the text")
+    return prompts
+
+
+def prompts_of(file: Path) -> list[str]:
+    """Return the prompts in a file, as --prompts defines them."""
+    lines = read_text(file).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if lines == [""]:
         raise DataError(f"{file}: holds no prompt; write one a line")
-    return lines
+    if file.suffix != ".jsonl":
+        return lines
+    rows = [parse_row(line.encode()) for line in lines]
+    texts = [row.get("prompt") if row is not None else None for row in rows]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise DataError(f'{file}: line {number}: expected a JSON object with a text "prompt"')
+    return [text for text in texts if isinstance(text, str)]
 
 
 def count_of_new_tokens(wanted: list[Continuation], asked: int | None, seq_length: int) -> int:

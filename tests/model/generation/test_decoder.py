@@ -99,6 +99,10 @@ def test_what_does_not_fit_is_refused() -> None:
         next(generate(model, [[1], [], [SIZES.vocabulary]], 1, GREEDY, first=7))
     with pytest.raises(ValueError, match=r"top_p = 0 must lie in \(0, 1\]"):
         next(generate(model, [[1]], 1, dataclasses.replace(GREEDY, top_p=0)))
+    with torch.no_grad():
+        model.head.weight[1] = torch.nan
+    with pytest.raises(ValueError, match="the model's logits are not finite: its weights are lost"):
+        next(generate(model, [[2]], 1, Sampling()))
 
 
 @pytest.mark.gpu

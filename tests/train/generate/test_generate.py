@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import DataError
 from data.shards.tokenizer import Tokenizer
 from data.stream.token_stream import TokenStream
 from model.transformer import Transformer
@@ -17,7 +18,7 @@ from tests.docs.pages import ROOT, blocks
 from tests.train.runs import rows, run_main
 from train import load
 from train.checkpoint.root import CheckpointError
-from train.generate.__main__ import Continuation, count_of_new_tokens, main
+from train.generate.__main__ import Continuation, count_of_new_tokens, main, prompts_of
 from train.run.reader import RunError
 
 T = TINY["model"]["seq_length"]
@@ -156,6 +157,7 @@ def test_the_default_fills_what_the_context_leaves() -> None:
         (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory)"),
         (["--prompt", "a", "--data", "nowhere"], "nowhere/manifest.json: cannot be read"),
         (["--prompt", "a", "--step", "5"], "holds no complete checkpoint of step 5"),
+        (["--prompt", "a", "--prompt", "\udcff"], "prompt 2: is not UTF-8"),
     ],
 )
 def test_faults_are_one_line(run: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,3 +184,17 @@ def test_entropies_of_a_run_are_those_of_its_model(
     assert report["sequences"] == len(rows_ST) > 3 and report["model"].endswith("step 12")
     assert entropy(["--run", str(run), "--text", str(file), "--seq-length", str(T + 1)]) == 2
     assert f"reads at most {T} tokens" in capsys.readouterr().err
+
+
+def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
+    text, rows, bad = (tmp_path / name for name in ("a.txt", "a.jsonl", "bad.jsonl"))
+    text.write_bytes("one\r\n\n two\u2028\x0cthree \n".encode())
+    assert prompts_of(text) == ["one", "", " two\u2028\x0cthree "]
+    rows.write_text('{"prompt": "a\\nb", "other": 1}\n{"prompt": ""}\n')
+    assert prompts_of(rows) == ["a\nb", ""]
+    bad.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(DataError, match=r'bad.jsonl: line 2: expected a JSON object with a text "prompt"'):
+        prompts_of(bad)
+    text.write_text("")
+    with pytest.raises(DataError, match="holds no prompt"):
+        prompts_of(text)
