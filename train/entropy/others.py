@@ -177,19 +177,19 @@ def attention(
     return output_BNTH.transpose(1, 2).contiguous(), None
 
 
-def whole_causal_mask(q_length: int, local_size: int | None = None, **others: Any) -> None:
+def whole_causal_mask(kv_length: int, local_size: int | None = None, **others: Any) -> None:
     """Return no mask, as transformers' mask interface defines it; the attention is causal by itself.
 
     Args:
-        q_length: T.
+        kv_length: T.
         local_size: window or chunk of the layers that ask for the mask.
         others: what is given to any mask.
 
     Raises:
         DataError: the layers see only a part of the sequence. Their heads' ceiling is not ln(T!)/T.
     """
-    if local_size is not None and local_size < q_length:
+    if local_size is not None and local_size < kv_length:
         raise DataError(
-            f"some layers see {local_size} tokens at most (a sliding window or chunk), so the heads of {q_length} have "
+            f"some layers see {local_size} tokens at most (a sliding window or chunk), so the heads of {kv_length} have "
             f"no common ceiling; choose --seq-length {local_size} or less"
         )

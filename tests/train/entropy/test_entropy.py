@@ -159,7 +159,7 @@ def test_what_the_operator_lacks_is_refused(tmp_path: Path, text: Path, capsys: 
             attention(module, q, q, q, None, **others)
     with pytest.raises(DataError, match="masks more than later positions"):
         attention(module, q, q, q, torch.zeros(1, 1, 3, 3))
-    assert whole_causal_mask(q_length=T, local_size=T) is None
+    assert whole_causal_mask(kv_length=T, local_size=T) is None
 
 
 def test_without_transformers_the_remedy_is_named(
