@@ -190,6 +190,6 @@ def whole_causal_mask(kv_length: int, local_size: int | None = None, **others: A
     """
     if local_size is not None and local_size < kv_length:
         raise DataError(
-            f"some layers see {local_size} tokens at most (a sliding window or chunk), so the heads of {kv_length} have "
+            f"some layers see {local_size} tokens at most (a sliding window or chunk), so heads of {kv_length} have "
             f"no common ceiling; choose --seq-length {local_size} or less"
         )
