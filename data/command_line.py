@@ -15,6 +15,7 @@ from typing import NoReturn, TypeVar
 
 from data.errors import DataError, message_lines, safe_text
 from data.files.address import local_path
+from data.files.own import open_to_read, read_within
 
 N = TypeVar("N", int, float)
 _LARGEST_WHOLE_NUMBER = 10**15
@@ -45,6 +46,23 @@ def output_file(text: str) -> Path:
     if not can_write(path):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a file in a folder that exists and can be written")
     return path
+
+
+def read_text(file: Path, most_bytes: int = 1 << 28) -> str:
+    """Return the text that a user's file holds.
+
+    Raises:
+        DataError: it cannot be read, is larger than `most_bytes`, or is no UTF-8; names the file.
+    """
+    try:
+        with open_to_read(file) as opened:
+            return read_within(opened, most_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8; convert the file") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; give a smaller file") from None
 
 
 def add_allow_commands(parser: argparse.ArgumentParser) -> None:

@@ -22,29 +22,28 @@ The largest stable learning rate still falls about as 1 / (D sqrt(L)); see docs/
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.normalized_weights import update_spectral_norms
+from model.normalized_weights import start_spectral_norms
 from model.taper import share_gate, taper_norms
-from model.transformer import Attention, Transformer
 
 Cut = Callable[[str, Tensor], Tensor]
 """(global name, whole tensor) -> the part held here."""
 
 PAPER_WIDTH, PAPER_DEPTH = 768, 12
-POWER_ITERATIONS_AT_START = 30
 THREADS = 8
 """Threads that draw parameters: one draws 0.1 billion values a second."""
 TIED_HEAD_SOURCE = "embedding.word.weight"
 """The parameter that a tied head copies if its stage does not hold the embedding."""
 
 
-def _whole(name: str, tensor: Tensor) -> Tensor:
+def whole(name: str, tensor: Tensor) -> Tensor:
+    """Keep all of a tensor: the cut of a model that is not sharded."""
     return tensor
 
 
@@ -52,12 +51,6 @@ def generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator for one parameter, independent between names and seeds."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def global_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
-    """Return the shape of every parameter of the whole, unpadded model by global name. Allocates nothing."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in named_parameters(Transformer(config, vocab_size))}
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -159,12 +152,16 @@ def initial_temperature(name: str, config: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int, cut: Cut = _whole) -> None:
+def initialize(
+    model: nn.Module, config: ModelConfig, shapes: Mapping[str, torch.Size], seed: int, cut: Cut = whole
+) -> None:
     """Fill every parameter and buffer of `model`, which may be a shard of the whole.
 
-    Padding rows of the vocabulary, beyond `vocab_size`, are zero. The loss masks them, so they stay zero.
+    Padding rows of the vocabulary are zero. The loss masks them, so they stay zero.
+
+    Args:
+        shapes: of every parameter of the whole, unpadded model by global name.
     """
-    shapes = global_shapes(config, vocab_size)
 
     @torch.no_grad()  # which holds for one thread
     def fill(named: tuple[str, nn.Parameter]) -> None:
@@ -176,16 +173,24 @@ def initialize(model: nn.Module, config: ModelConfig, vocab_size: int, seed: int
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="initial weights") as threads:
         list(threads.map(fill, named_parameters(model)))
-    for name, module in model.named_modules():
-        if isinstance(module, Attention) and config.temperature_init == "calibrated":
-            module.temperature_init = torch.tensor(initial_temperature(name, config), device=module.query_bias.device)
-    for name, buffer in model.named_buffers():
-        if name.endswith(".left"):  # u of a spectral norm: any start with a component along the first singular vector
-            buffer.fill_(1.0)
-        elif name.endswith(".scale"):  # of a tapered norm, not calibrated yet
-            buffer.zero_()
-    share_gate(taper_norms(model), next(model.parameters()).device)
-    update_spectral_norms(model, POWER_ITERATIONS_AT_START)
+    calibrate(model, config)
+    start_spectral_norms(model)
+    norms = taper_norms(model)
+    for norm in norms:
+        norm.scale.zero_()
+    share_gate(norms, next(model.parameters()).device)
+
+
+def calibrate(model: nn.Module, config: ModelConfig) -> None:
+    """Tell every attention the temperature that its parameters are relative to, if that is calibrated.
+
+    It is no parameter and in no checkpoint, so a model that is loaded needs it too.
+    """
+    if config.temperature_init == "calibrated":
+        for name, module in model.named_modules():
+            if name.endswith(".attention"):
+                init = torch.tensor(initial_temperature(name, config), device=module.query_bias.device)  # type: ignore
+                module.temperature_init = init
 
 
 def _columns(weight_name: str, config: ModelConfig) -> int:

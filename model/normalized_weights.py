@@ -119,6 +119,19 @@ class SpectralNormalization(nn.Module):
         return self.sum_over_row_shards(self.sum_over_column_shards(partial))
 
 
+ITERATIONS_AT_START = 30
+"""Rounds of power iteration from an arbitrary start."""
+
+
+@torch.no_grad()
+def start_spectral_norms(module: nn.Module) -> None:
+    """Find u and v of every spectrally normalized weight below `module` anew, without earlier ones."""
+    for child in module.modules():
+        if isinstance(child, SpectralNormalization):
+            child.left.fill_(1.0)  # any start with a component along the first singular vector
+    update_spectral_norms(module, ITERATIONS_AT_START)
+
+
 def update_spectral_norms(module: nn.Module, iterations: int = 1) -> None:
     """Advances the power iteration of every spectrally normalized weight below `module`; call once an optimizer
     step.

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from model.config import ModelConfig
 from model.cross_entropy import linear_cross_entropy
 from model.entropy_attention import joint_entropy_attention
+from model.initialize import Cut, initialize, named_parameters, whole
 from model.normalized_weights import SpectralNormalization, WeightNormalization
 from model.rotary import rotate
 from model.taper import TaperNorm
@@ -83,9 +84,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Module):
-    """Word embedding, plus position embedding if positions are learned: tokens [T, B] -> [T, B, D].
+    """Word embedding, plus position embedding if positions are learned.
 
-    The tokens are at positions from `first_position` on, by default the whole sequence.
+    Attributes:
+        first_position: of the tokens, if `forward` is not told their positions; 0 by default.
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
@@ -94,11 +96,14 @@ class Embedding(nn.Module):
         self.word = _table(padded_vocab_size, config.hidden_size)
         self.position = _table(config.seq_length, config.hidden_size) if config.positions == "learned" else None
 
-    def forward(self, tokens_TB: Tensor) -> Tensor:
+    def forward(self, tokens_TB: Tensor, position_TB: Tensor | None = None) -> Tensor:
+        """Tokens [T, B], at consecutive positions unless `position_TB` gives each its own, -> [T, B, D]."""
         x_TBD = self.word(tokens_TB)
-        if self.position is not None:
+        if self.position is not None and position_TB is None:
             positions = slice(self.first_position, self.first_position + tokens_TB.shape[0])
             x_TBD = x_TBD + self.position.weight[positions].unsqueeze(1)
+        elif self.position is not None:
+            x_TBD = x_TBD + self.position(position_TB)
         return x_TBD
 
 
@@ -219,10 +224,13 @@ class Attention(nn.Module):
 
     def forward(self, x_TBD: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, B, D] -> output [T, B, D] and entropy in nats [B, N, T]."""
+        return self.attend(self.project(x_TBD), document_start_BT)
+
+    def project(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> queries, keys and values of each head, stacked, [T, B, N 3 H]."""
         bias_N3H = torch.stack([self.query_bias, self.key_bias, torch.zeros_like(self.key_bias)], dim=1)
         qkv = self.query_key_value(x_TBD, bias=bias_N3H.detach().flatten())
-        qkv = _GradientOfBiases.apply(qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts)
-        return self.attend(qkv, document_start_BT)
+        return _GradientOfBiases.apply(qkv, self.query_bias[self.heads], self.key_bias[self.heads], self.key_bias_acts)
 
     def attend(self, qkv: Tensor, document_start_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values of each head, stacked, [T, B, N 3 H] -> output [T, B, D] and entropy."""
@@ -230,8 +238,12 @@ class Attention(nn.Module):
         temperature = self.temperature()
         own = None if temperature is None else temperature[self.heads]
         out_TBNH, entropy_BNT = self.core(qkv_TBN3H, own, document_start_BT)
+        return self.merge(out_TBNH), entropy_BNT
+
+    def merge(self, out_TBNH: Tensor) -> Tensor:
+        """Outputs of the heads [T, B, N, H] -> [T, B, D]."""
         out_TBD = self.output(out_TBNH.flatten(2))
-        return out_TBD if self.output_bias is None else out_TBD + self.output_bias, entropy_BNT
+        return out_TBD if self.output_bias is None else out_TBD + self.output_bias
 
 
 class FeedForward(nn.Module):
@@ -316,15 +328,21 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, or the part of it that one pipeline stage holds.
+    """The whole model, or the part of it that one pipeline stage holds, with its initial weights.
+
+    On the meta device it has shapes only, and whoever gives it memory calls `initialize` or loads weights.
 
     Args:
-        config: resolved sizes and ingredients.
+        config: sizes and ingredients; what is null is resolved.
         vocab_size: tokens of the dataset's tokenizer.
         padded_vocab_size: rows of the embedding, at least vocab_size (matrix products want multiples of 128).
         layers: which blocks are held; all by default.
         first, last: whether the embedding and the head are held. If both are and the head is tied, they share one
             parameter.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: the configuration has faults; one line each.
     """
 
     def __init__(
@@ -336,15 +354,30 @@ class Transformer(nn.Module):
         layers: Iterable[int] | None = None,
         first: bool = True,
         last: bool = True,
+        seed: int = 1,
     ) -> None:
         super().__init__()
+        if faults := config.faults():
+            raise ValueError("\n".join(faults))
+        config = config.resolved()
         padded_vocab_size = padded_vocab_size or vocab_size
-        self.config = config
+        self.config, self.vocab_size = config, vocab_size
         self.embedding = Embedding(config, padded_vocab_size) if first else None
         held = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(layer): Block(config) for layer in held})
         self.head = Head(config, vocab_size, padded_vocab_size) if last else None
         self.tie_head()
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            self.initialize(seed)
+
+    def initialize(self, seed: int, cut: Cut = whole) -> None:
+        """Give every parameter its initial value, which depends on the seed and its name alone.
+
+        Args:
+            seed: of the run.
+            cut: returns the part of a whole tensor that is held here.
+        """
+        initialize(self, self.config, global_shapes(self.config, self.vocab_size), seed, cut)
 
     def tie_head(self) -> None:
         """Make embedding and head one parameter, if both are held and the head is tied."""
@@ -385,6 +418,12 @@ class Transformer(nn.Module):
         assert self.head is not None, "only a model that holds its head has an output"
         x_TBD, entropies_BNT = self.hidden_states(tokens_TB, document_start_BT)
         return self.head(x_TBD, labels_TB), entropies_BNT
+
+
+def global_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """Return the shape of every parameter of the whole, unpadded model by global name. Allocates nothing."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in named_parameters(Transformer(config, vocab_size))}
 
 
 def normalize_weights(block: Block, config: ModelConfig) -> None:

@@ -10,9 +10,13 @@ from torch.distributed import ProcessGroup
 def on_rank_zero(function: Callable[[], Any], group: ProcessGroup | None = None) -> Any:
     """Run a function on rank 0, and return its result or raise its error on every rank; all ranks call.
 
+    A process that has joined no group is alone, and just runs it.
+
     Args:
         group: of all ranks, over which the outcome is sent; None takes the default group.
     """
+    if not dist.is_initialized():
+        return function()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

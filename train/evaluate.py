@@ -26,16 +26,13 @@ from data.command_line import (
     whole_number,
 )
 from data.errors import DataError
-from data.files.address import is_command
 from data.files.own import write_atomically
 from data.files.strict_json import to_json
 from parallel.launch import LaunchError, choose_accelerator
 from parallel.processes.place import forget_launcher
-from train.config import Config, ConfigError, config_from_dict
-from train.run.directory import recorded_run_id
-from train.run.names import CONFIG, EVALUATION, TASKS
-from train.run.reader import RunError, RunReader
-from train.run.same_run import Use
+from train.config import Config, ConfigError
+from train.run.names import EVALUATION, TASKS
+from train.run.reader import RunError
 from train.start.compiled_code import keep_compiled_code_private
 
 DESCRIPTION = "Evaluate a run's newest checkpoint on the validation split, in one process, whatever layout trained it."
@@ -127,30 +124,17 @@ def evaluate(run: Path, data: str | None, samples: int | None, allow_commands: b
     from parallel.engine.engine import evaluate_stage
     from parallel.launch import initialize_distributed
     from parallel.state.training_state import load_weights
-    from train.checkpoint import load as checkpoint
-    from train.checkpoint.folder import Folder
+    from train.checkpoint.load import checkpoint_group
+    from train.checkpoint.whole import find_checkpoint, run_config
     from train.loop.validation import validate
-    from train.parts import build_stage, dataset_identity
+    from train.parts import build_stage
 
-    tree = RunReader(run).config()
-    if tree is None:
-        raise RunError(f"{run}: holds no run (no {CONFIG})")
+    config = single_process(run_config(run, data, allow_commands))
     if not can_write(run / EVALUATION):
         raise RunError(f"{run / EVALUATION}: cannot be written; remove what is in its place, or copy the run")
-    tree.pop("health", None)  # not used here; earlier versions took values that are refused now
-    tree["run_dir"] = str(run)  # it may have been moved
-    if data is not None:
-        tree["data"] = {**tree.get("data", {}), "path": data}
-    config = single_process(config_from_dict(tree, allow_commands or is_command(data or "")))
     initialize_distributed()
-    root, group = Folder(config.checkpoint_folder), checkpoint.checkpoint_group(config.health.save_limit_s)
-    saved, faults = checkpoint.newest_sound(root, group, recorded_run_id(run))
-    for fault in faults:
-        print_warning(f"{fault}; the one before is evaluated")
-    if saved is None:
-        raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
     manifest = open_dataset(config.data.path, config.data.read_options())
-    checkpoint.check_fits(saved, config, dataset_identity(manifest), Use.WEIGHTS)
+    saved = find_checkpoint(config, manifest, group=checkpoint_group(config.health.save_limit_s))
     stage, groups = build_stage(config, manifest.vocab_size)
     load_weights(stage, groups, saved, manifest.vocab_size)
     result = validate(stage, groups, config, saved.step, samples, partial(evaluate_stage, stage))

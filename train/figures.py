@@ -73,7 +73,7 @@ def run_figures(run: Run) -> Iterator[tuple[str, "Figure"]]:
         return
     steps, entropy_SLN = run.head_history()
     yield "layer_entropy", plots.layer_entropy_figure(steps, entropy_SLN, run.seq_length, run.title)
-    yield "head_shares", plots.bins_figure(steps, entropy_SLN, run.title)
+    yield "head_shares", plots.shares_figure(steps, entropy_SLN, run.seq_length, run.title)
     last = run.head_rows[-1]
     if last.get("threshold") is not None:
         title = f"{run.title}, step {last['step']:,}"

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from data.shards.manifest import Manifest
 from data.stream.dataset import open_dataset_once
 from data.stream.token_stream import TokenStream
 from parallel.distillation import Distillation
@@ -162,12 +161,3 @@ def micro_batches(stream: TokenStream, grid: RankGrid, device: torch.device) -> 
         starts = stream.document_starts
         document_start_BT = None if starts is None else to_device(torch.from_numpy(starts), device)
         yield micro_batch(rows_BT, grid.positions(rows_BT.shape[1] - 1), document_start_BT, stream.valid_rows)
-
-
-def dataset_identity(manifest: Manifest) -> dict[str, str | int]:
-    """Return what a checkpoint records of its dataset."""
-    return {
-        "vocab_size": manifest.vocab_size,
-        "tokenizer_sha256": manifest.tokenizer_sha256,
-        "fingerprint": manifest.fingerprint,
-    }

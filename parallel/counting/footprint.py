@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.cross_entropy import CHUNK_BYTES
-from model.initialize import TIED_HEAD_SOURCE, global_shapes
+from model.initialize import TIED_HEAD_SOURCE
+from model.transformer import global_shapes
 from parallel.config import ParallelConfig, padded_vocab_size
 from parallel.grid import RankGrid
 from parallel.sharding.plan import ShardingPlan, sharding_plan

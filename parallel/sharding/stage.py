@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
-from model.initialize import initialize
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, padded_vocab_size
 from parallel.distillation import Distillation
@@ -191,7 +190,7 @@ def build_transformer(
     transformer.to(dtype).to_empty(device=device)
     transformer.tie_head()
     mark_split(transformer, plan, padded)
-    initialize(transformer, model, vocab_size, seed, cut(transformer, groups))
+    transformer.initialize(seed, cut(transformer, groups))
     return transformer
 
 

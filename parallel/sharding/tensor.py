@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from model.cross_entropy import VocabularyShard, linear_cross_entropy
-from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
+from model.initialize import TIED_HEAD_SOURCE, named_parameters
 from model.normalized_weights import SpectralNormalization, WeightNormalization
-from model.transformer import Block, Embedding, Head, Linear, Transformer
+from model.transformer import Block, Embedding, Head, Linear, Transformer, global_shapes
 from parallel.deepspeed_internals import count_every_shard, whole_shape
 from parallel.sharding import megatron
 from parallel.sharding.collectives import gather_positions, name_of, sum_both_ways, take_positions

@@ -148,3 +148,8 @@ def _write_item(chunk: Chunk) -> WriteItem:
     properties = TensorProperties(dtype=chunk.tensor.dtype)
     data = TensorWriteData(chunk=chunk.metadata, properties=properties, size=torch.Size(chunk.whole))
     return WriteItem(index=chunk.index, type=WriteItemType.SHARD, tensor_data=data)
+
+
+def is_of_shard(buffer: str) -> bool:
+    """Return whether a buffer belongs to a shard of a weight, so that each tensor-parallel size has its own."""
+    return ".parametrizations." in buffer

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.initialize import TIED_HEAD_SOURCE, global_shapes, named_parameters
-from model.normalized_weights import update_spectral_norms
+from model.initialize import TIED_HEAD_SOURCE, named_parameters
+from model.normalized_weights import start_spectral_norms
+from model.transformer import global_shapes
 from parallel.deepspeed_internals import (
     adam,
     flat_masters,
@@ -32,10 +33,9 @@ from parallel.deepspeed_internals import (
     whole_shape,
 )
 from parallel.sharding.megatron import Groups
-from parallel.state.chunks import Chunk, chunks_of_range, whole_chunk
+from parallel.state.chunks import Chunk, chunks_of_range, is_of_shard, whole_chunk
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-POWER_ITERATIONS_AFTER_RESHARDING = 30
 
 
 @dataclass
@@ -123,7 +123,7 @@ class StateMap:
     def buffers(self, of_shards: bool) -> Iterator[tuple[str, Tensor]]:
         """Yield power-iteration vectors, which belong to a shard of a weight, or all other buffers."""
         for name, buffer in self.stage.transformer.named_buffers():
-            if (".parametrizations." in name) == of_shards:
+            if is_of_shard(name) == of_shards:
                 yield name, buffer
 
     def _saved_elsewhere(self, name: str, parameter: nn.Parameter) -> bool:
@@ -179,9 +179,7 @@ def _load(stage: nn.Module, state: StateMap, saved: SavedState, targets: list[Ch
     buffers = state.buffer_chunks(saved.names)
     saved.read(targets + buffers + state.whole_buffers())
     if not buffers:
-        for _, buffer in state.buffers(of_shards=True):
-            buffer.fill_(1.0)
-        update_spectral_norms(stage, POWER_ITERATIONS_AFTER_RESHARDING)
+        start_spectral_norms(stage)
 
 
 def piece_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, groups: Groups) -> Piece | None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.initialize import initialize
 from model.transformer import Transformer
 
 VOCAB_SIZE = 23
@@ -14,8 +13,7 @@ LENGTHS = (5, 1, 7, 3)
 def model(**changes: object) -> Transformer:
     sizes: dict = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "init_std": 0.3}
     config = ModelConfig(seq_length=sum(LENGTHS), **{**sizes, **changes}).resolved()
-    transformer = Transformer(config, VOCAB_SIZE).double()
-    initialize(transformer, config, VOCAB_SIZE, 3)
+    transformer = Transformer(config, VOCAB_SIZE, seed=3).double()
     return transformer
 
 

@@ -57,13 +57,11 @@ TRAINING_STEP = """
 import sys
 import torch
 from model.config import ModelConfig
-from model.initialize import initialize
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
 
 config = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8).resolved()
-model = Transformer(config, 11)
-initialize(model, config, 11, seed=1)
+model = Transformer(config, 11, seed=1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 tokens = torch.arange(9).unsqueeze(1)
 losses = []

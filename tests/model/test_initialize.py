@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.initialize import generator, global_shapes, initial_temperature, initial_value, initialize, named_parameters
-from model.transformer import Transformer
+from model.initialize import generator, initial_temperature, initial_value, named_parameters
+from model.transformer import Transformer, global_shapes
 from tests.model.comparison import random_batch
 from tests.model.reference import RECIPES, Sizes, expected_shapes
 
@@ -19,9 +19,30 @@ VOCAB = 29
 
 
 def values(config: ModelConfig = CONFIG, seed: int = 1, **parts: object) -> dict[str, torch.Tensor]:
-    model = Transformer(config, VOCAB, **parts)
-    initialize(model, config, VOCAB, seed)
+    model = Transformer(config, VOCAB, **parts, seed=seed)
     return {name: parameter.detach() for name, parameter in named_parameters(model)}
+
+
+def test_a_model_is_ready_when_it_is_built() -> None:
+    """What a user types first: without `resolved` or `initialize`."""
+    unresolved = ModelConfig(num_layers=3, hidden_size=16, num_attention_heads=4, seq_length=12)
+    model = Transformer(unresolved, VOCAB)
+    assert model.config == CONFIG
+    for name, value in values().items():
+        assert torch.equal(dict(named_parameters(model))[name], value), name
+
+
+def test_a_model_without_memory_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.transformer.initialize", lambda *_: pytest.fail("values for no memory"))
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in Transformer(CONFIG, VOCAB).parameters())
+
+
+def test_a_faulty_configuration_builds_no_model() -> None:
+    with pytest.raises(ValueError, match=r"model.hidden_size = 15 is not a multiple of model.num_attention_heads = 4"):
+        Transformer(dataclasses.replace(CONFIG, hidden_size=15), VOCAB)
+    with pytest.raises(ValueError, match="EReg"):
+        Transformer(ModelConfig(architecture="EReg"), VOCAB)
 
 
 def is_drawn(name: str) -> bool:
@@ -128,8 +149,6 @@ def test_gains_start_as_the_row_norms(placement: str) -> None:
     config = dataclasses.replace(CONFIG, fused_ffn=False, weight_norm=placement, ffn_hidden_size=40)
     plain = Transformer(dataclasses.replace(config, weight_norm="none"), VOCAB)
     normalized = Transformer(config, VOCAB)
-    for model, own in ((plain, plain.config), (normalized, config)):
-        initialize(model, own, VOCAB, seed=1)
     tensors = dict(named_parameters(normalized))
     gains = [name for name in tensors if name.endswith("gain")]
     assert gains
@@ -149,8 +168,7 @@ def test_padding_is_zero_and_the_rest_unpadded() -> None:
 
 def test_padding_never_wins_probability() -> None:
     """Zero logits would beat negative ones: the last layer's output is turned against every real token."""
-    model = Transformer(CONFIG, VOCAB, padded_vocab_size=128)
-    initialize(model, CONFIG, VOCAB, seed=1)
+    model = Transformer(CONFIG, VOCAB, padded_vocab_size=128, seed=1)
     with torch.no_grad():
         model.embedding.word.weight[:VOCAB] = -1.0
         model.head.norm.weight.zero_()
@@ -165,14 +183,16 @@ def test_padding_never_wins_probability() -> None:
 def test_a_shard_is_a_cut_of_the_whole() -> None:
     """Halving the vocabulary through `cut` gives the two halves, and names reach `cut` as the whole model's."""
     whole, seen = values(), []
-    config = CONFIG
-    model = Transformer(config, VOCAB, padded_vocab_size=20)
+    with torch.device("meta"):
+        model = Transformer(CONFIG, VOCAB, padded_vocab_size=20)
+    model.to_empty(device="cpu")
+    model.tie_head()
 
     def second_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
         seen.append(name)
         return tensor[20:] if name == "embedding.word.weight" else tensor
 
-    initialize(model, config, VOCAB, 1, second_half)
+    model.initialize(1, second_half)
     held = model.embedding.word.weight
     assert torch.equal(held[:9], whole["embedding.word.weight"][20:])
     assert torch.count_nonzero(held[9:]) == 0
@@ -189,8 +209,7 @@ def test_global_shapes_are_those_of_the_method(architecture: str) -> None:
 
 def test_initial_loss_is_that_of_a_guess() -> None:
     config = dataclasses.replace(CONFIG, hidden_size=64, num_attention_heads=4)
-    model = Transformer(config, VOCAB)
-    initialize(model, config, VOCAB, seed=1)
+    model = Transformer(config, VOCAB, seed=1)
     tokens_BT, labels_BT = random_batch(SIZES, 12)
     logits_TBV, _ = model(tokens_BT.T)
     loss = F.cross_entropy(logits_TBV.flatten(0, 1), labels_BT.T.flatten())
@@ -199,8 +218,7 @@ def test_initial_loss_is_that_of_a_guess() -> None:
 
 def growth(config: ModelConfig) -> float:
     """Mean square of the residual after the blocks over that before them, on random tokens."""
-    model = Transformer(config, VOCAB)
-    initialize(model, config, VOCAB, seed=1)
+    model = Transformer(config, VOCAB, seed=1)
     tokens = torch.randint(VOCAB, (config.seq_length, 4), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         x = model.embedding(tokens)
@@ -241,8 +259,7 @@ def test_a_wide_tied_head_does_not_start_by_repeating_its_input() -> None:
     losses = {}
     for initialization in ("scaled", "paper"):
         config = sized(num_layers=1, hidden_size=6144, initialization=initialization)
-        model = Transformer(config, VOCAB)
-        initialize(model, config, VOCAB, seed=1)
+        model = Transformer(config, VOCAB, seed=1)
         tokens, labels = torch.randint(VOCAB, (2, config.seq_length, 4), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             losses[initialization] = (model(tokens, labels)[0] / labels.numel()).item() - math.log(VOCAB)
@@ -251,8 +268,7 @@ def test_a_wide_tied_head_does_not_start_by_repeating_its_input() -> None:
 
 def test_bf16_resolves_small_changes_of_a_temperature() -> None:
     """A parameter of ln t itself would move in steps of 1.6% at t = 0.01."""
-    model = Transformer(CONFIG, VOCAB)
-    initialize(model, CONFIG, VOCAB, seed=1)
+    model = Transformer(CONFIG, VOCAB, seed=1)
     attention = model.layers["0"].attention
     for change in (0.001, -0.004, 0.05):
         attention.temperature_parameter.data.fill_(change)
@@ -276,8 +292,7 @@ def test_calibrated_temperatures_are_the_mean_square_of_what_layers_read(case: s
     sizes = {"num_layers": 12, "hidden_size": 256, "seq_length": 128, "temperature": "per_head", **CALIBRATED[case]}
     config, vocab = sized(temperature_init="calibrated", **sizes), 1000  # in which few tokens of a sequence are alike
     assert not config.faults()
-    model = Transformer(config, vocab)
-    initialize(model, config, vocab, seed=1)
+    model = Transformer(config, vocab, seed=1)
     reads: list[float] = []
     for block in model.layers.values():
         block.attention.register_forward_pre_hook(lambda _, inputs: reads.append(inputs[0].square().mean().item()))
@@ -301,8 +316,7 @@ def test_layers_with_calibrated_temperatures_share_compiled_code() -> None:
     from torch._dynamo.testing import CompileCounter
 
     config = sized(temperature_init="calibrated", num_layers=4, hidden_size=64)
-    model = Transformer(config, VOCAB)
-    initialize(model, config, VOCAB, seed=1)
+    model = Transformer(config, VOCAB, seed=1)
     counter, x_TBD = CompileCounter(), torch.randn(config.seq_length, 2, config.hidden_size)
     torch._dynamo.reset()
     for block in model.layers.values():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import ARCHITECTURES, ModelConfig
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.transformer import Transformer
 
@@ -15,8 +15,7 @@ SIZES = {"num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 4}
 def without_gradient(margin: float, seq_length: int = 16, **choices: object) -> tuple[set[str], set[str]]:
     """Parameters whose gradient is exactly zero in a model at its initial weights, and those that may be so."""
     config = ModelConfig(**{**SIZES, "seq_length": seq_length, **choices}).resolved()  # type: ignore[arg-type]
-    model = Transformer(config, VOCAB_SIZE)
-    initialize(model, config, VOCAB_SIZE, seed=1)
+    model = Transformer(config, VOCAB_SIZE, seed=1)
     tokens_BT = torch.randint(VOCAB_SIZE, (4, seq_length + 1), generator=torch.Generator().manual_seed(0))
     loss, entropies_BNT = model(tokens_BT[:, :-1].t(), tokens_BT[:, 1:].t())
     if config.regularized:

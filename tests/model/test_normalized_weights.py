@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.initialize import initialize
 from model.normalized_weights import update_spectral_norms
 from model.transformer import Transformer
 from tests.model.comparison import SEQUENCES, build, random_batch
@@ -64,16 +63,14 @@ def test_row_norms_are_the_gains_exactly_where_placed(placement: str) -> None:
 
 def test_initialization_converges_well_enough_to_start() -> None:
     """At the start sigma is within a few percent, from below: power iteration never overestimates."""
-    model = Transformer(CONFIG, 50)
-    initialize(model, CONFIG, 50, seed=1)
+    model = Transformer(CONFIG, 50, seed=1)
     for name in ("up", "down"):
         largest = float(torch.linalg.svdvals(effective_matrices(model, 0)[name])[0])
         assert 1 - 1e-6 <= largest < 1.05
 
 
 def test_training_steps_carry_the_iteration_on() -> None:
-    model = Transformer(CONFIG, 50)
-    initialize(model, CONFIG, 50, seed=1)
+    model = Transformer(CONFIG, 50, seed=1)
     update_spectral_norms(model, 2000)
     linear = model.layers["0"].ffn.up
     sigma = linear.parametrizations.weight[0].sigma(linear.parametrizations.weight.original)
@@ -83,8 +80,7 @@ def test_training_steps_carry_the_iteration_on() -> None:
 
 def test_only_update_spectral_norms_moves_the_vectors() -> None:
     """Forward and backward passes, in training or evaluation, must see one sigma: recomputation depends on it."""
-    model = Transformer(CONFIG, 29)
-    initialize(model, CONFIG, 29, seed=1)
+    model = Transformer(CONFIG, 29, seed=1)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert before
     tokens_BT, labels_BT = random_batch(dataclasses.replace(Sizes(), context=8), 8)

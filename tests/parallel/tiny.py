@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.initialize import generator, initialize, named_parameters
+from model.initialize import generator, named_parameters
 from model.normalized_weights import update_spectral_norms
 from model.regularizer import RegularizerConfig, entropy_penalty
 from model.taper import set_gate, taper_norms
@@ -118,7 +118,7 @@ def _plain(config: Config, num_micro_batches: int) -> Measured:
 def plain_model(config: Config, vocab_size: int) -> Transformer:
     """Return the whole model in float64, with the weights that `train.compare.measurement` uses."""
     model = Transformer(config.model, vocab_size).double()
-    initialize(model, config.model, vocab_size, config.training.seed)
+    model.initialize(config.training.seed)
     for name, parameter in named_parameters(model):  # heads and layers start equal, and must differ here
         if not (parameter.dim() == 2 and name.endswith("weight")):
             noise = torch.randn(parameter.shape, generator=generator(config.training.seed, f"apart/{name}"))

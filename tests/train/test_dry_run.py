@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.config import ModelConfig
-from model.initialize import global_shapes
+from model.transformer import global_shapes
 from tests.model.reference import PLACEMENTS, RECIPES
 from train.config import ConfigError, load_config
 from train.cost.parameters import KINDS, parameter_counts

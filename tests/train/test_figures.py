@@ -14,9 +14,9 @@ import pytest
 
 from train.figures import comparison_figures, main, run_figures
 from train.pictures.maps import head_map_figure, head_maps_figure, threshold_map_figure
-from train.pictures.plots import bins_figure, head_shares, layer_entropy_figure, scales_figure
+from train.pictures.plots import layer_entropy_figure, scales_figure, shares_figure
 from train.pictures.run import load_run
-from train.run.entropy_words import ceiling_nats
+from train.run.entropy_words import ceiling_nats, class_shares
 
 LAYERS, HEADS, SEQ_LENGTH = 3, 4, 128
 
@@ -59,28 +59,26 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entropies", "shares"),
+    ("entropies", "counts"),
     [
-        # Largest 4: quarters [0,1) [1,2) [2,3) [3,4]; an edge counts upwards.
-        ([[0.0, 0.9, 1.0, 1.9], [2.0, 2.5, 3.0, 4.0]], [2 / 8, 2 / 8, 2 / 8, 2 / 8]),
-        ([3.6, 2.7, 1.8, 0.9], [0, 1 / 4, 1 / 4, 2 / 4]),
-        ([2.0, 2.0], [0, 0, 0, 1]),
-        ([0.0, 0.0, 0.0], [1, 0, 0, 0]),
-        ([math.nan, 4.0, 0.1, 0.2], [2 / 3, 0, 0, 1 / 3]),
+        # ln(128!)/128 = 3.878: collapsed below 0.1939, halved at 1.939, overloaded above 3.8004
+        ([[0.0, 0.19, 0.20, 1.93], [1.95, 3.79, 3.81, 3.878]], [2, 2, 2, 2]),
+        ([[2.7, 2.7], [2.7, 2.7]], [0, 0, 4, 0]),  # by the paper's definition all four are overloaded
+        ([[math.nan, 4.0], [0.1, math.inf]], [1, 0, 0, 1]),
     ],
 )
-def test_shares_are_those_counted_by_hand(entropies: Any, shares: list[float]) -> None:
-    np.testing.assert_allclose(head_shares(entropies), shares, atol=1e-12)
+def test_heads_are_classified_as_counted_by_hand(entropies: Any, counts: list[int]) -> None:
+    np.testing.assert_allclose(class_shares(entropies, 128), np.array(counts) / sum(counts), atol=1e-12)
 
 
-def test_shares_of_the_collapsed_network_that_the_paper_reports() -> None:
-    # The layer means of SM in the paper: 6 high, 3 in the middle or just above a half, and the last ones near zero.
-    layer_means = [3.59, 3.85, 3.82, 3.79, 3.74, 2.60, 2.13, 1.97, 0.52, 0.18, 0.06, 0.04]
-    np.testing.assert_allclose(head_shares(layer_means), [4 / 12, 0, 3 / 12, 5 / 12])
+def test_the_same_limits_at_another_length() -> None:
+    heads = [[0.22, 0.24, 4.4, 4.5]]  # ln(256!)/256 = 4.560: 0.2280 and 4.4688
+    assert class_shares(heads, 256) == [0.25, 0.25, 0.25, 0.25]
+    assert class_shares([[0.0]], 1) == [0, 0, 1, 0], "one token leaves nothing to choose, which is no failure"
 
 
 def test_shares_without_any_finite_head_are_unknown() -> None:
-    assert np.isnan(head_shares([[math.nan, math.inf]])).all()
+    assert np.isnan(class_shares([[math.nan, math.inf]], 128)).all()
 
 
 @pytest.mark.parametrize("seq_length", [1, 2, 128, 512])
@@ -137,11 +135,12 @@ def test_layer_lines_are_the_means_over_heads() -> None:
     np.testing.assert_array_equal(layers[0].get_xdata(), [10, 20, 30])
 
 
-def test_bins_name_the_healthy_share_of_the_last_step() -> None:
-    entropy_SLN = [[[4.0, 4.0, 4.0, 4.0]], [[4.0, 2.5, 1.5, 0.1]]]
-    _, last = bins_figure([1, 2], entropy_SLN).axes
+def test_shares_name_the_healthy_part_of_the_last_step() -> None:
+    entropy_SLN = [[[3.85, 3.85, 3.85, 3.85]], [[3.85, 2.5, 1.5, 0.1]]]
+    _, last = shares_figure([1, 2], entropy_SLN, SEQ_LENGTH).axes
     assert [note.get_text() for note in last.texts] == ["25.0%"] * 4
-    assert last.get_title() == "last step: 50% in the middle two"
+    assert last.get_title() == "last step: 50% healthy"
+    assert last.get_ylabel() == "mean entropy of a head,\nof ln(T!)/T = 3.88 nats"
 
 
 def test_scales_use_a_logarithmic_axis_only_where_all_values_are_positive() -> None:

@@ -3,6 +3,7 @@
     python -m train.benchmark attention                              attention with entropies, against other kernels
     python -m train.benchmark step --config configs/ereg.json        a training step, against a GPT-2 of equal size
     python -m train.benchmark scaling --config configs/ereg_1b.json  layouts over the GPUs of this machine, with peers
+    python -m train.benchmark generate --config configs/ereg.json    generated tokens a second, against transformers
     python -m train.benchmark learning --config configs/ereg.json    loss curves of fused kernels and plain formulas
 
 All contenders are measured in one run. Results are medians, written as JSON, a Markdown table and a picture. Each
@@ -16,6 +17,7 @@ from parallel.engine.deepspeed_section import DeepSpeedSectionError
 from parallel.processes.lifetime import end_with_launcher
 from parallel.processes.place import LaunchError, forget_launcher, is_launched
 from train.benchmark import attention as benchmark_attention
+from train.benchmark import generate as benchmark_generate
 from train.benchmark import learning as benchmark_learning
 from train.benchmark import scaling as benchmark_scaling
 from train.benchmark import step as benchmark_step
@@ -26,6 +28,7 @@ BENCHMARKS = {
     "attention": benchmark_attention.main,
     "step": benchmark_step.main,
     "scaling": benchmark_scaling.main,
+    "generate": benchmark_generate.main,
     "learning": benchmark_learning.main,
 }
 

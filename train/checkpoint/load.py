@@ -4,9 +4,11 @@
 
 Before a checkpoint is loaded, the size and sha256 of every file are checked, each file by one rank. If any file is
 damaged, the checkpoint before is taken. The ranks agree over a gloo group of their own, so that the collectives of the
-training are not disturbed. train/checkpoint/saver.py saves checkpoints.
+training are not disturbed; a process that has joined no group reads alone (train/checkpoint/whole.py).
+train/checkpoint/saver.py saves checkpoints.
 """
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.errors import first_line
+from data.shards.manifest import Manifest
 from parallel.agreement import on_rank_zero
 from parallel.state.chunks import Chunk, ChunkLoadPlanner, whole_chunk
 from train.checkpoint.folder import DamagedFileError, Folder, read_marker, verify_file
@@ -43,7 +46,7 @@ class SavedCheckpoint:
         names: global names of its tensors.
     """
 
-    def __init__(self, folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> None:
+    def __init__(self, folder: Folder, marker: dict[str, Any], group: ProcessGroup | None) -> None:
         self.folder, self.marker, self._group = folder, marker, group
         self.step: int = marker["step"]
         self.adam_step: float = marker["adam_step"]
@@ -56,8 +59,10 @@ class SavedCheckpoint:
         Raises:
             CheckpointError: a tensor is missing or has another shape.
         """
+        planner = ChunkLoadPlanner(chunks)
         try:
-            dcp.load({}, storage_reader=self._reader, planner=ChunkLoadPlanner(chunks), process_group=self._group)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a process that is alone
+                dcp.load({}, storage_reader=self._reader, planner=planner, process_group=self._group)
         except CheckpointException as error:
             raise CheckpointError(f"{self.folder.address}: {first_failure(error)}") from None
 
@@ -93,13 +98,13 @@ def steps_saved(root: Folder) -> list[int]:
 
 
 def newest_sound(
-    root: Folder, group: ProcessGroup, run_id: str | None, before: int | None = None
+    root: Folder, group: ProcessGroup | None, run_id: str | None, before: int | None = None
 ) -> tuple[SavedCheckpoint | None, list[str]]:
     """Find the newest checkpoint whose files are all intact; all ranks call and get the same answer.
 
     Args:
         root: folder of the run's checkpoints.
-        group: from `checkpoint_group`.
+        group: from `checkpoint_group`; None in a process that has joined no group.
         run_id: identity of the run; None, of a run of an earlier version, takes any.
         before: only steps below this one count; None takes all.
 
@@ -113,15 +118,37 @@ def newest_sound(
     steps = on_rank_zero(lambda: steps_saved(root), group)
     faults: list[str] = []
     for step in reversed([step for step in steps if before is None or step < before]):
-        folder = root.child(checkpoint_name(step))
-        marker, fault = _verified_marker(folder, group)
-        if fault is None:
-            check_owner(folder, marker, run_id)
-            saved, fault = _opened(folder, marker, group)
+        saved, fault = _sound(root.child(checkpoint_name(step)), group, run_id)
         if fault is None:
             return saved, faults
         faults.append(fault)
     return None, faults
+
+
+def sound_at(root: Folder, group: ProcessGroup | None, run_id: str | None, step: int) -> SavedCheckpoint:
+    """Find the checkpoint of a step; arguments as for `newest_sound`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another run.
+        OSError: the folder cannot be read now.
+    """
+    steps = on_rank_zero(lambda: steps_saved(root), group)
+    if step not in steps:
+        there = f"complete are steps {', '.join(map(str, steps))}" if steps else "none is complete"
+        raise CheckpointError(f"{root.address}: holds no complete checkpoint of step {step}; {there}")
+    saved, fault = _sound(root.child(checkpoint_name(step)), group, run_id)
+    if saved is None:
+        raise CheckpointError(f"{fault}; choose another step")
+    return saved
+
+
+def _sound(folder: Folder, group: ProcessGroup | None, run_id: str | None) -> tuple[SavedCheckpoint | None, str | None]:
+    """Return a complete checkpoint, or what is wrong with it; raise CheckpointError if it is of another run."""
+    marker, fault = _verified_marker(folder, group)
+    if fault is not None:
+        return None, fault
+    check_owner(folder, marker, run_id)
+    return _opened(folder, marker, group)
 
 
 def check_owner(folder: Folder, marker: dict[str, Any], run_id: str | None) -> None:
@@ -159,20 +186,23 @@ def newest_to_resume(
     return saved, faults
 
 
-def _verified_marker(folder: Folder, group: ProcessGroup) -> tuple[dict[str, Any], str | None]:
+def _verified_marker(folder: Folder, group: ProcessGroup | None) -> tuple[dict[str, Any], str | None]:
     """Return the marker, and the first fault in it or in the files; the ranks share the files between them."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        marker, fault = (read_marker(folder) if dist.get_rank() == 0 else {}), None
+        marker, fault = (read_marker(folder) if rank == 0 else {}), None
     except DamagedFileError as error:
         marker, fault = {}, str(error)
     marker, fault = on_rank_zero(lambda: (marker, fault), group)
     if fault is None:
-        names = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
+        names = sorted(marker["files"])[rank::ranks]
         fault = _first_of_all_ranks(_fault_of(folder, names, marker["files"]), group)
     return marker, fault
 
 
-def _opened(folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> tuple["SavedCheckpoint | None", str | None]:
+def _opened(
+    folder: Folder, marker: dict[str, Any], group: ProcessGroup | None
+) -> tuple[SavedCheckpoint | None, str | None]:
     """Open the checkpoint on every rank; return it, and the first fault that any rank met."""
     saved, fault = None, None
     try:
@@ -182,7 +212,9 @@ def _opened(folder: Folder, marker: dict[str, Any], group: ProcessGroup) -> tupl
     return saved, _first_of_all_ranks(fault, group)
 
 
-def _first_of_all_ranks(fault: str | None, group: ProcessGroup) -> str | None:
+def _first_of_all_ranks(fault: str | None, group: ProcessGroup | None) -> str | None:
+    if not dist.is_initialized():
+        return fault
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, fault, group=group)
     return next((each for each in gathered if each is not None), None)
@@ -200,11 +232,20 @@ def _fault_of(folder: Folder, names: list[str], files: dict[str, Any]) -> str | 
         return next((fault for fault in threads.map(check, names) if fault is not None), None)
 
 
+def dataset_identity(manifest: Manifest) -> dict[str, str | int]:
+    """Return what a checkpoint records of its dataset."""
+    return {
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
 def check_fits(saved: SavedCheckpoint, config: Config, dataset: dict[str, Any], use: Use) -> None:
     """Check that a checkpoint is of the same run, as far as its use requires.
 
     Args:
-        dataset: identity of the dataset here (train.parts.dataset_identity).
+        dataset: identity of the dataset here (dataset_identity).
         use: Use.WEIGHTS or Use.RESUME; train/run/same_run.py says which keys each one compares.
 
     Raises:

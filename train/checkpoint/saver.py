@@ -57,7 +57,7 @@ class CheckpointSaver:
 
     Args:
         recorded: what each checkpoint records of the run besides its configuration: the run's identity, and the
-            dataset's (train.parts.dataset_identity), which a resumed run must share.
+            dataset's (train.checkpoint.load.dataset_identity), which a resumed run must share.
         owned: on rank 0, the run's checkpoints; None elsewhere.
         report: on rank 0, called from the background thread with each finished save's event and fields; None elsewhere.
     """

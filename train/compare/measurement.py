@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data.stream.document_starts import document_starts
-from model.initialize import TIED_HEAD_SOURCE, generator, global_shapes, named_parameters
+from model.initialize import TIED_HEAD_SOURCE, generator, named_parameters
 from model.taper import set_gate, taper_norms
+from model.transformer import global_shapes
 from parallel.deepspeed_internals import whole_shape
 from parallel.grid import RankGrid
 from parallel.local_ranks import RankError, run_ranks

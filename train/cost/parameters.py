@@ -4,7 +4,7 @@ from collections import Counter
 from functools import cache
 
 from model.config import ModelConfig
-from model.initialize import global_shapes
+from model.transformer import global_shapes
 
 KINDS = {
     "word embedding": ("embedding.word.",),

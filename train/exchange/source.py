@@ -5,21 +5,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.command_line import print_warning
 from data.errors import DataError
 from data.shards.tokenizer import Tokenizer
 from data.stream.dataset import open_dataset
-from parallel.launch import initialize_distributed
-from train.checkpoint import load as checkpoint
-from train.checkpoint.folder import Folder
 from train.checkpoint.load import SavedCheckpoint
-from train.checkpoint.root import CheckpointError
-from train.config import Config, config_from_dict
+from train.checkpoint.whole import find_checkpoint, run_config
+from train.config import Config
 from train.exchange.plain import PlainWeights
-from train.run.directory import recorded_run_id
-from train.run.names import CONFIG
-from train.run.reader import RunError, RunReader
-from train.run.same_run import Use
+from train.run.reader import RunError
 
 
 @dataclass(frozen=True)
@@ -71,29 +64,12 @@ def open_trained(run: Path, step: int | None = None, allow_commands: bool = Fals
     """Open the newest sound checkpoint of a run, or that of a step.
 
     Raises:
-        RunError, ConfigError, CheckpointError, LaunchError: there is none, or it cannot be read.
+        RunError, ConfigError, CheckpointError: there is none, or it cannot be read or exported.
     """
-    tree = RunReader(run).config()
-    if tree is None:
-        raise RunError(f"{run}: holds no run (no {CONFIG})")
-    tree.pop("health", None)  # not used here; earlier versions took values that are refused now
-    tree["run_dir"] = str(run)  # it may have been moved
-    config = config_from_dict(tree, allow_commands)
-    root = Folder(config.checkpoint_folder)
-    steps = checkpoint.steps_saved(root)
-    if not steps:
-        raise RunError(f"{run}: has no complete checkpoint yet; wait for one (checkpoint.interval)")
-    if step is not None and step not in steps:
-        shown = ", ".join(map(str, steps[-10:]))
-        raise RunError(f"{run}: has no complete checkpoint of step {step}; choose --step from {shown}")
-    initialize_distributed()
-    group = checkpoint.checkpoint_group(config.health.save_limit_s)
-    saved, faults = checkpoint.newest_sound(root, group, recorded_run_id(run), None if step is None else step + 1)
-    if saved is None or (step is not None and saved.step != step):
-        raise CheckpointError(f"{faults[0]}; choose another --step, or restore the checkpoint from a copy")
-    for fault in faults:
-        print_warning(f"{fault}; the one before is used")
-    checkpoint.check_fits(saved, config, saved.marker["dataset"], Use.WEIGHTS)
+    config = run_config(run, None, allow_commands)
+    if config.model.norm == "taper":
+        raise RunError(f"{run}: model.norm = 'taper' cannot be exported; choose a run of another architecture")
+    saved = find_checkpoint(config, None, step)
 
     def read(name: str) -> Tensor:
         return saved.read_whole(name if name.startswith("buffer.") else f"model.{name}")

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.initialize import global_shapes, initial_temperature, initial_value
+from model.initialize import initial_temperature, initial_value
+from model.transformer import global_shapes
 from train.initial.source import Source, Weights
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")

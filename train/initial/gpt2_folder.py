@@ -21,7 +21,7 @@ from data.errors import first_line
 from data.files.own import open_to_read
 from data.files.strict_json import check_shape, read_json
 from model.config import ModelConfig
-from model.initialize import global_shapes
+from model.transformer import global_shapes
 from train.checkpoint.root import CheckpointError
 from train.config.sections import LARGEST_VOCABULARY
 from train.exchange.gpt2 import BODY, UNTIED_HEAD, from_gpt2, to_gpt2

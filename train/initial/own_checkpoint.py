@@ -12,7 +12,7 @@ from data.errors import DataError
 from data.files.address import resolved_address
 from data.files.strict_json import to_json
 from model.config import ModelConfig
-from model.initialize import global_shapes
+from model.transformer import global_shapes
 from parallel.state.chunks import ChunkLoadPlanner, whole_chunk
 from train.checkpoint.folder import DamagedFileError, Folder, read_marker, verify_file
 from train.checkpoint.load import first_failure, steps_saved

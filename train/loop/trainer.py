@@ -38,7 +38,7 @@ from train.loop.signals import StopRequest
 from train.loop.time_limits import GRACE_S
 from train.loop.trouble import TroubleReporter
 from train.loop.validation import Validation, validate, validation_tokens
-from train.parts import build_engine, dataset_identity, layout_of, micro_batches, open_stream
+from train.parts import build_engine, layout_of, micro_batches, open_stream
 from train.start import timeline
 from train.start.timeline import phase
 
@@ -114,7 +114,8 @@ class Trainer:
         self.folder, self.root = Path(config.run_dir), Folder(config.checkpoint_folder)
         self.left_alone: set[str] = set()
         self.tasks = load_tasks(config, manifest)
-        dataset, self.group = dataset_identity(manifest), checkpoint.checkpoint_group(config.health.save_limit_s)
+        dataset = checkpoint.dataset_identity(manifest)
+        self.group = checkpoint.checkpoint_group(config.health.save_limit_s)
         with phase("find_checkpoint"):
             saved, faults = checkpoint.newest_to_resume(self.root, self.group, places.run_id, config, dataset)
         self.step = 0 if saved is None else saved.step
@@ -464,7 +465,7 @@ def run(config: Config, manifest: Manifest, stop: StopRequest) -> RunResult:
                 initialize_distributed(clock.limits.longest_s + 2 * GRACE_S)
             places.open()
             trainer = Trainer(config, manifest, clock, stop, places)
-            places.describe(dataset_identity(manifest), trainer.origin)
+            places.describe(checkpoint.dataset_identity(manifest), trainer.origin)
         return RunResult(validation=trainer.train(), step=trainer.step)
     except torch.OutOfMemoryError as raised:
         error = raised

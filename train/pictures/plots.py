@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -24,31 +25,9 @@ from train.pictures.style import (
     step_axis,
     tidy,
 )
-from train.run.entropy_words import QUARTERS, ceiling_nats
+from train.run.entropy_words import CLASSES, ceiling_nats, class_shares
 
-QUARTER_COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#E69F00")
-
-
-def head_shares(entropy_nats: ArrayLike) -> Array:
-    """Return the shares of heads whose entropy lies in each quarter of the largest head entropy.
-
-    Args:
-        entropy_nats: any shape, usually [L, N]; NaN heads are left out.
-
-    Returns:
-        [4], lowest quarter first, summing to 1; all NaN if no head is finite. A head on an edge counts upwards. If
-        every entropy is 0, all heads are collapsed. Source: arXiv 2501.03489, the discussion of entropic overload.
-    """
-    values = np.asarray(entropy_nats, dtype=float).ravel()
-    values = values[np.isfinite(values)]
-    if values.size == 0:
-        return np.full(4, np.nan)
-    largest = values.max()
-    if largest <= 0:
-        return np.array([1.0, 0.0, 0.0, 0.0])
-    # Multiplied before divided, so that an edge met exactly in floating point is met exactly here.
-    quarters = np.clip(np.floor(4 * values / largest), 0, 3).astype(int)
-    return np.bincount(quarters, minlength=4) / values.size
+CLASS_COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#E69F00")
 
 
 def layer_entropy_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
@@ -81,35 +60,54 @@ def layer_entropy_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: 
     return figure
 
 
-def bins_figure(steps: ArrayLike, entropy_nats: ArrayLike, title: str = "") -> Figure:
-    """Draw the shares of heads in quarters of the largest head entropy, over the run and at its last step.
+def shares_figure(steps: ArrayLike, entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
+    """Draw the shares of heads that are collapsed, healthy and overloaded, over the run and at its last step.
 
     Args:
         steps: [S], optimizer steps.
-        entropy_nats: [S, L, N]; each step has a largest entropy of its own.
+        entropy_nats: [S, L, N]; heads that are not finite are left out.
     """
     x = np.asarray(steps, dtype=float)
-    percent_S4 = 100 * np.array([head_shares(snapshot) for snapshot in np.asarray(entropy_nats, dtype=float)])
+    percent_S4 = 100 * np.array([class_shares(snapshot, seq_length) for snapshot in np.asarray(entropy_nats)])
     figure = new_figure(9.2, 3.8)
     over_time, last = figure.subplots(1, 2, width_ratios=[1.5, 1])
     tidy(over_time)
     if len(x) == 1:  # an area needs two ends
         x, percent_S4 = np.array([x[0] - 0.5, x[0] + 0.5]), percent_S4.repeat(2, axis=0)
-    over_time.stackplot(x, percent_S4.T, colors=QUARTER_COLOURS, edgecolor="white", linewidth=0.4)
+    over_time.stackplot(x, percent_S4.T, colors=CLASS_COLOURS, edgecolor="white", linewidth=0.4)
     over_time.set(xlim=(x[0], x[-1]), ylim=(0, 100), ylabel="share of heads (%)")
     step_axis(over_time, np.asarray(steps))
     over_time.set_title(title, fontsize=10, color=INK)
-    tidy(last)
-    last.grid(axis="y", visible=False)
-    positions = range(4)
-    bars = last.barh(positions, np.nan_to_num(percent_S4[-1]), color=QUARTER_COLOURS, height=0.6)
-    last.bar_label(bars, [f"{share:.1f}%" for share in percent_S4[-1]], padding=3, fontsize=8, color=INK)
-    last.set_yticks(positions, QUARTERS, fontsize=8)
-    last.set(xlim=(0, 118), xticks=[0, 25, 50, 75, 100], xlabel="share of heads (%)")
-    healthy = percent_S4[-1, 1:3].sum()
-    outcome = f"{healthy:.0f}% in the middle two" if np.isfinite(healthy) else "no head is finite"
-    last.set_title(f"last step: {outcome}", fontsize=10, color=INK)
+    healthy = _draw_classes(last, percent_S4[-1], seq_length)
+    last.set_title(f"last step: {healthy}", fontsize=10, color=INK)
     return figure
+
+
+def classes_figure(entropy_nats: ArrayLike, seq_length: int, title: str = "") -> Figure:
+    """Draw the shares of one model's heads that are collapsed, healthy and overloaded.
+
+    Args:
+        entropy_nats: [L, N]; heads that are not finite are left out.
+    """
+    figure = new_figure(5.2, 3.4)
+    axes = figure.subplots()
+    healthy = _draw_classes(axes, 100 * np.array(class_shares(np.asarray(entropy_nats), seq_length)), seq_length)
+    axes.set_title(f"{title}: {healthy}", fontsize=10, color=INK)
+    return figure
+
+
+def _draw_classes(axes: Axes, percent_4: Array, seq_length: int) -> str:
+    """Draw a bar for each class of heads; return how many are healthy, in words."""
+    tidy(axes)
+    axes.grid(axis="y", visible=False)
+    positions = range(len(CLASSES))
+    bars = axes.barh(positions, np.nan_to_num(percent_4), color=CLASS_COLOURS, height=0.6)
+    axes.bar_label(bars, [f"{share:.1f}%" for share in percent_4], padding=3, fontsize=8, color=INK)
+    axes.set_yticks(positions, CLASSES, fontsize=8)
+    axes.set_ylabel(f"mean entropy of a head,\nof ln(T!)/T = {ceiling_nats(seq_length):.2f} nats")
+    axes.set(xlim=(0, 118), xticks=[0, 25, 50, 75, 100], xlabel="share of heads (%)")
+    healthy = percent_4[1:3].sum()
+    return f"{healthy:.0f}% healthy" if np.isfinite(healthy) else "no head is finite"
 
 
 def scales_figure(

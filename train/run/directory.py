@@ -68,7 +68,7 @@ class RunDirectory:
         """Write config.json.
 
         Args:
-            dataset: its identity (train.parts.dataset_identity).
+            dataset: its identity (train.checkpoint.load.dataset_identity).
             origin: where the run's first weights come from, if not from the seed.
         """
         run_id = None if self.identity is None else self.identity.run_id

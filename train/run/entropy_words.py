@@ -1,27 +1,34 @@
 """Say in words what attention entropies show. The two failures of softmax-only networks are defined here alone.
 
-collapse    a layer's heads look at one token each: its mean entropy is near 0. Gradients through softmax vanish, and
-            networks without norms go on to NaN.
-overload    a head looks at all tokens alike: its entropy is near the largest that a causal mask allows, ln(T!)/T.
+A head's share is its mean entropy E over the ceiling, the largest that a causal mask allows: query i attends to i
+positions, so its entropy is at most ln i nats, and their mean at most ln(T!)/T.
 
-Three readers ask for the failures in three ways, so there are three thresholds:
+    share = E / (ln(T!)/T)
 
-warnings of a training   COLLAPSE_SHARE, OVERLOAD_SHARE: shares of the ceiling, so that they mean the same for every T
-record of a lost run     COLLAPSED_NATS: far below the warning. A layer there was lost before the run became NaN
-pictures                 QUARTERS: of the largest entropy of any head, as in the paper's figures, whatever the ceiling
+    collapsed     share below 0.05    the head looks at about one token. Gradients through softmax vanish, and networks
+                                      without norms go on to NaN
+    healthy       between
+    overloaded    share above 0.98    the head looks at all tokens alike, as every head does before training
+
+A layer has collapsed if the mean share of its heads is below 0.05. Warnings, records of lost runs, reports and pictures
+all use these limits.
+
+The paper (arXiv 2501.03489) divides by the largest entropy of any head of the network instead. It calls the lowest
+quarter of that range collapsed and the highest overloaded. By that definition a network whose heads are alike is
+overloaded as a whole, wherever they lie, and a head changes its class when another head does. The ceiling depends on T
+alone, so shares compare between heads, steps and networks. Shares that the paper publishes do not compare with these.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 COLLAPSE_SHARE = 0.05
-"""A layer whose mean entropy is below this share of the ceiling has collapsed: 0.19 nats at T = 128."""
+"""A head or layer below this share of the ceiling has collapsed: 0.19 nats at T = 128, 1.2 tokens attended to."""
 OVERLOAD_SHARE = 0.98
-"""A head whose entropy is above this share of the ceiling is overloaded."""
-COLLAPSED_NATS = 0.05
-"""A layer whose mean entropy is below this has collapsed for good, as the record of a diverged run says."""
-QUARTERS = ("collapsed: 0 to 1/4 of max", "healthy: 1/4 to 1/2", "healthy: 1/2 to 3/4", "overloaded: 3/4 to max")
-"""Quarters of the largest head entropy, lowest first (arXiv 2501.03489): the two ends are the two failures."""
+"""A head above this share is overloaded: at T = 128 it attends to 93% of the tokens that it sees, if to all alike."""
+CLASSES = ("collapsed: below 5%", "healthy: 5 to 50%", "healthy: 50 to 98%", "overloaded: above 98%")
+"""Classes of heads by share of the ceiling, lowest first. Pictures show healthy heads in two classes."""
 
 Entropies = list[list[float]]
 """Mean entropy of each head in nats, `[L][N]`."""
@@ -45,20 +52,32 @@ def ceiling_nats(seq_length: int) -> float:
     return math.lgamma(seq_length + 1) / seq_length
 
 
+def class_of(entropy_nats: float, seq_length: int) -> int:
+    """Return the index in CLASSES of a head's mean entropy, which is finite."""
+    ceiling = ceiling_nats(seq_length)
+    is_beyond = (
+        entropy_nats >= COLLAPSE_SHARE * ceiling,
+        entropy_nats >= 0.5 * ceiling,
+        entropy_nats > OVERLOAD_SHARE * ceiling,
+    )
+    return sum(is_beyond)
+
+
+def class_shares(entropies: Iterable[Iterable[float]], seq_length: int) -> list[float]:
+    """Return the part of all finite heads that is in each of the CLASSES; all NaN if no head is finite."""
+    found = [class_of(entropy, seq_length) for heads in entropies for entropy in heads if math.isfinite(entropy)]
+    return [found.count(index) / len(found) if found else math.nan for index in range(len(CLASSES))]
+
+
 def layer_means(entropies: Entropies) -> list[float]:
     """Return the mean entropy of each layer's heads."""
     return [sum(heads) / len(heads) for heads in entropies]
 
 
 def fallen_layers(entropies: Entropies, seq_length: int) -> list[int]:
-    """Return the layers that have collapsed (by COLLAPSE_SHARE) or are not finite, in order of depth."""
+    """Return the layers that have collapsed or are not finite, in order of depth."""
     limit = COLLAPSE_SHARE * ceiling_nats(seq_length)
     return [layer for layer, mean in enumerate(layer_means(entropies)) if not mean >= limit]
-
-
-def collapsed_layers(entropies: Entropies) -> list[int]:
-    """Return the layers that have collapsed for good (by COLLAPSED_NATS), in order of depth."""
-    return [layer for layer, mean in enumerate(layer_means(entropies)) if mean < COLLAPSED_NATS]
 
 
 def first_fall(history: list[tuple[int, Entropies]], seq_length: int) -> Fall | None:
@@ -87,7 +106,8 @@ def describe(entropies: Entropies, seq_length: int) -> str:
     collapsed = [f"{layer} ({means[layer]:.2f})" for layer in fallen if math.isfinite(means[layer])]
     not_finite = [str(layer) for layer in fallen if not math.isfinite(means[layer])]
     heads = [entropy for layer in entropies for entropy in layer]
-    overloaded = sum(entropy > OVERLOAD_SHARE * ceiling for entropy in heads)
+    last = len(CLASSES) - 1
+    overloaded = sum(math.isfinite(entropy) and class_of(entropy, seq_length) == last for entropy in heads)
     parts = []
     if collapsed:
         parts.append(f"entropy collapse in layers {', '.join(collapsed)} (mean nats)")

@@ -14,7 +14,7 @@ from train.run import names
 from train.run.reader import RunError, RunReader
 
 Tree = dict[str, Any]
-"""Sections of keys as in config.json; with a section `dataset` (train.parts.dataset_identity) where it is known."""
+"""Sections of keys as in config.json, and `dataset` (train.checkpoint.load.dataset_identity) where it is known."""
 
 
 class Use(Flag):

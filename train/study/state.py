@@ -12,7 +12,7 @@ from typing import Any
 from data.errors import DataError, printable, redacted
 from data.files.strict_json import shown, to_json
 from data.stream.dataset import open_dataset_once
-from train.run.entropy_words import COLLAPSED_NATS, collapsed_layers
+from train.run.entropy_words import fallen_layers
 from train.run.names import METRICS
 from train.run.reader import Row, RunError, RunReader
 from train.run.same_run import Use, same_run, same_run_in
@@ -146,7 +146,7 @@ def _reached(stage: Stage) -> State:
     failure = printable(run.failure())
     if GAVE_UP.search(failure) or (steps and steps[-1][1] is None):
         step = next((step for step, loss in steps if loss is None), last)
-        return State("diverged", step, None, divergence(run, step, failure))
+        return State("diverged", step, None, divergence(run, step, failure, stage.config.model.seq_length))
     if failure:
         return State("failed", last, None, failure)
     return State("partial" if steps else "new", last)
@@ -167,7 +167,7 @@ def number(file: Path, row: Row, key: str) -> float | None:
     return float(value) if abs(value) <= sys.float_info.max else None
 
 
-def divergence(run: RunReader, step: int, failure: str) -> str:
+def divergence(run: RunReader, step: int, failure: str, seq_length: int) -> str:
     """Say where a run diverged, how many heads of which layers were NaN, and which layers had collapsed before."""
     rows = [row for row in run.entropies() if is_head_map(row.get("entropy_nats"))]
     counts = nan_heads(rows[-1]["entropy_nats"]) if rows else []
@@ -176,8 +176,8 @@ def divergence(run: RunReader, step: int, failure: str) -> str:
     if any(counts):
         parts.append(f"{sum(counts)} NaN heads, first in layer {lost_layer(rows)}")
     finite = [row for row in rows if not any(nan_heads(row["entropy_nats"]))]
-    if finite and (collapsed := collapsed_layers(finite[-1]["entropy_nats"])):
-        parts.append(f"entropy below {COLLAPSED_NATS:g} nats from layer {collapsed[0]} at step {finite[-1]['step']}")
+    if finite and (collapsed := fallen_layers(finite[-1]["entropy_nats"], seq_length)):
+        parts.append(f"entropy collapse from layer {collapsed[0]} at step {finite[-1]['step']}")
     return "; ".join(parts)
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from model.config import ModelConfig
-from model.initialize import global_shapes
+from model.transformer import global_shapes
 from parallel.layout import parse_layout
 from parallel.local_ranks import RankError, run_ranks
 from parallel.sharding import plan as module

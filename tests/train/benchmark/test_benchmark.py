@@ -1,5 +1,6 @@
 """Benchmarks run end to end on what is here and leave the figures that they promise."""
 
+import importlib.util
 import json
 import math
 import os
@@ -35,6 +36,21 @@ def test_a_step_beside_its_peer(tiny_config: Path, tmp_path: Path) -> None:
         assert result["tokens_per_second"] * result["step_time_s"] == pytest.approx(4 * 32)
     assert report["results"][1]["flops_per_token"] > report["results"][0]["flops_per_token"]  # two matrices, not one
     assert (tmp_path / "step.png").exists() and "| ours | 32 |" in run.stdout
+
+
+def test_generation_beside_its_peer(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--config", str(tiny_config), "--batch-sizes", "2", "--prompt-tokens", "5", "--new-tokens"]
+    assert benchmark.main([*command, "7", "--rounds", "1", "--output", str(tmp_path)]) == 0
+    report, printed = json.loads((tmp_path / "generate.json").read_text()), capsys.readouterr().out
+    has_peer = importlib.util.find_spec("transformers") is not None
+    names = ["ours", "SM+LN+G"] + (["GPT-2 of transformers"] if has_peer else [])
+    assert [result["name"] for result in report["results"]] == names
+    assert ("is not timed: install it" in printed) != has_peer
+    for result in report["results"]:
+        assert result["tokens_per_second"] * result["seconds"] == pytest.approx(2 * 7)
+    assert (tmp_path / "generate.png").exists()
+    assert benchmark.main([*command, "28", "--output", str(tmp_path)]) == 2
+    assert "--prompt-tokens 5 and --new-tokens 28 are more than model.seq_length = 32" in capsys.readouterr().err
 
 
 @pytest.mark.slow

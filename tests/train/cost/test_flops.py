@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ARCHITECTURES, ModelConfig
-from model.initialize import global_shapes
+from model.transformer import global_shapes
 from train.cost.flops import (
     NonlinearOperation,
     device_peak_tflops,

@@ -91,7 +91,7 @@ def test_export_of_a_run_that_two_ranks_trained(tiny_config: Path, dataset: Path
     assert all(err.count("error: ") == err.count("\n") == 1 for err in faults), faults
     expected = [
         "exists",
-        "choose --step from 2, 4",
+        "of step 3; complete are steps 2, 4",
         "no GPT-2 has",
         "SentencePiece",
         "holds no run",

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike
 
-from train.pictures.plots import QUARTER_COLOURS, head_shares
+from train.pictures.plots import CLASS_COLOURS
 from train.pictures.style import INK, LINE_STYLES, MUTED, PALETTE, depth_bar, lines_by_depth, new_figure, tidy
-from train.run.entropy_words import QUARTERS, ceiling_nats
+from train.run.entropy_words import CLASSES, ceiling_nats, class_shares
 
 
 def training_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Figure:
@@ -63,26 +63,33 @@ def layer_entropies_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike]], seq_
     return figure
 
 
-def shares_figure(runs: Mapping[str, ArrayLike]) -> Figure:
-    """Draw the shares of heads in quarters of each run's largest head entropy (Figures 2a and 7 of the paper).
+def shares_figure(runs: Mapping[str, ArrayLike], seq_lengths: Sequence[int]) -> Figure:
+    """Draw the shares of each run's heads that are collapsed, healthy and overloaded.
 
     Args:
-        runs: name -> entropies [L, N] in nats; NaN heads are left out.
+        runs: name -> entropies [L, N] in nats; heads that are not finite are left out.
+        seq_lengths: T of each run, in tokens.
     """
     figure = new_figure(max(6.0, 1.1 * len(runs) + 3.2), 3.9)
     axes = figure.subplots()
     tidy(axes)
-    shares = 100 * np.array([head_shares(entropy) for entropy in runs.values()])
+    pairs = zip(runs.values(), seq_lengths, strict=True)
+    shares = 100 * np.array([class_shares(np.asarray(heads, dtype=float), length) for heads, length in pairs])
     places = np.arange(len(runs))
-    for quarter, (name, colour) in enumerate(zip(QUARTERS, QUARTER_COLOURS, strict=True)):
-        bars = axes.bar(
-            places + 0.2 * (quarter - 1.5), np.nan_to_num(shares[:, quarter]), 0.19, color=colour, label=name
-        )
-        axes.bar_label(bars, [f"{share:.0f}" for share in shares[:, quarter]], fontsize=7, color=INK)
+    for index, (name, colour) in enumerate(zip(CLASSES, CLASS_COLOURS, strict=True)):
+        bars = axes.bar(places + 0.2 * (index - 1.5), np.nan_to_num(shares[:, index]), 0.19, color=colour, label=name)
+        axes.bar_label(bars, [f"{share:.0f}" for share in shares[:, index]], fontsize=7, color=INK)
     axes.set_xticks(places, list(runs), rotation=20, ha="right", fontsize=8)
     axes.set_ylabel("share of heads (%)")
     axes.set_ylim(0, 105)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        title="entropy, of ln(T!)/T",
+        title_fontsize=8,
+    )
     return figure
 
 

@@ -139,7 +139,9 @@ def _pictures(document: Document, groups: list[Group]) -> None:
         "layer_entropies", pictures.layer_entropies_figure(layers, lengths), "Layer-wise mean entropy against step"
     )
     shares = {title: _last_heads(last) for title, last in heads.items()}
-    document.picture("head_shares", pictures.shares_figure(shares), "Share of heads by quarters of the largest entropy")
+    document.picture(
+        "head_shares", pictures.shares_figure(shares, lengths), "Heads that are collapsed, healthy and overloaded"
+    )
     _thresholds(document, shown)
     nans = {title: nan_heads(last["entropy_nats"]) for title, last in heads.items()}
     if any(any(counts) for counts in nans.values()):
