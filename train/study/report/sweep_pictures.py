@@ -50,7 +50,7 @@ class Line:
 def sweep_figure(lines: Sequence[Line], key: str) -> Figure:
     """Draw a U-curve for each arm, and below them the layer entropies of each arm at one step.
 
-    Dots are seeds, lines their means. A value where an arm lost runs is a cross at the top edge, which names the arm.
+    Dots are seeds, lines their means. A value where arms lost runs is a cross at the top edge, with a row for each arm.
 
     Args:
         lines: one an arm, points by rising value.
@@ -95,7 +95,8 @@ def _curves(axes: Axes, lines: Sequence[Line], key: str) -> None:
     margin = 0.06 * (high - low) or 0.05
     top = high + margin
     axes.set(ylim=(low - margin, top), xscale="log")
-    ends, at_top = [], dict[float, int]()
+    ends, at_top = [], dict[float, None]()
+    rows_above = 0
     for index, line in enumerate(lines):
         colour, style = _style(index)
         heights = [_height(point, high) for point in line.points]
@@ -109,12 +110,18 @@ def _curves(axes: Axes, lines: Sequence[Line], key: str) -> None:
         for point, height in zip(line.points, heights, strict=True):
             seeds = [loss for loss in point.losses if loss <= high]
             axes.plot([point.value] * len(seeds), seeds, "o", color=colour, alpha=0.35, markersize=3, markeredgewidth=0)
-            if height is None:
-                place = at_top[point.value] = at_top.get(point.value, 0) + 1
-                axes.annotate(_lost_words(line.name, point), (point.value, top), (0, 9 * place - 4), fontsize=7,
-                              textcoords="offset points", ha="center", color=colour)  # fmt: skip
-            else:
+            if height is not None:
                 axes.plot(point.value, height, "o", color=colour, markersize=5)
+        above = [point for point, height in zip(line.points, heights, strict=True) if height is None]
+        if above:
+            rows_above += 1
+            at_top.update(dict.fromkeys(point.value for point in above))
+            offset = (0, 10 * rows_above - 4)
+            for point in above:
+                axes.annotate(_lost_words(point), (point.value, top), offset, fontsize=7, textcoords="offset points",
+                              ha="center", color=colour)  # fmt: skip
+            axes.annotate(line.name, (1.02, 1), (0, offset[1]), fontsize=7, xycoords="axes fraction",
+                          textcoords="offset points", color=colour)  # fmt: skip
         inside = [(point.value, y) for point, y in zip(line.points, heights, strict=True) if y is not None]
         ends.append(inside[-1] if inside else (line.points[-1].value, top))
     axes.plot(list(at_top), [top] * len(at_top), "x", color=INK, markersize=6, markeredgewidth=1.6, clip_on=False)
@@ -131,11 +138,11 @@ def _height(point: Point, high: float) -> float | None:
     return None if point.lost or loss > high else loss
 
 
-def _lost_words(name: str, point: Point) -> str:
+def _lost_words(point: Point) -> str:
     if not point.lost:
-        return f"{name}: {np.mean(point.losses):.2f}"
+        return f"{np.mean(point.losses):.2f}"
     total = point.lost + len(point.losses)
-    return f"{name}: {point.lost} of {total} lost" if total > 1 else f"{name}: lost"
+    return f"{point.lost} of {total} lost" if total > 1 else "lost"
 
 
 def _words(key: str) -> str:
