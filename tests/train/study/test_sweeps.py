@@ -118,7 +118,7 @@ def test_the_picture_names_each_arm_and_each_loss_of_runs() -> None:
     ]
     figure = sweep_figure(lines, RATE)
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == ["a: 1 of 2 lost", "b: 9.00", "a", "b"] and len(figure.axes) == 2
+    assert texts == ["1 of 2 lost", "a", "9.00", "b", "a", "b"] and len(figure.axes) == 2
     bottom, top = figure.axes[0].get_ylim()
     assert 3.8 < bottom < 3.95 and 4.2 < top < 5.5, "the scale is that of the valleys"
     assert figure.axes[0].get_xscale() == "log" and figure.axes[1].get_title() == "b\nstep 60"
