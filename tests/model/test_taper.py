@@ -50,6 +50,16 @@ def test_between_it_is_the_sum_of_its_parts() -> None:
     torch.testing.assert_close(norm(x), 0.25 * parts[0] + 0.75 * parts[1], rtol=1e-13, atol=0)
 
 
+def test_in_bf16_only_what_is_held_is_rounded() -> None:
+    norm, x = random_norm(0.7)
+    norm, x = norm.bfloat16(), x.bfloat16()
+    exact = TaperNorm(WIDTH).double()
+    exact.load_state_dict(norm.state_dict())
+    set_gate([exact], 0.7)
+    expected = exact(x.double()).bfloat16()
+    assert (norm(x) == expected).float().mean() > 0.98
+
+
 def test_moments_give_the_least_squares_fit() -> None:
     norm, x = random_norm(1.0)
     centered = (x - x.mean(-1, keepdim=True)).reshape(-1, 1)
