@@ -46,7 +46,7 @@ class TaperNorm(nn.LayerNorm):
         centered = x.to(torch.promote_types(x.dtype, torch.float32))
         centered = centered - centered.mean(-1, keepdim=True)
         inverse = (centered.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        factor = self.gate * inverse + (1 - self.gate) * self.scale
+        factor = self.gate * inverse + (1 - self.gate) * self.scale.to(inverse.dtype)
         return (centered * factor * self.weight + self.bias).to(x.dtype)
 
     def moments(self, x: Tensor) -> Tensor:

@@ -115,13 +115,14 @@ class Stage(nn.Module):
 
     def forward(self, tokens_TB: Tensor, labels_TB: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
         """Return the loss of one micro-batch, on a stage that holds all layers."""
+        distillation = self.distillation if self.training else None
         states_TBD: list[Tensor] = []
-        x_TBD = self.body(tokens_TB, document_start_BT, states_TBD)
+        x_TBD = self.body(tokens_TB, document_start_BT, None if distillation is None else states_TBD)
         loss = self.loss(x_TBD, labels_TB)
-        if self.distillation is None or not self.training:
+        if distillation is None:
             return loss
         assert self.transformer.head is not None
-        taught = self.distillation.loss(self.transformer.head, x_TBD, states_TBD, tokens_TB, document_start_BT)
+        taught = distillation.loss(self.transformer.head, x_TBD, states_TBD, tokens_TB, document_start_BT)
         self.measure("distillation_loss", taught)
         return loss + taught
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.transformer import Transformer
 from parallel.distillation import Distillation
 from parallel.layout import parse_layout
@@ -23,8 +23,7 @@ STUDENT: dict[str, Any] = {"architecture": "SM(t)+ScFuFFN", "num_layers": 4}
 
 
 def teacher(dtype: torch.dtype) -> Transformer:
-    model = Transformer(TEACHER, VOCAB_SIZE, padded_vocab_size=VOCAB_SIZE + 3)
-    initialize(model, TEACHER, VOCAB_SIZE, seed=9)
+    model = Transformer(TEACHER, VOCAB_SIZE, padded_vocab_size=VOCAB_SIZE + 3, seed=9)
     return model.to(dtype).requires_grad_(False).eval()
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from parallel.local_ranks import run_ranks
 
 TIMES = {"step_time_s", "tokens_per_second", "data_wait_s", "goodput", "slowest_rank", "slowest_over_median"}
@@ -50,6 +52,14 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def journal(run: Path) -> list[dict]:
     return rows(run, "journal.jsonl")
+
+
+def assert_close(found: list[dict], expected: list[dict], relative: float) -> None:
+    """Compare rows of metrics.jsonl, whose values are numbers or lists of numbers."""
+    for here, there in zip(found, expected, strict=True):
+        assert here.keys() == there.keys()
+        for key, value in there.items():
+            assert here[key] == pytest.approx(value, rel=relative, abs=0), (there["step"], key)
 
 
 def without_times(run: Path, name: str = "metrics.jsonl") -> list[dict]:

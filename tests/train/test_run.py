@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallel.local_ranks import run_ranks
-from tests.train.runs import journal, main_output, rows, run_main, without_times
+from tests.train.runs import assert_close, journal, main_output, rows, run_main, without_times
 
 
 def interrupted_copy(run: Path, step: int) -> Path:
@@ -56,8 +56,7 @@ def test_another_layout_goes_on_where_one_process_stopped(
     copy = interrupted_copy(tmp_path / "run", 6)
     answer = run_main(world_size, tiny_config, f"run_dir={copy}", *layout)
     assert answer.statuses == [0] * world_size, answer.stderr
-    for found, expected in zip(without_times(copy), without_times(tmp_path / "run"), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+    assert_close(without_times(copy), without_times(tmp_path / "run"), 1e-5)
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, []), (2, ["parallel.tensor_parallel_size=2"])])
@@ -71,9 +70,7 @@ def test_norms_taper_on_after_an_interruption(
     copy = interrupted_copy(run, 6)
     answer = run_main(world_size, tiny_config, f"run_dir={copy}", *taper, *layout)
     assert answer.statuses == [0] * world_size, answer.stderr
-    exact = 0 if world_size == 1 else 1e-5
-    for found, expected in zip(without_times(copy), without_times(run), strict=True):
-        assert found == pytest.approx(expected, rel=exact, abs=0)
+    assert_close(without_times(copy), without_times(run), 0 if world_size == 1 else 1e-5)
     assert run_ranks(_evaluate, 1, str(copy)) == [0]
     evaluation = json.loads((copy / "evaluation.json").read_text())
     assert evaluation["validation_loss"] == pytest.approx(rows(run)[-1]["validation_loss"], rel=1e-6)

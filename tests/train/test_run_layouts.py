@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_run import rows, run_main, without_times
+from tests.train.runs import assert_close, rows, run_main, without_times
 
 PARTIAL_BATCH = "training.evaluation_samples=5"  # of micro-batches of 4 or 2: the last is not full
 
@@ -33,8 +33,7 @@ def test_metrics_are_those_of_one_process(tiny_config: Path, tmp_path: Path, lay
     assert answer.statuses == [0] * world_size, answer.stderr
     expected, found = without_times(whole), without_times(sharded)
     assert sum("validation_loss" in row for row in expected) == 2 and len(expected) == 8
-    for there, here in zip(expected, found, strict=True):
-        assert there == pytest.approx(here, rel=1e-5)
+    assert_close(found, expected, 1e-5)
     for there, here in zip(rows(whole, "entropy.jsonl"), rows(sharded, "entropy.jsonl"), strict=True):
         assert json.dumps(there).count("null") == json.dumps(here).count("null")
         for name, values in there.items():

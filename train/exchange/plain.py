@@ -103,7 +103,9 @@ class PlainWeights:
             by_row = WeightNormalization(rows, **arguments)
             by_row.gain.data.copy_(self._read(f"{linear}.gain"))
             return by_row(weight).detach()
-        spectral = SpectralNormalization(rows, columns, **arguments)
+        spectral = SpectralNormalization(rows, columns, **arguments, has_gain=self.model.spectral_gain)
+        if spectral.gamma is not None:
+            spectral.gamma.data.copy_(self._read(f"{linear}.gamma"))
         buffers = {side: f"buffer.tp0of1.{linear}.parametrizations.weight.0.{side}" for side in ("left", "right")}
         if all(name in self._saved for name in buffers.values()):
             spectral.left.copy_(self._read(buffers["left"]))
@@ -111,4 +113,4 @@ class PlainWeights:
         else:
             spectral.left.fill_(1.0)
             spectral.update(weight, POWER_ITERATIONS)
-        return spectral(weight)
+        return spectral(weight).detach()

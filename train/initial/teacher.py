@@ -6,7 +6,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from data.shards.manifest import Manifest
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
+from model.normalized_weights import start_spectral_norms
 from model.transformer import Transformer
 from parallel.agreement import on_rank_zero
 from parallel.distillation import Distillation
@@ -45,10 +46,10 @@ def read_teacher(config: Config, manifest: Manifest, group: ProcessGroup) -> tup
     device = local_device()
     with torch.device(device):
         teacher = Transformer(model, manifest.vocab_size, padded_vocab_size=padded)
-    initialize(teacher, model, manifest.vocab_size, config.training.seed)
     parameters = dict(named_parameters(teacher))
     for name, whole in sent_from_rank_zero(held, shapes, group):
         parameters[name].data.copy_(whole)
+    start_spectral_norms(teacher)
     is_bf16 = config.training.resolved_precision(on_gpu=device.type == "cuda") == "bf16"
     teacher.requires_grad_(False).eval().to(torch.bfloat16 if is_bf16 else torch.float32)
     settings = config.distillation
@@ -86,6 +87,8 @@ def teacher_faults(source: Source, config: Config, manifest: Manifest) -> list[s
             f"predicts {source.vocab_size:,} tokens, and the dataset's tokenizer has {manifest.vocab_size:,}; prepare "
             "the dataset with the teacher's tokenizer"
         )
+    if there.norm == "taper":
+        faults.append("model.norm is 'taper' there, whose gate and scales are not read; choose another teacher")
     if config.distillation.hidden_weight:
         for name in ("num_layers", "hidden_size"):
             found, wanted = getattr(there, name), getattr(here, name)

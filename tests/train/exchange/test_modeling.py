@@ -11,12 +11,13 @@ from tests.train.exchange.exported import VOCAB_SIZE, logits, network, plain, sm
 pytest.importorskip("transformers")
 
 VARIANTS: list[dict[str, Any]] = [
-    *({"architecture": name} for name in ARCHITECTURES),
+    *({"architecture": name} for name, fixed in ARCHITECTURES.items() if fixed["norm"] != "taper"),
     {"positions": "rotary"},
     {"tied_head": False},
     {"final_norm": False},
     {"architecture": "SM+LN+G", "weight_norm": "QKVO+FFN"},
     {"spectral_norm": "QK+FFN"},
+    {"spectral_norm": "QK+FFN", "spectral_gain": True},
     {"temperature": "per_head"},
     {"temperature_form": "raw", "temperature_init": 0.5},
     {"temperature_init": "calibrated"},

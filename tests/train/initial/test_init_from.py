@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.shards.manifest import load_manifest
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.transformer import Transformer
 from tests.train.initial.gpt2 import HEADS, INNER, LAYERS, WIDTH, write_gpt2
 from tests.train.runs import journal, rows, run_main
@@ -37,7 +37,6 @@ def expected_loss(folder: Path, dataset: Path, vocab_size: int) -> float:
 
     source = read_source(str(folder))
     model = Transformer(source.model, vocab_size, padded_vocab_size=source.vocab_size)
-    initialize(model, source.model, source.vocab_size, 0)
     stream, total, count = TokenStream(dataset, "validation", T, 4), 0.0, 0
     with torch.no_grad():
         for name, parameter in named_parameters(model):
@@ -109,8 +108,12 @@ def test_what_does_not_fit_is_refused_on_every_rank(tiny_config: Path, tmp_path:
 
 
 def test_a_teacher_is_learned_from_and_refused_where_layers_are_split(tiny_config: Path, tmp_path: Path) -> None:
-    assert run_main(1, tiny_config, f"run_dir={tmp_path / 'teacher'}").statuses == [0]
+    normalized = "model.spectral_norm=FFN"
+    assert run_main(1, tiny_config, f"run_dir={tmp_path / 'teacher'}", normalized).statuses == [0]
     taught = [f"distillation.teacher={tmp_path / 'teacher'}", "distillation.hidden_weight=0.1", "training.seed=2"]
+    alike = [normalized, f"checkpoint.init_from={tmp_path / 'teacher'}", f"run_dir={tmp_path / 'alike'}", *ONE_STEP]
+    assert run_main(1, tiny_config, *taught, *alike).statuses == [0]
+    assert rows(tmp_path / "alike")[0]["distillation_loss"] < 1e-6, "it begins as its teacher"
     answer = run_main(2, tiny_config, *taught)
     assert answer.statuses == [0, 0], answer.stderr
     steps = [row for row in rows(tmp_path / "run") if "loss" in row]
