@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.initialize import initialize
 from model.taper import TaperNorm, set_gate, taper_norms
 from model.transformer import Transformer
 
@@ -67,7 +66,6 @@ def test_compiled_blocks_share_code_and_read_the_current_gate() -> None:
         architecture="SM+TN", temperature="per_head", num_layers=3, hidden_size=32, num_attention_heads=4, seq_length=8
     ).resolved()
     model = Transformer(config, 40)
-    initialize(model, config, 40, seed=1)
     norms = taper_norms(model)
     for place, norm in enumerate(norms):
         assert norm.gate == 1 and norm.scale == 0
@@ -92,6 +90,5 @@ def test_a_network_with_open_gates_is_the_one_with_layer_norms() -> None:
     for architecture in ("SM+TN", "SM+LN"):
         config = ModelConfig(architecture=architecture, **sizes).resolved()  # type: ignore[arg-type]
         model = Transformer(config, 40)
-        initialize(model, config, 40, seed=1)
         outputs.append(model(tokens_TB)[0])
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

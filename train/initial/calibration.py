@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.initialize import initialize, named_parameters
 from model.transformer import Block, Transformer
 from train.initial.conversion import LayerMeasure
-from train.initial.source import Source
+from train.initial.source import Source, fill
 
 TOKENS_PER_FEATURE = 64
 """Tokens that the pass reads for each feature of the model's width. A linear map has as many unknowns in each row."""
@@ -88,20 +87,17 @@ class _LayerPass:
 
 
 @torch.no_grad()
-def measure(source: Source, batches_TB: Iterable[Tensor], seed: int, device: torch.device) -> list[LayerMeasure]:
+def measure(source: Source, batches_TB: Iterable[Tensor], device: torch.device) -> list[LayerMeasure]:
     """Run the source model over token batches and return what its layers show.
 
     Args:
         source: the whole model.
         batches_TB: tokens [T, B], T at most the source's.
-        seed: of anything that the source's weights do not set: nothing, but buffers need a start.
         device: to compute on.
     """
     with torch.device(device):
         model = Transformer(source.model, source.vocab_size)
-    initialize(model, source.model, source.vocab_size, seed)
-    for name, parameter in named_parameters(model):
-        parameter.copy_(source.weights[name])
+    fill(model, source.weights.items())
     model.eval()
     layers = [_LayerPass(block, source.model.hidden_size, device) for block in model.layers.values()]
     count = 0

@@ -82,7 +82,7 @@ def read_converted(config: Config, manifest: Manifest) -> tuple[Source, Converte
     check(source, config, manifest)
     measured = []
     if needs_data(source.model, config.model):
-        measured = measure(source, calibration_batches(config, source), config.training.seed, local_device())
+        measured = measure(source, calibration_batches(config, source), local_device())
     return source, convert(source, config.model, manifest.vocab_size, config.training.seed, measured)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.transformer import Transformer
 from train.exchange.fold import FoldedWeights
 from train.exchange.hf import hf_config, to_hf
@@ -24,7 +24,6 @@ def small(**ingredients: Any) -> tuple[ModelConfig, Transformer]:
     config = ModelConfig(**{**sizes, **ingredients}).resolved()
     torch.manual_seed(0)
     model = Transformer(config, VOCAB_SIZE)
-    initialize(model, config, VOCAB_SIZE, seed=0)
     with torch.no_grad():
         for name, parameter in named_parameters(model):
             if "temperature" in name and config.temperature_form == "raw":

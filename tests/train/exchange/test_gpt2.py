@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.transformer import Transformer
 from train.exchange.gpt2 import from_gpt2, reasons_against, stacked, to_gpt2, unstacked, without_place
 
@@ -19,7 +19,6 @@ def small(**ingredients: Any) -> tuple[ModelConfig, Transformer]:
     config = ModelConfig(**{"architecture": "SM+LN+G", **sizes, **ingredients}).resolved()
     torch.manual_seed(0)
     model = Transformer(config, VOCAB_SIZE)
-    initialize(model, config, VOCAB_SIZE, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -16,7 +16,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"tied_head": False},
     {"final_norm": False},
     {"architecture": "SM+LN+G", "weight_norm": "QKVO+FFN"},
-    {"spectral_norm": "QK+FFN"},
+    {"spectral_norm": "QK+FFN", "spectral_gain": True},
     {"temperature": "per_head"},
     {"temperature_form": "raw", "temperature_init": 0.5},
     {"temperature_init": "calibrated"},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.transformer import Transformer
 from train.initial.source import Source, Weights
 
@@ -22,7 +22,6 @@ def config(architecture: str, **ingredients: Any) -> ModelConfig:
 def source(model: ModelConfig, **changes: Any) -> Source:
     """Return a source with random weights; `changes` are attributes of `Source`."""
     transformer = Transformer(model, VOCAB_SIZE)
-    initialize(transformer, model, VOCAB_SIZE, seed=0)
     noise = torch.Generator().manual_seed(0)
     weights = {
         name: parameter.detach() + 0.2 * torch.randn(parameter.shape, generator=noise)
@@ -38,7 +37,6 @@ def logits(
 ) -> Tensor:
     """Return logits in float64, after `change` was made to the model. A parameter without a weight is 0."""
     transformer = Transformer(model, VOCAB_SIZE).double()
-    initialize(transformer, model, VOCAB_SIZE, seed=0)
     with torch.no_grad():
         for name, parameter in named_parameters(transformer):
             parameter.copy_(weights.get(name, torch.zeros_like(parameter)))

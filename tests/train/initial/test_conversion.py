@@ -80,7 +80,7 @@ def test_what_a_pass_measures() -> None:
     """Scales against the definition; the linear map against a least squares solver on the very inputs and outputs."""
     made = source(config("SM+LN+G", biases="all"))
     batches = [tokens(24), (tokens(24) + 7) % VOCAB_SIZE]
-    measured = measure(made, batches, 0, torch.device("cpu"))
+    measured = measure(made, batches, torch.device("cpu"))
     seen: dict[str, list[torch.Tensor]] = {"norm": [], "x": [], "y": []}
 
     def watch(transformer: Transformer) -> None:
@@ -105,7 +105,7 @@ def test_what_a_pass_measures() -> None:
 def test_an_ffn_becomes_its_linear_map(change: dict[str, Any]) -> None:
     made = source(config("SM+LN+G", biases="all"))
     target = dataclasses.replace(made.model, activation="identity", **change)
-    measured = measure(made, [tokens(64)], 0, torch.device("cpu"))
+    measured = measure(made, [tokens(64)], torch.device("cpu"))
     converted = convert(made, target, VOCAB_SIZE, 0, measured)
 
     def replace(transformer: Transformer) -> None:
@@ -134,7 +134,7 @@ class _Affine(nn.Module):
 def test_what_is_lost_and_what_is_new_are_named() -> None:
     made = source(config("SM+LN+G", biases="all"), left_out=("score.weight",))
     target = config("EReg(SM(t)+ScFuFFN)", seq_length=8)
-    converted = convert(made, target, VOCAB_SIZE, 0, measure(made, [tokens()], 0, torch.device("cpu")))
+    converted = convert(made, target, VOCAB_SIZE, 0, measure(made, [tokens()], torch.device("cpu")))
     assert converted.anew == ("attention.threshold",)
     assert converted.left_out == ("attention.output_bias", "ffn.bias", "score.weight")
     assert "model.norm: layernorm -> none" in converted.changes and "model.seq_length: 16 -> 8" in converted.changes

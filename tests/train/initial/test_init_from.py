@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.shards.manifest import load_manifest
-from model.initialize import initialize, named_parameters
+from model.initialize import named_parameters
 from model.transformer import Transformer
 from tests.train.initial.gpt2 import HEADS, INNER, LAYERS, WIDTH, write_gpt2
 from tests.train.runs import journal, rows, run_main
@@ -37,7 +37,6 @@ def expected_loss(folder: Path, dataset: Path, vocab_size: int) -> float:
 
     source = read_source(str(folder))
     model = Transformer(source.model, vocab_size, padded_vocab_size=source.vocab_size)
-    initialize(model, source.model, source.vocab_size, 0)
     stream, total, count = TokenStream(dataset, "validation", T, 4), 0.0, 0
     with torch.no_grad():
         for name, parameter in named_parameters(model):
