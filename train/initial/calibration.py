@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.initialize import named_parameters
 from model.transformer import Block, Transformer
 from train.initial.conversion import LayerMeasure
-from train.initial.source import Source
+from train.initial.source import Source, fill
 
 TOKENS_PER_FEATURE = 64
 """Tokens that the pass reads for each feature of the model's width. A linear map has as many unknowns in each row."""
@@ -98,8 +97,7 @@ def measure(source: Source, batches_TB: Iterable[Tensor], device: torch.device) 
     """
     with torch.device(device):
         model = Transformer(source.model, source.vocab_size)
-    for name, parameter in named_parameters(model):
-        parameter.copy_(source.weights[name])
+    fill(model, source.weights.items())
     model.eval()
     layers = [_LayerPass(block, source.model.hidden_size, device) for block in model.layers.values()]
     count = 0

@@ -1,10 +1,15 @@
 """The model that a run starts from, whatever kind of folder holds it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.initialize import named_parameters
+from model.normalized_weights import start_spectral_norms
+from model.transformer import Transformer
 
 Weights = dict[str, Tensor]
 """Whole parameters in float32 by global name, as in model/transformer.py."""
@@ -36,3 +41,17 @@ class Source:
     def vocab_size(self) -> int:
         """Rows of the word embedding."""
         return self.weights["embedding.word.weight"].shape[0]
+
+
+@torch.no_grad()
+def fill(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give a whole model its weights; power iteration of spectral norms begins anew on them.
+
+    Args:
+        model: in float32.
+        weights: every parameter by global name.
+    """
+    parameters = dict(named_parameters(model))
+    for name, whole in weights:
+        parameters[name].copy_(whole)
+    start_spectral_norms(model)

@@ -6,8 +6,6 @@ import torch
 from torch.distributed import ProcessGroup
 
 from data.shards.manifest import Manifest
-from model.initialize import named_parameters
-from model.normalized_weights import start_spectral_norms
 from model.transformer import Transformer
 from parallel.agreement import on_rank_zero
 from parallel.distillation import Distillation
@@ -16,7 +14,7 @@ from train.checkpoint.root import CheckpointError
 from train.config import Config
 from train.initial.conversion import MOST_PADDING
 from train.initial.sending import sent_from_rank_zero, shapes_of
-from train.initial.source import Source, Weights
+from train.initial.source import Source, Weights, fill
 from train.initial.weights import check, read_source, tokenizer_faults
 
 
@@ -46,10 +44,7 @@ def read_teacher(config: Config, manifest: Manifest, group: ProcessGroup) -> tup
     device = local_device()
     with torch.device(device):
         teacher = Transformer(model, manifest.vocab_size, padded_vocab_size=padded)
-    parameters = dict(named_parameters(teacher))
-    for name, whole in sent_from_rank_zero(held, shapes, group):
-        parameters[name].data.copy_(whole)
-    start_spectral_norms(teacher)
+    fill(teacher, sent_from_rank_zero(held, shapes, group))
     is_bf16 = config.training.resolved_precision(on_gpu=device.type == "cuda") == "bf16"
     teacher.requires_grad_(False).eval().to(torch.bfloat16 if is_bf16 else torch.float32)
     settings = config.distillation
