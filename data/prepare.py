@@ -185,11 +185,11 @@ def _check_all_are_read(account: Account) -> None:
     lost = account.total(*LOST)
     if lost.files:
         why = ", ".join(
-            f"{count.files} {reason} ({count.examples[0]})"
+            f"{reason}: {count.files} ({count.examples[0]})"
             for (outcome, reason), count in account.counts.items()
             if outcome in LOST
         )
-        raise DataError(f"--strict: {lost.files} files would not be read: {why}; name them with --include or --exclude")
+        raise DataError(f"--strict: {lost.files} files would not be read: {why}. Name them with --include or --exclude")
 
 
 def _check_hold_out(settings: Settings, parts: list[list[Slice]]) -> None:

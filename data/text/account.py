@@ -23,7 +23,7 @@ _MOST_EXAMPLES = 3
 
 @dataclass
 class Count:
-    """Whole files, pieces of other files (documents or lines), their size in bytes, and the first few of them."""
+    """Whole files, pieces of other files (documents, lines), their size in bytes, and the first few of them."""
 
     files: int = 0
     pieces: int = 0
@@ -108,8 +108,8 @@ class Account:
         found = [f"inputs: {self.named} files named: {first}; {_size(self.total(READ).num_bytes)} read"]
         for (outcome, reason), count in self.counts.items():
             if outcome != READ:
-                parts = [(count.files, "files"), (count.pieces, "pieces of files read")]
-                amounts = ", ".join(f"{number} {name}" for number, name in parts if number)
+                parts = [(count.files, "file"), (count.pieces, "piece")]
+                amounts = ", ".join(f"{number} {name}{'s' * (number > 1)}" for number, name in parts if number)
                 example = f"; the first: {count.examples[0]}" if count.examples else ""
                 found.append(f"  {outcome}: {amounts}, {_size(count.num_bytes)}: {reason}{example}")
         return found

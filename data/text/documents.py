@@ -245,7 +245,7 @@ class _Reader:
                 yield from self._document(head, self._path)
                 return
             self._file = cast(BinaryIO, _Rejoined(head, self._file))
-        held, position, in_line = b"", self._account.last, False
+        held, position, in_line = bytearray(), self._account.last, False
         while self._until_end or position < self._piece.end or in_line:
             line = self._file.readline(PIECE_BYTES)
             in_line = not line.endswith(b"\n")
@@ -254,10 +254,10 @@ class _Reader:
             held += line
             position += len(line)
             if len(held) >= PIECE_BYTES:
-                kept = held if held.endswith(b"\n") else _whole_characters(held)
+                kept = bytes(held) if held.endswith(b"\n") else _whole_characters(bytes(held))
                 yield from self._document(kept, f"{self._path}@{self._account.last}")
-                held = held[len(kept) :]
-        yield from self._document(held, f"{self._path}@{self._account.last}")
+                del held[: len(kept)]
+        yield from self._document(bytes(held), f"{self._path}@{self._account.last}")
 
     def _document(self, raw: bytes, source: str) -> Iterator[Document]:
         if not raw:

@@ -40,8 +40,8 @@ class Slice(NamedTuple):
 def find_files(inputs: list[str], include: list[str], exclude: list[str], output: Path, account: Account) -> list[str]:
     """Return the files to read of those that `inputs` name, sorted, each once.
 
-    Links to folders are followed. A folder or file that has several names is read under the one that comes first; names
-    without links come before names through links.
+    Links to folders are followed. What has several names is read once. A folder that lies in an input keeps its own
+    name, whatever links lead to it.
 
     Args:
         inputs: Files, folders and globs.
