@@ -182,14 +182,13 @@ def _validation_fraction(options: argparse.Namespace) -> float:
 
 def _check_all_are_read(account: Account) -> None:
     """Raise DataError if files named would not be read, unless the options ask to leave them out."""
-    lost = account.total(*LOST)
-    if lost.files:
+    if account.total(*LOST).files:
         why = ", ".join(
             f"{reason}: {count.files} ({count.examples[0]})"
             for (outcome, reason), count in account.counts.items()
             if outcome in LOST
         )
-        raise DataError(f"--strict: {lost.files} files would not be read: {why}. Name them with --include or --exclude")
+        raise DataError(f"--strict: not all files would be read: {why}. Name them with --include or --exclude")
 
 
 def _check_hold_out(settings: Settings, parts: list[list[Slice]]) -> None:

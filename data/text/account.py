@@ -110,8 +110,9 @@ class Account:
             if outcome != READ:
                 parts = [(count.files, "file"), (count.pieces, "piece")]
                 amounts = ", ".join(f"{number} {name}{'s' * (number > 1)}" for number, name in parts if number)
+                size = _size(count.num_bytes) if count.num_bytes else "of unknown size"
                 example = f"; the first: {count.examples[0]}" if count.examples else ""
-                found.append(f"  {outcome}: {amounts}, {_size(count.num_bytes)}: {reason}{example}")
+                found.append(f"  {outcome}: {amounts}, {size}: {reason}{example}")
         return found
 
 
