@@ -184,6 +184,8 @@ def account_of_inputs(preparation: Preparation) -> Account:
     account = Account.from_json(json.loads(preparation.named_files.read_text()))
     open_file: FileAccount | None = None
     for scan in preparation.results("scan"):
+        if "files" not in scan:
+            raise DataError(f"{preparation.output}: scanned by an earlier version; start over with --overwrite")
         account.merge(Account.from_json(scan["files"]["account"]))
         for file in map(FileAccount.from_json, scan["files"]["ends"]):
             if open_file is not None and open_file.path == file.path:

@@ -74,10 +74,10 @@ def test_a_bad_byte_costs_a_piece_of_a_collection(tmp_path: Path) -> None:
 def test_lines_of_lists_alone_are_refused_fast(tmp_path: Path) -> None:
     """They would take 20 times their size in memory; brackets within the text count for nothing."""
     (tmp_path / "a.jsonl").write_bytes(b'{"a": [' + b"[]," * 2_000_000 + b'[]], "text": "x"}\n')
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError, match="a line with more than 1048576 lists, objects and keys, our limit"):
         texts_of(tmp_path / "a.jsonl")
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     text = '[{"\\' * 600_000
     (tmp_path / "b.jsonl").write_bytes(line(text))
     assert texts_of(tmp_path / "b.jsonl")[0] == [text]
@@ -102,10 +102,10 @@ def test_a_large_window_is_read_and_a_limit_of_ours_is_named_so(
 def test_a_small_archive_of_much_text_is_read_fast(tmp_path: Path) -> None:
     """What one step decompresses was copied once for each 64 KiB read of it."""
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"x" * (96 << 20)))
-    started = time.monotonic()
+    started = time.process_time()
     texts, account = texts_of(tmp_path / "a.txt.zst")
     assert sum(map(len, texts)) == account.total(READ).num_bytes == 96 << 20
-    assert time.monotonic() - started < 8
+    assert time.process_time() - started < 8
 
 
 @pytest.mark.parametrize(
