@@ -4,9 +4,10 @@
     python -m data.index --address https://host/shards --train a-{000..019}.tar --validation a-020.tar ...
 
 The shards are uncompressed tars with .txt members, or .json members that hold a string under --text-key. Other members
-are ignored. Each shard is read once, to record where its documents lie and how many tokens each makes. Training then
-tokenizes on the fly, with the same order and the same checks as for shards of tokens. Another tokenizer needs another
-index.
+are left out, and counted. If a sample has a .txt and a .json, --text-member says which is the text.
+
+Each shard is read once, to record where its documents lie and how many tokens each makes. Training then tokenizes on
+the fly, with the same order and the same checks as for shards of tokens. Another tokenizer needs another index.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,7 +30,7 @@ from data.files.address import is_remote
 from data.files.own import write_atomically
 from data.shards.manifest import MAX_SHARDS, SPLITS, TOKENIZER, ShardInfo, is_shard_name, load_manifest, manifest_json
 from data.shards.tar_layout import token_dtype_for
-from data.shards.text_index import IndexJob, index_shard
+from data.shards.text_index import TEXT_SUFFIXES, IndexJob, counted, index_shard
 from data.shards.tokenizer import Tokenizer
 
 
@@ -56,6 +58,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder of the dataset; created if missing, may be the shards' own",
     )
     add("--text-key", default="text", metavar="KEY", help='key of the text in .json members (default "text")')
+    add(
+        "--text-member",
+        metavar="EXTENSION",
+        help="the member of each sample that is its text: txt, json or, say, caption.txt (default: all .txt and .json)",
+    )
     add_workers(parser)
     return parser.parse_args(arguments)
 
@@ -68,11 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
     _check(options, names["train"] + names["validation"])
     options.output.mkdir(parents=True, exist_ok=True)
     jobs = [
-        IndexJob(options.address, name, options.output, options.tokenizer, options.text_key)
+        IndexJob(options.address, name, options.output, options.tokenizer, options.text_key, options.text_member)
         for split in SPLITS
         for name in names[split]
     ]
-    infos = _index_all(jobs, options.workers)
+    indexed = _index_all(jobs, options.workers)
+    infos = [info for info, _ in indexed]
+    left_out = sum((others for _, others in indexed), Counter())
     by_split = {"train": infos[: len(names["train"])], "validation": infos[len(names["train"]) :]}
     model = options.tokenizer.read_bytes()
     if not _holds(options.output / TOKENIZER, model):
@@ -85,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     manifest = load_manifest(options.output)
     for split in SPLITS:
         print(f"{options.output}: {split}: {len(manifest.shards[split])} shards, {manifest.num_tokens(split)} tokens")
+    if left_out:
+        print(f"left out: members that are not the text: {counted(left_out)}")
     if is_remote(options.address):
         print(
             f'to read it, set data.path to a mixture file: {{"datasets": [{{"path": "{options.output.resolve()}", '
@@ -108,6 +119,8 @@ def _check(options: argparse.Namespace, names: list[str]) -> None:
     twice = next((name for name, other in itertools.pairwise(sorted(names)) if name == other), None)
     if twice is not None:
         raise DataError(f"{twice} is named twice by --train and --validation; name each shard once")
+    if options.text_member is not None and f".{options.text_member.rpartition('.')[2]}" not in TEXT_SUFFIXES:
+        raise DataError(f"--text-member {options.text_member}: expected an extension that ends in txt or json")
     if options.output.exists() and not options.output.is_dir():
         raise DataError(f"--output {options.output}: is a file; name a folder")
     if (options.output / MANIFEST_NAME).exists():
@@ -123,7 +136,7 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.exists() and path.read_bytes() == content
 
 
-def _index_all(jobs: list[IndexJob], workers: int) -> list[ShardInfo]:
+def _index_all(jobs: list[IndexJob], workers: int) -> list[tuple[ShardInfo, Counter[str]]]:
     with ProcessPoolExecutor(min(workers, len(jobs)), None, end_with_parent, (os.getpid(),)) as pool:
         try:
             return list(tqdm(pool.map(index_shard, jobs), total=len(jobs), desc="index", unit="shard"))

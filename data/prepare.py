@@ -8,6 +8,7 @@ Memory does not grow with the size of the input. With the default sizes:
     learning the vocabulary   0.45 GiB; more with --tokenizer-megabytes
     encoding and packing      up to 0.2 GiB per worker; more with --shard-megabytes
     a large document          13 bytes per byte of it, in one worker; a document may have 64 MiB
+    a .zst of a long window   the window, up to 2 GiB (zstd --long=31), in each worker that reads one
     marking duplicates        50 bytes per document, for 16 million documents at a time, in the first process
     dividing the work         0.4 kB per input file, in the first process
 """
@@ -31,15 +32,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.command_line import add_workers, end_with_parent, path_argument, real_number, run_command, whole_number
+from data.command_line import (
+    add_workers,
+    end_with_parent,
+    path_argument,
+    print_warning,
+    real_number,
+    run_command,
+    whole_number,
+)
 from data.errors import DataError
 from data.fetch.sources import MANIFEST_NAME
 from data.files.own import open_to_append, write_atomically
 from data.files.strict_json import read_json
 from data.shards.manifest import REPORT, SPLITS, TOKENIZER
 from data.shards.tokenizer import Tokenizer
+from data.text.account import LOST, Account
 from data.text.input_files import DEFAULT_INCLUDE, Slice, find_files, plan_parts
-from data.text.preparation import OWN_NAME, PLAN, STAGES, WORK, Preparation, Settings, run_job
+from data.text.preparation import OWN_NAME, PLAN, STAGES, UNITS, WORK, Preparation, Settings, run_job
+
+_USUAL_SEQ_LENGTH = 2048
+"""Tokens that a validation split should hold more than: the sequences of the largest shipped configuration."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -97,7 +110,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--shard-megabytes", type=shard_megabytes, default=64, metavar="MB", help="largest size of a shard (default 64)"
     )
     add("--text-key", default="text", metavar="KEY", help='key of the text in .jsonl lines (default "text")')
-    add("--skip-bad-text", action="store_true", help="leave out and report files that are damaged or not UTF-8")
+    add(
+        "--skip-bad-text",
+        action="store_true",
+        help="skip and count lines, pieces and files that are damaged, not UTF-8 or not text, instead of stopping",
+    )
+    add("--strict", action="store_true", help="stop before reading if a file named would not be read, and say why")
     add_workers(parser)
     add("--stage", choices=("all", *STAGES), default="all", help="run one stage only (default all)")
     add("--task", default="0/1", metavar="I/N", help="with --stage: run only the jobs of task I of N (default 0/1)")
@@ -113,10 +131,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.overwrite and options.output.is_dir():
         _discard(options.output)
     settings = _settings(options)
+    account = Account()
     parts = plan_parts(
-        find_files(options.input, options.include, options.exclude, options.output),
+        find_files(options.input, options.include, options.exclude, options.output, account),
         None if options.max_megabytes is None else int(options.max_megabytes * 1e6),
+        account,
     )
+    if options.strict:
+        _check_all_are_read(account)
     _check_hold_out(settings, parts)
     plan_sha256 = _plan_sha256(settings, parts)
     part_bytes = tuple(sum(piece.text_bytes for piece in part) for part in parts)
@@ -127,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with _locked(preparation, exclusive=options.stage == "all"):
         _adopt_plan(preparation, plan_sha256)
-        preparation.write_parts(parts)
+        preparation.write_parts(parts, account)
         del parts  # it lists every input file, and workers need the memory
         if options.tokenizer is not None:
             write_atomically(options.output / TOKENIZER, options.tokenizer.read_bytes())
@@ -145,6 +167,8 @@ def _check(options: argparse.Namespace) -> None:
         raise DataError(f"--output {options.output}: is a file; name a folder")
     if options.output.is_dir() and any(options.output.iterdir()) and not _is_ours(options.output):
         raise DataError(f"--output {options.output}: holds other files; name an empty or new folder")
+    if options.strict and options.skip_bad_text:
+        raise DataError("give either --skip-bad-text, which skips what cannot be read, or --strict, which refuses it")
     if options.hold_out and options.validation_fraction is not None:
         raise DataError("give either --hold-out, which names what is held out, or --validation-fraction")
     _task(options.task)
@@ -154,6 +178,17 @@ def _validation_fraction(options: argparse.Namespace) -> float:
     if options.validation_fraction is not None:
         return float(options.validation_fraction)
     return 0.0 if options.hold_out else 0.01
+
+
+def _check_all_are_read(account: Account) -> None:
+    """Raise DataError if files named would not be read, unless the options ask to leave them out."""
+    if account.total(*LOST).files:
+        why = ", ".join(
+            f"{reason}: {count.files} ({count.examples[0]})"
+            for (outcome, reason), count in account.counts.items()
+            if outcome in LOST
+        )
+        raise DataError(f"--strict: not all files would be read: {why}. Name them with --include or --exclude")
 
 
 def _check_hold_out(settings: Settings, parts: list[list[Slice]]) -> None:
@@ -172,7 +207,9 @@ def _is_ours(folder: Path) -> bool:
     try:
         return re.fullmatch(r"[0-9a-f]{64}\s*", (folder / PLAN).read_text()) is not None
     except (OSError, ValueError):
-        return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} <= {WORK, f"{WORK}/lock"}
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        unfinished = re.compile(rf"\.{re.escape(PLAN)}\.[0-9a-f]{{8}}\.tmp")  # of a kill while the note was written
+        return {name for name in found if not unfinished.fullmatch(name)} <= {WORK, f"{WORK}/lock"}
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -255,9 +292,14 @@ def _locked(preparation: Preparation, exclusive: bool) -> Iterator[None]:
 def _run_stage(preparation: Preparation, stage: str, task: int, num_tasks: int, workers: int) -> None:
     jobs = range(task, preparation.num_jobs(stage), num_tasks)
     pending = [job for job in jobs if not preparation.result(stage, job).exists()]
+    unit = UNITS[stage]
     weights = {job: preparation.weight(stage, job) for job in pending}
     with tqdm(
-        total=sum(weights.values()), desc=f"{stage:6s}", unit="B", unit_scale=True, mininterval=_progress_interval_s()
+        total=sum(weights.values()),
+        desc=f"{stage:6s}",
+        unit=unit,
+        unit_scale=unit == "B",
+        mininterval=_progress_interval_s(),
     ) as bar:
         if len(pending) < 2 or workers == 1:
             for job in pending:
@@ -284,10 +326,10 @@ def _progress_interval_s() -> float:
 
 def _print_report(folder: Path, time_spent: str) -> None:
     report = read_json(folder / REPORT)
-    for line in report["skipped"][:3]:
-        print(f"skipped: {line}")
-    if report["skipped"]:
-        print(f"skipped {len(report['skipped'])} files in all; {folder / REPORT} lists them")
+    for line in Account.from_json(report["inputs"]).lines():
+        print(line)
+    if report["lines_cut_to_learn_the_vocabulary"]:
+        print(f"cut {report['lines_cut_to_learn_the_vocabulary']} long lines to learn the vocabulary from them")
     print(
         f"{folder}: {report['documents']} documents ({report['duplicates']} duplicates dropped), "
         f"{report['text_bytes'] / 1e6:.1f} MB of text, vocabulary {report['vocab_size']}, "
@@ -298,6 +340,18 @@ def _print_report(folder: Path, time_spent: str) -> None:
         print(
             f"  {split}: {counts['documents']} documents, {counts['characters']} characters, {counts['tokens']} tokens"
         )
+    _warn_of_a_small_split(folder, {split: report[split]["tokens"] for split in SPLITS})
+
+
+def _warn_of_a_small_split(folder: Path, tokens: dict[str, int]) -> None:
+    """Warn if a split is too small for sequences of a usual length; training refuses it, perhaps hours later."""
+    for split, count in tokens.items():
+        if 0 < count <= _USUAL_SEQ_LENGTH:
+            remedy = "raise --validation-fraction" if split == "validation" else "give more text"
+            print_warning(
+                f"{folder}: the {split} split has {count} tokens, so a run with model.seq_length above {count - 1} "
+                f"refuses it; {remedy}"
+            )
 
 
 if __name__ == "__main__":

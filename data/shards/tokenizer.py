@@ -8,7 +8,7 @@ No piece contains a line feed. So text is encoded line by line, which is faster 
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -18,6 +18,9 @@ from data.shards.manifest import MAX_TOKENIZER_BYTES
 
 END_OF_DOCUMENT = "<|end_of_document|>"
 _SPACE_SYMBOL = "\u2581"
+_UNKNOWN_SYMBOL = "\u2585"
+"""SentencePiece's own sign for an unknown character; it leaves out lines that hold it."""
+_LONGEST_LINE_BYTES = 1 << 16
 _PROBES = ("a", " a", "a ", "  \t b\r\n\n c", "\ufb01 \u00e9 \u0301", "\U0001d11e", "\ufeff\x00", f"{_SPACE_SYMBOL}x")
 
 
@@ -70,21 +73,26 @@ class Tokenizer:
 
     def _require_lossless(self) -> None:
         unknown = self._processor.unk_id()
-        byte_ids = [*self._space_symbol_ids, self._newline]
+        byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if self.end_of_document < 0:
             raise DataError(f"{self.source}: the model has no end-of-sentence piece to end documents with")
-        lossless = unknown not in byte_ids and all(self.decode(self.encode(text)) == text for text in _PROBES)
-        if not lossless:
+        losses = _losses(self.serialized)
+        if unknown in byte_ids:
+            losses.append("bytes are missing from its vocabulary")
+        if not losses and not all(self.decode(self.encode(text)) == text for text in _PROBES):
+            losses.append("it changes one of our probes")
+        if losses:
             raise DataError(
-                f"{self.source}: the model does not restore text exactly; it needs byte fallback, identity "
-                "normalisation and no dummy prefix (train one with data.prepare --vocab-size)"
+                f"{self.source}: the model does not restore text exactly: {', '.join(losses)}; it needs byte fallback, "
+                "identity normalisation and no dummy prefix (train one with data.prepare --vocab-size)"
             )
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-pair model and return it serialized. The same lines give the same bytes.
 
-    Pieces never cross a space, but runs of spaces are pieces of their own, for indentation.
+    Pieces never cross a space, but runs of spaces are pieces of their own, for indentation. SentencePiece silently
+    leaves out some lines; `learnable` cuts them into lines that it takes.
 
     Raises:
         DataError: No vocabulary of this size can be learned from these lines.
@@ -102,7 +110,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             character_coverage=0.9995,
-            max_sentence_length=1 << 16,
+            max_sentence_length=_LONGEST_LINE_BYTES,
             unk_id=0,
             eos_id=1,
             bos_id=-1,
@@ -118,6 +126,77 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
             f"--vocab-size {vocab_size}: no vocabulary of this size can be learned from this text ({reason}); {remedy}"
         ) from error
     return buffer.getvalue()
+
+
+def learnable(line: str) -> Iterator[str]:
+    """Yield a line in pieces that SentencePiece learns from: short enough, and without its sign for unknown characters.
+
+    A piece ends before a space if there is one in its last half, so that no word is cut. Most lines are one piece.
+    """
+    for part in line.split(_UNKNOWN_SYMBOL) if _UNKNOWN_SYMBOL in line else [line]:
+        begin = 0
+        while begin < len(part):
+            piece = part[begin : begin + _LONGEST_LINE_BYTES]
+            if 4 * len(piece) > _LONGEST_LINE_BYTES:
+                piece = piece.encode()[:_LONGEST_LINE_BYTES].decode(errors="ignore")
+            if begin + len(piece) < len(part):
+                space = piece.rfind(" ", len(piece) // 2)
+                piece = piece if space < 0 else piece[:space]
+            yield piece
+            begin += len(piece)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (number, value) for each field of a protocol-buffer message.
+
+    The few fields needed are not worth the protobuf package's classes: transformers registers its own of the same name.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            size = varint() if key & 7 == 2 else 8 if key & 7 == 1 else 4
+            yield key >> 3, message[at : at + size]
+            at += size
+
+
+def _losses(model: bytes) -> list[str]:
+    """Return what a SentencePiece model does that loses text, going by its own description of itself.
+
+    The numbers of the fields are those of sentencepiece_model.proto.
+    """
+    parts = {number: value for number, value in _fields(model) if number in (2, 3, 5)}
+    trainer, normalizer, denormalizer = (
+        dict(_fields(part)) if isinstance(part := parts.get(number, b""), bytes) else {} for number in (2, 3, 5)
+    )
+    found = []
+    if normalizer.get(2) or denormalizer.get(2):
+        name = normalizer.get(1, b"")
+        found.append(
+            f"it normalises text ({name.decode(errors='replace') if isinstance(name, bytes) and name else '?'})"
+        )
+    if normalizer.get(3, 1):
+        found.append("it adds a dummy prefix")
+    if normalizer.get(4, 1):
+        found.append("it removes extra whitespace")
+    if not normalizer.get(5, 1):
+        found.append("it does not escape spaces")
+    if not trainer.get(35, 0):
+        found.append("it has no byte fallback")
+    return found
 
 
 def _read_model(path: Path) -> bytes:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from data.errors import DataError
 from data.files.address import local_path
+from data.text.account import BLANK, LEFT_OUT, READ, SKIPPED, Account
+from data.text.recognise import marked_encoding
 
 DEFAULT_INCLUDE = tuple(f"*.{kind}{packed}" for kind in ("txt", "py", "jsonl") for packed in ("", ".gz", ".zst"))
 COLLECTION_BYTES = 256 << 10
@@ -35,37 +37,50 @@ class Slice(NamedTuple):
         return (self.end - self.start) * (ASSUMED_COMPRESSION if is_compressed(self.path) else 1)
 
 
-def find_files(inputs: list[str], include: list[str], exclude: list[str], output: Path) -> list[str]:
-    """Return the files that `inputs` name, sorted, each once.
+def find_files(inputs: list[str], include: list[str], exclude: list[str], output: Path, account: Account) -> list[str]:
+    """Return the files to read of those that `inputs` name, sorted, each once.
+
+    Links to folders are followed. What has several names is read once. A folder that lies in an input keeps its own
+    name, whatever links lead to it.
 
     Args:
         inputs: Files, folders and globs.
         include: Patterns of the file names wanted in folders.
         exclude: Patterns of paths to leave out (see `matches`).
-        output: The dataset's folder. Files in it are left out, since a resumed preparation would find more of them.
+        output: The dataset's folder. Files in it are no input, since a resumed preparation would find more of them.
+        account: Where the files named are counted, and those that are not to be read.
 
     Raises:
         DataError: An input is missing, unreadable, empty or not a plain file, or a pattern matches nothing.
     """
     own = os.path.join(os.path.realpath(output), "")
     found: dict[str, str] = {}  # strings, since there may be millions and a Path takes several times the memory
-    for given in inputs:
-        for path in _expand(given):
-            for file in _files_in(path, include) if path.is_dir() else [path]:
-                real = os.path.realpath(file)
-                if not matches(file, exclude) and not real.startswith(own):
-                    found.setdefault(real, str(file))
+    walked: set[str] = set()
+    for file, in_folder in _candidates(inputs, walked):
+        real = os.path.realpath(file)
+        if real.startswith(own) or found.get(real) == file:
+            continue
+        account.named += 1
+        why = _why_not(file, include if in_folder else None, exclude)
+        if why is None and real in found:
+            why = (LEFT_OUT, "another name of a file that is read")
+        if why is None:
+            found[real] = file
+        else:
+            size = os.stat(file).st_size if os.path.exists(file) else 0
+            account.add(*why, files=1, num_bytes=size, example=file)
     if not found:
         raise DataError(f"--input {' '.join(inputs)}: no file matches {' '.join(include)}; see --include and --exclude")
     return sorted(found.values(), key=lambda file: file.replace("/", "\0"))  # folder by folder
 
 
-def plan_parts(files: list[str], max_bytes: int | None) -> list[list[Slice]]:
+def plan_parts(files: list[str], max_bytes: int | None, account: Account) -> list[list[Slice]]:
     """Divide the files into parts of similar size.
 
     Args:
         files: Paths, sorted.
         max_bytes: The most text to use, in bytes. An arbitrary but fixed choice of slices is taken. None takes all.
+        account: Where what is not chosen is counted.
 
     Returns:
         The slices of each part.
@@ -74,7 +89,7 @@ def plan_parts(files: list[str], max_bytes: int | None) -> list[list[Slice]]:
     part_bytes = min(max(sum(sizes) // _USUAL_PARTS, _MIN_PART_BYTES), _MAX_PART_BYTES)
     slices = [piece for file, size in zip(files, sizes, strict=True) for piece in _slices(file, size, part_bytes)]
     if max_bytes is not None:
-        slices = _choose(slices, max_bytes)
+        slices = _choose(slices, max_bytes, account)
     parts: list[list[Slice]] = [[]]
     filled = 0
     for piece in slices:
@@ -88,12 +103,12 @@ def plan_parts(files: list[str], max_bytes: int | None) -> list[list[Slice]]:
 
 def is_compressed(path: str) -> bool:
     """Return whether a file is compressed, going by its name."""
-    return path.endswith((".gz", ".zst"))
+    return path.lower().endswith((".gz", ".zst"))
 
 
 def kind_of(path: str) -> str:
     """Return the suffix without .gz or .zst; .json counts as .jsonl, since CodeParrot names its files so."""
-    suffix = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    suffix = Path(path.lower().removesuffix(".gz").removesuffix(".zst")).suffix
     return ".jsonl" if suffix == ".json" else suffix
 
 
@@ -120,12 +135,47 @@ def _expand(given: str) -> list[Path]:
     return matches
 
 
-def _files_in(folder: Path, include: list[str]) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder, onerror=_cannot_list):
-        for name in names:
-            path = Path(parent, name)
-            if any(fnmatch.fnmatch(name, pattern) for pattern in include) and path.is_file():
-                yield path
+def _candidates(inputs: list[str], walked: set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield (path, whether it was found in a folder) for all that the inputs name, each folder once."""
+    links: list[str] = []
+    for given in inputs:
+        for path in _expand(given):
+            if path.is_dir():
+                yield from ((file, True) for file in _files_in(str(path), walked, links))
+            else:
+                yield str(path), False
+    while links:  # last, so that what lies in a folder itself keeps its own name
+        later: list[str] = []
+        for link in sorted(links):
+            yield from ((file, True) for file in _files_in(link, walked, later))
+        links = later
+
+
+def _files_in(folder: str, walked: set[str], links: list[str]) -> Iterator[str]:
+    """Yield all files below a folder, except in folders that were walked; collect links to folders in `links`."""
+    for parent, folders, names in os.walk(folder, onerror=_cannot_list):
+        real = os.path.realpath(parent)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        links += (os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))
+        yield from (os.path.join(parent, name) for name in sorted(names))
+
+
+def _why_not(file: str, include: list[str] | None, exclude: list[str]) -> tuple[str, str] | None:
+    """Return why a file is not to be read, as (outcome, reason); None if it is."""
+    if matches(Path(file), exclude):
+        return LEFT_OUT, "--exclude"
+    if include is not None and not any(fnmatch.fnmatch(os.path.basename(file), pattern) for pattern in include):
+        if tuple(include) != DEFAULT_INCLUDE:
+            return LEFT_OUT, "--include"
+        return SKIPPED, "found in a folder, with a name that is no pattern of --include"
+    if not os.path.exists(file):
+        return SKIPPED, "a link to nothing"
+    if not os.path.isfile(file):
+        return SKIPPED, "not a plain file"
+    return None if os.stat(file).st_size else (READ, BLANK)
 
 
 def _cannot_list(error: OSError) -> None:
@@ -139,16 +189,30 @@ def matches(path: Path, patterns: Iterable[str]) -> bool:
 
 def _slices(path: str, size: int, part_bytes: int) -> Iterator[Slice]:
     divisible = not is_compressed(path) and (kind_of(path) == ".jsonl" or size > largest_whole_bytes(path))
+    divisible = divisible and size > part_bytes and _is_utf8(path)
     step = part_bytes if divisible else max(size, 1)
     for start in range(0, size, step):
         yield Slice(path, start, min(start + step, size))
 
 
-def _choose(slices: list[Slice], max_bytes: int) -> list[Slice]:
+def _is_utf8(path: str) -> bool:
+    """Return whether a file is not marked as UTF-16 or UTF-32, which cannot be cut at any byte."""
+    with open(path, "rb") as file:
+        return marked_encoding(file.read(4)).name == "utf-8"
+
+
+def _choose(slices: list[Slice], max_bytes: int, account: Account) -> list[Slice]:
     chosen: set[Slice] = set()
     total = 0
     for piece in sorted(slices, key=lambda piece: hashlib.sha256(os.fsencode(f"{piece.path}@{piece.start}")).digest()):
         if total + piece.text_bytes <= max_bytes or not chosen:
             chosen.add(piece)
             total += piece.text_bytes
+    begun = {piece.path for piece in chosen}
+    for piece in slices:
+        if piece not in chosen:
+            is_file = piece.path not in begun and not piece.start
+            in_part = piece.path in begun
+            size, example = piece.end - piece.start, piece.path if is_file or in_part else ""
+            account.add(LEFT_OUT, "--max-megabytes", files=is_file, pieces=in_part, num_bytes=size, example=example)
     return [piece for piece in slices if piece in chosen]

@@ -36,8 +36,9 @@ from data.files.own import write_atomically
 from data.shards import document_list
 from data.shards.manifest import MAX_SHARDS, REPORT, SPLITS, TOKENIZER, ShardInfo, load_manifest, manifest_json
 from data.shards.tar_layout import token_dtype_for
-from data.shards.tokenizer import Tokenizer, train_tokenizer
+from data.shards.tokenizer import Tokenizer, learnable, train_tokenizer
 from data.shards.writer import write_shard
+from data.text.account import Account, FileAccount
 from data.text.documents import read_documents
 from data.text.duplicates import first_occurrences, read_hashes
 from data.text.encoded_part import EncodedPart, document_starts_in
@@ -87,6 +88,11 @@ class Preparation:
         """The work folder, which exists until the dataset is finished."""
         return self.output / WORK
 
+    @property
+    def named_files(self) -> Path:
+        """The account of the files named: how many there are, and what became of those in no part."""
+        return self.work / "plan" / "named.json"
+
     def result(self, stage: str, job: int) -> Path:
         """Return the file that marks a job as done. It holds what later stages need."""
         return self.work / stage / f"{job:06d}.json"
@@ -95,9 +101,11 @@ class Preparation:
         """Return another file of a job."""
         return self.work / stage / f"{job:06d}.{suffix}"
 
-    def write_parts(self, parts: list[list[Slice]]) -> None:
-        """List the slices of each part in the work folder."""
+    def write_parts(self, parts: list[list[Slice]], account: Account) -> None:
+        """Write the slices of each part, and the account of what is in none, to the work folder."""
         (self.work / "plan").mkdir(parents=True, exist_ok=True)
+        if not self.named_files.exists():
+            write_atomically(self.named_files, json.dumps(account.to_json()).encode())
         for part, slices in enumerate(parts):
             if not self.file("plan", part, "json").exists():
                 write_atomically(self.file("plan", part, "json"), json.dumps(slices).encode())
@@ -120,10 +128,8 @@ class Preparation:
         return len(shard_plan(self)) if stage == "pack" else 1
 
     def weight(self, stage: str, job: int) -> int:
-        """Return the size of a job in bytes, for the progress bar."""
-        if stage in ("scan", "encode"):
-            return self.part_bytes[job]
-        return int(self.settings.shard_megabytes * 1e6) if stage == "pack" else 1
+        """Return the size of a job for the progress bar, in the unit of its stage."""
+        return self.part_bytes[job] if UNITS[stage] == "B" else 1
 
 
 def run_job(preparation: Preparation, stage: str, job: int) -> None:
@@ -138,27 +144,68 @@ def run_job(preparation: Preparation, stage: str, job: int) -> None:
 
 
 def _documents(
-    preparation: Preparation, part: int, skipped: list[str]
+    preparation: Preparation, part: int, files: "_FilesOfAPart"
 ) -> Iterator[tuple[str, str, bytes, bytes, bool]]:
     """Yield (text, source, UTF-8 bytes, 16-byte hash, whether it is held out) for each document of a part."""
     for piece in preparation.slices(part):
         held_out = preparation.settings.holds_out(piece.path)
-        try:
-            for document in read_documents(piece, preparation.settings.text_key):
-                raw = document.text.encode("utf-8")
-                yield document.text, document.source, raw, hashlib.sha256(raw).digest()[:16], held_out
-        except DataError as error:
-            if not preparation.settings.skip_bad_text:
-                raise
-            skipped.append(str(error))
+        file = FileAccount(*piece, skip=preparation.settings.skip_bad_text)
+        for document in read_documents(piece, preparation.settings.text_key, file):
+            raw = document.text.encode("utf-8")
+            yield document.text, document.source, raw, hashlib.sha256(raw).digest()[:16], held_out
+        files.add(file)
+
+
+class _FilesOfAPart:
+    """The account of a part. Its first and last file stay open, since the parts around it may read of them too."""
+
+    def __init__(self) -> None:
+        self.account = Account()
+        self._first: FileAccount | None = None
+        self._last: FileAccount | None = None
+
+    def add(self, file: FileAccount) -> None:
+        """Add a slice, which comes after all before."""
+        if self._last is not None and self._last.path == file.path:
+            self._last.join(file)
+            return
+        if self._last is not None and self._last is not self._first:
+            self.account.merge(self._last.close())
+        self._first, self._last = self._first or file, file
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the account and the open files."""
+        ends = [self._first] if self._first is self._last else [self._first, self._last]
+        return {"account": self.account.to_json(), "ends": [file.to_json() for file in ends if file is not None]}
+
+
+def account_of_inputs(preparation: Preparation) -> Account:
+    """Return what became of all files named; raise DataError if the numbers do not add up."""
+    account = Account.from_json(json.loads(preparation.named_files.read_text()))
+    open_file: FileAccount | None = None
+    for scan in preparation.results("scan"):
+        if "files" not in scan:
+            raise DataError(f"{preparation.output}: scanned by an earlier version; start over with --overwrite")
+        account.merge(Account.from_json(scan["files"]["account"]))
+        for file in map(FileAccount.from_json, scan["files"]["ends"]):
+            if open_file is not None and open_file.path == file.path:
+                open_file.join(file)
+                continue
+            if open_file is not None:
+                account.merge(open_file.close())
+            open_file = file
+    if open_file is not None:
+        account.merge(open_file.close())
+    account.check()
+    return account
 
 
 def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
     share = _tokenizer_share(preparation)
     validation = int(preparation.settings.validation_fraction * _ALL)
-    hashes, documents, text_bytes, skipped = bytearray(), 0, 0, list[str]()
+    hashes, documents, text_bytes, files = bytearray(), 0, 0, _FilesOfAPart()
     with gzip.open(_partial(preparation.file("scan", part, "sample.gz")), "wb", compresslevel=1) as sample:
-        for text, _, raw, digest, held_out in _documents(preparation, part, skipped):
+        for text, _, raw, digest, held_out in _documents(preparation, part, files):
             hashes += digest
             text_bytes += len(raw)
             in_train = not held_out and int.from_bytes(digest[:8], "little") >= validation
@@ -167,7 +214,7 @@ def _scan(preparation: Preparation, part: int) -> dict[str, Any]:
             documents += 1
     _partial(preparation.file("scan", part, "sample.gz")).rename(preparation.file("scan", part, "sample.gz"))
     write_atomically(preparation.file("scan", part, "hashes"), hashes)
-    return {"documents": documents, "text_bytes": text_bytes, "skipped": skipped}
+    return {"documents": documents, "text_bytes": text_bytes, "files": files.to_json()}
 
 
 def _tokenizer_share(preparation: Preparation) -> int:
@@ -181,7 +228,8 @@ def _tokenizer_share(preparation: Preparation) -> int:
 def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
     counts = [scan["documents"] for scan in preparation.results("scan")]
     if not sum(counts):
-        raise DataError("the input holds no text; give files with text to --input")
+        lost = "; ".join(line.strip() for line in account_of_inputs(preparation).lines())
+        raise DataError(f"the input holds no text; give files with text to --input ({lost})")
     files = [preparation.file("scan", part, "hashes") for part in range(len(counts))]
     keep = first_occurrences(files, counts)
     ends = np.cumsum(counts)
@@ -199,21 +247,29 @@ def _merge(preparation: Preparation, _: int) -> dict[str, Any]:
         )
     if threshold and lowest >= threshold:
         threshold = lowest + 1  # a small input: the document with the lowest hash becomes the validation split
+    cut_lines = 0
     if preparation.settings.tokenizer_sha256 is None:
-        write_atomically(preparation.output / TOKENIZER, _train_tokenizer(preparation, counts, keep))
-    return {"kept": int(keep.sum()), "threshold": threshold}
+        model, cut_lines = _train_tokenizer(preparation, counts, keep)
+        write_atomically(preparation.output / TOKENIZER, model)
+    return {"kept": int(keep.sum()), "threshold": threshold, "cut_lines": cut_lines}
 
 
-def _train_tokenizer(preparation: Preparation, counts: list[int], keep: NDArray[np.bool_]) -> bytes:
-    starts = np.cumsum([0, *counts])
+def _train_tokenizer(preparation: Preparation, counts: list[int], keep: NDArray[np.bool_]) -> tuple[bytes, int]:
+    """Return the serialized tokenizer, and the number of lines that were cut for SentencePiece to take them."""
+    starts, cut_lines = np.cumsum([0, *counts]), 0
 
     def lines() -> Iterator[str]:
+        nonlocal cut_lines
+        cut_lines = 0
         for part in range(len(counts)):
             with gzip.open(preparation.file("scan", part, "sample.gz")) as sample:
                 for entry in sample:
                     number, text = json.loads(entry)
                     if keep[starts[part] + number]:
-                        yield from (line for line in text.split("\n") if line)
+                        for line in text.split("\n"):
+                            pieces = list(learnable(line))
+                            cut_lines += len(pieces) > 1
+                            yield from pieces
 
     if next(lines(), None) is None:
         raise DataError(
@@ -221,7 +277,7 @@ def _train_tokenizer(preparation: Preparation, counts: list[int], keep: NDArray[
             "vocabulary from; raise it"
         )
     assert preparation.settings.vocab_size is not None
-    return train_tokenizer(lines(), preparation.settings.vocab_size)
+    return train_tokenizer(lines(), preparation.settings.vocab_size), cut_lines
 
 
 @functools.lru_cache(maxsize=1)
@@ -237,7 +293,7 @@ def _encode(preparation: Preparation, part: int) -> dict[str, Any]:
     keep = np.unpackbits(packed, count=len(hashes)).astype(bool)
     outputs = {split: EncodedPart(preparation.file("encode", part, split), tokenizer) for split in SPLITS}
     number = -1
-    for number, (text, source, raw, digest, held_out) in enumerate(_documents(preparation, part, [])):
+    for number, (text, source, raw, digest, held_out) in enumerate(_documents(preparation, part, _FilesOfAPart())):
         if number >= len(hashes) or digest != hashes[number].tobytes():
             raise DataError(
                 f"{source}: changed since it was scanned; leave the input alone, or start over with --overwrite"
@@ -315,15 +371,21 @@ def _finish(preparation: Preparation, _: int) -> None:
 
 def _report(preparation: Preparation, tokenizer: Tokenizer) -> dict[str, Any]:
     scans, encoded = preparation.results("scan"), preparation.results("encode")
+    merge = preparation.results("merge")[0]
     documents = sum(scan["documents"] for scan in scans)
+    account = account_of_inputs(preparation)
     totals = {split: {key: sum(part[split][key] for part in encoded) for key in encoded[0][split]} for split in SPLITS}
     tokens = sum(split["tokens"] for split in totals.values())
     characters = sum(split["characters"] for split in totals.values())
+    written = sum(split["documents"] for split in totals.values())
+    if written != merge["kept"]:
+        raise DataError(f"the documents do not add up: {merge['kept']} to write, {written} written; use --overwrite")
     return {
         "documents": documents,
-        "duplicates": documents - preparation.results("merge")[0]["kept"],
+        "duplicates": documents - merge["kept"],
         "text_bytes": sum(scan["text_bytes"] for scan in scans),
-        "skipped": [line for scan in scans for line in scan["skipped"]],
+        "inputs": account.to_json(),
+        "lines_cut_to_learn_the_vocabulary": merge["cut_lines"],
         "vocab_size": tokenizer.vocab_size,
         "characters_per_token": round(characters / max(tokens, 1), 4),
         **totals,
@@ -343,3 +405,5 @@ _STAGES: dict[str, Callable[[Preparation, int], dict[str, Any] | None]] = {
     "finish": _finish,
 }
 STAGES = tuple(_STAGES)
+UNITS = {"scan": "B", "merge": "step", "encode": "B", "pack": "shard", "finish": "step"}
+"""What the progress bar of a stage counts."""

@@ -26,6 +26,7 @@ from data.shards.manifest import load_manifest
 from data.shards.tokenizer import Tokenizer
 from data.stream.samples import open_shard
 from data.stream.token_stream import TokenStream
+from data.text.account import Account
 from data.text.encoded_part import document_starts_in
 from data.text.input_files import find_files
 
@@ -70,6 +71,12 @@ def digest_of(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
+def rows(folder: Path) -> dict[tuple[str, str], dict]:
+    """Return the counts of a report's account of the inputs, by outcome and reason."""
+    counts = json.loads((folder / "report.json").read_text())["inputs"]["counts"]
+    return {(row["outcome"], row["reason"]): row for row in counts}
+
+
 def documents(folder: Path, split: str) -> list[str]:
     """Return the documents that webdataset and the tokenizer read from the shards."""
     manifest = load_manifest(folder)
@@ -104,7 +111,7 @@ def test_the_stream_reads_what_webdataset_reads(prepared: Path) -> None:
 def test_the_report_counts(prepared: Path) -> None:
     report = json.loads((prepared / "report.json").read_text())
     manifest = load_manifest(prepared)
-    assert report["documents"] == 420 and report["duplicates"] == 20 and report["skipped"] == []
+    assert report["documents"] == 420 and report["duplicates"] == 20
     for split in ("train", "validation"):
         texts = documents(prepared, split)
         assert report[split]["documents"] == len(texts)
@@ -200,7 +207,7 @@ def test_files_come_folder_by_folder_whatever_their_names(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     expected = [str(path) for path in sorted(tmp_path.rglob("*.txt"))]
-    assert find_files([str(tmp_path), f"{tmp_path}/a"], ["*.txt"], [], tmp_path / "set") == expected
+    assert find_files([str(tmp_path), f"{tmp_path}/a"], ["*.txt"], [], tmp_path / "set", Account()) == expected
 
 
 def test_file_names_that_are_no_text_are_names_too(tmp_path: Path) -> None:
@@ -513,8 +520,8 @@ def test_bad_files_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--skip-bad-text"):
         prepare(arguments)
     prepare([*arguments, "--skip-bad-text", "--overwrite"])
-    (line,) = json.loads((tmp_path / "set" / "report.json").read_text())["skipped"]
-    assert "bad.txt" in line
+    bad = rows(tmp_path / "set")["skipped", "not UTF-8"]
+    assert (bad["files"], bad["num_bytes"]) == (1, 1) and "bad.txt" in bad["examples"][0]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "manifest.json", ".work/thesis.tex", "plan.sha256", "train-000000.tar"])

@@ -18,7 +18,7 @@ import numpy as np
 from data.errors import DataError
 from data.fetch.sources import ReadOptions
 from data.shards.document_list import documents_of, pack_document_list
-from data.shards.manifest import ShardInfo, _fingerprint, load_manifest, manifest_json
+from data.shards.manifest import _fingerprint, load_manifest, manifest_json
 from data.shards.text_index import IndexJob, index_shard
 from data.shards.text_shard import TextShard
 from data.shards.token_shard import TokenShard
@@ -61,7 +61,7 @@ def text_dataset() -> Path:
     (folder / "shards").mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
     (folder / "shards/a.tar").write_bytes(tar_bytes())
-    info = index_shard(IndexJob(str(folder / "shards"), "a.tar", folder, folder / "tokenizer.model", "text"))
+    info, _ = index_shard(IndexJob(str(folder / "shards"), "a.tar", folder, folder / "tokenizer.model", "text"))
     text = manifest_json("text", 2, 300, tokenizer_bytes(), "uint16", {"train": [info], "validation": []}, "text")
     (folder / "manifest.json").write_text(text)
     return folder
@@ -156,7 +156,7 @@ def test_a_tar_to_index(content: bytes, folder: Path) -> None:
     job = IndexJob(str(folder / "shards"), "a.tar", folder / "out", text_dataset() / "tokenizer.model", "text")
 
     def index_and_read() -> None:
-        info: ShardInfo = index_shard(job)
+        info, _ = index_shard(job)
         shutil.copy(text_dataset() / "tokenizer.model", folder / "out")
         shards = {"train": [info], "validation": []}
         text = manifest_json("text", 2, 300, tokenizer_bytes(), "uint16", shards, "text")

@@ -168,6 +168,32 @@ def test_a_bad_shard_cannot_be_indexed(shards: Path, tmp_path: Path, damage, mes
     assert "bad.tar" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_text_of_a_sample_is_counted_once(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples with a picture, a text, and the same text in a .json."""
+    members = {}
+    for number in range(3):
+        text = f"text {number} {text_of(5)}"
+        body = json.dumps({"text": text}).encode()
+        members |= {f"{number}.jpg": b"pixels", f"{number}.json": body, f"{number}.txt": text.encode()}
+    tar_of(tmp_path / "a.tar", members)
+    fixed = ["--address", str(tmp_path), "--train", "a.tar", "--tokenizer", str(shards / "tokenizer.model")]
+    fixed += ["--workers", "1", "--output"]
+    with pytest.raises(
+        DataError, match=r"a\.tar: sample '0' has both a \.json and a \.txt member; .*--text-member txt"
+    ):
+        index([*fixed, str(tmp_path / "both")])
+    for extension in ("txt", "json"):
+        index([*fixed, str(tmp_path / extension), "--text-member", extension])
+        assert f"3 .jpg, 3 .{'json' if extension == 'txt' else 'txt'}" in capsys.readouterr().out
+    tokens = [load_manifest(tmp_path / extension).num_tokens("train") for extension in ("txt", "json")]
+    tokenizer = Tokenizer(shards / "tokenizer.model")
+    assert tokens == [sum(len(tokenizer.encode(f"text {number} {text_of(5)}")) + 1 for number in range(3))] * 2
+    with pytest.raises(DataError, match=r"holds no \.caption\.txt member with text, 3 \.jpg, "):
+        index([*fixed, str(tmp_path / "none"), "--text-member", "caption.txt"])
+    with pytest.raises(DataError, match="--text-member cls: expected"):
+        index([*fixed, str(tmp_path / "none"), "--text-member", "cls"])
+
+
 def member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind

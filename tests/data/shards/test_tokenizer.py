@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.shards.tokenizer import Tokenizer, train_tokenizer
+from data.shards.tokenizer import Tokenizer, learnable, train_tokenizer
 
 LINES = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text().split("\n")
 
@@ -85,6 +85,36 @@ def test_a_model_that_loses_text_is_refused(tmp_path: Path, changes: dict) -> No
         )
     with pytest.raises(DataError, match="does not restore text exactly"):
         Tokenizer(tmp_path / "model")
+
+
+def test_a_normaliser_that_no_probe_shows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rules.tsv").write_text("71 72\t78\n")  # "qr" becomes "x"
+    with (tmp_path / "model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES),
+            model_writer=file,
+            vocab_size=500,
+            minloglevel=2,
+            byte_fallback=True,
+            normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model"))
+    assert processor.decode(processor.encode("a qr b")) == "a x b"
+    with pytest.raises(DataError, match="it normalises text"):
+        Tokenizer(tmp_path / "model")
+
+
+def test_lines_that_the_library_leaves_out_are_cut() -> None:
+    words = [f"{name}{number}" for number in range(9000) for name in ("alpha", "\u00e9psilon")]
+    line = " ".join(words)
+    pieces = list(learnable(line))
+    assert "".join(pieces) == line and len(pieces) > 3
+    assert max(len(piece.encode()) for piece in pieces) <= 1 << 16
+    assert [word for piece in pieces for word in piece.split()] == words
+    assert "".join(learnable("\U0001d11e" * 100_000)) == "\U0001d11e" * 100_000
+    assert list(learnable("a\u2585b")) == ["a", "b"] and list(learnable("ab")) == ["ab"] and not list(learnable(""))
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", None])
