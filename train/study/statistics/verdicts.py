@@ -136,7 +136,7 @@ def _of_divergences(hypothesis: Hypothesis, curves: list[Curve]) -> Finding:
 
 
 def _of_budgets(hypothesis: Hypothesis, curves: list[Curve]) -> Finding:
-    """Measure `gap_shrinks`: the slope of each seed's gap against ln tokens.
+    """Measure `gap_shrinks`: the slope of each seed's gap against log2 tokens.
 
     The gap is the second arm's loss less the first's. Branches of a seed share a trunk, so that only slopes of
     different seeds are independent.
