@@ -19,15 +19,13 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.initialize import initial_temperature
-from model.normalized_weights import SpectralNormalization, WeightNormalization
+from model.normalized_weights import ITERATIONS_AT_START, SpectralNormalization, WeightNormalization
 from model.transformer import normalized_linears, scaled_matrix
 
 FfnKind = Literal["none", "matrix", "fused", "two matrices"]
 """What follows a layer's attention, in the words of train/exchange/modeling.py."""
 Read = Callable[[str], Tensor]
 """Returns the tensor of that name."""
-POWER_ITERATIONS = 30
-"""For a spectral norm whose vectors were saved by another tensor-parallel size, as when training resumes."""
 
 
 class PlainWeights:
@@ -111,6 +109,6 @@ class PlainWeights:
             spectral.left.copy_(self._read(buffers["left"]))
             spectral.right.copy_(self._read(buffers["right"]))
         else:
-            spectral.left.fill_(1.0)
-            spectral.update(weight, POWER_ITERATIONS)
+            spectral.left.fill_(1.0)  # as `start_spectral_norms`
+            spectral.update(weight, ITERATIONS_AT_START)
         return spectral(weight).detach()
