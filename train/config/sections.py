@@ -408,6 +408,8 @@ class DownstreamConfig:
         faults = []
         if self.interval < 0:
             faults.append(f"downstream.interval = {self.interval} must not be negative; 0 measures nothing")
+        if self.interval > 0 and not self.tasks:
+            faults.append(f"downstream.interval = {self.interval} measures nothing; name files in downstream.tasks")
         if self.samples < 1:
             faults.append(f"downstream.samples = {self.samples} must be at least 1 (documents)")
         for name, file in self.tasks.items():

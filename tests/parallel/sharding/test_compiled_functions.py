@@ -18,6 +18,7 @@ from torch import Tensor
 import model
 import parallel
 from model.cross_entropy import _LinearCrossEntropy
+from model.distillation import _LinearDivergence
 from model.entropy_attention import joint_entropy_attention
 from model.entropy_attention.operators import _Attention
 from model.transformer import _GradientOfBiases
@@ -108,6 +109,7 @@ MET_BY_THE_COMPILER: dict[Any, Callable[..., Tensor]] = {_GradientOfBiases: _bia
 """Each with a function of x [3, 2, 4] and a weight [4, 4] that uses it."""
 OUTSIDE_OF_BLOCKS: dict[Any, Callable[..., Tensor] | None] = {
     _LinearCrossEntropy: None,  # fills gradients in its forward: never compile the head
+    _LinearDivergence: None,  # as above
     _Attach: _attached,
     _AttachPerHead: None,  # waits for a collective in its backward
 }

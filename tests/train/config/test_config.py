@@ -192,6 +192,7 @@ def test_override_below_a_value(tmp_path: Path) -> None:
         ("optimizer.threshold_rate=-1", r"optimizer\.threshold_rate = -1\.0 must not be negative"),
         ("training.micro_batch_size=0", r"training\.micro_batch_size = 0 must be at least 1 \(sequences\)"),
         ("training.train_steps=0", r"training\.train_steps = 0 must be at least 1"),
+        ("downstream.interval=5", r"downstream\.interval = 5 measures nothing; name files in downstream\.tasks"),
         ("training.seed=-1", r"training\.seed = -1 must not be negative"),
         ("training.evaluation_interval=-1", r"training\.evaluation_interval = -1 must not be negative; 0 .*"),
         ("checkpoint.interval=-1", r"checkpoint\.interval = -1 must not be negative; 0 saves only at the end"),

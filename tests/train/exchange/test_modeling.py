@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from model.config import ARCHITECTURES
+from model.initialize import named_parameters
 from tests.train.exchange.exported import VOCAB_SIZE, logits, network, plain, small
+from train.exchange.plain import PlainWeights
 
 pytest.importorskip("transformers")
 
@@ -34,6 +36,16 @@ def test_logits(ingredients: dict[str, Any]) -> None:
     tokens = torch.randint(VOCAB_SIZE, (3, 16))
     expected = logits(model, tokens)
     assert (logits(network(plain(config, model)), tokens) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_spectral_norms_are_found_where_another_layout_saved_their_vectors() -> None:
+    config, model = small(architecture="SM+SN", spectral_norm="QKVO+FFN")
+    saved = {name: parameter.detach() for name, parameter in named_parameters(model)}
+    weights = PlainWeights(config, lambda name: saved[name])
+    query_N3HD = weights.read("layers.1.attention.query_key_value.weight").unflatten(0, (4, 3, -1))
+    matrices = [weights.read("layers.1.ffn.up.weight"), query_N3HD[:, 0].flatten(0, 1)]
+    for matrix in matrices:
+        assert float(torch.linalg.svdvals(matrix)[0]) == pytest.approx(1.0, rel=0.03)
 
 
 @pytest.mark.parametrize("ingredients", [{}, {"positions": "rotary"}, {"architecture": "SM+LN+G"}])

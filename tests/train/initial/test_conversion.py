@@ -38,6 +38,18 @@ def test_maps_that_are_exact(name: str) -> None:
     assert not converted.left_out
 
 
+@pytest.mark.parametrize("architecture", ["SM+ScFFN", "SM+ScFuFFN"])
+def test_an_ffn_that_is_no_longer_scaled_keeps_its_alpha_and_loses_its_beta(architecture: str) -> None:
+    made = source(config(architecture, biases="all"))
+    for layer in ("0", "1"):
+        made.weights[f"layers.{layer}.ffn.beta"].fill_(1.0)
+    target = dataclasses.replace(made.model, scaled_ffn=False)
+    converted = convert(made, target, VOCAB_SIZE, 0, [])
+    expected = logits(made.model, made.weights, tokens())
+    assert (logits(target, converted.weights, tokens()) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert converted.left_out == ("ffn.beta",)
+
+
 SCALES = [LayerMeasure(0.7, 1.3), LayerMeasure(1.9, 0.4)]
 FOLDS = {
     "two matrices": {},
@@ -45,6 +57,7 @@ FOLDS = {
     "with a calibrated raw one": {"temperature": "per_position", "temperature_form": "raw", "activation": "relu"},
     "fused and scaled": {"activation": "identity", "fused_ffn": True, "scaled_ffn": True},
     "deep enough that alpha is not 1": {"activation": "identity", "scaled_ffn": True, "num_layers": 14},
+    "the same, fused": {"activation": "identity", "fused_ffn": True, "scaled_ffn": True, "num_layers": 14},
     "rotary positions, whose key bias acts": {"positions": "rotary"},
 }
 
@@ -101,9 +114,18 @@ def test_what_a_pass_measures() -> None:
     assert (x @ matrix.T + constant - fitted).abs().max() < 1e-3 * fitted.abs().max()
 
 
-@pytest.mark.parametrize("change", [{"fused_ffn": True}, {}, {"fused_ffn": True, "scaled_ffn": True}])
-def test_an_ffn_becomes_its_linear_map(change: dict[str, Any]) -> None:
-    made = source(config("SM+LN+G", biases="all"))
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ({}, {"fused_ffn": True}),
+        ({}, {}),
+        ({}, {"fused_ffn": True, "scaled_ffn": True}),
+        ({"scaled_ffn": True}, {}),
+        ({"scaled_ffn": True}, {"fused_ffn": True}),
+    ],
+)
+def test_an_ffn_becomes_its_linear_map(before: dict[str, Any], change: dict[str, Any]) -> None:
+    made = source(config("SM+LN+G", biases="all", **before))
     target = dataclasses.replace(made.model, activation="identity", **change)
     measured = measure(made, [tokens(64)], torch.device("cpu"))
     converted = convert(made, target, VOCAB_SIZE, 0, measured)
@@ -126,7 +148,7 @@ class _Affine(nn.Module):
         super().__init__()
         self.block, self.layer = [block], layer
 
-    def forward(self, x_TBF: torch.Tensor, divisor: None = None) -> torch.Tensor:
+    def forward(self, x_TBF: torch.Tensor, divisor: Any = None) -> torch.Tensor:
         assert self.layer.ffn_matrix is not None
         return self.block[0].seen @ self.layer.ffn_matrix.T + self.layer.ffn_constant
 

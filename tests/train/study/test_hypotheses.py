@@ -198,10 +198,14 @@ def test_the_gap_over_budgets_is_a_slope_of_each_seed(tmp_path: Path) -> None:
         ({"margin_nats": 0}, "margin_nats = 0 must be a positive number"),
         ({"factor": 2}, "'factor' is no key of kind equivalent"),
         ({"claim": 5}, "claim = 5 must be a line of text"),
+        ({**STABLE, "at": {RATE: 1e-3}}, "factor compares whole sweeps, and at chooses given runs"),
+        ({**STABLE, "arms": ["a", "c"]}, "factor compares whole sweeps, and c sweeps nothing"),
+        ({"kind": "gap_shrinks", "tokens": 100}, "tokens does not fit"),
     ],
 )
 def test_faulty_hypotheses_are_told(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    file = write_suite(tmp_path, runs=ARMS, hypotheses=[{**EQUIVALENT, **change}])
+    hypothesis = change if change.get("kind") == "more_stable" else {**EQUIVALENT, **change}
+    file = write_suite(tmp_path, runs=ARMS, hypotheses=[hypothesis])
     with pytest.raises(SuiteError, match=words):
         load_suite(file)
 

@@ -17,14 +17,11 @@ from train.study.statistics.inference import (
     seeds_for_effect,
     seeds_for_equivalence,
     sign_flip_p,
-    slope,
     smallest_effect,
 )
 
 SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
 """Student (1908): hours of sleep gained with one drug over another."""
-ANSCOMBE_X = [10, 8, 13, 9, 11, 14, 6, 4, 12, 7, 5]
-ANSCOMBE_Y = [8.04, 6.95, 7.58, 8.81, 8.33, 9.96, 7.24, 4.26, 10.84, 4.82, 5.68]
 
 
 def test_students_own_example() -> None:
@@ -88,13 +85,6 @@ def test_holms_correction_keeps_the_error_of_the_family() -> None:
     draws = np.random.default_rng(2).uniform(size=(20_000, 5))
     share = np.mean([min(holm(list(row))) < 0.05 for row in draws])
     assert share == pytest.approx(0.05, abs=0.006)
-
-
-def test_the_slope_of_anscombes_first_quartet() -> None:
-    found = slope(ANSCOMBE_X, ANSCOMBE_Y)
-    assert found.value == pytest.approx(0.5001, abs=1e-4) and found.p == pytest.approx(0.00217, abs=1e-5)
-    assert (found.high - found.low) / 2 == pytest.approx(2.2622 * 0.1179, abs=2e-4)
-    assert found.deviation == pytest.approx(1.237, abs=1e-3)
 
 
 def test_powers_of_a_paired_test() -> None:

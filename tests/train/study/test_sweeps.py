@@ -8,6 +8,7 @@ import pytest
 
 from tests.train.study.saved_results import VOCABULARY, Given, valley, write_results, write_suite
 from train.study.report.sweep_pictures import Line, Point, apart, sweep_figure
+from train.study.report.write import write_report
 from train.study.results import records
 from train.study.saved import with_results
 from train.study.statistics.hypotheses import curve_of
@@ -95,6 +96,24 @@ def test_what_is_unfinished_is_counted_and_nothing_is_chosen_without_it(tmp_path
 def test_results_without_halves_say_so(tmp_path: Path) -> None:
     found = curve(tmp_path, lambda rate, seed: {"loss": valley(rate, 2e-3, 4.0)})
     assert not found.has_halves and found.best is not None and found.best.loss == pytest.approx(4.0)
+
+
+def test_words_are_swept_without_an_order(tmp_path: Path) -> None:
+    shapes = ["square", "floor", "hinge"]
+    arm = {"name": "a", "sweep": {"regularizer.shape": shapes}}
+    claim = {"name": "H", "kind": "better", "arms": ["a", "b"], "at": "own best"}
+    arms = [arm, {**arm, "name": "b"}]
+    file = write_suite(tmp_path, runs=arms, seeds=[1, 2], hypotheses=[claim])
+    losses = dict(zip(shapes, (4.1, 4.2, 4.0), strict=True))
+    given = write_results(
+        tmp_path / "results.json", file, lambda run: halves(*[losses[run.swept["regularizer.shape"]]] * 2)
+    )
+    suite = with_results(load_suite(file), [given])
+    found = curves_of(records(suite))[0]
+    assert found.values == shapes and found.largest_stable() is None
+    assert found.best is not None and (found.best.value, found.best.at_edge) == ("hinge", False)
+    report = write_report(suite, tmp_path / "report")[0].read_text()
+    assert "| square | floor | hinge |" in report and "| hinge | 4.0000" in report
 
 
 def test_other_swept_keys_make_curves_of_their_own() -> None:

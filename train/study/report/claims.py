@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from train.study.report.table import with_half_width
 from train.study.results import Record, student
 from train.study.statistics.hypotheses import OWN_BEST, Hypothesis
 from train.study.statistics.inference import ALPHA
-from train.study.statistics.sweeps import Curve, curves_of
+from train.study.statistics.sweeps import Curve, are_numbers, curves_of, in_order, value_text
 from train.study.statistics.verdicts import Verdict, judge, stable_text
 
 if TYPE_CHECKING:
@@ -116,14 +116,14 @@ def _table(document: Document, curves: list[Curve], key: str) -> None:
 
 def _values(document: Document, curves: list[Curve]) -> None:
     """Add the loss of every arm at every value."""
-    values = sorted({value for curve in curves for value in curve.values})
+    values = in_order(value for curve in curves for value in curve.values)
     budgets = {curve.planned_tokens for curve in curves}
     names = [f"{curve.name}, {curve.planned_tokens / 1e6:.3g}M" if len(budgets) > 1 else curve.name for curve in curves]
     rows = [[name, *(_loss_at(curve, value) for value in values)] for name, curve in zip(names, curves, strict=True)]
-    document.table(["loss, other half, at", *(f"{value:g}" for value in values)], rows)
+    document.table(["loss, other half, at", *map(value_text, values)], rows)
 
 
-def _loss_at(curve: Curve, value: float) -> str:
+def _loss_at(curve: Curve, value: Any) -> str:
     trials = curve.at(value)
     spread, lost = student([trial.second for trial in trials]), sum(trial.is_lost for trial in trials)
     if spread is None:
@@ -149,7 +149,7 @@ def _row(curve: Curve) -> list[str]:
     fitted = f"{best.fitted[1]:.4f} at {best.fitted[0]:.2g}" if best.fitted else "-"
     return [
         *head,
-        f"{best.value:g}",
+        value_text(best.value),
         with_half_width("{:.4f}", (best.loss, best.half_width)),
         str(best.seeds),
         fitted,
@@ -176,7 +176,8 @@ def _sweep_picture(document: Document, curves: list[Curve], key: str, entropy_st
         drawn = [point for point in points if point.losses or point.lost]
         if curve.planned_tokens == largest and drawn:
             lines.append(Line(curve.name, drawn, ceiling_nats(curve.records[0].model.seq_length)))
-    if lines and all(type(point.value) in (int, float) and point.value > 0 for line in lines for point in line.points):
+    values = [point.value for line in lines for point in line.points]
+    if lines and are_numbers(values) and min(values) > 0:
         halves = "the second half of" if all(curve.has_halves for curve in curves) else "all of"
         caption = (
             f"Loss on {halves} the validation split, and below it the mean entropy of each layer early in training"
@@ -184,7 +185,7 @@ def _sweep_picture(document: Document, curves: list[Curve], key: str, entropy_st
         document.picture(f"sweep_{key.partition('.')[2]}", sweep_figure(lines, key), caption)
 
 
-def _point(curve: Curve, value: float, entropy_step: int | None) -> "Point":
+def _point(curve: Curve, value: Any, entropy_step: int | None) -> "Point":
     from train.study.report.sweep_pictures import Point
 
     trials = curve.at(value)

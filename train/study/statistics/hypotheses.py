@@ -104,6 +104,8 @@ def _faults(tree: Tree, curves: dict[str, int]) -> list[str]:
             found.append(f"{key} = {shown(tree[key])} must be a positive number")
     if kind == "equivalent" and "margin_nats" not in tree:
         found.append("margin_nats is missing; say within how many nats losses count as equivalent")
+    if kind == "gap_shrinks" and "tokens" in tree:
+        found.append("tokens does not fit, since gap_shrinks compares all budgets; leave it out")
     arms = tree.get("arms")
     if not isinstance(arms, list) or len(arms) != 2 or arms[0] == arms[1]:
         return found + [f"arms = {shown(arms)} must be two arms, the one that the claim favours first"]
@@ -124,7 +126,11 @@ def _misplaced(tree: Tree, arm: str, values: int) -> str:
         why = f"{arm} sweeps nothing" if values < 2 else f"{kind} compares given runs"
         return f'at = "{OWN_BEST}" does not fit, since {why}; leave it out, or name a value'
     if at is None and values > 1 and kind != "more_stable":
-        return f'at is missing, and {arm} has {values} values; name one, or write "{OWN_BEST}"'
+        remedy = "name one" if kind == "gap_shrinks" else f'name one, or write "{OWN_BEST}"'
+        return f"at is missing, and {arm} has {values} values; {remedy}"
+    if "factor" in tree and (at is not None or values < 2):
+        why = "at chooses given runs" if at is not None else f"{arm} sweeps nothing"
+        return f"factor compares whole sweeps, and {why}; leave it out"
     return ""
 
 

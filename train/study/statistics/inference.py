@@ -24,15 +24,15 @@ CHI_POINTS = 4000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a slope over seeds.
+    """A mean over seeds.
 
     Attributes:
         value: the estimate.
         low: lower end of its interval.
         high: upper end of its interval.
         p: of a two-sided test against 0.
-        deviation: standard deviation over seeds; of the residuals, for a slope through points.
-        n: number of seeds, or of points.
+        deviation: standard deviation over seeds.
+        n: number of seeds.
     """
 
     value: float
@@ -120,25 +120,6 @@ def holm(values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def slope(x: Sequence[float], y: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Return the slope of a straight line by least squares, with Student's interval.
-
-    The interval supposes independent points. Branches of one trunk are not: for those, take the slope of each seed and
-    `paired` over the slopes.
-
-    Args:
-        x: at least three numbers.
-        y: as many.
-        level: of the interval.
-    """
-    fit, freedom = stats.linregress(x, y), len(x) - 2
-    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * fit.stderr
-    residuals = np.asarray(y) - fit.intercept - fit.slope * np.asarray(x)
-    deviation = math.sqrt(float(residuals @ residuals) / freedom)
-    value = float(fit.slope)
-    return Estimate(value, value - half, value + half, float(fit.pvalue), deviation, len(x))
 
 
 def paired_power(n: int, effect: float, deviation: float, alpha: float = ALPHA) -> float:

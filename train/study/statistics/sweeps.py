@@ -50,7 +50,7 @@ class Best:
         loss: mean over seeds on the second half, nats a token.
         half_width: of its 95% interval over seeds; None for one seed.
         seeds: how many.
-        at_edge: whether no larger, or no smaller, value was tried: then the best may lie beyond.
+        at_edge: whether no larger, or no smaller, number was tried: then the best may lie beyond.
         fitted: place and loss of the lowest point of a parabola in the value's logarithm through the best value and its
             neighbours; None if one is missing or has lost runs.
     """
@@ -101,8 +101,8 @@ class Curve:
 
     @cached_property
     def values(self) -> list[Any]:
-        """The values that are planned, smallest first."""
-        return sorted({curve_of(record.arm, record.swept)[2] for record in self.records}) if self.key else []
+        """The values that are planned, as `in_order`."""
+        return in_order(curve_of(record.arm, record.swept)[2] for record in self.records) if self.key else []
 
     def at(self, value: Any) -> list[Trial]:
         """Return the finished runs at a value."""
@@ -120,14 +120,15 @@ class Curve:
         seconds = [trial.second for trial in self.at(self.values[place])]
         spread = student(seconds)
         assert spread is not None
-        at_edge = place in (0, len(self.values) - 1)
-        fitted = None if at_edge else self._fitted(place, firsts)
+        is_outer = place in (0, len(self.values) - 1)
+        fitted = None if is_outer else self._fitted(place, firsts)
+        at_edge = is_outer and are_numbers(self.values)
         return Best(self.values[place], spread[0], spread[1], len(seconds), at_edge, fitted)
 
     def _fitted(self, place: int, firsts: list[float]) -> tuple[float, float] | None:
         values = self.values[place - 1 : place + 2]
         trials = [self.at(value) for value in values]
-        if not all(type(value) in (int, float) and value > 0 for value in values):
+        if not are_numbers(values) or values[0] <= 0:
             return None
         if any(trial.is_lost for group in trials for trial in group):
             return None
@@ -149,19 +150,38 @@ class Curve:
         )
 
     def largest_stable(self, within_nats: float | None = None) -> Any:
-        """Return the largest value at which, and below which, all runs are finished and none is lost; None without one.
+        """Return the largest value at which, and below which, all runs are finished and none is lost.
 
         Args:
             within_nats: as in `limit`.
+
+        Returns:
+            None if there is none, or if values are no numbers.
         """
         largest, limit = None, self.limit(within_nats)
-        for value in self.values:
+        for value in self.values if are_numbers(self.values) else []:
             planned = sum(curve_of(record.arm, record.swept)[2] == value for record in self.records)
             trials = self.at(value)
             if len(trials) < planned or any(trial.is_lost or trial.whole > limit for trial in trials):
                 break
             largest = value
         return largest
+
+
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Return whether one value can be larger than another: words and switches cannot."""
+    return all(type(value) in (int, float) for value in values)
+
+
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """Return each value once: numbers from the smallest to the largest, others as they come."""
+    found = list(dict.fromkeys(values))
+    return sorted(found) if are_numbers(found) else found
+
+
+def value_text(value: Any) -> str:
+    """Format a value of a swept key."""
+    return f"{value:g}" if are_numbers([value]) else str(value)
 
 
 def _trial(record: Record) -> Trial:

@@ -30,7 +30,7 @@ from train.study.statistics.inference import (
     sign_flip_p,
     smallest_effect,
 )
-from train.study.statistics.sweeps import Curve, Trial, curves_of
+from train.study.statistics.sweeps import Curve, Trial, are_numbers, curves_of, value_text
 
 HELD, NOT_HELD, OPEN = "held", "did not hold", "not decided"
 
@@ -121,7 +121,7 @@ def _of_divergences(hypothesis: Hypothesis, curves: list[Curve]) -> Finding:
     first, second = (sum(each[pair] for pair in pairs) for each in lost)
     effect, is_for = f"{first} of {len(pairs)} runs lost against {second} of {len(pairs)}", first < second
     obstacle = _obstacle(arms, len(seeds))
-    if hypothesis.at is None and arms[0].curve.key:
+    if hypothesis.at is None and arms[0].curve.key and are_numbers(arms[0].curve.values):
         stable = [arm.curve.largest_stable(hypothesis.within_nats) for arm in arms]
         texts = [stable_text(arm.curve, value) for arm, value in zip(arms, stable, strict=True)]
         effect += f"; largest stable value {texts[0]} against {texts[1]}"
@@ -136,7 +136,7 @@ def _of_divergences(hypothesis: Hypothesis, curves: list[Curve]) -> Finding:
 
 
 def _of_budgets(hypothesis: Hypothesis, curves: list[Curve]) -> Finding:
-    """Measure `gap_shrinks`: the slope of each seed's gap against ln tokens.
+    """Measure `gap_shrinks`: the slope of each seed's gap against log2 tokens.
 
     The gap is the second arm's loss less the first's. Branches of a seed share a trunk, so that only slopes of
     different seeds are independent.
@@ -211,7 +211,9 @@ class _Arm:
         if unfinished:
             return f"{unfinished} of {len(self.records)} runs of {self.curve.name} are unfinished"
         if self.at == OWN_BEST and self.curve.best and self.curve.best.at_edge:
-            return f"the best value of {self.curve.name}, {self.curve.best.value:g}, is at the edge of its sweep"
+            return (
+                f"the best value of {self.curve.name}, {value_text(self.curve.best.value)}, is at the edge of its sweep"
+            )
         return ""
 
 
@@ -277,10 +279,10 @@ def interval_text(estimate: Estimate, unit: str) -> str:
 
 
 def stable_text(curve: Curve, value: Any) -> str:
-    """Format the largest stable value of a curve; '≥' if nothing larger was tried."""
+    """Format the largest stable value of a curve; '≥' if nothing larger was tried, '-' if values are no numbers."""
     if value is None:
-        return "none"
-    return f"{'≥ ' if value == curve.values[-1] else ''}{value:g}"
+        return "none" if are_numbers(curve.values) else "-"
+    return f"{'≥ ' if value == curve.values[-1] else ''}{value_text(value)}"
 
 
 def is_times(first: Any, second: Any, factor: float) -> bool:
