@@ -149,7 +149,7 @@ class FoldedWeights:
 def reasons_against(model: ModelConfig) -> list[str]:
     """Return why the FFNs of a resolved model cannot be folded; none if they can."""
     reasons = []
-    if model.norm != "none":
+    if model.norm == "layernorm":
         reasons.append(f"model.norm = {model.norm!r}: the LayerNorm before it is not linear")
     if model.activation != "identity":
         reasons.append(f"model.activation = {model.activation!r} is not linear")
