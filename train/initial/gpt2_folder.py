@@ -76,7 +76,7 @@ def is_gpt2_folder(folder: Path) -> bool:
     kind = described.get("model_type", "gpt2" if "n_embd" in described else None)
     if kind not in (None, "gpt2"):
         raise CheckpointError(
-            f"{folder}: holds a model of type {str(kind):.40}, and only GPT-2s and runs are read; if train.export wrote "
+            f"{folder}: holds a model of type {kind!s:.40}, and only GPT-2s and runs are read; if train.export wrote "
             "it, name its run"
         )
     return kind is not None
