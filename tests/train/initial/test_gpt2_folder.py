@@ -77,5 +77,5 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         read_source(str(tmp_path / "nothing"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "softmax_only"}')
-    with pytest.raises(CheckpointError, match="a model of type softmax_only.*name its run"):
+    with pytest.raises(CheckpointError, match=r"a model of type softmax_only.*name its run"):
         read_source(str(tmp_path / "other"))
