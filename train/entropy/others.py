@@ -135,6 +135,10 @@ def check_folder(folder: Path) -> None:
         raise DataError(f"{folder / CONFIG}: damaged, {error}; restore it") from None
     if isinstance(config, dict) and "model_type" not in config and isinstance(config.get("config"), dict):
         raise DataError(f"{folder}: is a run of this project; name it with --run")
+    if isinstance(config, dict) and config.get("model_type") == "softmax_only":
+        raise DataError(
+            f"{folder}: was written by train.export, with code that is not run here; name its run with --run"
+        )
 
 
 def attention(

@@ -66,20 +66,45 @@ class Folding:
     conditions: list[float]
 
 
-class FoldedWeights:
-    """Reads the parameters of the folded network under the names of `PlainWeights`.
+class WithoutHeadTemperatures:
+    """Reads the parameters of a network whose temperatures per head have become part of the queries.
 
-    Temperatures per head are folded into the queries. Those per position stay, and cost a multiplication for each
-    element of the queries.
+    Those per position stay, and cost a multiplication for each element of the queries.
 
     Args:
         plain: of the model.
-        folding: from `fold`. With bases that are all I, temperatures alone are folded.
+    """
+
+    def __init__(self, plain: PlainWeights) -> None:
+        self._plain = plain
+        self.temperature = "none" if plain.temperature == "per_head" else plain.temperature
+
+    def read(self, name: str) -> Tensor:
+        """Return one parameter under its name in `PlainWeights`."""
+        tensor = self._plain.read(name)
+        layer, _, kind = name.partition(".attention.")
+        if self._plain.temperature != "per_head" or kind not in ("query_key_value.weight", "query_bias"):
+            return tensor
+        t_N = self._plain.read(f"{layer}.attention.temperature").double()
+        if kind == "query_bias":
+            return (tensor.double() / t_N.unsqueeze(1)).to(tensor.dtype)
+        qkv_N3HD = tensor.double().unflatten(0, (len(t_N), 3, -1)).clone()
+        qkv_N3HD[:, 0] /= t_N.view(-1, 1, 1)
+        return qkv_N3HD.flatten(0, 2).to(tensor.dtype)
+
+
+class FoldedWeights:
+    """Reads the parameters of the folded network under the names of `PlainWeights`.
+
+    Args:
+        plain: of the model.
+        folding: from `fold`.
     """
 
     def __init__(self, plain: PlainWeights, folding: Folding) -> None:
         self.model, self._plain, self._folding = plain.model, plain, folding
-        self.temperature = "none" if plain.temperature == "per_head" else plain.temperature
+        self._layers = WithoutHeadTemperatures(plain)
+        self.temperature = self._layers.temperature
         bases = folding.bases
         self.is_tied = plain.is_tied and bases[0] is None and bases[-1] is None
         self.ffn_kinds: list[FfnKind] = [
@@ -96,19 +121,15 @@ class FoldedWeights:
             layer = name.split(".")[1]
             dtype = self._plain.read(f"layers.{layer}.attention.output.weight").dtype
             return self._folding.kept[int(layer)].to(dtype)
-        tensor = self._plain.read(name)
+        tensor = self._layers.read(name)
         if name.startswith("embedding."):
             return tensor if bases[0] is None else bases[0].write(tensor.T).T.to(tensor.dtype)
         if not name.startswith("layers."):
             return tensor
         layer, kind = name.removeprefix("layers.").split(".", 1)
         basis, folded = bases[int(layer)], tensor.double()
-        if kind == "attention.query_key_value.weight":
-            folded = folded if basis is None else basis.read(folded)
-            folded = self._with_temperature(folded.unflatten(0, (self.model.num_attention_heads, 3, -1)), layer)
-            return folded.flatten(0, 2).to(tensor.dtype)
-        if kind == "attention.query_bias" and self._plain.temperature == "per_head":
-            return (folded / self._temperature(layer).unsqueeze(1)).to(tensor.dtype)
+        if kind == "attention.query_key_value.weight" and basis is not None:
+            return basis.read(folded).to(tensor.dtype)
         if kind == "attention.output.weight" and basis is not None:
             return basis.write(folded).to(tensor.dtype)
         if kind == "attention.output_bias":
@@ -124,21 +145,11 @@ class FoldedWeights:
         constant, after = self._plain.ffn_constant(layer), self._folding.bases[layer + 1]
         return constant if after is None else after.write(constant.unsqueeze(1)).squeeze(1)
 
-    def _temperature(self, layer: str) -> Tensor:
-        return self._plain.read(f"layers.{layer}.attention.temperature").double()
-
-    def _with_temperature(self, qkv_N3HD: Tensor, layer: str) -> Tensor:
-        if self._plain.temperature != "per_head":
-            return qkv_N3HD
-        qkv_N3HD = qkv_N3HD.clone()
-        qkv_N3HD[:, 0] /= self._temperature(layer).view(-1, 1, 1)
-        return qkv_N3HD
-
 
 def reasons_against(model: ModelConfig) -> list[str]:
     """Return why the FFNs of a resolved model cannot be folded; none if they can."""
     reasons = []
-    if model.norm != "none":
+    if model.norm == "layernorm":
         reasons.append(f"model.norm = {model.norm!r}: the LayerNorm before it is not linear")
     if model.activation != "identity":
         reasons.append(f"model.activation = {model.activation!r} is not linear")

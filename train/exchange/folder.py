@@ -14,7 +14,7 @@ from data.shards.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.exchange import fold, gpt2
 from train.exchange.card import write_card
-from train.exchange.fold import FoldedWeights, Folding
+from train.exchange.fold import FoldedWeights, Folding, WithoutHeadTemperatures
 from train.exchange.hf import MODELING, gpt2_config, hf_config, to_hf
 from train.exchange.plain import PlainWeights
 from train.exchange.safetensors_file import write_safetensors
@@ -140,8 +140,7 @@ def cost_words(model: ModelConfig, vocab_size: int, kept: int) -> str:
 
 def gpt2_parameters(plain: PlainWeights) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a stock GPT-2, which has no temperatures: those per head are folded into the queries."""
-    none = Folding([None] * (plain.model.num_layers + 1), {}, [])
-    return gpt2.to_gpt2(plain.model, FoldedWeights(plain, none).read)
+    return gpt2.to_gpt2(plain.model, WithoutHeadTemperatures(plain).read)
 
 
 def _as(dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -137,7 +137,7 @@ def reasons_against(model: ModelConfig) -> list[str]:
     A temperature per head and alpha fold into plain weights, so neither is a reason.
     """
     wrong = {
-        "model.norm = 'none'": model.norm != "layernorm",
+        f"model.norm = {model.norm!r}": model.norm != "layernorm",
         "model.final_norm = false": not model.final_norm,
         "model.positions = 'rotary'": model.positions != "learned",
         "model.fused_ffn = true": bool(model.fused_ffn),

@@ -9,8 +9,15 @@ those of model/transformer.py, with these differences:
     layers.0.ffn.fused.weight        [D, D]          W / alpha, if a norm stands before it
     layers.0.ffn.down.weight         [D, F]          W_down / alpha
     layers.0.ffn.beta                [1]             1 where the residual is not scaled
+
+A tapered norm whose gate has closed is y = s w (x - mean(x)) + b. It becomes part of the matrices that read y:
+
+    W y + c = W diag(s w) C x + (W b + c),  where C subtracts the mean
+
+So the model then has no norms within blocks, and all biases.
 """
 
+import dataclasses
 from collections.abc import Callable, Container
 from typing import Literal
 
@@ -32,18 +39,22 @@ class PlainWeights:
     """Reads the plain parameters of a model.
 
     Args:
-        model: resolved.
-        read: returns a parameter of training by its global name, or a buffer of one process by "buffer.tp0of1.NAME".
+        model: resolved. If its norms taper, they have become fixed affine maps.
+        read: returns a parameter of training by its global name, a scale of a tapered norm by "buffer.NAME", or a
+            buffer of one process by "buffer.tp0of1.NAME".
         saved: names of the buffers that `read` has.
 
     Attributes:
+        model: the plain one, which has no tapered norms.
         temperature: "none", "per_head" or "per_position".
         is_tied: whether the head is the word embedding.
         ffn_kinds: what follows the attention of each layer.
     """
 
     def __init__(self, model: ModelConfig, read: Read, saved: Container[str] = ()) -> None:
-        self.model, self._saved, self._read = model, saved, read
+        self._tapers, self._has_biases = model.norm == "taper", model.biases == "all"
+        self.model = dataclasses.replace(model, norm="none", biases="all") if self._tapers else model
+        self._saved, self._read = saved, read
         self.temperature, self.is_tied = model.temperature or "none", model.tied_head
         kind: FfnKind = "matrix" if model.ffn_holds_residual else "fused" if model.fused_ffn else "two matrices"
         self.ffn_kinds = [kind] * model.num_layers
@@ -51,6 +62,36 @@ class PlainWeights:
 
     def read(self, name: str) -> Tensor:
         """Return one plain parameter."""
+        return self._without_norm(name) if self._tapers and name.startswith("layers.") else self._resolved(name)
+
+    def _without_norm(self, name: str) -> Tensor:
+        """Return a parameter of a layer whose norms are part of the matrices that read them."""
+        _, layer, kind = name.split(".", 2)
+        here = f"layers.{layer}"
+        if kind in ("attention.query_key_value.weight", "ffn.up.weight", "ffn.fused.weight"):
+            norm = f"{here}.attention_norm" if kind.startswith("attention") else f"{here}.ffn_norm"
+            weight = self._resolved(name)
+            gain = self._read(f"buffer.{norm}.scale").to(weight) * self._read(f"{norm}.weight")
+            return without_mean(weight * gain)
+        if not kind.endswith("bias"):
+            return self._resolved(name)
+        own = self._read(name) if self._has_biases or kind in ("attention.query_bias", "attention.key_bias") else None
+        if kind.startswith("attention."):
+            stacked = self._resolved(f"{here}.attention.query_key_value.weight")
+            constant = stacked @ self._read(f"{here}.attention_norm.bias")
+            query, key, value = constant.unflatten(0, (self.model.num_attention_heads, 3, -1)).unbind(1)
+            if kind == "attention.output_bias":
+                added = self._resolved(f"{here}.attention.output.weight") @ value.flatten()
+            else:
+                added = query if kind == "attention.query_bias" else key
+        elif kind == "ffn.bias" and not self.model.fused_ffn:
+            added = torch.zeros_like(self._read(f"{here}.ffn_norm.bias"))
+        else:
+            first = "fused" if self.model.fused_ffn else "up"
+            added = self._resolved(f"{here}.ffn.{first}.weight") @ self._read(f"{here}.ffn_norm.bias")
+        return added if own is None else own + added
+
+    def _resolved(self, name: str) -> Tensor:
         layer, _, kind = name.partition(".attention.") if ".attention." in name else name.partition(".ffn.")
         if kind == "temperature":
             return self._temperature(layer)
@@ -112,3 +153,8 @@ class PlainWeights:
             spectral.left.fill_(1.0)
             spectral.update(weight, ITERATIONS_AT_START)
         return spectral(weight).detach()
+
+
+def without_mean(weight: Tensor) -> Tensor:
+    """Return W C, where C = I - 1 1^T / D subtracts the mean over features: [rows, D] -> [rows, D]."""
+    return weight - weight.mean(dim=1, keepdim=True)

@@ -1,5 +1,6 @@
 """Open a checkpoint of a run to read single tensors of it, whatever layout saved it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from data.stream.dataset import open_dataset
 from train.checkpoint.load import SavedCheckpoint
 from train.checkpoint.whole import find_checkpoint, run_config
 from train.config import Config
+from train.config.schedule import norm_gate
 from train.exchange.plain import PlainWeights
 from train.run.reader import RunError
 
@@ -67,9 +69,13 @@ def open_trained(run: Path, step: int | None = None, allow_commands: bool = Fals
         RunError, ConfigError, CheckpointError: there is none, or it cannot be read or exported.
     """
     config = run_config(run, None, allow_commands)
-    if config.model.norm == "taper":
-        raise RunError(f"{run}: model.norm = 'taper' cannot be exported; choose a run of another architecture")
     saved = find_checkpoint(config, None, step)
+    if config.model.norm == "taper" and norm_gate(config, saved.step) > 0:
+        fixed = math.ceil(config.optimizer.taper_end * config.train_steps)
+        raise RunError(
+            f"{run}: the norms of step {saved.step} are no fixed maps yet; export a checkpoint of step {fixed} or "
+            "later (optimizer.taper_end)"
+        )
 
     def read(name: str) -> Tensor:
         return saved.read_whole(name if name.startswith("buffer.") else f"model.{name}")

@@ -24,6 +24,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.initialize import initial_temperature, initial_value
 from model.transformer import global_shapes
+from train.exchange.plain import without_mean
 from train.initial.source import Source, Weights
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -100,8 +101,6 @@ def faults_between(source: Source, target: ModelConfig, vocab_size: int) -> list
         faults.append(
             f"model.norm is 'none' there and {target.norm!r} here, and no map adds a norm; set model.norm=none"
         )
-    if here.norm == "taper":
-        faults.append("model.norm is 'taper' there, whose gate and scales are not carried over; start from its source")
     normalized = {"weight_norm", "spectral_norm"}
     for name in ("spectral_gain", *sorted(normalized)):
         if getattr(here, name) != getattr(target, name):
@@ -279,8 +278,7 @@ class _Layer:
 
 def _folded(weight: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return W diag(g) C, where C = I - 1 1^T / D subtracts the mean, and W b."""
-    scaled = weight * gain
-    return scaled - scaled.mean(dim=1, keepdim=True), weight @ bias
+    return without_mean(weight * gain), weight @ bias
 
 
 def _folds(source: ModelConfig, target: ModelConfig) -> bool:

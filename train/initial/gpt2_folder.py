@@ -62,12 +62,24 @@ _MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 
 
 def is_gpt2_folder(folder: Path) -> bool:
-    """Return whether a folder holds a config.json of a GPT-2 in the transformers library's form."""
+    """Return whether a folder holds a config.json of a GPT-2 in the transformers library's form.
+
+    Raises:
+        CheckpointError: it is that of another model.
+    """
     try:
         described = read_json(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    return isinstance(described, dict) and (described.get("model_type") == "gpt2" or "n_embd" in described)
+    if not isinstance(described, dict):
+        return False
+    kind = described.get("model_type", "gpt2" if "n_embd" in described else None)
+    if kind not in (None, "gpt2"):
+        raise CheckpointError(
+            f"{folder}: holds a model of type {kind!s:.40}, and only GPT-2s and runs are read; if train.export wrote "
+            "it, name its run"
+        )
+    return kind is not None
 
 
 def read_gpt2_folder(folder: Path) -> Source:

@@ -64,6 +64,11 @@ def read_checkpoint(folder: Folder) -> Source:
         if faults or (faults := model.faults()):
             raise CheckpointError(f"{folder.address}: {faults[0]}")
         model = model.resolved()
+        if model.norm == "taper":
+            raise CheckpointError(
+                f"{folder.address}: has model.norm = 'taper', whose gate and scales cannot be carried over; name a "
+                "model with other norms"
+            )
         shapes = global_shapes(model, marker["dataset"]["vocab_size"])
         weights: Weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         chunks = [whole_chunk(f"model.{name}", tensor) for name, tensor in weights.items()]

@@ -142,6 +142,8 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path, text: Path, capsys:
     assert "transformers cannot load it as a decoder (" in faults([folder, *rest], capsys)
     (tmp_path / "model" / "config.json").write_text('{"config": {"model": {}}}')
     assert "is a run of this project; name it with --run" in faults([folder, *rest], capsys)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "softmax_only"}')
+    assert "was written by train.export" in faults([folder, *rest], capsys)
 
 
 def test_an_encoder_is_refused(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.initialize import named_parameters
+from model.taper import set_gate, taper_norms
 from model.transformer import Transformer
 from train.exchange.fold import FoldedWeights
 from train.exchange.hf import hf_config, to_hf
@@ -30,13 +31,18 @@ def small(**ingredients: Any) -> tuple[ModelConfig, Transformer]:
                 parameter *= 0.5 + torch.rand_like(parameter)
             else:
                 parameter += 0.1 * torch.randn_like(parameter)
+        for norm in taper_norms(model):
+            norm.scale.fill_(0.7)
+    set_gate(taper_norms(model), 0.0)
     return config, model
 
 
 def plain(config: ModelConfig, model: Transformer, dtype: torch.dtype = torch.float32) -> PlainWeights:
     """Return the plain weights of a model in memory."""
     saved = {name: parameter.detach() for name, parameter in named_parameters(model)}
-    saved |= {f"buffer.tp0of1.{name}": buffer for name, buffer in model.named_buffers()}
+    saved |= {
+        f"{kind}.{name}": buffer for name, buffer in model.named_buffers() for kind in ("buffer", "buffer.tp0of1")
+    }
     return PlainWeights(config, lambda name: saved[name].to(dtype), saved)
 
 

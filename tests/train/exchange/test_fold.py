@@ -28,6 +28,7 @@ def folded(weights: Any, limit: float) -> FoldedWeights:
         {"architecture": "SM"},
         {"architecture": "SM+WN"},
         {"num_layers": 5, "biases": "all"},
+        {"architecture": "SM+TN", "temperature": "per_head"},
         {"architecture": "SM+ScFFN", "biases": "all", "final_norm": False},
     ],
 )

@@ -8,6 +8,8 @@ import torch
 from model.config import ModelConfig
 from model.initialize import named_parameters
 from model.transformer import Transformer
+from tests.train.exchange.exported import plain
+from train.exchange.folder import gpt2_parameters
 from train.exchange.gpt2 import from_gpt2, reasons_against, stacked, to_gpt2, unstacked, without_place
 
 VOCAB_SIZE = 50
@@ -27,12 +29,19 @@ def small(**ingredients: Any) -> tuple[ModelConfig, Transformer]:
 
 @pytest.mark.parametrize(
     "ingredients",
-    [{}, {"architecture": "SM+LN+R"}, {"tied_head": False}, {"activation": "identity"}, {"biases": "all"}],
+    [
+        {},
+        {"architecture": "SM+LN+R"},
+        {"tied_head": False},
+        {"activation": "identity"},
+        {"biases": "all"},
+        {"biases": "all", "temperature": "per_head", "temperature_init": 1.0},
+        {"spectral_norm": "QK", "spectral_gain": True},
+    ],
 )
 def test_transformers_computes_the_same_logits(ingredients: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     config, model = small(**ingredients)
-    parameters = {name: parameter.detach() for name, parameter in named_parameters(model)}
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=VOCAB_SIZE,
@@ -45,7 +54,7 @@ def test_transformers_computes_the_same_logits(ingredients: dict[str, Any]) -> N
             tie_word_embeddings=config.tied_head,
         )
     ).eval()
-    missing, unexpected = theirs.load_state_dict(dict(to_gpt2(config, parameters.__getitem__)), strict=False)
+    missing, unexpected = theirs.load_state_dict(dict(gpt2_parameters(plain(config, model))), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     theirs.tie_weights()
     tokens = torch.randint(VOCAB_SIZE, (3, 16))

@@ -27,6 +27,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"architecture": "SM+ScFuFFN", "norm": "layernorm", "biases": "all"},
     {"architecture": "SM+LN+G", "activation": "gelu_tanh", "biases": "all"},
     {"biases": "all"},
+    {"architecture": "EReg(SM(t)+ScFuFFN)", "norm": "taper"},
+    {"architecture": "SM+LN+G", "norm": "taper", "biases": "all", "weight_norm": "QK+FFN"},
 ]
 
 

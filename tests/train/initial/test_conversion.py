@@ -11,6 +11,7 @@ from model.transformer import Transformer
 from tests.train.initial.made import VOCAB_SIZE, FixedNorm, config, logits, source, tokens
 from train.initial.calibration import measure
 from train.initial.conversion import LayerMeasure, convert, faults_between, needs_data
+from train.initial.source import fill
 
 EXACT = {
     "nothing": ({}, {}),
@@ -186,3 +187,17 @@ def test_what_cannot_be_converted(here: dict[str, Any], change: dict[str, Any], 
     made = source(config("SM+LN+G", **here))
     assert fault in "\n".join(faults_between(made, dataclasses.replace(made.model, **change), vocab_size))
     assert not faults_between(made, made.model, 50)
+
+
+def test_spectral_norms_begin_with_the_weights_that_are_read() -> None:
+    made = source(config("SM", spectral_norm="QK+FFN"))
+    model = Transformer(made.model, VOCAB_SIZE)
+    fill(model, made.weights.items())
+    for name in ("attention.query_key_value", "ffn.up", "ffn.down"):
+        (normalization,), weight = _spectral_norm(model.layers["1"].get_submodule(name))
+        expected = torch.linalg.matrix_norm(normalization.matrices(weight), 2)
+        torch.testing.assert_close(normalization.sigma(weight), expected, rtol=0.02, atol=0)
+
+
+def _spectral_norm(linear: Any) -> tuple[Any, Any]:
+    return linear.parametrizations["weight"], linear.parametrizations["weight"].original

@@ -75,3 +75,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert 'n_embd is "wide", expected a whole number' in fault("e", n_embd="wide")
     with pytest.raises(CheckpointError, match="holds neither a GPT-2"):
         read_source(str(tmp_path / "nothing"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "softmax_only"}')
+    with pytest.raises(CheckpointError, match=r"a model of type softmax_only.*name its run"):
+        read_source(str(tmp_path / "other"))
