@@ -86,6 +86,16 @@ def test_the_seeds_that_are_needed_decide(tmp_path: Path) -> None:
     assert one.reason.endswith("; 6 seeds find an effect of 0.0115 with that chance")
 
 
+def test_a_value_that_was_chosen_is_judged_on_the_other_half(tmp_path: Path) -> None:
+    def formula(arm: str, rate: float, seed: int) -> Given:
+        first = valley(rate, 2e-3, 4.0) + (0.001 * seed if arm == "b" else 0.0)
+        second = first + (0.02 if arm == "b" else 0.0)
+        return {"loss": (first + second) / 2, "halves": [first, second]}
+
+    (one,) = verdicts(tmp_path, [BETTER], formula)
+    assert one.finding.effect.startswith("-0.0225 nats")
+
+
 def test_p_values_are_adjusted_for_the_whole_file(tmp_path: Path) -> None:
     """Of three claims one has no p: it counts all the same."""
     nothing = {"name": "H0", "kind": "better", "arms": ["a", "b"], "at": {RATE: 4e-3}}
