@@ -13,7 +13,8 @@ from scipy import stats
 from tests.train.study.saved_results import Given, valley, write_results, write_suite
 from train.study.results import records
 from train.study.saved import with_results
-from train.study.statistics.verdicts import Verdict, judge
+from train.study.statistics.hypotheses import Hypothesis
+from train.study.statistics.verdicts import Finding, Verdict, _verdict, judge
 from train.study.suite import PlannedRun, SuiteError, load_suite
 
 RATE = "optimizer.learning_rate"
@@ -108,6 +109,12 @@ def test_p_values_are_adjusted_for_the_whole_file(tmp_path: Path) -> None:
     assert found[2].finding.p is None and found[2].reason == (
         "5 of 6 runs of a are unfinished; 5 of 6 runs of b are unfinished"
     )
+
+
+@pytest.mark.parametrize(("family", "word"), [(1, "did not hold"), (4, "not decided")])
+def test_the_opposite_of_a_claim_is_corrected_for_the_family_too(family: int, word: str) -> None:
+    hypothesis = Hypothesis("H1", "equivalent", ("a", "b"), margin_nats=0.01)
+    assert _verdict(hypothesis, Finding("-", p=0.9, p_against=0.02), 0.9, family).word == word
 
 
 def test_one_seed_gives_no_verdict(tmp_path: Path) -> None:
