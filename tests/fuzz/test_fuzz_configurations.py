@@ -77,6 +77,7 @@ SUITE = {
         {"rows": "codeparrot-12L-T128.SM+G", "config": {"optimizer": {"learning_rate": 3e-4}}},
         {"name": "wide", "config": {"model": {"hidden_size": 1536}}, "budgets_tokens": [50e6, 100e6]},
         {"name": "swept", "sweep": {"optimizer.learning_rate": [1e-3, 2e-3]}},
+        {"name": "other", "sweep": {"optimizer.learning_rate": [1e-3, 2e-3]}},
     ],
     "hypotheses": [
         {
@@ -86,7 +87,7 @@ SUITE = {
             "at": {"optimizer.learning_rate": 1e-3},
             "margin_nats": 0.01,
         },
-        {"name": "H2", "kind": "more_stable", "arms": ["swept", "wide"], "factor": 2, "claim": "It is."},
+        {"name": "H2", "kind": "more_stable", "arms": ["swept", "other"], "factor": 2, "claim": "It is."},
     ],
 }
 
