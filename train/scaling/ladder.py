@@ -54,8 +54,8 @@ class Rung:
 
 
 def short_name(architecture: str) -> str:
-    """Remove brackets, which shells need quoted: SMt+ScFuFFN. EReg loses what its brackets hold."""
-    return re.sub(r"\(SM.*|[()]", "", architecture)
+    """Remove brackets, which shells need quoted: SMt+ScFuFFN. EReg keeps what differs from the paper's: EReg, EReg+R."""
+    return re.sub(r"\(SM\(t\)(\+ScFuFFN)?|[()]", "", architecture)
 
 
 def learning_rate(layers: int, width: int) -> float:
