@@ -54,7 +54,7 @@ class Rung:
 
 
 def short_name(architecture: str) -> str:
-    """Remove brackets, which shells need quoted: SMt+ScFuFFN. EReg keeps what differs from the paper's: EReg, EReg+R."""
+    """Remove brackets, which shells need quoted: SMt+ScFuFFN. Of EReg, what differs from the paper stays: EReg+R."""
     return re.sub(r"\(SM\(t\)(\+ScFuFFN)?|[()]", "", architecture)
 
 
