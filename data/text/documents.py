@@ -59,8 +59,9 @@ def read_documents(piece: Slice, text_key: str, account: FileAccount | None = No
         account: Where each byte is counted as read or not. It decides whether what cannot be read is skipped.
 
     Raises:
-        DataError: Nothing may be skipped, and the file is not text, text is not UTF-8, an archive is broken, or a line
-            is not a JSON object with a string under `text_key`. The message names file and place.
+        DataError: Something cannot be read, and the account allows no skips: a file that is not text, text that is not
+            UTF-8, a broken archive, or a line that is no JSON object with a string under `text_key`. The message names
+            file and place.
     """
     account = account or FileAccount(*piece)
     is_plain = not is_compressed(piece.path)
@@ -83,7 +84,7 @@ def read_documents(piece: Slice, text_key: str, account: FileAccount | None = No
 
 
 def _why_it_stopped(path: str, error: Exception) -> tuple[str, int, str]:
-    """Return the reason, the number of bytes counted (0, since nobody knows what is left) and the message."""
+    """Return the reason, the bytes to count as lost, and the message. The bytes are 0: how many are left is unknown."""
     if isinstance(error, zstandard.ZstdError) and "memory" in str(error):
         limit = f"its window is larger than {LARGEST_WINDOW_BYTES >> 30} GiB"
         return limit, 0, f"{path}: {limit}, which is our limit; compress it again with zstd --long=31 or less"

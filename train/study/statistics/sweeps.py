@@ -1,8 +1,8 @@
 """Choose each arm's best value of a swept key on one half of the validation split, and report the other half.
 
 The half on which the best of many values is chosen flatters it. So the choice and the report never see the same text.
-A run that diverged counts as the loss of a model that knows nothing, ln V nats for V tokens, and so does one that ends
-above it. None drops out.
+A run is lost if it diverges, or if its loss ends at ln V nats or above: a uniform guess over V tokens has ln V. Lost
+runs stay in every mean, with the loss ln V.
 """
 
 import math
