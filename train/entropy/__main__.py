@@ -49,10 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from torch import OutOfMemoryError
 
-    from parallel.launch import choose_accelerator
     from train.checkpoint.root import CheckpointError
-
-    choose_accelerator()  # transformers loads DeepSpeed where it is installed, which would print into --json
 
     try:
         report = measured(options)
