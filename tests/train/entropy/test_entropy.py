@@ -78,7 +78,7 @@ def test_entropies_are_those_of_the_attention_matrices(
     model = save(tmp_path / "model", kind, settings)
     command = [str(tmp_path / "model"), "--text", str(text), "--seq-length", str(T), "--dtype", "float64", "--json"]
     assert main([*command, "--samples", "5", "--batch-size", "2"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(TEXT)["input_ids"]
     expected = by_definition(model, torch.tensor(tokens[: 5 * T]).view(5, T))
     torch.testing.assert_close(
